@@ -1,0 +1,57 @@
+"""Packaging of moe_erc: core dependencies with tested floors, everything optional behind an extra."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+# Read as text: importing the package would need the dependencies this file is about to install.
+INIT = Path(__file__).with_name("moe_erc") / "__init__.py"
+VERSION = re.search(r'^__version__ = "(.+)"$', INIT.read_text(encoding="utf-8"), re.MULTILINE)[1]
+
+# Each floor is the oldest release that passed the tests of data, optimizer and checkpoints.
+REQUIRES = [
+    "jax>=0.8",
+    "flax>=0.12",
+    "optax>=0.2.6",  # scale_by_muon learns about stacked matrices
+    "orbax-checkpoint>=0.11.24",
+    "grain>=0.2.12",
+    "array_record>=0.8.1",
+    "tensorflow-datasets>=4.9.10",  # 4.9.9 breaks with protobuf 7
+    "ml-collections>=1.1",
+    "etils[epath]",
+    "importlib_resources",  # tensorflow-datasets uses it without declaring it
+    "numpy>=2.0",
+    "scipy>=1.13",
+    "absl-py>=2.1",
+    "tensorboardX",
+    "tqdm",
+    "rich",
+]
+
+TEST = ["pytest", "ruff", "hypothesis", "tokenizers"]
+
+EXTRAS = {
+    "test": TEST,
+    "dev": [*TEST, "build"],
+    "tokenizers": ["tokenizers"],
+    "wandb": ["wandb"],
+    "plot": ["matplotlib", "scikit-learn"],
+    "notebook": ["nbclient", "ipykernel", "matplotlib"],
+    "eval": ["lm-eval>=0.4.13"],
+    "hf": ["transformers>=5.23", "safetensors", "torch", "tokenizers"],
+    "cuda12": ["jax[cuda12]"],
+    "cuda13": ["jax[cuda13]"],
+    "tpu": ["jax[tpu]"],
+}
+
+setup(
+    name="moe_erc",
+    version=VERSION,
+    description="Expert-router coupling for Mixture-of-Experts language models in JAX",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["moe_erc", "moe_erc.*"]),
+    install_requires=REQUIRES,
+    extras_require=EXTRAS,
+)

@@ -1,0 +1,1 @@
+"""The decoder: its sizes, its attention, its stack of layers."""

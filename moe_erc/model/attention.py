@@ -1,0 +1,55 @@
+"""Causal self-attention of the OLMoE block: RMSNorm on full-width queries and keys, then heads, then RoPE."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+
+def rms_norm(x, scale, eps):
+    """x / rms(x) in float32, cast back, times the scale."""
+    x32 = x.astype(jnp.float32)
+    normed = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
+    return normed.astype(x.dtype) * scale.astype(x.dtype)
+
+
+def rope(x_BTHD, theta):
+    """Rotary embedding, half-split: coordinates d and d + D/2 of position t turn by t theta^(-2 d / D)."""
+    time, half = x_BTHD.shape[1], x_BTHD.shape[-1] // 2
+    frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angle_T1D = jnp.arange(time, dtype=jnp.float32)[:, None, None] * frequency
+    sin, cos = jnp.sin(angle_T1D), jnp.cos(angle_T1D)
+    first, second = jnp.split(x_BTHD.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_BTHD.dtype)
+
+
+class Attention(nn.Module):
+    """x_BTD -> y_BTD with `kv_heads` key/value heads shared by groups of query heads."""
+
+    config: Any  # ModelConfig
+
+    @nn.compact
+    def __call__(self, x_BTD):
+        config, init = self.config, nn.initializers.truncated_normal(self.config.init_std, lower=-3.0, upper=3.0)
+        B, T, D = x_BTD.shape
+
+        def project(name, x, width):
+            return x @ self.param(name, init, (x.shape[-1], width)).astype(x.dtype)
+
+        def normalize(name, x):
+            return rms_norm(x, self.param(name, nn.initializers.ones, x.shape[-1:]), config.norm_eps)
+
+        query = normalize("query_norm", project("query", x_BTD, D))
+        key = normalize("key_norm", project("key", x_BTD, config.kv_width))
+        value = project("value", x_BTD, config.kv_width)
+        query, key, value = (leaf.reshape(B, T, -1, config.head_width) for leaf in (query, key, value))
+        implementation = None if config.attention_implementation == "auto" else config.attention_implementation
+        y_BTHD = jax.nn.dot_product_attention(
+            rope(query, config.rope_theta),
+            rope(key, config.rope_theta),
+            value,
+            is_causal=True,
+            implementation=implementation,
+        )
+        return project("output", y_BTHD.reshape(B, T, D), D)

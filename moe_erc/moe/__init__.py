@@ -1,0 +1,1 @@
+"""How a token meets an expert: routing, the experts themselves, and the layer that owns their parameters."""

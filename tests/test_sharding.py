@@ -1,0 +1,58 @@
+"""The mesh, the table of specs, and what cannot be split."""
+
+import types
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from moe_erc import sharding
+
+
+def test_data_takes_what_expert_leaves():
+    assert dict(sharding.make_mesh(-1, 2).shape) == {"data": 4, "expert": 2}
+    assert dict(sharding.make_mesh(2, 1).shape) == {"data": 2, "expert": 1}
+
+
+@pytest.mark.parametrize(
+    "data, expert, numbers", [(-1, 3, ["8", "3"]), (16, 1, ["16", "8"]), (0, 1, ["0"]), (1, 0, ["0"])]
+)
+def test_a_mesh_that_the_devices_do_not_make_is_refused(data, expert, numbers):
+    with pytest.raises(ValueError) as refusal:
+        sharding.make_mesh(data, expert)
+    assert all(number in str(refusal.value) for number in numbers)
+
+
+def test_moments_lie_where_their_parameters_lie():
+    leaf = jax.ShapeDtypeStruct((3, 4, 8, 8), jnp.float32)
+    params = {"layers": {"moe": {"w_gate": leaf, "w_down": leaf, "router": leaf}}}
+    placed = sharding.shard_state(sharding.make_mesh(2, 2), {"params": params, "moments": (params,), "count": leaf})
+    specs = jax.tree.map(lambda leaf: leaf.sharding.spec, placed)
+    moe = {
+        "w_gate": P(None, "expert", None, "data"),
+        "w_down": P(None, "expert", "data", None),
+        "router": P(*(None,) * 4),
+    }
+    assert specs["params"]["layers"]["moe"] == moe
+    assert specs["moments"][0]["layers"]["moe"] == moe
+    assert specs["count"] == P(*(None,) * 4)
+
+
+@pytest.mark.parametrize("change, words", [
+    ({"experts": 6}, ["model.experts", "6", "4", "expert"]),
+    ({"width": 33}, ["model.width", "33", "2", "data"]),
+    ({"expert_width": 7}, ["model.expert_width", "7", "2"]),
+    ({"batch_size": 12}, ["train.batch_size", "12", "8"]),
+    ({"batch_size": 16, "micro_batches": 3}, ["16", "3", "micro"]),
+    ({"eval_batch_size": 4}, ["eval.batch_size", "4", "8"]),
+])  # fmt: skip
+def test_sizes_that_do_not_divide_are_refused_with_both_numbers(change, words):
+    sizes = {"experts": 4, "width": 32, "expert_width": 16, "batch_size": 16, "micro_batches": 1, "eval_batch_size": 8}
+    sizes |= change
+    model = types.SimpleNamespace(**{name: sizes[name] for name in ("experts", "width", "expert_width")})
+    with pytest.raises(ValueError) as refusal:
+        sharding.check(
+            sharding.make_mesh(2, 4), model, sizes["batch_size"], sizes["micro_batches"], sizes["eval_batch_size"]
+        )
+    assert all(word in str(refusal.value) for word in words)

@@ -1,0 +1,87 @@
+"""Byte-level byte-pair encoding, learned from the training documents of a configuration.
+
+The 256 bytes are always in the vocabulary, so that every text can be encoded; merges are added by frequency until it is
+full.
+"""
+
+import os
+import secrets
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from tqdm import tqdm
+
+from moe_erc.data import sources
+from moe_erc.data.config import DataConfig
+from moe_erc.data.tokenizer import END_OF_DOCUMENT, library
+
+SMALLEST_VOCABULARY = 257  # 256 bytes and the end of a document
+
+
+def training_texts(config: DataConfig) -> Iterator[str]:
+    """Every training document of the configured sources, once, whatever their weights."""
+    for name in config.sources:
+        source = sources.open_source(name, config)
+        for document in tqdm(
+            source.documents(), desc=f"Reading {source.label}", total=source.count, unit=" documents", disable=None
+        ):
+            if document.split == "train":
+                yield document.text.decode(errors="replace")
+
+
+def train(texts: Iterable[str], vocab_size: int):
+    """A tokenizer of at most `vocab_size` ids: the same texts give the same merges."""
+    if vocab_size < SMALLEST_VOCABULARY:
+        raise ValueError(
+            f"--vocab_size: {vocab_size} is below {SMALLEST_VOCABULARY} (256 bytes and an end of document); give more"
+        )
+    tokenizers = library()
+    byte_level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = byte_level
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_DOCUMENT[0]],
+        initial_alphabet=sorted(byte_level.alphabet()),
+        show_progress=sys.stderr.isatty(),
+    )
+    tokenizer.train_from_iterator(texts, trainer=trainer)
+    return tokenizer
+
+
+def save(tokenizer, output: Path) -> None:
+    """Write a tokenizer.json in one step: readers see the old file, or all of the new one."""
+    temporary = output.with_name(f"{output.name}.incomplete-{secrets.token_hex(4)}")
+    try:
+        temporary.write_text(tokenizer.to_str(), encoding="utf-8")
+        os.replace(temporary, output)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def command() -> None:
+    """`python -m moe_erc.data.tokenizer`: train on `config.data`, write a tokenizer.json."""
+    from absl import app, flags
+    from ml_collections import config_flags
+
+    # Defined here, not at the top: importing a library must not add flags to the program that imports it.
+    config_flag = config_flags.DEFINE_config_file(
+        "config", "configs/erc.py:tiny", "Configuration whose `data` block names the text."
+    )
+    vocab_size = flags.DEFINE_integer("vocab_size", 8192, "Number of token ids.")
+    output = flags.DEFINE_string("output", "tokenizer.json", "File to write.")
+
+    def main(_):
+        try:
+            tokenizer = train(training_texts(DataConfig(**config_flag.value.data)), vocab_size.value)
+            save(tokenizer, Path(output.value).expanduser())
+        except (ValueError, OSError) as error:
+            print(error, file=sys.stderr)
+            sys.exit(2)
+        print(
+            f"{output.value}: {tokenizer.get_vocab_size()} tokens; use it with --config.data.tokenizer={output.value}"
+        )
+
+    app.run(main)

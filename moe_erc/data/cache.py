@@ -1,0 +1,56 @@
+"""What is derived once and used again: directories that are complete or absent, never half written.
+
+A directory is filled under a temporary sibling name and renamed into place in one step. A killed process leaves only
+the sibling, which nobody reads; of two processes that fill the same directory, the second to finish drops its own copy
+and uses the first one's.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+
+def root(cache_dir: str) -> Path:
+    """The cache directory of a configuration; "" means $MOE_ERC_CACHE, or ~/.cache/moe_erc."""
+    return Path(cache_dir or os.environ.get("MOE_ERC_CACHE", "") or "~/.cache/moe_erc").expanduser().absolute()
+
+
+def make_writable(directory: Path) -> None:
+    """Create a directory, or say in one line which part of the configuration names an unwritable place."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        probe = directory / f".writable-{secrets.token_hex(4)}"
+        probe.mkdir()
+        probe.rmdir()
+    except OSError as error:
+        raise type(error)(
+            f"data.cache_dir: cannot write in '{directory}' ({error.strerror}); "
+            "set data.cache_dir or $MOE_ERC_CACHE to a writable directory"
+        ) from error
+
+
+@contextlib.contextmanager
+def filling(directory: Path) -> Iterator[Path]:
+    """Yield a temporary sibling to fill, then rename it to `directory` unless another process was faster."""
+    make_writable(directory.parent)
+    temporary = directory.with_name(f"{directory.name}.incomplete-{secrets.token_hex(4)}")
+    temporary.mkdir()
+    try:
+        yield temporary
+        try:
+            temporary.rename(directory)
+        except OSError:
+            if not directory.is_dir():
+                raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)  # gone already after a successful rename
+
+
+def digest(value: object) -> str:
+    """A short name for a JSON-serialisable value: equal values, equal names, on every machine."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]

@@ -1,0 +1,52 @@
+"""Which source each row of a batch comes from: weights honoured exactly, as a pure function of the row's number.
+
+Sources take turns on a schedule that repeats: after a period of sum(weights) rows each has given exactly `weight` of
+them, and within one they are spread evenly. `grain.MapDataset.mix` does the same for weights that it rounds first.
+"""
+
+import fractions
+import math
+import sys
+from collections.abc import Sequence
+
+import grain
+import numpy as np
+
+_LONGEST_SCHEDULE = 10**6
+
+
+def whole_weights(weights: Sequence[float]) -> list[int]:
+    """The smallest whole numbers in the same proportion, taking decimals as they are written: (0.3, 0.7) is (3, 7)."""
+    written = [fractions.Fraction(str(weight)) for weight in weights]
+    common = math.lcm(*(weight.denominator for weight in written))
+    whole = [int(weight * common) for weight in written]
+    smallest = [weight // math.gcd(*whole) for weight in whole]
+    if sum(smallest) > _LONGEST_SCHEDULE:
+        raise ValueError(
+            f"data.weights: {tuple(weights)} have too many digits to mix exactly; give whole numbers, such as (2, 1)"
+        )
+    return smallest
+
+
+class Mixture(grain.transforms.DatasetSelectionMap):
+    """Row of one process's batches -> (source, how many windows were drawn from it before)."""
+
+    def __init__(self, weights: Sequence[int], batch_size: int, process: tuple[int, int]):
+        # The j-th of a source's turns in a period comes at time (j + 1/2) / weight.
+        times = np.concatenate([(np.arange(weight) + 0.5) / weight for weight in weights])
+        order = np.argsort(times, kind="stable")
+        self._weights = list(weights)
+        self._sources = np.repeat(np.arange(len(weights)), weights)[order]
+        self._turns = np.concatenate([np.arange(weight) for weight in weights])[order]
+        index, count = process
+        self._batch_size, self._own_rows = batch_size, batch_size // count
+        self._first_row = index * self._own_rows
+
+    def __len__(self) -> int:
+        return sys.maxsize
+
+    def __getitem__(self, index: int) -> tuple[int, int]:
+        step, own_row = divmod(index, self._own_rows)
+        period, turn = divmod(step * self._batch_size + self._first_row + own_row, len(self._sources))
+        source = int(self._sources[turn])
+        return source, period * self._weights[source] + int(self._turns[turn])

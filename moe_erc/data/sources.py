@@ -1,0 +1,63 @@
+"""What a source name means: the embedded corpus, a directory, or a TFDS data set.
+
+An existing directory wins over a data set of the same name; what looks like a path is never looked up as a name.
+"""
+
+import dataclasses
+import functools
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from moe_erc.data import cache, text_files, tfds_source
+from moe_erc.data.config import DataConfig
+from moe_erc.data.document import Document
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Documents that can be read again and again in the same order."""
+
+    name: str  # as configured
+    label: str  # short, usable in file and metric names
+    identity: str  # changes when the documents may have changed
+    documents: Callable[[], Iterator[Document]]
+    count: int | None = None  # number of documents, where known without reading them
+
+
+def open_source(name: str, config: DataConfig) -> Source:
+    """Find (and for TFDS prepare) what `name` stands for; no text is read before `documents()` is called."""
+    if name == "embedded":
+        builder = tfds_source.embedded(cache.root(config.cache_dir))
+        return _from_tfds(name, builder, config, "text", "domain")
+    path = Path(name).expanduser()
+    if (path / "dataset_info.json").is_file():
+        return _from_tfds(name, tfds_source.in_directory(path), config, config.text_key)
+    if path.is_dir():
+        settings = [config.text_key, config.validation_fraction]
+        identity = cache.digest([str(path.resolve()), text_files.fingerprint(path), settings])
+        return Source(
+            name, _label(path.resolve().name), identity, functools.partial(text_files.documents, path, *settings)
+        )
+    if name[0] in "/.~" or path.exists():
+        raise FileNotFoundError(
+            f"data.sources: no such directory '{name}'; "
+            "give an existing directory, a TFDS name such as 'c4/en', or 'embedded'"
+        )
+    return _from_tfds(name, tfds_source.named(name), config, config.text_key)
+
+
+def _from_tfds(
+    name: str, builder: tfds_source.Builder, config: DataConfig, text_key: str, domain_key: str = ""
+) -> Source:
+    tfds_source.check_text(builder, text_key)
+    settings = [text_key, config.validation_fraction]
+    identity = cache.digest([tfds_source.fingerprint(builder), str(builder.data_dir), settings])
+    documents = functools.partial(tfds_source.documents, builder, *settings, domain_key)
+    return Source(
+        name, _label(builder.info.full_name.rsplit("/", 1)[0]), identity, documents, tfds_source.count(builder)
+    )
+
+
+def _label(name: str) -> str:
+    return re.sub(r"\W+", "_", name).strip("_").lower() or "text"

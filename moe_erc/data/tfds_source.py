@@ -1,0 +1,166 @@
+"""Documents from TensorFlow Datasets, without TensorFlow: array_record files read through `as_data_source`."""
+
+import contextlib
+import difflib
+import importlib
+import os
+import pkgutil
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import tensorflow_datasets as tfds
+
+from moe_erc.data import cache
+from moe_erc.data.corpus import EmbeddedCorpus, directory
+from moe_erc.data.document import Document, held_out_name, split_by_hash
+from moe_erc.data.python_source import installed_roots
+
+Builder = tfds.core.DatasetBuilder
+_LONGEST_REASON = 200  # characters
+
+
+def embedded(cache_root: Path) -> Builder:
+    """The embedded corpus of the running environment, prepared now if it is not yet."""
+    roots = installed_roots()
+    data_dir = directory(cache_root, roots)
+
+    def construct() -> Builder:
+        return EmbeddedCorpus(roots=roots, data_dir=os.fspath(data_dir), file_format="array_record")
+
+    if not construct().data_path.exists():
+        cache.make_writable(data_dir)
+    return prepare(construct)
+
+
+def in_directory(path: Path) -> Builder:
+    """A data set that TFDS prepared at `path`."""
+    try:
+        return tfds.builder_from_directory(os.fspath(path))
+    except Exception as error:
+        reason = _one_line(error)
+        raise ValueError(
+            f"data.sources: '{path}' holds a dataset_info.json that TFDS cannot read ({reason}); prepare it again"
+        ) from error
+
+
+def named(name: str) -> Builder:
+    """A data set by its TFDS name, with an optional configuration ("c4/en"), prepared now if it is not yet."""
+    _register_legacy_builders()
+
+    def construct() -> Builder:
+        return tfds.builder(name, file_format="array_record")
+
+    try:
+        construct()
+    except tfds.core.DatasetNotFoundError:
+        known = ["embedded", *tfds.list_builders(with_community_datasets=False)]
+        (nearest,) = difflib.get_close_matches(name, known, n=1, cutoff=0)
+        raise ValueError(
+            f"data.sources: no source is called '{name}'; "
+            f"the nearest is '{nearest}', and a directory starts with '/', '.' or '~'"
+        ) from None
+    except Exception as error:
+        raise ValueError(
+            f"data.sources: TFDS refuses '{name}' ({_one_line(error)}); see the names at tensorflow.org/datasets"
+        ) from error
+    try:
+        return prepare(construct)
+    except Exception as error:
+        raise ValueError(
+            f"data.sources: '{name}' is not prepared in '{construct().data_dir}' "
+            f"and TFDS cannot prepare it here ({_one_line(error)}); "
+            "prepare it elsewhere as array_record and give its directory"
+        ) from error
+
+
+def prepare(construct: Callable[[], Builder]) -> Builder:
+    """Prepare a data set once; when another process finished the same one first, use that."""
+    builder = construct()
+    tfds.display_progress_bar(sys.stderr.isatty())
+    try:
+        with contextlib.redirect_stdout(sys.stderr):  # TFDS announces on stdout, which belongs to results
+            builder.download_and_prepare(file_format="array_record")
+    except OSError:
+        builder = construct()
+        if not builder.data_path.exists():
+            raise
+    return builder
+
+
+def check_text(builder: Builder, text_key: str) -> None:
+    """Refuse a data set whose feature `text_key` is absent or not one string."""
+    texts = sorted(key for key, feature in builder.info.features.items() if _is_string(feature))
+    if text_key not in texts:
+        raise ValueError(
+            f"data.text_key: '{builder.info.full_name}' has no text feature '{text_key}'; set it to one of {texts}"
+        )
+
+
+def fingerprint(builder: Builder) -> list:
+    """Name, configuration and version of a data set, and the sizes of its splits."""
+    bytes_by_split = {name: split.num_bytes for name, split in builder.info.splits.items()}
+    return [
+        builder.info.full_name,
+        [(name, len(_open(builder, name)), bytes_by_split.get(name)) for name in _splits(builder)],
+    ]
+
+
+def count(builder: Builder) -> int:
+    """The number of documents that `documents` yields."""
+    return sum(len(_open(builder, name)) for name in _splits(builder))
+
+
+def documents(builder: Builder, text_key: str, validation_fraction: float, domain_key: str = "") -> Iterator[Document]:
+    """Every text of the data set's train split and of the one it holds out, else of train divided by hash."""
+    splits = _splits(builder)
+    for name, split in splits.items():
+        for record in _open(builder, name):
+            text = _as_bytes(record[text_key])
+            own_split = split if len(splits) > 1 else split_by_hash(text, validation_fraction)
+            yield Document(own_split, _as_bytes(record[domain_key]).decode() if domain_key else "", text)
+
+
+def _splits(builder: Builder) -> dict[str, str]:
+    """The data set's own names of the splits to read -> "train" or "validation"."""
+    names = list(builder.info.splits) or ["train"]  # a mocked data set has no metadata, and any split
+    if "train" not in names:
+        raise ValueError(
+            f"data.sources: '{builder.info.full_name}' has the splits {names}, none called 'train'; give one that has"
+        )
+    held_out = held_out_name(names)
+    return {"train": "train"} | ({held_out: "validation"} if held_out else {})
+
+
+def _open(builder: Builder, split: str):
+    try:
+        return builder.as_data_source(split=split)
+    except NotImplementedError:
+        raise ValueError(
+            f"data.sources: '{builder.data_dir}' is in the {builder.info.file_format.value} format; "
+            "prepare it as array_record"
+        ) from None
+
+
+def _register_legacy_builders() -> None:
+    """Import every package of builders, which TFDS does only up to the first that needs something not installed."""
+    for module in pkgutil.iter_modules(tfds.__path__, "tensorflow_datasets."):
+        if module.ispkg:
+            try:
+                importlib.import_module(module.name)
+            except ImportError:
+                continue
+
+
+def _is_string(feature) -> bool:
+    return getattr(feature, "shape", None) == () and tfds.core.utils.dtype_utils.is_string(feature.np_dtype)
+
+
+def _as_bytes(text: str | bytes) -> bytes:
+    return text if isinstance(text, bytes) else text.encode(errors="replace")
+
+
+def _one_line(error: Exception) -> str:
+    """The beginning of what TFDS says, which may run over pages."""
+    words = " ".join(str(error).split()) or type(error).__name__
+    return words if len(words) <= _LONGEST_REASON else words[:_LONGEST_REASON] + "…"

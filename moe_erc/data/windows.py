@@ -1,0 +1,118 @@
+"""Batches of fixed windows, addressed by one integer.
+
+Window i of a stream is tokens [i T, i T + T]; its inputs are all but the last, its targets all but the first. Every
+target is in exactly one window. A training batch is a pure function of (corpus, seed, step): resuming at a step costs
+nothing, and a batch has the same rows in the same order whether one process reads all of it or several read consecutive
+shares.
+"""
+
+from collections.abc import Iterator
+
+import grain
+import numpy as np
+
+from moe_erc.data.mixture import Mixture
+from moe_erc.data.streams import Corpus, Stream
+
+_READING = grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)  # batches, prepared while the device computes
+
+
+def count_windows(stream: Stream, sequence_length: int) -> int:
+    """The number of full windows in a stream; a window's last target is the first input of the next."""
+    return max(len(stream.tokens_N) - 1, 0) // sequence_length
+
+
+class Windows:
+    """The full windows of a stream as a source of random access."""
+
+    def __init__(self, stream: Stream, sequence_length: int):
+        self._tokens_N, self._length, self._count = (
+            stream.tokens_N,
+            sequence_length,
+            count_windows(stream, sequence_length),
+        )
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        start = int(index) * self._length
+        return np.asarray(self._tokens_N[start : start + self._length + 1])
+
+
+def train_batches(
+    corpus: Corpus,
+    sequence_length: int,
+    batch_size: int,
+    seed: int,
+    start_step: int = 0,
+    process: tuple[int, int] = (0, 1),
+) -> Iterator[dict[str, np.ndarray]]:
+    """The endless training batches from `start_step` on, shuffled by `seed` and anew in every epoch.
+
+    `batch_size` counts the rows of all processes; process (i, n) gets rows i B/n to (i + 1) B/n of each batch. Every
+    source is a random permutation of the windows of all its domains, then another one.
+    """
+    _, count = process
+    if batch_size % count:
+        raise ValueError(
+            f"a batch of {batch_size} rows cannot be split over {count} processes; make it a multiple of {count}"
+        )
+    train = corpus.streams["train"].values()
+    groups = [[stream for stream in train if stream.source == source] for source in corpus.weights] or [list(train)]
+    shuffled = [_shuffled(group, sequence_length, (seed, position)) for position, group in enumerate(groups)]
+    mixture = Mixture(list(corpus.weights.values()) or [1], batch_size, process)
+    rows = grain.MapDataset.select_from_datasets(shuffled, mixture)
+    batches = iter(rows.batch(batch_size // count).map(_inputs_and_targets).to_iter_dataset(_READING))
+    batches.set_state({"next_index": start_step})
+    return batches
+
+
+def validation_batches(
+    corpus: Corpus, domain: str, sequence_length: int, batch_size: int, limit: int | None = None
+) -> Iterator[dict[str, np.ndarray]]:
+    """Every target of a domain's validation stream once, in order, in batches of one shape; padding has mask False.
+
+    `limit` bounds the number of windows: the ones read are then spread evenly over the stream. 0 and None mean all.
+    """
+    streams = corpus.streams["validation"]
+    if domain not in streams:
+        raise ValueError(f"no validation text in domain '{domain}'; the domains that have some are {sorted(streams)}")
+    return _validation_batches(streams[domain].tokens_N, sequence_length, batch_size, limit)
+
+
+def _validation_batches(
+    tokens_N: np.ndarray, sequence_length: int, batch_size: int, limit: int | None
+) -> Iterator[dict[str, np.ndarray]]:
+    total = -(-(len(tokens_N) - 1) // sequence_length)
+    kept = min(limit or total, total)
+    starts = np.arange(kept) * total // max(kept, 1) * sequence_length
+    for first in range(0, kept, batch_size):
+        window_BT = np.zeros((batch_size, sequence_length + 1), np.int32)
+        mask_BT = np.zeros((batch_size, sequence_length), bool)
+        for row, start in enumerate(starts[first : first + batch_size]):
+            window = tokens_N[start : start + sequence_length + 1]
+            window_BT[row, : len(window)] = window
+            mask_BT[row, : len(window) - 1] = True
+        yield _inputs_and_targets(window_BT) | {"mask_BT": mask_BT}
+
+
+def _shuffled(streams: list[Stream], sequence_length: int, entropy: tuple[int, int]) -> grain.MapDataset:
+    """All windows of some streams, epoch after epoch, each epoch a new permutation."""
+    sets = [
+        grain.MapDataset.source(Windows(stream, sequence_length))
+        for stream in streams
+        if count_windows(stream, sequence_length)
+    ]
+    seed = int(np.random.SeedSequence(entropy).generate_state(1)[0])  # each source has a permutation of its own
+    return grain.MapDataset.concatenate(sets).shuffle(seed).repeat()
+
+
+def _inputs_and_targets(window_BT: np.ndarray) -> dict[str, np.ndarray]:
+    """Windows of T + 1 tokens as T predictions each, all of them counted."""
+    window_BT = window_BT.astype(np.int32)
+    return {
+        "inputs_BT": window_BT[:, :-1],
+        "targets_BT": window_BT[:, 1:],
+        "mask_BT": np.ones_like(window_BT[:, 1:], bool),
+    }

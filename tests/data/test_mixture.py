@@ -1,0 +1,45 @@
+"""The mixture: exact shares, an even spread, and rows that processes share without overlap."""
+
+import collections
+
+import numpy as np
+import pytest
+
+from moe_erc.data.mixture import Mixture, whole_weights
+
+
+def test_weights_become_the_smallest_whole_numbers():
+    assert whole_weights((0.3, 0.7)) == [3, 7]  # in binary 0.3 is not 3/10; the decimal that was written is
+    assert whole_weights((2, 4.0)) == [1, 2]
+    assert whole_weights((np.float64(0.5), 0.125)) == [4, 1]
+    assert whole_weights(()) == []
+
+
+def test_weights_that_are_no_decimals_are_refused():
+    with pytest.raises(ValueError, match=r"data.weights: \(0.333\d*, 1.0\) have too many digits .* such as \(2, 1\)"):
+        whole_weights((1 / 3, 1.0))
+
+
+def test_one_period_by_hand():
+    mixture = Mixture([1, 3], batch_size=4, process=(0, 1))
+    # The first source has its turn at time 1/2, the second at 1/6, 3/6, 5/6; at 1/2 the first source goes first.
+    assert [mixture[row] for row in range(8)] == [(1, 0), (0, 0), (1, 1), (1, 2), (1, 3), (0, 1), (1, 4), (1, 5)]
+
+
+def test_every_period_gives_every_source_exactly_its_share():
+    mixture = Mixture(whole_weights((0.2, 0.33, 0.47)), batch_size=10, process=(0, 1))
+    drawn = collections.Counter(mixture[row][0] for row in range(3 * 100))
+    assert drawn == {0: 60, 1: 99, 2: 141}
+    for source in range(3):
+        windows = [window for chosen, window in map(mixture.__getitem__, range(300)) if chosen == source]
+        assert windows == list(range(len(windows)))  # none skipped, none twice
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_processes_read_consecutive_rows_of_the_same_batches(processes):
+    alone = Mixture([2, 3], batch_size=8, process=(0, 1))
+    rows = 8 // processes
+    for step in range(5):
+        shares = [Mixture([2, 3], 8, (index, processes)) for index in range(processes)]
+        together = [share[step * rows + row] for share in shares for row in range(rows)]
+        assert together == [alone[step * 8 + row] for row in range(8)]

@@ -1,0 +1,107 @@
+"""TFDS as a source: prepared directories, data sets by name, and which of their splits and features are read."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+
+from moe_erc.data.sources import open_source
+
+
+def texts(source, split=None):
+    return [document.text for document in source.documents() if split in (None, document.split)]
+
+
+class Splits(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+    """A data set with given splits, in the feature `body`."""
+
+    VERSION = tfds.core.Version("1.0.0")
+
+    def __init__(self, splits, **arguments):
+        self._given = splits
+        super().__init__(**arguments)
+
+    def _info(self):
+        features = tfds.features.FeaturesDict({"body": tfds.features.Text(), "number": tfds.features.Scalar(np.int32)})
+        return tfds.core.DatasetInfo(builder=self, features=features)
+
+    def _split_generators(self, dl_manager):
+        return {name: self._generate_examples(texts) for name, texts in self._given.items()}
+
+    def _generate_examples(self, texts):
+        yield from ((number, {"body": text, "number": number}) for number, text in enumerate(texts))
+
+
+Splits.code_path = None  # see EmbeddedCorpus
+
+
+def prepared(directory, splits):
+    builder = Splits(splits, data_dir=str(directory), file_format="array_record")
+    builder.download_and_prepare(file_format="array_record")
+    return str(builder.data_path)
+
+
+def test_embedded_is_the_corpus_of_the_environment(config, tree, tmp_path, monkeypatch):
+    monkeypatch.setattr("moe_erc.data.tfds_source.installed_roots", lambda: tree)
+    source = open_source("embedded", dataclasses.replace(config, text_key="content"))
+    documents = list(source.documents())
+    assert source.count == len(documents) == 400 and {document.domain for document in documents} == {"ml_code", "prose"}
+    assert list((tmp_path / "cache" / "embedded").rglob("manifest.json"))
+
+
+def test_a_prepared_directory_with_its_own_splits(config, tmp_path):
+    path = prepared(tmp_path, {"train": ["a", "b"], "test": ["c"], "validation": ["d ☕"]})
+    source = open_source(path, dataclasses.replace(config, text_key="body"))
+    assert source.label == "splits" and source.count == 3
+    assert sorted(texts(source, "train")) == [b"a", b"b"] and texts(source, "validation") == ["d ☕".encode()]
+
+
+def test_a_prepared_directory_without_validation_is_divided_by_hash(config, tmp_path):
+    path = prepared(tmp_path, {"train": [f"text {number}" for number in range(100)]})
+    source = open_source(path, dataclasses.replace(config, text_key="body", validation_fraction=0.5))
+    assert 25 < len(texts(source, "train")) < 75 and len(texts(source)) == 100
+
+
+@pytest.mark.parametrize("name", ["c4/en", "wiki40b/en", "lm1b", "dolma"])
+def test_tfds_names(config, name, tmp_path):
+    with tfds.testing.mock_data(num_examples=5, data_dir=str(tmp_path)):  # yields str where real data sets yield bytes
+        source = open_source(name, config)
+        found = texts(source)
+    assert source.label == name.replace("/", "_") and len(found) == source.count == 5
+    assert all(isinstance(text, bytes) and text for text in found)
+
+
+def test_a_data_set_with_another_text_feature(config, tmp_path):
+    with tfds.testing.mock_data(num_examples=2, data_dir=str(tmp_path)):
+        assert len(texts(open_source("pg19", dataclasses.replace(config, text_key="book_text")))) == 2
+        with pytest.raises(
+            ValueError, match=r"data.text_key: 'pg19/0.1.1' has no text feature 'text'; set it to one of .*'book_text'"
+        ):
+            open_source("pg19", config)
+
+
+def test_a_data_set_that_cannot_be_prepared_here(config, tmp_path, monkeypatch):
+    def offline(*_, **__):
+        raise RuntimeError("no network\nand a long story")
+
+    monkeypatch.setattr(tfds.core.DatasetBuilder, "download_and_prepare", offline)
+    with pytest.raises(
+        ValueError, match=r"'lm1b' is not prepared in '.*lm1b.*' .*\(no network and a long story\)"
+    ) as error:
+        open_source("lm1b", config)
+    assert "\n" not in str(error.value)
+
+
+def test_a_data_set_without_a_train_split(config, tmp_path):
+    path = prepared(tmp_path, {"test": ["a"]})
+    with pytest.raises(ValueError, match=r"'splits/1.0.0' has the splits \['test'\], none called 'train'"):
+        open_source(path, dataclasses.replace(config, text_key="body"))
+
+
+def test_a_data_set_in_another_format(config, tmp_path):
+    path = prepared(tmp_path, {"train": ["a"]})
+    info = tmp_path / "splits" / "1.0.0" / "dataset_info.json"
+    info.write_text(info.read_text().replace("array_record", "tfrecord"))
+    with pytest.raises(ValueError, match="is in the tfrecord format; prepare it as array_record"):
+        open_source(path, dataclasses.replace(config, text_key="body"))

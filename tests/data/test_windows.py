@@ -1,0 +1,144 @@
+"""Windows and batches, on streams that count upwards so that every token tells where it came from."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+
+from moe_erc.data.streams import Corpus
+from moe_erc.data.windows import Windows, count_windows, train_batches, validation_batches
+
+T = 4
+
+
+def take(batches, count):
+    return list(itertools.islice(batches, count))
+
+
+def starts(batches):
+    """The first token of every row of some batches."""
+    return np.concatenate([batch["inputs_BT"][:, 0] for batch in batches]).tolist()
+
+
+@pytest.fixture
+def corpus_of(counting_stream):
+    """Makes a corpus with one validation stream of so many tokens."""
+    return lambda tokens: Corpus(
+        None, {"train": {}, "validation": {"a": counting_stream("s", 0, tokens)}}, {}, "identity"
+    )
+
+
+@pytest.mark.parametrize(("tokens", "windows"), [(1, 0), (4, 0), (5, 1), (8, 1), (9, 2), (41, 10)])
+def test_a_window_needs_one_token_more_than_it_predicts(counting_stream, tokens, windows):
+    assert count_windows(counting_stream("s", 0, tokens), T) == windows
+
+
+def test_windows_share_one_token(counting_stream):
+    windows = Windows(counting_stream("s", 0, 10), T)
+    assert [windows[i].tolist() for i in range(len(windows))] == [[0, 1, 2, 3, 4], [4, 5, 6, 7, 8]]
+
+
+def test_a_batch_predicts_the_next_token(counting_corpus):
+    (batch,) = take(train_batches(counting_corpus, T, 6, seed=0), 1)
+    assert {name: (array.shape, array.dtype.name) for name, array in batch.items()} == {
+        "inputs_BT": ((6, T), "int32"),
+        "targets_BT": ((6, T), "int32"),
+        "mask_BT": ((6, T), "bool"),
+    }
+    np.testing.assert_array_equal(batch["targets_BT"], batch["inputs_BT"] + 1)
+    np.testing.assert_array_equal(batch["inputs_BT"], batch["inputs_BT"][:, :1] + np.arange(T))
+    assert batch["mask_BT"].all()
+
+
+def test_every_epoch_is_another_permutation_of_all_windows(counting_corpus):
+    # 10 windows of "a" and 5 of "b"; "short" has none. Three epochs in batches that do not divide an epoch.
+    drawn = starts(take(train_batches(counting_corpus, T, 9, seed=1), 5))
+    epochs = [drawn[:15], drawn[15:30], drawn[30:]]
+    everything = sorted([*range(0, 40, T), *range(1000, 1020, T)])
+    assert all(sorted(epoch) == everything for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2] != epochs[0] and epochs[0] != everything
+
+
+def test_the_seed_decides_the_order(counting_corpus):
+    first, again, other = (starts(take(train_batches(counting_corpus, T, 5, seed=seed), 3)) for seed in (7, 7, 8))
+    assert first == again != other
+
+
+def test_weights_are_honoured_exactly_and_sources_keep_their_own_epochs(weighted_corpus):
+    # 1 : 3 over 5 batches of 8 is 10 rows of "one" (an epoch of its 10 windows) and 30 of "two" (6 epochs of its 5).
+    drawn = starts(take(train_batches(weighted_corpus, T, 8, seed=0), 5))
+    one, two = [token for token in drawn if token < 1000], [token for token in drawn if token >= 1000]
+    assert (len(one), len(two)) == (10, 30)
+    assert sorted(one) == list(range(0, 40, T))
+    assert all(sorted(two[epoch : epoch + 5]) == list(range(1000, 1020, T)) for epoch in range(0, 30, 5))
+    assert all(
+        sum(token < 1000 for token in starts([batch])) == 2
+        for batch in take(train_batches(weighted_corpus, T, 8, seed=0), 5)
+    )
+
+
+@pytest.mark.parametrize("corpus_name", ["counting_corpus", "weighted_corpus"])
+@pytest.mark.parametrize("step", [1, 7, 20])
+def test_resuming_at_a_step_gives_its_batch(request, corpus_name, step):
+    corpus = request.getfixturevalue(corpus_name)
+    uninterrupted = take(train_batches(corpus, T, 4, seed=3), step + 3)
+    for expected, resumed in zip(
+        uninterrupted[step:], train_batches(corpus, T, 4, seed=3, start_step=step), strict=False
+    ):
+        for name in expected:
+            np.testing.assert_array_equal(resumed[name], expected[name])
+
+
+def test_resuming_reads_only_what_it_returns(counting_corpus, monkeypatch):
+    read = []
+    getitem = Windows.__getitem__
+    monkeypatch.setattr(Windows, "__getitem__", lambda self, index: read.append(index) or getitem(self, index))
+    take(train_batches(counting_corpus, T, 4, seed=3, start_step=10**9), 1)
+    assert (
+        4 <= len(read) <= 4 * 16
+    )  # the batch and what is prefetched after it, not a thousand million batches before it
+
+
+@pytest.mark.parametrize("corpus_name", ["counting_corpus", "weighted_corpus"])
+@pytest.mark.parametrize("processes", [2, 4])
+def test_any_number_of_processes_reads_the_same_batches(request, corpus_name, processes):
+    corpus = request.getfixturevalue(corpus_name)
+    alone = take(train_batches(corpus, T, 8, seed=5, start_step=2), 6)
+    shares = [take(train_batches(corpus, T, 8, 5, 2, (index, processes)), 6) for index in range(processes)]
+    for step, expected in enumerate(alone):
+        for name in expected:
+            np.testing.assert_array_equal(np.concatenate([share[step][name] for share in shares]), expected[name])
+
+
+def test_a_batch_that_cannot_be_split_is_refused(counting_corpus):
+    with pytest.raises(ValueError, match="a batch of 6 rows cannot be split over 4 processes"):
+        train_batches(counting_corpus, T, 6, seed=0, process=(0, 4))
+
+
+@pytest.mark.parametrize("tokens", [2, 4, 5, 6, 23, 25])
+@pytest.mark.parametrize("batch_size", [1, 2, 8])
+def test_validation_covers_every_target_once_in_batches_of_one_shape(corpus_of, tokens, batch_size):
+    batches = list(validation_batches(corpus_of(tokens), "a", T, batch_size))
+    assert {batch[name].shape for batch in batches for name in batch} == {(batch_size, T)}
+    counted = np.concatenate([batch["targets_BT"][batch["mask_BT"]] for batch in batches])
+    assert counted.tolist() == list(range(1, tokens))  # the first token has nothing to be predicted from
+    for batch in batches:
+        np.testing.assert_array_equal(batch["inputs_BT"][batch["mask_BT"]] + 1, batch["targets_BT"][batch["mask_BT"]])
+    assert len(batches) == math.ceil((tokens - 1) / T / batch_size)
+
+
+def test_a_limit_spreads_windows_evenly(corpus_of):
+    # 25 targets: windows start at 0, 4, …, 24, the last with one target. Three of seven: numbers 0, 7 // 3, 14 // 3.
+    batches = list(validation_batches(corpus_of(26), "a", T, 2, limit=3))
+    assert [batch["inputs_BT"][:, 0].tolist() for batch in batches] == [[0, 8], [16, 0]]
+    assert [batch["mask_BT"].sum() for batch in batches] == [8, 4]
+    everything = list(validation_batches(corpus_of(26), "a", T, 2))
+    for limit in (0, None, 7, 100):
+        limited = list(validation_batches(corpus_of(26), "a", T, 2, limit))
+        assert starts(limited) == starts(everything)
+
+
+def test_an_unknown_domain_is_refused_at_the_call(counting_corpus):
+    with pytest.raises(ValueError, match=r"no validation text in domain 'b'; the domains that have some are \['a'\]"):
+        validation_batches(counting_corpus, "b", T, 2)

@@ -92,14 +92,8 @@ def erc_loss(
         keys = jax.random.split(rng, len(router))
     router = lax.stop_gradient(router) if detach_router else router
 
-    if noise == "expected":
-        respond = expected_linear
-        variance_LE = lax.map(noise_bound, router) ** 2 / 3
-        inputs = (router, variance_LE[..., None] * router**2)
-        length2_LE = jnp.sum(router**2, axis=-1) * (1 + variance_LE)
-    else:
-        inputs = lax.map(lambda arguments: perturb(*arguments), (router, keys)) if noise == "uniform" else router
-        length2_LE = jnp.sum(inputs**2, axis=-1)
+    inputs, length2_LE = _proxies(router, keys, noise)
+    respond = expected_linear if noise == "expected" else respond
     if normalize:
         row_scale_LE = router.shape[-1] / jnp.where(length2_LE > 0, length2_LE, jnp.inf)
         squares_LEE = row_scale_LE[:, :, None] * squared_responses(partial(per_frobenius, respond), inputs, weights)
@@ -123,6 +117,17 @@ def check_options(*, alpha=1.0, noise, activation, normalize, layer_reduction, *
     if RESPONSES[activation][0] is not linear and (noise == "expected" or normalize):
         option = "noise 'expected'" if noise == "expected" else "normalize"
         raise ValueError(f"{option} needs a linear activation (gate or up), not {activation!r}")
+
+
+def _proxies(router_LED, keys_L, noise):
+    """What the responses read, and the squared lengths of the proxies: drawn, clean, or in expectation."""
+    if noise == "expected":
+        variance_LE = lax.map(noise_bound, router_LED) ** 2 / 3  # of a uniform draw of half-width bound
+        spread_LED = variance_LE[..., None] * router_LED**2
+        return (router_LED, spread_LED), jnp.sum(router_LED**2 + spread_LED, axis=-1)
+    draw = noise == "uniform"
+    proxies_LED = lax.map(lambda arguments: perturb(*arguments), (router_LED, keys_L)) if draw else router_LED
+    return proxies_LED, jnp.sum(proxies_LED**2, axis=-1)
 
 
 def _root(squares):

@@ -9,7 +9,7 @@ from jax import lax
 
 
 def token_losses(x_BTD, head_VD, targets_BT, chunk):
-    """Negative log-likelihood of every target, (B, T) float32; `chunk` time steps of logits at a time, recomputed backward."""
+    """Negative log-likelihood of every target, (B, T) float32; the logits of `chunk` time steps exist at a time."""
     batch, time, _ = x_BTD.shape
     if time <= chunk:
         return _chunk_losses(x_BTD, head_VD, targets_BT)

@@ -8,6 +8,6 @@ from jax import lax
 
 
 def load_balance(load_LE, probability_LE):
-    """Mean over layers of E <load, probability>, both summing to 1; load is constant, the gradient takes probability."""
+    """Mean over layers of E <load, probability>; load is constant, the gradient flows through probability."""
     experts = load_LE.shape[-1]
     return experts * jnp.mean(jnp.sum(lax.stop_gradient(load_LE) * probability_LE, axis=-1))

@@ -81,7 +81,7 @@ def linear(x_ED, w_DF):
 
 
 def expected_linear(inputs, w_DF):
-    """E |(x * noise) @ w|^2 for independent noise of mean 1: the clean square plus what each coordinate's variance adds."""
+    """E |(x * noise) @ w|^2 for independent noise of mean 1: the clean square plus what its variance adds."""
     x_ED, spread_ED = inputs
     return linear(x_ED, w_DF) + _matmul(spread_ED, _squares(w_DF.astype(jnp.float32)))
 

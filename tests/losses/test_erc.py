@@ -136,7 +136,7 @@ def test_every_activation_matches_the_definition(activation):
 ], ids=str)  # fmt: skip
 def test_gradients_match_finite_differences(options):
     params, key = random_params(), jax.random.key(3)
-    # Noise is constant to the gradient: differences are taken of a loss whose proxies are a fixed multiple of the router.
+    # Noise is constant to the gradient: differences are taken with proxies that are a fixed multiple of the router.
     noise_ED = perturb(params["router"], key) / params["router"] if "noise" not in options else 1.0
 
     def loss(params):

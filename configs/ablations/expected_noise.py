@@ -1,0 +1,13 @@
+"""ERC with the noise integrated out: the same expected squares, no draw.
+
+python train.py --config=configs/ablations/expected_noise.py:tiny
+"""
+
+from configs import erc
+
+
+def get_config(size=""):
+    """ERC with expected noise."""
+    config = erc.get_config(size)
+    config.losses.erc.noise = "expected"
+    return config

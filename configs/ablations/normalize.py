@@ -1,0 +1,13 @@
+"""Scale-invariant ERC: shrinking router or gate no longer lowers the loss.
+
+python train.py --config=configs/ablations/normalize.py:tiny
+"""
+
+from configs import erc
+
+
+def get_config(size=""):
+    """ERC with normalised hinges."""
+    config = erc.get_config(size)
+    config.losses.erc.normalize = True
+    return config

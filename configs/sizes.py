@@ -1,0 +1,56 @@
+"""Sizes: debug (seconds, for tests), tiny (minutes on a CPU), small (one GPU), and the published models.
+
+Parameters, with `D` width, `F` expert width, `A = 2 D^2 + 2 D D_kv` attention, `V` 50,304, untied:
+
+    olmoe_1b_7b   16 layers x (A 16.8M + 64 x 3 D F 402.7M + norms, router 0.1M) + 2 V D 206.0M  =  6.92B, 1.28B active
+    3b            12 layers x (A  9.4M + 64 x 3 D F 226.5M + norms, router 0.1M) + 2 V D 154.5M  =  2.99B, 0.61B active
+    15b           24 layers x (A 10.5M + 256 x 3 D F 604.0M + norms, router 0.5M) + 2 V D 206.0M = 14.97B, 0.92B active
+
+The ERC paper counts 0.5B (3b) and 0.7B (15b) active parameters, as these do without embeddings. It does not state F and
+the key/value heads of its 15B: 384 and 4 give both totals. It trains on 500B tokens in batches of 3M.
+"""
+
+MODELS = {
+    #              layers width heads kv experts K  expert_width vocab
+    "debug": (2, 32, 2, 1, 4, 2, 16, 512),
+    "tiny": (4, 128, 4, 4, 16, 4, 64, 512),
+    "small": (8, 512, 8, 8, 64, 8, 256, 50304),
+    "olmoe_1b_7b": (16, 2048, 16, 16, 64, 8, 1024, 50304),
+    "3b": (12, 1536, 16, 16, 64, 8, 768, 50304),
+    "15b": (24, 2048, 16, 4, 256, 8, 384, 50304),
+}
+MODEL_FIELDS = ("layers", "width", "heads", "kv_heads", "experts", "experts_per_token", "expert_width", "vocab_size")
+
+RUNS = {
+    #              T   batch micro steps  lr  warmup dtype  remat  expert axis
+    "debug": (32, 8, 1, 6, 3e-3, 2, "float32", "none", 1),
+    "tiny": (256, 8, 1, 600, 3e-3, 30, "float32", "none", 1),
+    "small": (1024, 64, 2, 20_000, 1e-3, 500, "bfloat16", "block", 1),
+    "olmoe_1b_7b": (4096, 1024, 1, 1_200_000, 4e-4, 2_000, "bfloat16", "block", 8),
+    "3b": (4096, 768, 1, 159_000, 4e-4, 2_000, "bfloat16", "block", 1),
+    "15b": (4096, 768, 1, 159_000, 4e-4, 2_000, "bfloat16", "block", 8),
+}
+CADENCE = {  # steps between logs, evaluations and checkpoints; validation windows of each domain: then, and at the end
+    "debug": (1, 3, 3, 4, 8),
+    "tiny": (10, 100, 100, 16, 128),
+}
+LARGE_CADENCE = (10, 1_000, 1_000, 256, 0)
+
+
+def apply(config, size):
+    """Sets the fields of one size; an unknown one is refused by name."""
+    if size not in MODELS:
+        raise ValueError(f"config size {size!r} is none of {', '.join(MODELS)}")
+    for field, value in zip(MODEL_FIELDS, MODELS[size], strict=True):
+        config.model[field] = value
+    length, batch_size, micro_batches, steps, learning_rate, warmup_steps, dtype, remat, expert = RUNS[size]
+    config.data.sequence_length = length
+    config.train.update(batch_size=batch_size, micro_batches=micro_batches, steps=steps)
+    config.optimizer.update(learning_rate=learning_rate, warmup_steps=warmup_steps)
+    config.model.update(dtype=dtype, remat=remat)
+    config.mesh.expert = expert
+    log, evaluation, checkpoint, windows, report_windows = CADENCE.get(size, LARGE_CADENCE)
+    config.log.every, config.checkpoint.every = log, checkpoint
+    config.eval.update(
+        every=evaluation, windows=windows, report_windows=report_windows, batch_size=batch_size // micro_batches
+    )

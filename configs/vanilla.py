@@ -1,0 +1,11 @@
+"""Vanilla MoE: top-K softmax router and load-balancing loss, the baseline of every method.
+
+python train.py --config=configs/vanilla.py:tiny
+"""
+
+from configs import base
+
+
+def get_config(size=""):
+    """The base config as it is."""
+    return base.get_config(size)

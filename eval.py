@@ -1,0 +1,68 @@
+"""Evaluates a run: validation loss by domain, load by layer, and how coupled its router and experts are.
+
+    python eval.py --workdir=runs/erc-tiny                      all tables, and runs/erc-tiny/eval.json
+    python eval.py --workdir=runs/erc-tiny --windows=64         on 64 windows of each domain; 0 reads all
+
+The model is the newest checkpoint's. Wrong input is one line and exit code 2.
+"""
+
+import functools
+import math
+import pathlib
+
+import jax
+from absl import flags
+
+from moe_erc import command_line, sharding
+from moe_erc.analysis.coupling import measure_coupling
+from moe_erc.analysis.report import print_report, write_report
+from moe_erc.data import text
+from moe_erc.evaluation.ngram import ngram_losses
+from moe_erc.evaluation.perplexity import Perplexity
+from moe_erc.losses.language_model import token_losses
+from moe_erc.model.config import ModelConfig
+from moe_erc.model.transformer import Transformer
+from moe_erc.training.checkpoint import Checkpoints
+from moe_erc.training.state import abstract_state, init_params
+
+WORKDIR = flags.DEFINE_string("workdir", None, "the directory of a run of train.py", required=True)
+WINDOWS = flags.DEFINE_integer(
+    "windows", None, "windows of each domain; 0 is all; the run's eval.report_windows if unset"
+)
+
+
+def main(_):
+    workdir = pathlib.Path(WORKDIR.value)
+
+    with command_line.refusing_bad_input():
+        checkpoints = Checkpoints(workdir / "checkpoints")
+        meta = checkpoints.read_meta()
+        config = meta["config"]
+        corpus = text.prepare(text.DataConfig(**config["data"]))
+        if corpus.tokenizer.identity != meta["data"]["tokenizer"]:
+            raise ValueError(f"data.tokenizer: {config['data']['tokenizer']!r} is not the one the run was trained with")
+
+    # The machine need not be the one it was trained on: as many experts a device as it takes, rows to fill the devices.
+    mesh = sharding.make_mesh(-1, math.gcd(config["mesh"]["expert"], jax.device_count()))
+    batch_size = -(-config["eval"]["batch_size"] // mesh.size) * mesh.size
+    model = Transformer(ModelConfig(**config["model"]), mesh)
+    params = checkpoints.restore_params(abstract_state(lambda: init_params(model, jax.random.key(0)), mesh))
+    print(f"{workdir}: step {checkpoints.latest_step()}")
+
+    losses = functools.partial(token_losses, chunk=config["losses"]["lm"]["chunk"])
+    put = functools.partial(sharding.put_batch, mesh)
+    perplexity = Perplexity(model, corpus, losses, put, (batch_size, config["data"]["sequence_length"]))
+    windows = config["eval"]["report_windows"] if WINDOWS.value is None else WINDOWS.value
+    moe = params["layers"]["moe"]
+    report = {
+        "step": checkpoints.latest_step(),
+        "validation": perplexity.run(params, windows),
+        "baselines": ngram_losses(corpus),
+        "coupling": jax.device_get(measure_coupling(moe["router"], moe["w_gate"])),
+    }
+    print_report(report)
+    write_report(workdir / "eval.json", report)
+
+
+if __name__ == "__main__":
+    command_line.run(main)

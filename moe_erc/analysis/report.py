@@ -1,0 +1,75 @@
+"""The tables at the end of a run: what it reached by domain, how coupled each layer is, how its experts are loaded."""
+
+import json
+import math
+import os
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from moe_erc.analysis.coupling import ALPHAS
+
+
+def write_report(path, report):
+    """`report` as JSON, null for what is not finite; a reader sees the old file or the new one, never a part."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(_plain(report), indent=1))
+    os.replace(temporary, path)
+
+
+def _plain(value):
+    if isinstance(value, dict):
+        return {name: _plain(item) for name, item in value.items()}
+    value = np.asarray(value).tolist()
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    return value if math.isfinite(value) else None
+
+
+def print_report(report):
+    """Validation, coupling and load, as far as the report has them."""
+    console = Console()
+    console.print(_validation(report["validation"], report["baselines"]))
+    console.print(_erc_by_alpha(report["coupling"]))
+    console.print(_layers(report["coupling"], np.asarray(report["validation"]["load_LE"])))
+
+
+def _validation(validation, baselines):
+    table = Table("domain", "loss", "bits/byte", "unigram", "bigram", "tokens", title="Validation, nats per token")
+    for domain, values in validation["domains"].items():
+        counted = [f"{baselines[order][domain]:.3f}" for order in ("unigram", "bigram")]
+        table.add_row(
+            domain, f"{values['loss']:.3f}", f"{values['bits_per_byte']:.3f}", *counted, f"{values['tokens']:,}"
+        )
+    table.add_section()
+    means = [f"{np.mean(list(baselines[order].values())):.3f}" for order in ("unigram", "bigram")]
+    table.add_row("mean", f"{validation['loss']:.3f}", "", *means, "")
+    return table
+
+
+def _erc_by_alpha(coupling):
+    layers = len(coupling["erc_LA"])
+    table = Table("alpha", *(f"layer {layer}" for layer in range(layers)), title="ERC of the clean router")
+    for column, alpha in enumerate(ALPHAS):
+        table.add_row(f"{alpha:g}", *(f"{row[column]:.4f}" for row in np.asarray(coupling["erc_LA"])))
+    table.add_section()
+    table.add_row("vanishes at", *(f"{alpha:.2f}" for alpha in coupling["vanishing_alpha_L"]))
+    return table
+
+
+def _layers(coupling, load_LE):
+    layers, experts = load_LE.shape
+    table = Table("", *(f"layer {layer}" for layer in range(layers)), title="Layers")
+    for name, key in (
+        ("noise bound", "noise_bound_L"),
+        ("diagonal rows", "diagonal_rows_L"),
+        ("diagonal columns", "diagonal_columns_L"),
+    ):
+        table.add_row(name, *(f"{value:.3f}" for value in coupling[key]))
+    for name in ("router", "gate"):
+        for statistic in ("norm", "spread"):
+            table.add_row(f"{name} {statistic}", *(f"{value:.3f}" for value in coupling[f"{name}_{statistic}_L"]))
+    table.add_row("highest load", *(f"{value * experts:.2f}x" for value in load_LE.max(axis=1)))
+    table.add_row("lowest load", *(f"{value * experts:.2f}x" for value in load_LE.min(axis=1)))
+    return table

@@ -1,0 +1,78 @@
+"""What a user got wrong is one line on standard error and exit code 2, before anything is compiled."""
+
+import contextlib
+import difflib
+import pathlib
+import re
+import sys
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+CONFIG = re.compile(r"--?config(=|$)")
+OVERRIDE = re.compile(r"--?config\.([\w.]+)")
+
+
+@contextlib.contextmanager
+def refusing_bad_input():
+    """Ends the program with one line on a ValueError or OSError, by which this package says that an input is wrong."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        message = (
+            f"{error.strerror}: {error.filename!r}" if isinstance(error, OSError) and error.filename else str(error)
+        )
+        print("error: " + " ".join(message.split()), file=sys.stderr)
+        sys.exit(2)
+
+
+def run(main, default_config=None):
+    """`absl.app.run` that refuses an unknown flag, config file or config key in one line.
+
+    With a `default_config` there are --config=FILE[:SIZE] and --config.a.b=value, read as `flags.FLAGS.config`.
+    """
+    if default_config:
+        # The library would read overrides of its own default while it is being defined, where nothing can be refused.
+        config_flags.DEFINE_config_file("config", None, f"config file and size; {default_config} if not given")
+        if not any(CONFIG.match(argument) for argument in sys.argv):
+            sys.argv.insert(1, f"--config={default_config}")
+    app.run(main, argv=sys.argv, flags_parser=_parse)
+
+
+def config_name():
+    """What runs are named after: erc-tiny for --config=configs/erc.py:tiny, and for configs/erc.py."""
+    path, _, size = config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")
+    return f"{pathlib.Path(path).stem}-{size or 'tiny'}"
+
+
+def _parse(argv):
+    with refusing_bad_input():
+        try:
+            if "config" in flags.FLAGS:
+                _check_keys(argv)
+            arguments = flags.FLAGS(argv)
+            if not flags.FLAGS["verbosity"].present:
+                logging.set_verbosity(logging.WARNING)  # the libraries tell too much at the default
+            return arguments
+        except (flags.Error, TypeError) as error:
+            raise ValueError(str(error).strip().splitlines()[-1]) from error
+
+
+def _check_keys(argv):
+    """Every `--config.a.b` against the file's own keys: the library suggests nothing for a key that is far from any."""
+    sys.argv = [argument for argument in argv if not OVERRIDE.match(argument)]
+    flags.FLAGS(sys.argv)
+    sys.argv, known = argv, list(_dotted(flags.FLAGS.config))
+    flags.FLAGS.unparse_flags()
+    for override in filter(None, map(OVERRIDE.match, argv)):
+        if override[1] not in known:
+            nearest = difflib.get_close_matches(override[1], known, n=1, cutoff=0)[0]
+            raise ValueError(f"config.{override[1]}: no such key; the nearest is config.{nearest}")
+
+
+def _dotted(config, prefix=""):
+    for name, value in config.items():
+        if hasattr(value, "items"):
+            yield from _dotted(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name

@@ -1,0 +1,59 @@
+"""Validation loss and bits per byte by domain, and where the tokens went.
+
+bits per byte = loss / ln 2 * tokens / bytes        comparable across tokenizers
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moe_erc.data.text import validation_batches
+
+
+class Perplexity:
+    """Measures the model of `run(params)` on every target of every validation stream, or on `windows` of each domain.
+
+    `token_losses(x_BTD, head_VD, targets_BT)` is the loss the model trains with; `put` places a batch on the devices.
+    """
+
+    def __init__(self, model, corpus, token_losses, put, shape_BT):
+        self._corpus, self._put, self._shape_BT = corpus, put, shape_BT
+
+        @jax.jit
+        def sums(params, batch):
+            output = model.apply({"params": params}, batch["inputs_BT"], batch["mask_BT"])
+            losses_BT = token_losses(output.x_BTD, output.head_VD, batch["targets_BT"])
+            count = jnp.sum(batch["mask_BT"])
+            return {
+                "loss": jnp.sum(losses_BT * batch["mask_BT"]),
+                "tokens": count,
+                "load_LE": output.routing.load_E * count,
+            }
+
+        self._sums = sums
+
+    def run(self, params, windows=None):
+        """{"loss": mean of domains, "domains": {name: {"loss", "bits_per_byte", "tokens"}}, "load_LE": shares}."""
+        domains, load_LE = {}, 0.0
+        for domain, stream in self._corpus.streams["validation"].items():
+            total = self._total(params, domain, windows)
+            loss = float(total["loss"] / total["tokens"])
+            tokens_per_byte = (len(stream.tokens_N) - 1) / stream.bytes
+            domains[domain] = {
+                "loss": loss,
+                "bits_per_byte": loss / math.log(2) * tokens_per_byte,
+                "tokens": int(total["tokens"]),
+            }
+            load_LE += total["load_LE"]
+        mean = float(np.mean([values["loss"] for values in domains.values()]))
+        return {"loss": mean, "domains": domains, "load_LE": load_LE / load_LE.sum(axis=-1, keepdims=True)}
+
+    def _total(self, params, domain, windows):
+        batch_size, length = self._shape_BT
+        batches = validation_batches(self._corpus, domain, length, batch_size, windows)
+        return jax.tree.map(
+            lambda *leaves: np.sum(leaves, axis=0, dtype=np.float64),
+            *(jax.device_get(self._sums(params, self._put(batch))) for batch in batches),
+        )

@@ -1,0 +1,167 @@
+"""Metrics, named `group/name`, to a JSON-lines file and, if asked, to TensorBoard and Weights & Biases.
+
+`metrics.jsonl` holds one line a write, {"step": 7, "loss/lm": 1.5, "router/load": [0.2, 0.8]}, handed to the operating
+system at once: a killed run loses nothing it wrote. A resumed run first drops what lies at or beyond the step it starts
+from, so the file reads as if the run had never stopped.
+"""
+
+import json
+import math
+import os
+import re
+from pathlib import Path
+
+import jax
+import numpy as np
+
+
+class MetricWriter:
+    """Writes to every sink asked for. On a pod process 0 writes, the others' writes do nothing."""
+
+    def __init__(self, directory, tensorboard: bool, wandb_project: str, config: dict, first_step: int = 0):
+        """first_step: the first step this run will write; a resumed run passes the restored step + 1.
+
+        An empty wandb_project means no Weights & Biases. `config` (plain JSON) is shown there beside the curves.
+        """
+        self._sinks = []
+        if jax.process_index() != 0:
+            return
+        directory = Path(directory).expanduser()
+        directory.mkdir(parents=True, exist_ok=True)
+        self._sinks.append(_JsonLines(directory / "metrics.jsonl", first_step))
+        if tensorboard:
+            self._sinks.append(_TensorBoard(directory / "tensorboard", first_step))
+        if wandb_project:
+            self._sinks.append(_WeightsAndBiases(wandb_project, directory, config))
+
+    def write(self, step, metrics):
+        """Writes {name: number or (nested) list of numbers}; arrays are fetched from the device here."""
+        values = {name: np.asarray(value, np.float64).tolist() for name, value in metrics.items()}
+        for sink in self._sinks:
+            sink.write(int(step), values)
+
+    def close(self):
+        """Flushes and closes every sink."""
+        for sink in self._sinks:
+            sink.close()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+
+class _JsonLines:
+    def __init__(self, path, first_step):
+        truncate(path, first_step)
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, step, values):
+        self._file.write(json.dumps({"step": step} | _without_nan(values)) + "\n")
+        self._file.flush()
+
+    def close(self):
+        self._file.close()
+
+
+class _TensorBoard:
+    def __init__(self, directory, first_step):
+        from tensorboardX import SummaryWriter  # half a second of import that a run without it should not pay
+
+        self._writer = SummaryWriter(str(directory), purge_step=first_step)
+
+    def write(self, step, values):
+        for name, value in _scalars(values):
+            self._writer.add_scalar(name, value, step)
+
+    def close(self):
+        self._writer.close()
+
+
+class _WeightsAndBiases:
+    def __init__(self, project, directory, config):
+        try:
+            import wandb
+        except ImportError:
+            raise ValueError(
+                f'wandb_project = {project!r} needs the wandb package: pip install "moe_erc[wandb]", or leave it empty'
+            ) from None
+        # The id lies beside the checkpoints, so that a resumed run continues its own curves.
+        identity = directory / "wandb_id"
+        if not identity.exists():
+            identity.write_text(wandb.util.generate_id())
+        self._run = wandb.init(
+            project=project, dir=str(directory), config=config, id=identity.read_text(), resume="allow"
+        )
+
+    def write(self, step, values):
+        self._run.log(dict(_scalars(values)), step=step)
+
+    def close(self):
+        self._run.finish()
+
+
+def truncate(path, first_step):
+    """Keeps the lines of `path` before `first_step`, in one atomic replacement; a torn last line goes as well."""
+    path = Path(path)
+    if not path.exists():
+        return
+    before = path.read_text(encoding="utf-8", errors="replace")
+    after = "".join(line for line in before.splitlines(keepends=True) if _is_before(line, first_step))
+    if after != before:
+        shorter = path.with_suffix(".tmp")
+        shorter.write_text(after, encoding="utf-8")
+        os.replace(shorter, path)
+
+
+def _is_before(line, first_step):
+    try:
+        return line.endswith("\n") and json.loads(line)["step"] < first_step
+    except json.JSONDecodeError:
+        return False
+
+
+def _without_nan(value):
+    """JSON has no NaN and no infinity: null stands for both, so that every reader can read the file."""
+    if isinstance(value, dict):
+        return {name: _without_nan(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(item) for item in value]
+    return value if math.isfinite(value) else None
+
+
+def _scalars(values):
+    """("router/load", [[a, b]]) becomes ("router/load/0/0", a), ("router/load/0/1", b): a curve for every number."""
+    for name, value in values.items():
+        for index, number in np.ndenumerate(np.asarray(value)):
+            yield "/".join([name, *map(str, index)]), float(number)
+
+
+# Dense bfloat16 FLOP/s of one JAX device, from the makers' data sheets; the first pattern found in the kind counts.
+# A device is a chip, except for TPU v2, v3 and 7x, where it is one of the chip's two cores.
+PEAK_FLOPS = (
+    (r"TPU v2", 45e12 / 2),
+    (r"TPU v3", 123e12 / 2),
+    (r"TPU v4 lite", 137e12),
+    (r"TPU v4", 275e12),
+    (r"TPU v5 ?(lite|e)", 197e12),
+    (r"TPU v5p?", 459e12),
+    (r"TPU v6 ?(lite|e)", 918e12),
+    (r"TPU ?7x", 2307e12 / 2),
+    (r"A100", 312e12),
+    (r"H100 PCIe", 756e12),
+    (r"H100|H200|GH200", 989e12),
+    (r"B200", 2250e12),
+    (r"GB200", 2500e12),
+    (r"L40S", 362e12),
+    (r"L4", 121e12),
+    (r"RTX 4090", 165e12),
+)
+
+
+def peak_flops(device_kind) -> float | None:
+    """The most a device of this `jax.Device.device_kind` can do, for the MFU; None where not known, as on a CPU."""
+    if "MIG" in device_kind:  # a slice of a GPU carries the name of the whole
+        return None
+    return next((peak for pattern, peak in PEAK_FLOPS if re.search(rf"\b({pattern})\b", device_kind)), None)

@@ -1,0 +1,150 @@
+"""From gradients to updates: clip the global norm, choose a direction, decay the matrices, scale by the schedule.
+
+    update = -rate(t) * (direction(clip(grad)) + weight_decay * matrix)
+
+AdamW takes Adam's direction everywhere. Muon (Jordan et al., 2024) orthogonalises the momentum of every hidden matrix,
+each layer's and each expert's on its own, and leaves embeddings, head, router and norm scales to Adam. Its steps are
+scaled to the root mean square of Adam's (arXiv 2502.16982), so both share one learning rate and one weight decay.
+"""
+
+import dataclasses
+import difflib
+import math
+
+import jax
+import jax.numpy as jnp
+import optax
+
+OPTIMIZERS = ("adamw", "muon")
+SCHEDULES = ("constant", "cosine", "linear", "wsd")
+MUON_MOMENTUM = 0.95  # the published value, so that naming muon is all it takes
+ADAM_RMS = 0.2  # what Adam's direction measures in practice; an orthogonal (m, n) matrix has 1 / sqrt(max(m, n))
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """The `optimizer` block of a config; a value out of range is a ValueError that names its key."""
+
+    name: str
+    learning_rate: float  # the peak
+    schedule: str
+    warmup_steps: int
+    decay_fraction: float  # wsd alone: the last share of all steps, in which the rate falls
+    final_fraction: float  # the rate at the end, as a share of the peak
+    b1: float
+    b2: float
+    eps: float
+    weight_decay: float
+    clip_norm: float  # of the gradient of all parameters together; inf never clips
+
+    def __post_init__(self):
+        _check_choice("name", self.name, OPTIMIZERS)
+        _check_choice("schedule", self.schedule, SCHEDULES)
+        _check_range("learning_rate", self.learning_rate, 0 < self.learning_rate < math.inf, "positive and finite")
+        _check_range("warmup_steps", self.warmup_steps, self.warmup_steps >= 0, "at least 0")
+        _check_range("decay_fraction", self.decay_fraction, 0 < self.decay_fraction <= 1, "above 0 and at most 1")
+        _check_range("final_fraction", self.final_fraction, 0 <= self.final_fraction <= 1, "from 0 to 1")
+        _check_range("b1", self.b1, 0 <= self.b1 < 1, "at least 0 and below 1")
+        _check_range("b2", self.b2, 0 <= self.b2 < 1, "at least 0 and below 1")
+        _check_range("eps", self.eps, 0 < self.eps < math.inf, "positive and finite")
+        _check_range("weight_decay", self.weight_decay, 0 <= self.weight_decay < math.inf, "at least 0 and finite")
+        _check_range("clip_norm", self.clip_norm, self.clip_norm > 0, "positive (inf never clips)")
+
+
+def _check_choice(key, value, known):
+    if value not in known:
+        nearest = difflib.get_close_matches(str(value), known, n=1)
+        mend = f"did you mean {nearest[0]!r}?" if nearest else f"choose one of {', '.join(known)}"
+        raise ValueError(f"optimizer.{key} = {value!r} is unknown: {mend}")
+
+
+def _check_range(key, value, holds, limit):
+    if not holds:
+        raise ValueError(f"optimizer.{key} = {value!r} must be {limit}")
+
+
+def learning_rate_schedule(config, steps) -> optax.Schedule:
+    """The rate of update t = 0 … steps - 1: linear warm-up, then the schedule, which ends at t = steps.
+
+    Update 0 already moves, by peak / (warmup_steps + 1); update `warmup_steps` is the first at the peak.
+    """
+    peak, warmup = config.learning_rate, config.warmup_steps
+    if warmup >= steps:
+        raise ValueError(f"optimizer.warmup_steps = {warmup} must be below the {steps} steps of the run: lower it")
+    return optax.join_schedules(
+        [optax.linear_schedule(peak / (warmup + 1), peak, warmup), _after_warmup(config, steps)], [warmup]
+    )
+
+
+def _after_warmup(config, steps):
+    peak, final = config.learning_rate, config.learning_rate * config.final_fraction
+    remaining = steps - config.warmup_steps
+    match config.schedule:
+        case "constant":
+            return optax.constant_schedule(peak)
+        case "cosine":
+            return optax.cosine_decay_schedule(peak, remaining, alpha=config.final_fraction)
+        case "linear":
+            return optax.linear_schedule(peak, final, remaining)
+        case "wsd":
+            decay = max(1, round(config.decay_fraction * steps))
+            if decay > remaining:
+                raise ValueError(
+                    f"optimizer.decay_fraction = {config.decay_fraction} decays over {decay} of {steps} steps, "
+                    f"but only {remaining} follow optimizer.warmup_steps = {config.warmup_steps}: lower one of the two"
+                )
+            return optax.linear_schedule(peak, final, decay, transition_begin=remaining - decay)
+
+
+def _names(path):
+    return tuple(key.key for key in path)
+
+
+def _is_matrix(path, leaf):
+    """Whether a leaf is a matrix or a stack of them: below `layers` the leading axis counts layers, not rows."""
+    return leaf.ndim - ("layers" in _names(path)) >= 2
+
+
+def decay_mask(params):
+    """True for matrices, False for norm scales and biases, whose size is not a matter of overfitting."""
+    return jax.tree_util.tree_map_with_path(_is_matrix, params)
+
+
+def directions(params):
+    """Who turns each gradient into a direction under Muon: "muon" for the hidden matrices, "adam" for the rest.
+
+    The router is no hidden map: its rows are compared one by one with tokens and experts, so it keeps Adam.
+    """
+
+    def label(path, leaf):
+        hidden = "layers" in _names(path) and "router" not in _names(path)
+        return "muon" if hidden and _is_matrix(path, leaf) else "adam"
+
+    return jax.tree_util.tree_map_with_path(label, params)
+
+
+def _last_two_axes(params):
+    """Every leaf is a stack of (input, output) matrices; the axes before them are orthogonalised independently."""
+    return jax.tree.map(lambda _: optax.contrib.MuonDimensionNumbers(reduction_axis=-2, output_axis=-1), params)
+
+
+def _to_adam_rms(updates, params=None):
+    del params  # optax hands them over; only shapes matter here
+    return jax.tree.map(lambda update: ADAM_RMS * jnp.sqrt(max(update.shape[-2:])) * update, updates)
+
+
+def make_optimizer(config, steps) -> optax.GradientTransformation:
+    """The chain of the module's equation, all state in the dtype of the parameters."""
+    direction = optax.scale_by_adam(config.b1, config.b2, config.eps)
+    if config.name == "muon":
+        orthogonal = optax.chain(
+            optax.contrib.scale_by_muon(beta=MUON_MOMENTUM, weight_dimension_numbers=_last_two_axes),
+            optax.stateless(_to_adam_rms),
+        )
+        direction = optax.partition({"muon": orthogonal, "adam": direction}, directions)
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip_norm),
+        direction,
+        optax.add_decayed_weights(config.weight_decay, decay_mask),
+        optax.scale_by_learning_rate(learning_rate_schedule(config, steps)),
+    )

@@ -1,0 +1,75 @@
+"""What a run shows while it runs: metrics that stay on the device until they are due, the bar, and the speed.
+
+Fetching every `every` steps leaves the device a queue of work; every step's numbers are still looked at, so a
+non-finite one is reported with the step that made it, and before a checkpoint of what it left behind.
+"""
+
+import contextlib
+import time
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from moe_erc.training.metrics import peak_flops
+
+SHOWN = {
+    "loss/lm": "lm",
+    "loss/erc": "erc",
+    "router/max_load": "load",
+    "speed/tokens_per_s": "tok/s",
+    "speed/mfu": "mfu",
+}
+
+
+class Progress:
+    """`add` a step's metrics, `flush` what has come together; `step_size` is (tokens, FLOPs) of one step."""
+
+    def __init__(self, writer, every, steps, step_size):
+        first, last = steps
+        self._writer, self._every, (self._tokens, self._flops) = writer, every, step_size
+        self._pending, self._timed_steps, self._seconds, self._since = [], 0, 0.0, time.perf_counter()
+        self._bar = tqdm(initial=first, total=last, unit="step", dynamic_ncols=True, smoothing=0.05)
+
+    def add(self, step, metrics):
+        """Takes the metrics of one step as they come from the device, unfetched."""
+        self._pending.append((step, metrics))
+        self._bar.update()
+
+    def flush(self):
+        """Fetches, checks and writes what is pending; FloatingPointError names the first step with a non-finite one."""
+        fetched = jax.device_get(self._pending)
+        self._pending = []
+        self._seconds += time.perf_counter() - self._since
+        self._since = time.perf_counter()
+        self._timed_steps += len(fetched)
+        for step, metrics in fetched:
+            bad = sorted(name for name, value in metrics.items() if not np.all(np.isfinite(value)))
+            if bad:
+                raise FloatingPointError(f"step {step}: not finite: {', '.join(bad)}")
+            if step % self._every == 0:
+                metrics = metrics | self._speed()
+                self._writer.write(step, metrics)
+                shown = {short: f"{float(metrics[name]):.4g}" for name, short in SHOWN.items() if name in metrics}
+                self._bar.set_postfix(shown)
+
+    def _speed(self):
+        rate = self._timed_steps / self._seconds
+        self._timed_steps, self._seconds = 0, 0.0
+        peak = peak_flops(jax.devices()[0].device_kind)
+        speed = {"speed/tokens_per_s": rate * self._tokens}
+        return speed | ({"speed/mfu": rate * self._flops / (peak * jax.device_count())} if peak else {})
+
+    @contextlib.contextmanager
+    def paused(self):
+        """The time in here is not the training's; lines printed in here do not tear the bar."""
+        self._seconds += time.perf_counter() - self._since
+        with tqdm.external_write_mode():
+            yield
+        self._since = time.perf_counter()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self._bar.close()

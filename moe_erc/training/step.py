@@ -1,0 +1,82 @@
+"""One optimizer step, pure in (state, batch): forward, losses, gradients, update.
+
+Micro-batches are a scan over the accumulation axis. Losses on parameters alone are computed once per step, outside it.
+"""
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from moe_erc.sharding import shard_batch
+
+
+def make_train_step(model, objective, optimizer, micro_batches, state_shardings):
+    """The jitted (state, batch) -> (state, metrics); the state is donated, the batch holds a step's micro-batches."""
+
+    def train_step(state, batch):
+        rng = jax.random.fold_in(state.rng, state.step)
+        gradients, terms, load_LE = batch_gradients(model, objective, state.params, split(batch, micro_batches))
+        parameter_terms, parameter_gradients = parameter_only(objective, state.params, rng)
+        terms |= parameter_terms
+        gradients = jax.tree.map(jnp.add, gradients, parameter_gradients)
+        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        metrics = {f"loss/{name}": value for name, value in terms.items()} | {
+            "loss/total": objective.total(terms),
+            "router/max_load": jnp.max(load_LE) * load_LE.shape[-1],
+            "norm/gradient": optax.tree.norm(gradients),
+            "norm/parameters": optax.tree.norm(params),
+        }
+        return state.replace(step=state.step + 1, params=params, opt_state=opt_state), metrics
+
+    batch_shardings = shard_batch(model.mesh)
+    return jax.jit(
+        train_step,
+        donate_argnums=0,
+        in_shardings=(state_shardings, batch_shardings),
+        out_shardings=(state_shardings, None),
+    )
+
+
+def parameter_only(objective, params, rng):
+    """(terms, gradients) of the losses on parameters alone."""
+
+    def loss(params):
+        terms = objective.of_parameters(params, rng)
+        return objective.total(terms), terms
+
+    (_, terms), gradients = jax.value_and_grad(loss, has_aux=True)(params)
+    return terms, gradients
+
+
+def split(batch, micro_batches):
+    """(B, …) -> (M, B / M, …) with every micro-batch spread over all devices, as the batch is."""
+    return jax.tree.map(lambda leaf: leaf.reshape(-1, micro_batches, *leaf.shape[1:]).swapaxes(0, 1), batch)
+
+
+def batch_gradients(model, objective, params, micro_batches):
+    """(gradients, terms, mean load) over micro-batches, each weighed by its share of the unmasked tokens.
+
+    So the language-model loss and its gradient are those of the whole batch, whatever the number of micro-batches.
+    """
+    shares_M = jnp.sum(micro_batches["mask_BT"], axis=(1, 2))
+    shares_M = shares_M / jnp.maximum(jnp.sum(shares_M), 1)
+
+    def loss(params, batch, load_LE):
+        output = model.apply({"params": params}, batch["inputs_BT"], batch["mask_BT"])
+        terms = objective.of_batch(output, batch, load_LE)
+        return objective.total(terms), (terms, output.routing.load_E)
+
+    def accumulate(carry, share_and_batch):
+        share, batch = share_and_batch
+        gradients, terms, load_LE = carry
+        (_, (extra_terms, extra_load_LE)), extra = jax.value_and_grad(loss, has_aux=True)(params, batch, load_LE)
+        total = jax.tree.map(lambda so_far, term: so_far + share * term, (gradients, terms), (extra, extra_terms))
+        return (*total, load_LE + extra_load_LE), None
+
+    first = jax.tree.map(lambda leaf: leaf[0], micro_batches)
+    load_LE = jnp.zeros((model.config.layers, model.config.experts))
+    terms = jax.eval_shape(loss, params, first, load_LE)[1][0]
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), (params, terms))
+    (gradients, terms, load_LE), _ = jax.lax.scan(accumulate, (*zeros, load_LE), (shares_M, micro_batches))
+    return gradients, terms, load_LE / len(shares_M)

@@ -1,0 +1,58 @@
+"""The measures on matrices small enough to work by hand."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe_erc import coupling_matrix, coupling_penalty, noise_bound
+from moe_erc.analysis.coupling import ALPHAS, measure_coupling, summarize_coupling
+
+
+def layers_with_matrices(*matrices):
+    """Router rows are unit vectors and gates diagonal, so that M is the matrix given: |e_i @ diag(m)| = m_i."""
+    experts = len(matrices[0])
+    router_LED = jnp.stack([jnp.eye(experts)] * len(matrices))
+    w_gate_LEDF = jnp.stack([jnp.stack([jnp.diag(jnp.array(M)[:, j]) for j in range(experts)]) for M in matrices])
+    return router_LED, w_gate_LEDF
+
+
+def test_measures_by_hand():
+    # M01 = 3 over diagonals 2 and 4: ratios 1.5 and 0.75; M20 = 2 over 1 and 2: 2 and 1; M12 = 1 over 4 and 1: 1
+    M = [[2.0, 3.0, 0.5], [0.5, 4.0, 1.0], [2.0, 0.5, 1.0]]
+    measures = measure_coupling(*layers_with_matrices(M))
+    assert measures["vanishing_alpha_L"][0] == pytest.approx(2.0)
+    assert measures["diagonal_rows_L"][0] == pytest.approx(1 / 3)  # row 1 alone: rows 0 and 2 have a larger entry
+    assert measures["diagonal_columns_L"][0] == pytest.approx(1.0)  # 2 >= 2, 4 >= 3, 1 >= 1
+    # alpha 1: bars (2, 4, 1): M01 exceeds bar 0 by 1, M20 exceeds bar 2 by 1: 2 / 9; alpha 2 and above: 0
+    np.testing.assert_allclose(measures["erc_LA"][0], [2 / 9, 0, 0, 0, 0], rtol=1e-6)
+    assert measures["router_norm_L"][0] == pytest.approx(1.0) and measures["router_spread_L"][0] == 0
+    gates = [np.linalg.norm(np.array(M)[:, j]) for j in range(3)]
+    assert measures["gate_norm_L"][0] == pytest.approx(np.mean(gates))
+    assert measures["gate_spread_L"][0] == pytest.approx(np.std(gates), rel=1e-5)
+    assert measures["noise_bound_L"][0] == pytest.approx(2**0.5 / 2)
+
+
+def test_erc_is_zero_at_the_vanishing_alpha_and_positive_below_it():
+    rng = np.random.default_rng(0)
+    router_LED, w_gate_LEDF = rng.normal(size=(2, 5, 7)), rng.normal(size=(2, 5, 7, 4))
+    measures = measure_coupling(router_LED, w_gate_LEDF)
+    for layer in range(2):
+        M_EE = coupling_matrix(router_LED[layer], w_gate_LEDF[layer])
+        alpha = float(measures["vanishing_alpha_L"][layer])
+        assert coupling_penalty(M_EE, alpha * 1.0001) == 0
+        assert coupling_penalty(M_EE, alpha * 0.999) > 0
+        np.testing.assert_allclose(
+            measures["erc_LA"][layer], [coupling_penalty(M_EE, each) for each in ALPHAS], rtol=1e-5
+        )
+        assert measures["noise_bound_L"][layer] == pytest.approx(float(jnp.mean(noise_bound(router_LED[layer]))))
+
+
+def test_a_dead_expert_never_couples_and_a_coupled_layer_is_all_diagonal():
+    dead, coupled = [[1.0, 0.5], [0.5, 0.0]], [[2.0, 0.5], [0.5, 2.0]]
+    measures = measure_coupling(*layers_with_matrices(dead, coupled))
+    assert measures["vanishing_alpha_L"][0] == jnp.inf
+    assert measures["vanishing_alpha_L"][1] == pytest.approx(0.25)
+    summary = summarize_coupling(measures)
+    assert summary["coupling/diagonal_rows"] == pytest.approx((0.5 + 1) / 2)
+    # layer 0 at alpha 1: both 0.5 exceed the dead expert's bar by 0.5, M01 as column, M10 as row: (0.5 + 0.5) / 4
+    assert summary["coupling/erc"] == pytest.approx(0.25 / 2)

@@ -1,0 +1,79 @@
+"""Perplexity and sampling against the model's own logits, on a corpus of known tokens."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe_erc import sharding
+from moe_erc.data.text import DataConfig, prepare
+from moe_erc.evaluation.generate import Sampler
+from moe_erc.evaluation.perplexity import Perplexity
+from moe_erc.losses.language_model import token_losses
+from moe_erc.model.transformer import Transformer
+
+LENGTH = 32
+
+
+@pytest.fixture(scope="module")
+def corpus(text_directory, tmp_path_factory):
+    return prepare(
+        DataConfig((str(text_directory),), (), "bytes", "text", 0.1, LENGTH, str(tmp_path_factory.mktemp("c")))
+    )
+
+
+@functools.cache
+def jitted_logits(model):
+    def logits(params, ids_T):
+        pair_BT = jnp.stack([ids_T, ids_T])  # two devices want two rows
+        output = model.apply({"params": params}, pair_BT, jnp.ones_like(pair_BT, bool))
+        return output.x_BTD[0] @ output.head_VD.T
+
+    return jax.jit(logits)
+
+
+def logits_of(model, params, ids):
+    """Logits of a sequence of at most LENGTH tokens, padded to one shape: the model is causal."""
+    padded = np.zeros(LENGTH, np.int32)
+    padded[: len(ids)] = ids
+    return jitted_logits(model)(params, padded)[: len(ids)]
+
+
+@pytest.fixture(scope="module")
+def model_and_params(model_config):
+    model = Transformer(model_config(init_std=0.3), sharding.make_mesh(2, 1))
+    tokens = jnp.zeros((2, 4), jnp.int32)
+    return model, model.init(jax.random.key(0), tokens, tokens > -1)["params"]
+
+
+def test_loss_is_the_mean_over_every_validation_token(corpus, model_and_params):
+    model, params = model_and_params
+    put = functools.partial(sharding.put_batch, model.mesh)
+    losses = functools.partial(token_losses, chunk=16)
+    found = Perplexity(model, corpus, losses, put, (4, LENGTH)).run(params)
+    (domain, stream), = corpus.streams["validation"].items()  # fmt: skip
+    tokens_N, total = np.asarray(stream.tokens_N, np.int32), 0.0
+    for start in range(0, len(tokens_N) - 1, LENGTH):  # the last window is shorter
+        window = tokens_N[start : start + LENGTH + 1]
+        log_probs = jax.nn.log_softmax(logits_of(model, params, window[:-1]))
+        total -= float(log_probs[np.arange(len(window) - 1), window[1:]].sum())
+    values = found["domains"][domain]
+    assert values["tokens"] == len(tokens_N) - 1
+    assert values["loss"] == pytest.approx(total / (len(tokens_N) - 1), rel=1e-5)
+    assert values["bits_per_byte"] == pytest.approx(total / math.log(2) / stream.bytes, rel=1e-5)
+    np.testing.assert_allclose(found["load_LE"].sum(axis=1), 1, rtol=1e-6)
+
+
+def test_sampling_continues_the_prompt_by_the_models_distribution(corpus, model_and_params):
+    model, params = model_and_params
+    sampler = Sampler(model, corpus.tokenizer, new_tokens=5, temperature=1e-4)  # so cold that it is greedy
+    text = sampler.run(params, "the rou", jax.random.key(0))
+    ids = list(b"the rou")
+    for _ in range(5):
+        ids.append(int(jnp.argmax(logits_of(model, params, ids)[-1, : corpus.tokenizer.vocab_size])))
+    assert text == corpus.tokenizer.decode(np.array(ids))
+    warm = Sampler(model, corpus.tokenizer, new_tokens=20, temperature=1.0)
+    assert warm.run(params, "the rou", jax.random.key(0)) != warm.run(params, "the rou", jax.random.key(1))

@@ -1,0 +1,58 @@
+"""Norm and rotation by hand; attention against the definition, head by head in NumPy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe_erc.model.attention import Attention, rms_norm, rope
+
+
+def test_rms_norm_by_hand():
+    # rms of (3, 4) is sqrt(12.5)
+    np.testing.assert_allclose(
+        rms_norm(jnp.array([3.0, 4.0]), jnp.array([1.0, 2.0]), 0.0), [3 / 12.5**0.5, 8 / 12.5**0.5]
+    )
+
+
+def test_rope_by_hand():
+    # width 4: coordinates (0, 2) turn by t, (1, 3) by t / sqrt(theta); theta 100 -> t / 10
+    x_BTHD = jnp.tile(jnp.array([1.0, 2.0, 3.0, 4.0]), (1, 3, 1, 1))
+    t = 2.0
+    expected = [
+        1 * np.cos(t) - 3 * np.sin(t), 2 * np.cos(t / 10) - 4 * np.sin(t / 10),
+        3 * np.cos(t) + 1 * np.sin(t), 4 * np.cos(t / 10) + 2 * np.sin(t / 10),
+    ]  # fmt: skip
+    turned = rope(x_BTHD, 100.0)
+    np.testing.assert_allclose(turned[0, 0, 0], [1, 2, 3, 4])
+    np.testing.assert_allclose(turned[0, 2, 0], expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+def test_attention_is_the_definition(model_config, kv_heads):
+    config = model_config(heads=4, kv_heads=kv_heads)
+    B, T, D, width = 2, 7, config.width, config.head_width
+    module, x_BTD = Attention(config), jax.random.normal(jax.random.key(0), (B, T, D))
+    params = jax.tree.map(
+        lambda leaf: leaf + jax.random.normal(jax.random.key(leaf.size), leaf.shape),
+        module.init(jax.random.key(1), x_BTD),
+    )["params"]
+
+    def heads(name, count, turned):
+        y = x_BTD @ params[name]
+        if turned:
+            y = rms_norm(y, params[f"{name}_norm"], config.norm_eps)
+        y = y.reshape(B, T, count, width)
+        return np.asarray(rope(y, config.rope_theta) if turned else y)
+
+    query, key, value = heads("query", 4, True), heads("key", kv_heads, True), heads("value", kv_heads, False)
+    expected = np.zeros((B, T, 4, width))
+    for b in range(B):
+        for h in range(4):
+            for t in range(T):
+                shared = h * kv_heads // 4
+                scores = key[b, : t + 1, shared] @ query[b, t, h] / width**0.5
+                weights = np.exp(scores - scores.max())
+                expected[b, t, h] = weights / weights.sum() @ value[b, : t + 1, shared]
+    expected = expected.reshape(B, T, D) @ params["output"]
+    np.testing.assert_allclose(module.apply({"params": params}, x_BTD), expected, rtol=1e-4, atol=1e-4)

@@ -1,0 +1,63 @@
+"""Who may import whom: mathematics <- modules <- training <- scripts."""
+
+import ast
+import pathlib
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+ALLOWED = {
+    "losses": {"losses"},
+    "moe": {"moe", "sharding"},
+    "model": {"model", "moe", "sharding"},
+    "data": {"data", "command_line"},
+    "training": {"training", "model", "losses", "sharding"},
+    "evaluation": {"evaluation", "model", "data"},
+    "analysis": {"analysis", "model", "losses"},
+    "hf": {"hf", "model"},
+    "sharding": set(),
+    "command_line": set(),
+    "__init__": {"losses"},
+}
+
+
+def imports(path):
+    """Every module that a file imports, wherever in the file."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names if node.module == "moe_erc")
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "moe_erc").rglob("*.py")), ids=lambda path: str(path.relative_to(ROOT)))
+def test_package_imports_follow_the_table(path):
+    part = path.relative_to(ROOT / "moe_erc").parts[0].removesuffix(".py")
+    for module in imports(path):
+        names = module.split(".")
+        assert names[0] not in ("configs", "train", "eval", "benchmarks", "tests", "tensorflow", "pickle"), module
+        if names[0] == "moe_erc" and len(names) > 1:
+            assert names[1] in ALLOWED[part], f"{part} imports {module}"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.py")), ids=lambda path: str(path.relative_to(ROOT)))
+def test_configs_import_ml_collections_and_each_other_alone(path):
+    assert {module.split(".")[0] for module in imports(path)} <= {"ml_collections", "configs"}
+
+
+def test_files_and_functions_keep_their_budgets():
+    for path in [*(ROOT / "moe_erc").rglob("*.py"), *(ROOT / "configs").rglob("*.py")]:
+        text = path.read_text()
+        assert text.count("\n") <= 200, path
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef):
+                assert node.end_lineno - node.lineno < 50 or "configs" in path.parts, f"{path}: {node.name}"
+    assert (ROOT / "train.py").read_text().count("\n") <= 150
+    assert (ROOT / "eval.py").read_text().count("\n") <= 100
+
+
+def test_no_file_of_no_subject():
+    vague = {"utils", "util", "common", "helpers", "misc"}
+    assert not [path for path in ROOT.glob("moe_erc/**/*.py") if path.stem in vague]

@@ -1,0 +1,124 @@
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tensorboardX.proto.event_pb2 import Event
+
+from moe_erc.training.metrics import MetricWriter, peak_flops, truncate
+
+
+def lines(directory):
+    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+
+
+def plain_writer(directory, first_step=0):
+    return MetricWriter(directory, tensorboard=False, wandb_project="", config={}, first_step=first_step)
+
+
+def test_every_write_is_one_json_line_on_disk_at_once(tmp_path):
+    with plain_writer(tmp_path) as writer:
+        writer.write(1, {"loss/lm": jnp.float32(1.5), "router/load": jnp.array([0.25, 0.75]), "speed/steps": 3})
+        assert lines(tmp_path) == [{"step": 1, "loss/lm": 1.5, "router/load": [0.25, 0.75], "speed/steps": 3.0}]
+
+
+def test_numbers_json_does_not_know_become_null(tmp_path):
+    with plain_writer(tmp_path) as writer:
+        writer.write(1, {"loss/lm": math.nan, "norm/layers": [1.0, math.inf]})
+    assert lines(tmp_path) == [{"step": 1, "loss/lm": None, "norm/layers": [1.0, None]}]
+
+
+def test_a_resumed_run_leaves_one_line_a_step(tmp_path):
+    with plain_writer(tmp_path) as writer:
+        for step in (1, 2, 3, 4):
+            writer.write(step, {"loss/lm": step})
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "loss/l')  # torn by a full disk
+    with plain_writer(tmp_path, first_step=3) as writer:
+        writer.write(3, {"loss/lm": 30})
+    assert lines(tmp_path) == [{"step": step, "loss/lm": value} for step, value in ((1, 1), (2, 2), (3, 30))]
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_truncation_drops_a_torn_line_even_if_its_json_is_whole(tmp_path):
+    # A number may be cut short and still be a number: only the newline proves that a line is complete.
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 1}')
+    truncate(path, first_step=9)
+    assert path.read_text() == '{"step": 1}\n'
+    truncate(tmp_path / "absent.jsonl", first_step=0)
+
+
+KILLED_WHILE_WRITING = """
+    import os, signal, sys
+    from moe_erc.training.metrics import MetricWriter
+    writer = MetricWriter(sys.argv[1], tensorboard=False, wandb_project="", config={})
+    for step in range(50):
+        writer.write(step, {"loss/lm": 1 / (step + 1)})
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_killed_writer_has_lost_nothing(tmp_path):
+    program = [sys.executable, "-c", textwrap.dedent(KILLED_WHILE_WRITING), str(tmp_path)]
+    killed = subprocess.run(program, env=os.environ | {"PYTHONPATH": os.getcwd()}, timeout=60)
+    assert killed.returncode == -signal.SIGKILL
+    assert [line["step"] for line in lines(tmp_path)] == list(range(50))
+
+
+def tensorboard_scalars(directory):
+    """{(tag, step): value} of an event file: records of length (8 bytes), checksum (4), payload, checksum (4)."""
+    scalars = {}
+    for path in sorted((directory / "tensorboard").iterdir()):
+        data = path.read_bytes()
+        while data:
+            size = int.from_bytes(data[:8], "little")
+            event = Event.FromString(data[12 : 12 + size])
+            scalars |= {(value.tag, event.step): value.simple_value for value in event.summary.value}
+            data = data[16 + size :]
+    return scalars
+
+
+def test_tensorboard_gets_a_curve_for_every_number(tmp_path):
+    with MetricWriter(tmp_path, tensorboard=True, wandb_project="", config={}) as writer:
+        writer.write(4, {"loss/lm": 1.5, "coupling/erc": np.array([0.25, 0.5])})
+    assert tensorboard_scalars(tmp_path) == {
+        ("loss/lm", 4): 1.5,
+        ("coupling/erc/0", 4): 0.25,
+        ("coupling/erc/1", 4): 0.5,
+    }
+
+
+def test_a_missing_wandb_is_one_line_with_its_mend(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ValueError, match=r"wandb_project = 'mine' needs the wandb package: pip install") as error:
+        MetricWriter(tmp_path, tensorboard=False, wandb_project="mine", config={})
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "peak"),
+    [
+        ("TPU v4", 275e12),
+        ("TPU v5 lite", 197e12),
+        ("TPU v5p", 459e12),
+        ("TPU v5", 459e12),
+        ("TPU v6 lite", 918e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA H200", 989e12),
+        ("NVIDIA B200", 2250e12),
+        ("NVIDIA RTX A1000", None),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
+        ("cpu", None),
+    ],
+)
+def test_peak_flops_reads_the_names_jax_gives(kind, peak):
+    assert peak_flops(kind) == peak

@@ -1,0 +1,136 @@
+"""Trains a Mixture-of-Experts language model.
+
+    python train.py                                             configs/erc.py:tiny into runs/erc-tiny, minutes on a CPU
+    python train.py --config=configs/vanilla.py:small --config.optimizer.learning_rate=3e-4 --workdir=DIR
+
+Started again on the same workdir it goes on where it stopped, to the same parameters bit for bit. SIGTERM and Ctrl-C
+save before leaving, with exit code 128 + signal. Wrong input is one line and exit code 2, a non-finite number 3.
+"""
+
+import functools
+import pathlib
+import sys
+
+import jax
+from absl import flags
+
+from moe_erc import command_line, sharding
+from moe_erc.analysis.coupling import measure_coupling, summarize_coupling
+from moe_erc.analysis.report import print_report, write_report
+from moe_erc.data import text
+from moe_erc.evaluation.generate import Sampler
+from moe_erc.evaluation.ngram import ngram_losses
+from moe_erc.evaluation.perplexity import Perplexity
+from moe_erc.losses.language_model import token_losses
+from moe_erc.losses.objective import Objective
+from moe_erc.model.config import ModelConfig
+from moe_erc.model.transformer import Transformer
+from moe_erc.training.checkpoint import Checkpoints, check_same_run
+from moe_erc.training.interrupt import StopRequest
+from moe_erc.training.metrics import MetricWriter
+from moe_erc.training.optimizer import OptimizerConfig, make_optimizer
+from moe_erc.training.progress import Progress
+from moe_erc.training.state import abstract_state, create_state, initializer, shardings
+from moe_erc.training.step import make_train_step
+
+WORKDIR = flags.DEFINE_string("workdir", None, "everything of the run goes here; runs/CONFIG-SIZE if not given")
+
+
+def main(_):
+    config = flags.FLAGS.config
+    workdir = pathlib.Path(WORKDIR.value or f"runs/{command_line.config_name()}")
+
+    with command_line.refusing_bad_input():
+        # ---------------------------------------------------------------- configuration and devices
+        steps, length, batch_size = config.train.steps, config.data.sequence_length, config.train.batch_size
+        model_config, data_config = ModelConfig(**config.model), text.DataConfig(**config.data)
+        objective = Objective(config.losses.to_dict())
+        optimizer = make_optimizer(OptimizerConfig(**config.optimizer), steps)
+        mesh = sharding.make_mesh(config.mesh.data, config.mesh.expert)
+        sharding.check(mesh, model_config, batch_size, config.train.micro_batches, config.eval.batch_size)
+        counts = f"{model_config.parameters():,} parameters, {model_config.active_parameters():,} active"
+        print(f"{workdir}: {counts}; {mesh.size} x {jax.devices()[0].device_kind}, mesh {dict(mesh.shape)}")
+
+        # ---------------------------------------------------------------- data
+        corpus = text.prepare(data_config)
+        model_config.check_vocabulary(corpus.tokenizer.vocab_size)
+
+        # ---------------------------------------------------------------- what the run is, and where it stopped
+        identity = {
+            "model": model_config.identity(),
+            "data": {"tokenizer": corpus.tokenizer.identity, "corpus": corpus.identity},
+            "optimizer": {"name": config.optimizer.name},
+            "seed": config.seed,
+        }
+        checkpoints = Checkpoints(workdir / "checkpoints", config.checkpoint.keep)
+        start = checkpoints.latest_step() or 0
+        if start:
+            check_same_run(checkpoints.read_meta(), identity)
+        meta = identity | {"config": config.to_dict()}
+
+    # -------------------------------------------------------------------- model and state
+    model = Transformer(model_config, mesh)
+    init = initializer(model, optimizer, config.seed)
+    shapes = abstract_state(init, mesh)
+    state = checkpoints.restore(shapes)[0] if start else create_state(init, shapes)
+    train_step = make_train_step(model, objective, optimizer, config.train.micro_batches, shardings(shapes))
+
+    put = functools.partial(sharding.put_batch, mesh)
+    losses = functools.partial(token_losses, chunk=config.losses.lm.chunk)
+    perplexity = Perplexity(model, corpus, losses, put, (config.eval.batch_size, length))
+    sampler = Sampler(model, corpus.tokenizer, config.eval.sample_tokens, config.eval.temperature)
+
+    def coupling(params):
+        return jax.device_get(measure_coupling(params["layers"]["moe"]["router"], params["layers"]["moe"]["w_gate"]))
+
+    def evaluate(step, params):
+        found = perplexity.run(params, config.eval.windows)
+        validation = {f"validation/{name}": values["loss"] for name, values in found["domains"].items()}
+        coupled = summarize_coupling(coupling(params))
+        writer.write(step, validation | {"validation/mean": found["loss"]} | coupled)
+        print(f"step {step}: validation {found['loss']:.3f}, ERC {coupled['coupling/erc']:.2g}")
+        if config.eval.prompt:
+            print(repr(sampler.run(params, config.eval.prompt, jax.random.key(step))))
+
+    # -------------------------------------------------------------------- loop
+    tokens = batch_size * length
+    step_size = (tokens, 3 * model_config.flops_per_token(length) * tokens)
+    batches = text.train_batches(corpus, length, batch_size, config.seed, start)
+    writer = MetricWriter(workdir, config.log.tensorboard, config.log.wandb_project, meta["config"], start + 1)
+    progress = Progress(writer, config.log.every, (start, steps), step_size)
+    with checkpoints, writer, progress, StopRequest() as stop:
+        for step in range(start + 1, steps + 1):
+            if step == config.train.profile_step:
+                jax.profiler.start_trace(workdir / "profile")
+            state, metrics = train_step(state, put(next(batches)))
+            progress.add(step, metrics)
+            leaving = step == steps or bool(stop)
+            saving = leaving or step % config.checkpoint.every == 0
+            if saving or step % config.log.every == 0:
+                try:
+                    progress.flush()
+                except FloatingPointError as error:
+                    checkpoints.wait()
+                    print(f"error: {error}; last good checkpoint: step {checkpoints.latest_step()}", file=sys.stderr)
+                    sys.exit(3)
+            if step == config.train.profile_step + 2 > 2:
+                jax.profiler.stop_trace()
+            if step == steps or step % config.eval.every == 0:
+                with progress.paused():
+                    evaluate(step, state.params)
+            if saving:
+                checkpoints.save(step, state, meta)
+            if leaving:
+                break
+    if stop and step < steps:
+        sys.exit(128 + stop.signal)
+
+    # -------------------------------------------------------------------- report
+    validation = perplexity.run(state.params, config.eval.report_windows)
+    report = {"validation": validation, "baselines": ngram_losses(corpus), "coupling": coupling(state.params)}
+    write_report(workdir / "report.json", report)
+    print_report(report)
+
+
+if __name__ == "__main__":
+    command_line.run(main, default_config="configs/erc.py:tiny")

@@ -55,6 +55,13 @@ def main(_):
         corpus = text.prepare(data_config)
         model_config.check_vocabulary(corpus.tokenizer.vocab_size)
 
+        # ---------------------------------------------------------------- model and evaluators
+        model = Transformer(model_config, mesh)
+        put = functools.partial(sharding.put_batch, mesh)
+        losses = functools.partial(token_losses, chunk=config.losses.lm.chunk)
+        perplexity = Perplexity(model, corpus, losses, put, (config.eval.batch_size, length))
+        sampler = Sampler(model, corpus.tokenizer, config.eval.sample_tokens, config.eval.temperature)
+
         # ---------------------------------------------------------------- what the run is, and where it stopped
         identity = {
             "model": model_config.identity(),
@@ -68,17 +75,11 @@ def main(_):
             check_same_run(checkpoints.read_meta(), identity)
         meta = identity | {"config": config.to_dict()}
 
-    # -------------------------------------------------------------------- model and state
-    model = Transformer(model_config, mesh)
+    # -------------------------------------------------------------------- state and step
     init = initializer(model, optimizer, config.seed)
     shapes = abstract_state(init, mesh)
     state = checkpoints.restore(shapes)[0] if start else create_state(init, shapes)
     train_step = make_train_step(model, objective, optimizer, config.train.micro_batches, shardings(shapes))
-
-    put = functools.partial(sharding.put_batch, mesh)
-    losses = functools.partial(token_losses, chunk=config.losses.lm.chunk)
-    perplexity = Perplexity(model, corpus, losses, put, (config.eval.batch_size, length))
-    sampler = Sampler(model, corpus.tokenizer, config.eval.sample_tokens, config.eval.temperature)
 
     def coupling(params):
         return jax.device_get(measure_coupling(params["layers"]["moe"]["router"], params["layers"]["moe"]["w_gate"]))
@@ -98,30 +99,31 @@ def main(_):
     batches = text.train_batches(corpus, length, batch_size, config.seed, start)
     writer = MetricWriter(workdir, config.log.tensorboard, config.log.wandb_project, meta["config"], start + 1)
     progress = Progress(writer, config.log.every, (start, steps), step_size)
-    with checkpoints, writer, progress, StopRequest() as stop:
-        for step in range(start + 1, steps + 1):
-            if step == config.train.profile_step:
-                jax.profiler.start_trace(workdir / "profile")
-            state, metrics = train_step(state, put(next(batches)))
-            progress.add(step, metrics)
-            leaving = step == steps or bool(stop)
-            saving = leaving or step % config.checkpoint.every == 0
-            if saving or step % config.log.every == 0:
-                try:
+    saved = start
+    try:
+        with checkpoints, writer, progress, StopRequest() as stop:
+            for step in range(start + 1, steps + 1):
+                if step == config.train.profile_step:
+                    jax.profiler.start_trace(workdir / "profile")
+                state, metrics = train_step(state, put(next(batches)))
+                progress.add(step, metrics)
+                leaving = step == steps or bool(stop)
+                saving = leaving or step % config.checkpoint.every == 0
+                if saving or step % config.log.every == 0:
                     progress.flush()
-                except FloatingPointError as error:
-                    checkpoints.wait()
-                    print(f"error: {error}; last good checkpoint: step {checkpoints.latest_step()}", file=sys.stderr)
-                    sys.exit(3)
-            if step == config.train.profile_step + 2 > 2:
-                jax.profiler.stop_trace()
-            if step == steps or step % config.eval.every == 0:
-                with progress.paused():
-                    evaluate(step, state.params)
-            if saving:
-                checkpoints.save(step, state, meta)
-            if leaving:
-                break
+                if step == config.train.profile_step + 2 > 2:
+                    jax.profiler.stop_trace()
+                if step == steps or step % config.eval.every == 0:
+                    with progress.paused():
+                        evaluate(step, state.params)
+                if saving:
+                    checkpoints.save(step, state, meta)
+                    saved = step
+                if leaving:
+                    break
+    except FloatingPointError as error:
+        print(f"error: {error}; the last good checkpoint is of step {saved}", file=sys.stderr)
+        sys.exit(3)
     if stop and step < steps:
         sys.exit(128 + stop.signal)
 

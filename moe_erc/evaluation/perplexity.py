@@ -19,6 +19,11 @@ class Perplexity:
     """
 
     def __init__(self, model, corpus, token_losses, put, shape_BT):
+        if not corpus.streams["validation"]:
+            raise ValueError(
+                "data.validation_fraction: no document is held out; raise it, or give a source with a validation split "
+                "(a directory of text may hold train/ and validation/)"
+            )
         self._corpus, self._put, self._shape_BT = corpus, put, shape_BT
 
         @jax.jit

@@ -1,0 +1,139 @@
+"""A run that is killed, terminated and interrupted on its way ends where the undisturbed run ends, bit for bit."""
+
+import json
+import os
+import signal
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from configs import erc
+from moe_erc import sharding
+from moe_erc.model.config import ModelConfig
+from moe_erc.model.transformer import Transformer
+from moe_erc.training.checkpoint import Checkpoints
+from moe_erc.training.optimizer import OptimizerConfig, make_optimizer
+from moe_erc.training.state import abstract_state, initializer
+from tests import script
+
+STEPS = 400
+
+
+@pytest.fixture(scope="module")
+def arguments(text_directory, tmp_path_factory):
+    """A run of a few seconds, long enough to be hit."""
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(tmp_path_factory.mktemp("xla"))  # every start compiles the same
+    yield [
+        "--config=configs/erc.py:debug",
+        f"--config.data.sources=('{text_directory}',)",
+        f"--config.data.cache_dir={tmp_path_factory.mktemp('cache')}",
+        "--config.data.validation_fraction=0.1",
+        f"--config.train.steps={STEPS}",
+        "--config.checkpoint.every=25",
+        "--config.eval.every=100",
+        "--config.log.tensorboard=False",
+    ]
+    del os.environ["JAX_COMPILATION_CACHE_DIR"]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(arguments, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("undisturbed")
+    code, printed = script.run("train.py", [*arguments, f"--workdir={workdir}"], workdir / "out")
+    assert code == 0, printed
+    return workdir
+
+
+def final_state(workdir):
+    config = erc.get_config("debug")
+    optimizer = make_optimizer(OptimizerConfig(**config.optimizer), STEPS)
+    mesh = sharding.make_mesh(1, 1)
+    shapes = abstract_state(initializer(Transformer(ModelConfig(**config.model), mesh), optimizer, 0), mesh)
+    with Checkpoints(workdir / "checkpoints") as checkpoints:
+        assert checkpoints.latest_step() == STEPS
+        state, _ = checkpoints.restore(shapes)
+    return jax.device_get(state.replace(rng=jax.random.key_data(state.rng)))
+
+
+def metrics(workdir):
+    """Every line of the metrics file without what the clock says."""
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if not name.startswith("speed/")} for line in lines]
+
+
+def hit(process, workdir, step, number):
+    """Sends a signal once the metrics file has passed a step."""
+    path, deadline = workdir / "metrics.jsonl", time.monotonic() + 240
+    while time.monotonic() < deadline and process.is_alive():
+        lines = path.read_text().splitlines() if path.exists() else []
+        if len(lines) > 1 and json.loads(lines[-2])["step"] >= step:
+            os.kill(process.pid, number)
+            break
+        time.sleep(0.001)
+    process.join(60)
+    return process.exitcode
+
+
+def test_killed_terminated_and_interrupted(arguments, undisturbed, tmp_path):
+    everything = [*arguments, f"--workdir={tmp_path}"]
+    for step, number, code in (
+        (60, signal.SIGKILL, -signal.SIGKILL),
+        (130, signal.SIGTERM, 128 + signal.SIGTERM),
+        (210, signal.SIGINT, 128 + signal.SIGINT),
+        (290, signal.SIGKILL, -signal.SIGKILL),
+    ):
+        process = script.start("train.py", everything, tmp_path / "out")
+        assert hit(process, tmp_path, step, number) == code, (tmp_path / "out").read_text()
+    code, printed = script.run("train.py", everything, tmp_path / "out")
+    assert code == 0, printed
+    jax.tree.map(np.testing.assert_array_equal, final_state(undisturbed), final_state(tmp_path))
+    assert metrics(tmp_path) == metrics(undisturbed)
+
+
+def test_a_finished_run_says_its_report_again(arguments, undisturbed):
+    before = (undisturbed / "report.json").read_text()
+    code, printed = script.run("train.py", [*arguments, f"--workdir={undisturbed}"], undisturbed / "again")
+    assert code == 0 and "Validation" in printed
+    assert (undisturbed / "report.json").read_text() == before
+
+
+def test_eval_reads_the_run(undisturbed):
+    code, printed = script.run("eval.py", [f"--workdir={undisturbed}"], undisturbed / "eval")
+    assert code == 0, printed
+    assert all(title in printed for title in ("Validation", "ERC of the clean router", "noise bound", "highest load"))
+    report, found = (json.loads((undisturbed / name).read_text()) for name in ("report.json", "eval.json"))
+    assert found.pop("step") == STEPS
+    assert found["validation"]["loss"] == pytest.approx(report["validation"]["loss"], rel=1e-6)
+    assert found["coupling"] == report["coupling"] and found["baselines"] == report["baselines"]
+
+
+def test_another_models_directory_is_refused(arguments, undisturbed):
+    for change, words in (
+        ("--config.model.experts=8", ["model.experts = 4", "8", "--workdir"]),
+        ("--config.optimizer.name=muon", ["optimizer.name", "adamw", "muon"]),
+        ("--config.data.sequence_length=16", ["data.corpus", "--workdir"]),
+    ):
+        code, printed = script.run("train.py", [*arguments, f"--workdir={undisturbed}", change], undisturbed / "other")
+        assert code == 2 and all(word in printed.splitlines()[-1] for word in words), printed
+    assert final_state(undisturbed).step == STEPS
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(arguments, tmp_path):
+    # A learning rate under which a few steps are enough to overflow the squares of float32, but not the first.
+    everything = [
+        *arguments,
+        f"--workdir={tmp_path}",
+        "--config.optimizer.learning_rate=1e8",
+        "--config.optimizer.warmup_steps=0",
+        "--config.checkpoint.every=1",
+        "--config.eval.every=1000",
+    ]
+    code, printed = script.run("train.py", everything, tmp_path / "out")
+    last = printed.splitlines()[-1]
+    assert code == 3 and "not finite" in last and "step" in last and "last good checkpoint" in last, printed
+    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        kept = checkpoints.latest_step()
+    assert kept and last.endswith(f"the last good checkpoint is of step {kept}")
+    assert all(value is not None for line in metrics(tmp_path) for value in line.values())

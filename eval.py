@@ -33,6 +33,7 @@ WINDOWS = flags.DEFINE_integer(
 
 def main(_):
     workdir = pathlib.Path(WORKDIR.value)
+    sharding.use_cpu_cores()
 
     with command_line.refusing_bad_input():
         checkpoints = Checkpoints(workdir / "checkpoints")
@@ -42,10 +43,11 @@ def main(_):
         if corpus.tokenizer.identity != meta["data"]["tokenizer"]:
             raise ValueError(f"data.tokenizer: {config['data']['tokenizer']!r} is not the one the run was trained with")
 
-    # The machine need not be the one it was trained on: as many experts a device as it takes, rows to fill the devices.
-    mesh = sharding.make_mesh(-1, math.gcd(config["mesh"]["expert"], jax.device_count()))
+    # The machine need not be the one it was trained on: as many devices as divide the experts, and rows to fill them.
+    model_config = ModelConfig(**config["model"])
+    mesh = sharding.make_mesh(1, math.gcd(model_config.experts, jax.device_count()))
     batch_size = -(-config["eval"]["batch_size"] // mesh.size) * mesh.size
-    model = Transformer(ModelConfig(**config["model"]), mesh)
+    model = Transformer(model_config, mesh)
     params = checkpoints.restore_params(abstract_state(lambda: init_params(model, jax.random.key(0)), mesh))
     print(f"{workdir}: step {checkpoints.latest_step()}")
 

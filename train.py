@@ -46,6 +46,9 @@ def main(_):
         model_config, data_config = ModelConfig(**config.model), text.DataConfig(**config.data)
         objective = Objective(config.losses.to_dict())
         optimizer = make_optimizer(OptimizerConfig(**config.optimizer), steps)
+        sharding.use_cpu_cores(
+            batch_size // max(config.train.micro_batches, 1), config.eval.batch_size, model_config.experts
+        )
         mesh = sharding.make_mesh(config.mesh.data, config.mesh.expert)
         sharding.check(mesh, model_config, batch_size, config.train.micro_batches, config.eval.batch_size)
         counts = f"{model_config.parameters():,} parameters, {model_config.active_parameters():,} active"

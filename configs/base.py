@@ -26,6 +26,7 @@ def get_config(size=""):
     config.model.tie_embeddings = False  # head = embedding
     config.model.dtype = "float32"  # of matmuls: float32 or bfloat16; parameters, losses and norms are float32
     config.model.remat = "none"  # "block" recomputes each layer in the backward pass: less memory, a third more time
+    config.model.scan_unroll = 1  # layers per turn of the scan over layers: fewer copies, longer compilation
     config.model.attention_implementation = "auto"  # of jax.nn.dot_product_attention: xla, cudnn
     config.model.experts_implementation = "auto"  # dense (oracle), block_loop (CPU, GPU), ragged (TPU)
 
@@ -77,8 +78,8 @@ def get_config(size=""):
     config.train.micro_batches = 1  # the step's batch is processed in so many parts
     config.train.profile_step = 0  # XProf trace of three steps from here into workdir/profile; 0 takes none
 
-    config.mesh = ConfigDict()  # moe_erc/sharding.py
-    config.mesh.data = -1  # devices; -1: all that expert leaves
+    config.mesh = ConfigDict()  # moe_erc/sharding.py; on a CPU every core is a device
+    config.mesh.data = -1  # devices; -1, for one of the two: all that the other leaves
     config.mesh.expert = 1
 
     config.eval = ConfigDict()

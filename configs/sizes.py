@@ -22,13 +22,13 @@ MODELS = {
 MODEL_FIELDS = ("layers", "width", "heads", "kv_heads", "experts", "experts_per_token", "expert_width", "vocab_size")
 
 RUNS = {
-    #              T   batch micro steps  lr  warmup dtype  remat  expert axis
-    "debug": (32, 8, 1, 6, 3e-3, 2, "float32", "none", 1),
-    "tiny": (256, 8, 1, 600, 3e-3, 30, "float32", "none", 1),
-    "small": (1024, 64, 2, 20_000, 1e-3, 500, "bfloat16", "block", 1),
-    "olmoe_1b_7b": (4096, 1024, 1, 1_200_000, 4e-4, 2_000, "bfloat16", "block", 8),
-    "3b": (4096, 768, 1, 159_000, 4e-4, 2_000, "bfloat16", "block", 1),
-    "15b": (4096, 768, 1, 159_000, 4e-4, 2_000, "bfloat16", "block", 8),
+    #              T   batch micro steps  lr  warmup dtype  remat  (data, expert) mesh
+    "debug": (32, 8, 1, 6, 3e-3, 2, "float32", "none", (1, -1)),
+    "tiny": (256, 8, 1, 600, 3e-3, 30, "float32", "none", (1, -1)),
+    "small": (1024, 64, 2, 20_000, 1e-3, 500, "bfloat16", "block", (-1, 1)),
+    "olmoe_1b_7b": (4096, 1024, 1, 1_200_000, 4e-4, 2_000, "bfloat16", "block", (-1, 8)),
+    "3b": (4096, 768, 1, 159_000, 4e-4, 2_000, "bfloat16", "block", (-1, 1)),
+    "15b": (4096, 768, 1, 159_000, 4e-4, 2_000, "bfloat16", "block", (-1, 8)),
 }
 CADENCE = {  # steps between logs, evaluations and checkpoints; validation windows of each domain: then, and at the end
     "debug": (1, 3, 3, 4, 8),
@@ -43,12 +43,12 @@ def apply(config, size):
         raise ValueError(f"config size {size!r} is none of {', '.join(MODELS)}")
     for field, value in zip(MODEL_FIELDS, MODELS[size], strict=True):
         config.model[field] = value
-    length, batch_size, micro_batches, steps, learning_rate, warmup_steps, dtype, remat, expert = RUNS[size]
+    length, batch_size, micro_batches, steps, learning_rate, warmup_steps, dtype, remat, mesh = RUNS[size]
     config.data.sequence_length = length
     config.train.update(batch_size=batch_size, micro_batches=micro_batches, steps=steps)
     config.optimizer.update(learning_rate=learning_rate, warmup_steps=warmup_steps)
-    config.model.update(dtype=dtype, remat=remat)
-    config.mesh.expert = expert
+    config.model.update(dtype=dtype, remat=remat, scan_unroll=4 if size == "tiny" else 1)
+    config.mesh.data, config.mesh.expert = mesh
     log, evaluation, checkpoint, windows, report_windows = CADENCE.get(size, LARGE_CADENCE)
     config.log.every, config.checkpoint.every = log, checkpoint
     config.eval.update(

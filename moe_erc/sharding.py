@@ -4,7 +4,7 @@ Tokens are split over both axes; experts over "expert"; large parameters, and wi
 "data" as well (FSDP). Expert matrices are cut there along their hidden axis F, so that sums over F need no gather.
 """
 
-import math
+import os
 
 import jax
 from jax.sharding import AxisType, NamedSharding
@@ -27,16 +27,32 @@ PARAMETERS = {
 }
 
 
+def use_cpu_cores(*divisible):
+    """Before any array: a virtual CPU device per core, as many as divide all the sizes given.
+
+    XLA runs the loops of a program on one core per device. A number set from outside stays, other platforms ignore it.
+    """
+    if jax.config.jax_num_cpu_devices > 0 or "host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
+        return
+    sizes = [size for size in divisible if size > 0]  # what is not positive is refused where it is used
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    devices = max(count for count in range(1, cores + 1) if all(size % count == 0 for size in sizes))
+    jax.config.update("jax_num_cpu_devices", devices)
+
+
 def make_mesh(data, expert):
-    """A (data, expert) mesh; `data` = -1 takes the devices that `expert` leaves."""
+    """A (data, expert) mesh; -1, for one of the two, takes the devices that the other leaves."""
     devices = jax.device_count()
-    if expert < 1 or devices % expert:
-        raise ValueError(f"mesh.expert: {devices} devices cannot be split over {expert}; use a divisor of {devices}")
-    data = devices // expert if data == -1 else data
-    if data < 1 or data * expert > devices:
+    for name, size, other in ((DATA, data, expert), (EXPERT, expert, data)):
+        if size == 0 or size < -1 or (size == -1 and (other < 1 or devices % other)):
+            raise ValueError(
+                f"mesh.{name}: {size} beside {other} cannot split {devices} devices; use divisors, or one -1"
+            )
+    data, expert = devices // expert if data == -1 else data, devices // data if expert == -1 else expert
+    if data * expert > devices:
         raise ValueError(f"mesh: {data} x {expert} needs {data * expert} devices, there are {devices}; lower mesh.data")
-    shape, names = (data, expert), (DATA, EXPERT)
-    return jax.make_mesh(shape, names, axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[: math.prod(shape)])
+    chosen = jax.devices()[: data * expert]
+    return jax.make_mesh((data, expert), (DATA, EXPERT), axis_types=(AxisType.Auto,) * 2, devices=chosen)
 
 
 def shard_state(mesh, abstract_state):

@@ -14,7 +14,7 @@ from tests import script
     (["--confg=configs/erc.py"], ["confg"]),
     (["--config.model.experts_per_token=5"], ["model.experts_per_token", "5", "4"]),
     (["--config.model.heads=3"], ["model.width", "32", "3"]),
-    (["--config.mesh.expert=2"], ["mesh.expert", "2", "1"]),
+    (["--config.mesh.expert=5"], ["mesh", "5", "devices"]),
     (["--config.train.batch_size=6", "--config.train.micro_batches=4"], ["train.batch_size", "6", "4"]),
     (["--config.losses.erc.noise=gaussian"], ["losses.erc", "noise", "gaussian"]),
     (["--config.losses.erc.weight=-1.0"], ["losses.erc.weight", "-1.0"]),

@@ -16,7 +16,8 @@ def test_data_takes_what_expert_leaves():
 
 
 @pytest.mark.parametrize(
-    "data, expert, numbers", [(-1, 3, ["8", "3"]), (16, 1, ["16", "8"]), (0, 1, ["0"]), (1, 0, ["0"])]
+    "data, expert, numbers",
+    [(-1, 3, ["8", "3"]), (3, -1, ["8", "3"]), (16, 1, ["16", "8"]), (0, 1, ["0"]), (1, 0, ["0"]), (-1, -1, ["-1"])],
 )
 def test_a_mesh_that_the_devices_do_not_make_is_refused(data, expert, numbers):
     with pytest.raises(ValueError) as refusal:

@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 
 
@@ -17,9 +18,9 @@ def rms_norm(x, scale, eps):
 def rope(x_BTHD, theta):
     """Rotary embedding, half-split: coordinates d and d + D/2 of position t turn by t theta^(-2 d / D)."""
     time, half = x_BTHD.shape[1], x_BTHD.shape[-1] // 2
-    frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angle_T1D = jnp.arange(time, dtype=jnp.float32)[:, None, None] * frequency
-    sin, cos = jnp.sin(angle_T1D), jnp.cos(angle_T1D)
+    # Constants of the program: as traced values they are computed again for every element they are multiplied with.
+    angle_T1D = np.arange(time)[:, None, None] * theta ** (-np.arange(half) / half)
+    sin, cos = np.sin(angle_T1D).astype(np.float32), np.cos(angle_T1D).astype(np.float32)
     first, second = jnp.split(x_BTHD.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_BTHD.dtype)
 

@@ -25,22 +25,14 @@ class ModelConfig:
     tie_embeddings: bool
     dtype: str
     remat: str
+    scan_unroll: int
     attention_implementation: str
     experts_implementation: str
 
     def __post_init__(self):
-        for name in (
-            "vocab_size",
-            "layers",
-            "width",
-            "heads",
-            "kv_heads",
-            "experts",
-            "experts_per_token",
-            "expert_width",
-        ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"model.{name}: {getattr(self, name)} is below 1")
+        for field in dataclasses.fields(self):
+            if field.type is int and getattr(self, field.name) < 1:
+                raise ValueError(f"model.{field.name}: {getattr(self, field.name)} is below 1")
         for name, known in CHOICES.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"model.{name}: {getattr(self, name)!r} is not one of {', '.join(known)}")
@@ -70,7 +62,7 @@ class ModelConfig:
 
     def identity(self):
         """The fields that make it this model; the others say only how it is computed."""
-        return {name: value for name, value in dataclasses.asdict(self).items() if name not in CHOICES}
+        return {name: value for name, value in dataclasses.asdict(self).items() if name not in HOW}
 
     @property
     def head_width(self):
@@ -104,3 +96,4 @@ CHOICES = {
     "attention_implementation": ("auto", "xla", "cudnn"),
     "experts_implementation": ("auto", "dense", "block_loop", "ragged"),
 }
+HOW = (*CHOICES, "scan_unroll")

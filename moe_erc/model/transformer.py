@@ -58,7 +58,12 @@ class Transformer(nn.Module):
             x_BTD = jax.lax.with_sharding_constraint(x_BTD, NamedSharding(self.mesh, P(BATCH)))
         block = nn.remat(Block, prevent_cse=False) if config.remat == "block" else Block
         stack = nn.scan(
-            block, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=nn.broadcast, length=config.layers
+            block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=nn.broadcast,
+            length=config.layers,
+            unroll=config.scan_unroll,
         )
         x_BTD, stats = stack(config, self.mesh, name="layers")(x_BTD, mask_BT)
         final_norm_D = self.param("final_norm", nn.initializers.ones, (config.width,))

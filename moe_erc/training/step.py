@@ -3,6 +3,8 @@
 Micro-batches are a scan over the accumulation axis. Losses on parameters alone are computed once per step, outside it.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -59,24 +61,33 @@ def batch_gradients(model, objective, params, micro_batches):
 
     So the language-model loss and its gradient are those of the whole batch, whatever the number of micro-batches.
     """
-    shares_M = jnp.sum(micro_batches["mask_BT"], axis=(1, 2))
-    shares_M = shares_M / jnp.maximum(jnp.sum(shares_M), 1)
-
-    def loss(params, batch, load_LE):
-        output = model.apply({"params": params}, batch["inputs_BT"], batch["mask_BT"])
-        terms = objective.of_batch(output, batch, load_LE)
-        return objective.total(terms), (terms, output.routing.load_E)
+    first = jax.tree.map(lambda leaf: leaf[0], micro_batches)
+    no_load_LE = jnp.zeros((model.config.layers, model.config.experts))
+    one = functools.partial(micro_batch_gradients, model, objective, params)
+    if len(micro_batches["mask_BT"]) == 1:  # spares two passes over memory as large as the parameters
+        return one(first, no_load_LE)
+    tokens_M = jnp.sum(micro_batches["mask_BT"], axis=(1, 2))
+    shares_M = tokens_M / jnp.maximum(jnp.sum(tokens_M), 1)
 
     def accumulate(carry, share_and_batch):
         share, batch = share_and_batch
         gradients, terms, load_LE = carry
-        (_, (extra_terms, extra_load_LE)), extra = jax.value_and_grad(loss, has_aux=True)(params, batch, load_LE)
-        total = jax.tree.map(lambda so_far, term: so_far + share * term, (gradients, terms), (extra, extra_terms))
+        *extra, extra_load_LE = one(batch, load_LE)
+        total = jax.tree.map(lambda so_far, term: so_far + share * term, (gradients, terms), tuple(extra))
         return (*total, load_LE + extra_load_LE), None
 
-    first = jax.tree.map(lambda leaf: leaf[0], micro_batches)
-    load_LE = jnp.zeros((model.config.layers, model.config.experts))
-    terms = jax.eval_shape(loss, params, first, load_LE)[1][0]
-    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), (params, terms))
-    (gradients, terms, load_LE), _ = jax.lax.scan(accumulate, (*zeros, load_LE), (shares_M, micro_batches))
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(one, first, no_load_LE))
+    (gradients, terms, load_LE), _ = jax.lax.scan(accumulate, zeros, (shares_M, micro_batches))
     return gradients, terms, load_LE / len(shares_M)
+
+
+def micro_batch_gradients(model, objective, params, batch, earlier_load_LE):
+    """(gradients, terms, load) of one micro-batch."""
+
+    def loss(params):
+        output = model.apply({"params": params}, batch["inputs_BT"], batch["mask_BT"])
+        terms = objective.of_batch(output, batch, earlier_load_LE)
+        return objective.total(terms), (terms, output.routing.load_E)
+
+    (_, (terms, load_LE)), gradients = jax.value_and_grad(loss, has_aux=True)(params)
+    return gradients, terms, load_LE

@@ -1,0 +1,188 @@
+"""Training throughput of the whole optimizer step: forward, losses, backward, clipping, AdamW, donated state.
+
+    python -m benchmarks.step [--shape=peer] [--peer] [--json=FILE]
+
+Rows are E and K with ERC, without (vanilla) and, with --peer, PyTorch's OLMoE and naive ERC (`benchmarks/peer.py`).
+Every row lives in a process of its own and they take turns (`benchmarks/__init__.py`), a matmul of the machine's among
+them: its best rate is the limit. Tokens are random, fresh every step: routing stays near balance, nothing is learned.
+FLOPs are matmuls alone, backward counted twice the forward, recomputation not at all, ERC with all hinges active.
+"""
+
+import argparse
+import functools
+import json
+import pathlib
+import statistics
+import time
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks import Subject, cores, environment, take_turns, timed
+
+SHAPES = {  # model block, (sequences, length) of a step, (E, K) of the rows
+    "peer": ({"layers": 4, "width": 256, "heads": 4, "kv_heads": 4, "expert_width": 128, "vocab_size": 512},
+             (8, 256), ((8, 4), (16, 4), (64, 4), (64, 8))),
+    "debug": ({"layers": 2, "width": 32, "heads": 2, "kv_heads": 2, "expert_width": 16, "vocab_size": 64},
+              (2, 16), ((4, 2), (8, 2))),
+}  # fmt: skip
+MATMUL = 2048  # rows and columns: large enough for the full rate, short enough to take its turn
+
+
+def build_ours(method, model, batch_size, length):
+    """(run, facts) of `configs/METHOD.py` for `benchmarks.Subject`: what `train.py` makes, without its loop."""
+    import jax
+    import numpy as np
+
+    from configs import erc, vanilla
+    from moe_erc import sharding
+    from moe_erc.losses.objective import Objective
+    from moe_erc.model.config import ModelConfig
+    from moe_erc.model.transformer import Transformer
+    from moe_erc.training.optimizer import OptimizerConfig, make_optimizer
+    from moe_erc.training.state import abstract_state, create_state, initializer, shardings
+    from moe_erc.training.step import make_train_step
+
+    config = {"erc": erc, "vanilla": vanilla}[method].get_config("tiny")
+    config.model.update(model)
+    sizes = ModelConfig(**config.model)
+    sharding.use_cpu_cores(batch_size, sizes.experts)
+    mesh = sharding.make_mesh(config.mesh.data, config.mesh.expert)
+    sharding.check(mesh, sizes, batch_size, 1, batch_size)
+    network = Transformer(sizes, mesh)
+    optimizer = make_optimizer(OptimizerConfig(**config.optimizer), config.train.steps)
+    init = initializer(network, optimizer, config.seed)
+    abstract = abstract_state(init, mesh)
+    state = create_state(init, abstract)
+    train_step = make_train_step(network, Objective(config.losses.to_dict()), optimizer, 1, shardings(abstract))
+    generator = np.random.default_rng(0)
+
+    def batch():
+        tokens = generator.integers(sizes.vocab_size, size=(batch_size, length + 1), dtype=np.int32)
+        mask_BT = np.ones((batch_size, length), bool)
+        return sharding.put_batch(mesh, {"inputs_BT": tokens[:, :-1], "targets_BT": tokens[:, 1:], "mask_BT": mask_BT})
+
+    def step():
+        nonlocal state
+        state, metrics = compiled(state, batch())
+        jax.block_until_ready((state, metrics))
+
+    start = time.perf_counter()
+    compiled = train_step.lower(state, batch()).compile()
+    facts = {
+        "compile_s": time.perf_counter() - start,
+        "flops_per_token": 3 * sizes.flops_per_token(length),
+        "temp_bytes": compiled.memory_analysis().temp_size_in_bytes,  # of one device
+        "parameters": sizes.parameters(),
+        "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+    }
+
+    return timed(step), facts
+
+
+def build_matmul(size):
+    """(run, facts) of a square float32 matmul by XLA, on every core of one device."""
+    import jax
+    import jax.numpy as jnp
+
+    a, b = jax.random.normal(jax.random.key(0), (2, size, size))
+    multiply = jax.jit(functools.partial(jnp.matmul, precision="highest"))
+
+    return timed(lambda: multiply(a, b).block_until_ready()), {}
+
+
+def erc_flops(model, experts):
+    """Of one step: M is 2 E^2 D F a layer, the backward twice that."""
+    return 3 * 2 * experts**2 * model["width"] * model["expert_width"] * model["layers"]
+
+
+def start(shape, with_peer):
+    """{(E, K, method) or the name of a matmul: its subject}, started one after another."""
+    sizes, (batch_size, length), rows = SHAPES[shape]
+    subjects = {"XLA": Subject("benchmarks.step:build_matmul", size=MATMUL)}
+    if with_peer:
+        subjects["PyTorch"] = Subject("benchmarks.peer:build_matmul", size=MATMUL, threads=cores())
+    for experts, experts_per_token in rows:
+        model = sizes | {"experts": experts, "experts_per_token": experts_per_token}
+        options = {"model": model, "batch_size": batch_size, "length": length}
+        row = (experts, experts_per_token)
+        for method in ("erc", "vanilla"):
+            subjects[*row, method] = Subject("benchmarks.step:build_ours", method=method, **options)
+        if with_peer:
+            subjects[*row, "peer"] = Subject("benchmarks.peer:build", threads=cores(), **options)
+    return subjects
+
+
+def summarize(shape, subjects, seconds):
+    """(matmul rates by maker, rows): what was measured, in plain values."""
+    sizes, (batch_size, length), _ = SHAPES[shape]
+    tokens = batch_size * length
+    matmul = {name: 2 * MATMUL**3 / min(seconds[name]) for name in subjects if isinstance(name, str)}
+    rows = []
+    for name in (name for name in subjects if name not in matmul):
+        experts, experts_per_token, method = name
+        rates = [tokens / turn for turn in seconds[name]]
+        # The peer does the same sums: its FLOPs are counted by our count.
+        flops = subjects[experts, experts_per_token, "erc"].facts["flops_per_token"]
+        flops += erc_flops(sizes, experts) / tokens if method != "vanilla" else 0
+        flop_rate = flops * statistics.median(rates)
+        rows.append(subjects[name].facts | {
+            "experts": experts, "experts_per_token": experts_per_token, "method": method,
+            "tokens_per_s": statistics.median(rates), "tokens_per_s_range": (min(rates), max(rates)),
+            "flops_per_token": flops, "flops_per_s": flop_rate, "share_of_matmul": flop_rate / max(matmul.values()),
+        })  # fmt: skip
+    speed = {(row["experts"], row["experts_per_token"], row["method"]): row["tokens_per_s"] for row in rows}
+    for row in rows:
+        peer = speed.get((row["experts"], row["experts_per_token"], "peer"))
+        row["over_peer"] = row["tokens_per_s"] / peer if peer else None
+    return matmul, rows
+
+
+def show(matmul, rows):
+    """The table, the limit it is held against, and what more experts cost at fixed K."""
+    table = Table("E", "K", "method", "tokens/s", "min-max", "MFLOP/token", "GFLOP/s", "share", "temp MB", "x peer")
+    for row in rows:
+        low, high = row["tokens_per_s_range"]
+        experts = row.get("experts_implementation")
+        table.add_row(
+            str(row["experts"]), str(row["experts_per_token"]), row["method"] + (f" ({experts})" if experts else ""),
+            f"{row['tokens_per_s']:,.0f}", f"{low:,.0f}-{high:,.0f}", f"{row['flops_per_token'] / 1e6:.1f}",
+            f"{row['flops_per_s'] / 1e9:.1f}", f"{row['share_of_matmul']:.0%}",
+            f"{row['temp_bytes'] / 1e6:.0f}" if "temp_bytes" in row else "",
+            f"{row['over_peer']:.2f}" if row["over_peer"] else "",
+        )  # fmt: skip
+    console = Console(width=120)  # a narrower one would cut the numbers
+    console.print(table)
+    console.print(
+        "share: of the faster float32 matmul;",
+        ", ".join(f"{name} {rate / 1e9:.0f} GFLOP/s" for name, rate in matmul.items()),
+    )
+    ours = [row for row in rows if row["method"] == "erc"]
+    few = ours[0]
+    many = [row for row in ours if row["experts_per_token"] == few["experts_per_token"]][-1]
+    names = "E {experts} K {experts_per_token}"
+    ratio = few["tokens_per_s"] / many["tokens_per_s"]
+    console.print(f"{names.format(**many)} takes {ratio:.2f} x the time per token of {names.format(**few)}")
+
+
+def main():
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.step", description=__doc__.split("\n")[0])
+    parser.add_argument("--shape", choices=SHAPES, default="peer")
+    parser.add_argument("--peer", action="store_true", help="PyTorch's OLMoE as well; needs the hf extra")
+    parser.add_argument("--json", type=pathlib.Path, help="also write rows, versions and device here")
+    parser.add_argument("--rounds", type=int, default=7, help="turns of every row")
+    parser.add_argument("--steps", type=int, default=3, help="steps of a turn; their median counts")
+    flags = parser.parse_args()
+    subjects = start(flags.shape, flags.peer)
+    matmul, rows = summarize(flags.shape, subjects, take_turns(subjects, flags.rounds, flags.steps))
+    for subject in subjects.values():
+        subject.close()
+    show(matmul, rows)
+    if flags.json:
+        found = {"benchmark": "step", "shape": flags.shape, "rounds": flags.rounds, "steps": flags.steps}
+        found |= {"environment": environment(), "matmul_flops_per_s": matmul, "rows": rows}
+        flags.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -2,6 +2,8 @@
 
 The 256 bytes are always in the vocabulary, so that every text can be encoded; merges are added by frequency until it is
 full.
+
+    python -m moe_erc.data.bpe --config=configs/erc.py:tiny --vocab_size=8192 --output=tokenizer.json
 """
 
 import os
@@ -10,8 +12,10 @@ import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from absl import flags
 from tqdm import tqdm
 
+from moe_erc import command_line
 from moe_erc.data import sources
 from moe_erc.data.config import DataConfig
 from moe_erc.data.tokenizer import END_OF_DOCUMENT, library
@@ -61,27 +65,19 @@ def save(tokenizer, output: Path) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def command() -> None:
-    """`python -m moe_erc.data.tokenizer`: train on `config.data`, write a tokenizer.json."""
-    from absl import app, flags
-    from ml_collections import config_flags
-
-    # Defined here, not at the top: importing a library must not add flags to the program that imports it.
-    config_flag = config_flags.DEFINE_config_file(
-        "config", "configs/erc.py:tiny", "Configuration whose `data` block names the text."
-    )
+def main() -> None:
+    """The command: train on `config.data`, write a tokenizer.json."""
     vocab_size = flags.DEFINE_integer("vocab_size", 8192, "Number of token ids.")
     output = flags.DEFINE_string("output", "tokenizer.json", "File to write.")
 
-    def main(_):
-        try:
-            tokenizer = train(training_texts(DataConfig(**config_flag.value.data)), vocab_size.value)
+    def run(_):
+        with command_line.refusing_bad_input():
+            tokenizer = train(training_texts(DataConfig(**flags.FLAGS.config.data)), vocab_size.value)
             save(tokenizer, Path(output.value).expanduser())
-        except (ValueError, OSError) as error:
-            print(error, file=sys.stderr)
-            sys.exit(2)
-        print(
-            f"{output.value}: {tokenizer.get_vocab_size()} tokens; use it with --config.data.tokenizer={output.value}"
-        )
+        print(f"{tokenizer.get_vocab_size()} tokens; use them with --config.data.tokenizer={output.value}")
 
-    app.run(main)
+    command_line.run(run, default_config="configs/erc.py:tiny")
+
+
+if __name__ == "__main__":
+    main()

@@ -2,11 +2,7 @@
 
 Both have `vocab_size`, `eos_id` (the token after every document), `identity` (differs whenever ids could differ),
 `encode_batch`, `encode` and `decode`. Models may have more rows than a tokenizer has ids, so `decode` ignores ids that
-it does not know.
-
-    python -m moe_erc.data.tokenizer --config=configs/erc.py:tiny --vocab_size=8192 --output=tokenizer.json
-
-trains a byte-level BPE on the training documents of a configuration.
+it does not know. `bpe.py` makes such a file from the configured text.
 """
 
 import hashlib
@@ -115,9 +111,3 @@ def _read(path: Path):
         raise ValueError(
             f"data.tokenizer: '{path}' is not a tokenizer.json ({reason}); give 'bytes' or a file that is"
         ) from None
-
-
-if __name__ == "__main__":
-    from moe_erc.data import bpe
-
-    bpe.command()

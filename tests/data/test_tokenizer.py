@@ -95,7 +95,7 @@ def get_config(arg=""):
 
 @pytest.mark.parametrize(
     ("source", "code", "said"),
-    [("text", 0, "tokenizer.json: 260 tokens; use it with --config.data"), ("absent", 2, "no such directory")],
+    [("text", 0, "260 tokens; use them with --config.data"), ("absent", 2, "no such directory")],
 )
 def test_the_command_trains_or_says_why_not(tmp_path, source, code, said):
     (tmp_path / "text").mkdir()
@@ -103,7 +103,7 @@ def test_the_command_trains_or_says_why_not(tmp_path, source, code, said):
     (tmp_path / "config.py").write_text(CONFIG.format(source=str(tmp_path / source)))
     flags = [f"--config={tmp_path / 'config.py'}:debug", "--vocab_size=260", f"--output={tmp_path / 'tokenizer.json'}"]
     environment = os.environ | {"PYTHONPATH": str(Path(moe_erc.__file__).parents[1])}
-    command = [sys.executable, "-m", "moe_erc.data.tokenizer", *flags]
+    command = [sys.executable, "-m", "moe_erc.data.bpe", *flags]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == code and said in done.stdout + done.stderr and "Traceback" not in done.stderr
     assert (tmp_path / "tokenizer.json").exists() == (code == 0)

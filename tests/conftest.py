@@ -13,6 +13,14 @@ from moe_erc.model.config import ModelConfig  # noqa: E402
 WORDS = ("the", "router", "sends", "every", "token", "to", "experts", "that", "know", "what", "it", "means")
 
 
+@pytest.fixture(scope="module")
+def quick_compilation():
+    """For tests of what is computed, not of how fast or in how much memory: compiling is most of what they cost."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture(scope="session")
 def text_directory(tmp_path_factory):
     """Sixty small documents of made-up sentences."""

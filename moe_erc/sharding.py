@@ -84,9 +84,9 @@ def check(mesh, model, batch_size, micro_batches, eval_batch_size):
         raise ValueError(
             f"model.experts: {model.experts} experts cannot be split over {expert} devices of axis '{EXPERT}'"
         )
-    for name, size in (("width", model.width), ("expert_width", model.expert_width)):
+    for name, size in (("width", model.width), ("kv_heads", model.kv_width), ("expert_width", model.expert_width)):
         if size % data:
-            raise ValueError(f"model.{name}: {size} cannot be split over {data} devices of axis '{DATA}'")
+            raise ValueError(f"model.{name}: a width of {size} cannot be split over {data} devices of axis '{DATA}'")
     if micro_batches < 1 or batch_size % micro_batches:
         raise ValueError(
             f"train.batch_size: {batch_size} sequences cannot be split into {micro_batches} train.micro_batches"

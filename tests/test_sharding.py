@@ -43,15 +43,24 @@ def test_moments_lie_where_their_parameters_lie():
 @pytest.mark.parametrize("change, words", [
     ({"experts": 6}, ["model.experts", "6", "4", "expert"]),
     ({"width": 33}, ["model.width", "33", "2", "data"]),
+    ({"kv_width": 5}, ["model.kv_heads", "5", "2"]),
     ({"expert_width": 7}, ["model.expert_width", "7", "2"]),
     ({"batch_size": 12}, ["train.batch_size", "12", "8"]),
     ({"batch_size": 16, "micro_batches": 3}, ["16", "3", "micro"]),
     ({"eval_batch_size": 4}, ["eval.batch_size", "4", "8"]),
 ])  # fmt: skip
 def test_sizes_that_do_not_divide_are_refused_with_both_numbers(change, words):
-    sizes = {"experts": 4, "width": 32, "expert_width": 16, "batch_size": 16, "micro_batches": 1, "eval_batch_size": 8}
+    sizes = {
+        "experts": 4,
+        "width": 32,
+        "kv_width": 16,
+        "expert_width": 16,
+        "batch_size": 16,
+        "micro_batches": 1,
+        "eval_batch_size": 8,
+    }
     sizes |= change
-    model = types.SimpleNamespace(**{name: sizes[name] for name in ("experts", "width", "expert_width")})
+    model = types.SimpleNamespace(**{name: sizes[name] for name in ("experts", "width", "kv_width", "expert_width")})
     with pytest.raises(ValueError) as refusal:
         sharding.check(
             sharding.make_mesh(2, 4), model, sizes["batch_size"], sizes["micro_batches"], sizes["eval_batch_size"]

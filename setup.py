@@ -11,7 +11,7 @@ VERSION = re.search(r'^__version__ = "(.+)"$', INIT.read_text(encoding="utf-8"),
 
 # Each floor is the oldest release that passed the tests of data, optimizer and checkpoints.
 REQUIRES = [
-    "jax>=0.8",
+    "jax>=0.9",  # lax.pcast
     "flax>=0.12",
     "optax>=0.2.6",  # scale_by_muon learns about stacked matrices
     "orbax-checkpoint>=0.11.24",

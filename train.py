@@ -54,6 +54,10 @@ def main(_):
         counts = f"{model_config.parameters():,} parameters, {model_config.active_parameters():,} active"
         print(f"{workdir}: {counts}; {mesh.size} x {jax.devices()[0].device_kind}, mesh {dict(mesh.shape)}")
 
+        for block in ("log", "eval", "checkpoint"):
+            if config[block].every < 1:
+                raise ValueError(f"{block}.every: {config[block].every} is below 1; give a number of steps")
+
         # ---------------------------------------------------------------- data
         corpus = text.prepare(data_config)
         model_config.check_vocabulary(corpus.tokenizer.vocab_size)
@@ -102,11 +106,13 @@ def main(_):
     batches = text.train_batches(corpus, length, batch_size, config.seed, start)
     writer = MetricWriter(workdir, config.log.tensorboard, config.log.wandb_project, meta["config"], start + 1)
     progress = Progress(writer, config.log.every, (start, steps), step_size)
+    first_traced = config.train.profile_step if start < config.train.profile_step <= steps else None
+    last_traced = first_traced and min(first_traced + 2, steps)
     saved = start
     try:
         with checkpoints, writer, progress, StopRequest() as stop:
             for step in range(start + 1, steps + 1):
-                if step == config.train.profile_step:
+                if step == first_traced:
                     jax.profiler.start_trace(workdir / "profile")
                 state, metrics = train_step(state, put(next(batches)))
                 progress.add(step, metrics)
@@ -114,7 +120,7 @@ def main(_):
                 saving = leaving or step % config.checkpoint.every == 0
                 if saving or step % config.log.every == 0:
                     progress.flush()
-                if step == config.train.profile_step + 2 > 2:
+                if step == last_traced:
                     jax.profiler.stop_trace()
                 if step == steps or step % config.eval.every == 0:
                     with progress.paused():

@@ -19,6 +19,7 @@ from tests import script
     (["--config.losses.erc.noise=gaussian"], ["losses.erc", "noise", "gaussian"]),
     (["--config.losses.erc.weight=-1.0"], ["losses.erc.weight", "-1.0"]),
     (["--config.optimizer.name=adamx"], ["optimizer.name", "adamx", "adamw"]),
+    (["--config.eval.every=0"], ["eval.every", "0", "steps"]),
     (["--config.optimizer.warmup_steps=6"], ["optimizer.warmup_steps", "6"]),
     (["--config.data.sources=('/no/such/place',)"], ["data.sources", "/no/such/place"]),
     (["--config.data.sources=('wiki41b/en',)"], ["wiki41b", "wiki40b"]),

@@ -33,6 +33,7 @@ def arguments(text_directory, tmp_path_factory):
         f"--config.train.steps={STEPS}",
         "--config.checkpoint.every=25",
         "--config.eval.every=100",
+        "--config.train.profile_step=399",  # past every interruption, and its third step past the end
         "--config.log.tensorboard=False",
     ]
     del os.environ["JAX_COMPILATION_CACHE_DIR"]
@@ -90,6 +91,10 @@ def test_killed_terminated_and_interrupted(arguments, undisturbed, tmp_path):
     assert code == 0, printed
     jax.tree.map(np.testing.assert_array_equal, final_state(undisturbed), final_state(tmp_path))
     assert metrics(tmp_path) == metrics(undisturbed)
+
+
+def test_the_trace_is_written_even_if_the_run_ends_in_it(undisturbed):
+    assert list((undisturbed / "profile").rglob("*.xplane.pb"))
 
 
 def test_a_finished_run_says_its_report_again(arguments, undisturbed):

@@ -77,6 +77,7 @@ def _squares(hidden):
 
 
 def linear(x_ED, w_DF):
+    """|x @ w|^2 of every row."""
     return _squares(_matmul(x_ED, w_DF))
 
 

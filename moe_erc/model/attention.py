@@ -32,7 +32,7 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(self, x_BTD):
-        config, init = self.config, nn.initializers.truncated_normal(self.config.init_std, lower=-3.0, upper=3.0)
+        config, init = self.config, self.config.initializer
         B, T, D = x_BTD.shape
 
         def project(name, x, width):

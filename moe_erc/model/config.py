@@ -5,6 +5,8 @@ A size that cannot be built is refused here, before anything is compiled.
 
 import dataclasses
 
+import jax
+
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
@@ -63,6 +65,11 @@ class ModelConfig:
     def identity(self):
         """The fields that make it this model; the others say only how it is computed."""
         return {name: value for name, value in dataclasses.asdict(self).items() if name not in HOW}
+
+    @property
+    def initializer(self):
+        """Of every matrix: truncated normal, cut at three sigma."""
+        return jax.nn.initializers.truncated_normal(self.init_std, lower=-3.0, upper=3.0)
 
     @property
     def head_width(self):

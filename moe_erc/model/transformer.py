@@ -50,7 +50,7 @@ class Transformer(nn.Module):
 
     @nn.compact
     def __call__(self, tokens_BT, mask_BT):
-        config, init = self.config, nn.initializers.truncated_normal(self.config.init_std, lower=-3.0, upper=3.0)
+        config, init = self.config, self.config.initializer
         embed_VD = self.param("embed", init, (config.vocab_size, config.width))
         head_VD = embed_VD if config.tie_embeddings else self.param("head", init, (config.vocab_size, config.width))
         x_BTD = embed_VD[tokens_BT].astype(config.dtype)

@@ -17,7 +17,7 @@ class MoE(nn.Module):
 
     @nn.compact
     def __call__(self, x_BTD, mask_BT):
-        config, init = self.config, nn.initializers.truncated_normal(self.config.init_std, lower=-3.0, upper=3.0)
+        config, init = self.config, self.config.initializer
         E, D, F = config.experts, config.width, config.expert_width
         router_ED = self.param("router", init, (E, D))
         expert_weights = experts.ExpertWeights(

@@ -40,18 +40,19 @@ def use_cpu_cores(*divisible):
     jax.config.update("jax_num_cpu_devices", devices)
 
 
-def make_mesh(data, expert):
-    """A (data, expert) mesh; -1, for one of the two, takes the devices that the other leaves."""
-    devices = jax.device_count()
+def make_mesh(data, expert, devices=None):
+    """A (data, expert) mesh; -1, for one of the two, takes what the other leaves of `devices` (all there are)."""
+    devices = jax.devices() if devices is None else devices
+    count = len(devices)
     for name, size, other in ((DATA, data, expert), (EXPERT, expert, data)):
-        if size == 0 or size < -1 or (size == -1 and (other < 1 or devices % other)):
+        if size == 0 or size < -1 or (size == -1 and (other < 1 or count % other)):
             raise ValueError(
-                f"mesh.{name}: {size} beside {other} cannot split {devices} devices; use divisors, or one -1"
+                f"mesh.{name}: {size} beside {other} cannot split {count} devices; use divisors, or one -1"
             )
-    data, expert = devices // expert if data == -1 else data, devices // data if expert == -1 else expert
-    if data * expert > devices:
-        raise ValueError(f"mesh: {data} x {expert} needs {data * expert} devices, there are {devices}; lower mesh.data")
-    chosen = jax.devices()[: data * expert]
+    data, expert = count // expert if data == -1 else data, count // data if expert == -1 else expert
+    if data * expert > count:
+        raise ValueError(f"mesh: {data} x {expert} needs {data * expert} devices, there are {count}; lower mesh.data")
+    chosen = devices[: data * expert]
     return jax.make_mesh((data, expert), (DATA, EXPERT), axis_types=(AxisType.Auto,) * 2, devices=chosen)
 
 

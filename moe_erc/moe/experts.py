@@ -65,6 +65,6 @@ IMPLEMENTATIONS = {"dense": dense, "block_loop": block_loop, "ragged": ragged}
 FASTEST = {"cpu": "block_loop", "gpu": "block_loop", "tpu": "ragged"}
 
 
-def implementation(name):
-    """The function called `name`, or the fastest correct one of this platform for "auto"."""
-    return IMPLEMENTATIONS[FASTEST[jax.default_backend()] if name == "auto" else name]
+def implementation(name, platform):
+    """The function called `name`; for "auto" the fastest correct one on `platform`: cpu, gpu or tpu."""
+    return IMPLEMENTATIONS[FASTEST[platform] if name == "auto" else name]

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
@@ -28,6 +29,7 @@ class MoE(nn.Module):
         # The choice of experts is discrete: a rounded score is another model. E columns cost nothing at full precision.
         scores_BTE = jnp.einsum("btd,ed->bte", x_BTD.astype(jnp.float32), router_ED, precision=lax.Precision.HIGHEST)
         chosen = routing.top_k(scores_BTE, config.experts_per_token, config.renormalize)
-        run = experts.implementation(config.experts_implementation)
+        platform = jax.default_backend() if self.mesh is None else self.mesh.devices.flat[0].platform
+        run = experts.implementation(config.experts_implementation, platform)
         y_BTD = parallel.apply(run, self.mesh, x_BTD, chosen, expert_weights)
         return y_BTD, routing.statistics(scores_BTE, chosen, mask_BT)

@@ -60,7 +60,7 @@ def main(_):
         "step": checkpoints.latest_step(),
         "validation": perplexity.run(params, windows),
         "baselines": ngram_losses(corpus),
-        "coupling": jax.device_get(measure_coupling(moe["router"], moe["w_gate"])),
+        "coupling": jax.device_get(measure_coupling(moe["router"], moe["w_gate"], mesh)),
     }
     print_report(report)
     write_report(workdir / "eval.json", report)

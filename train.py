@@ -44,12 +44,12 @@ def main(_):
         # ---------------------------------------------------------------- configuration and devices
         steps, length, batch_size = config.train.steps, config.data.sequence_length, config.train.batch_size
         model_config, data_config = ModelConfig(**config.model), text.DataConfig(**config.data)
-        objective = Objective(config.losses.to_dict())
         optimizer = make_optimizer(OptimizerConfig(**config.optimizer), steps)
         sharding.use_cpu_cores(
             batch_size // max(config.train.micro_batches, 1), config.eval.batch_size, model_config.experts
         )
         mesh = sharding.make_mesh(config.mesh.data, config.mesh.expert)
+        objective = Objective(config.losses.to_dict(), mesh)
         sharding.check(mesh, model_config, batch_size, config.train.micro_batches, config.eval.batch_size)
         counts = f"{model_config.parameters():,} parameters, {model_config.active_parameters():,} active"
         print(f"{workdir}: {counts}; {mesh.size} x {jax.devices()[0].device_kind}, mesh {dict(mesh.shape)}")
@@ -89,7 +89,8 @@ def main(_):
     train_step = make_train_step(model, objective, optimizer, config.train.micro_batches, shardings(shapes))
 
     def coupling(params):
-        return jax.device_get(measure_coupling(params["layers"]["moe"]["router"], params["layers"]["moe"]["w_gate"]))
+        moe = params["layers"]["moe"]
+        return jax.device_get(measure_coupling(moe["router"], moe["w_gate"], mesh))
 
     def evaluate(step, params):
         found = perplexity.run(params, config.eval.windows)

@@ -57,7 +57,7 @@ def test_no_size_is_tiny_and_an_unknown_one_is_refused():
 def test_two_steps_at_debug(name, token_batch):
     config = importlib.import_module(name).get_config("debug")
     mesh = sharding.make_mesh(1, 1)
-    model, objective = Transformer(ModelConfig(**config.model), mesh), Objective(config.losses.to_dict())
+    model, objective = Transformer(ModelConfig(**config.model), mesh), Objective(config.losses.to_dict(), mesh)
     optimizer = make_optimizer(OptimizerConfig(**config.optimizer), config.train.steps)
     init = initializer(model, optimizer, config.seed)
     shapes = abstract_state(init, mesh)

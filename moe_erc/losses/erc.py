@@ -15,34 +15,38 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from moe_erc.losses.responses import RESPONSES, expected_linear, linear, per_frobenius, squared_responses
+from moe_erc.losses.responses import RESPONSES, expected_linear, linear, relative, sized, squared_responses
 
 
-def noise_bound(router_ED):
+def noise_bound(router_ED, rows_R=None):
     """Half the relative distance to the nearest other row: the largest jitter that cannot swap two clusters (eq. 4).
 
-    Returns (E,) float32, constant under differentiation; 0 for an all-zero row, for a row with a twin, and for E = 1.
+    Returns (E,) float32, or (R,) for those rows alone, constant under differentiation; 0 for an all-zero row, for a
+    row with a twin, and for E = 1.
     """
     router_ED = lax.stop_gradient(jnp.asarray(router_ED, jnp.float32))
-    # Direct differences, one row at a time: the Gram form |a|^2 + |b|^2 - 2ab loses close rows to cancellation.
-    distance_EE = lax.map(lambda row_D: jnp.linalg.norm(router_ED - row_D, axis=-1), router_ED)
-    nearest_E = jnp.min(jnp.where(jnp.eye(len(router_ED), dtype=bool), jnp.inf, distance_EE), axis=-1)
-    length_E = jnp.linalg.norm(router_ED, axis=-1)
-    defined_E = (length_E > 0) & jnp.isfinite(nearest_E)
-    return jnp.where(defined_E, nearest_E, 0) / (2 * jnp.where(defined_E, length_E, 1))
+    ids_E = jnp.arange(len(router_ED))
+    rows_R = ids_E if rows_R is None else rows_R
+
+    def nearest(row):
+        # Direct differences, one row at a time: the Gram form |a|^2 + |b|^2 - 2ab loses close rows to cancellation.
+        distance_E = jnp.linalg.norm(router_ED - router_ED[row], axis=-1)
+        return jnp.min(jnp.where(ids_E == row, jnp.inf, distance_E))
+
+    nearest_R, length_R = lax.map(nearest, rows_R), jnp.linalg.norm(router_ED[rows_R], axis=-1)
+    defined_R = (length_R > 0) & jnp.isfinite(nearest_R)
+    return jnp.where(defined_R, nearest_R, 0) / (2 * jnp.where(defined_R, length_R, 1))
 
 
 def perturb(router_ED, rng):
     """Proxy tokens: coordinates of row i scaled by noise in [1 - bound[i], 1 + bound[i]), constant to the gradient."""
-    bound_E1 = noise_bound(router_ED)[:, None]
-    noise_ED = 1 - bound_E1 + 2 * bound_E1 * jax.random.uniform(rng, router_ED.shape)
-    return router_ED * lax.stop_gradient(noise_ED)
+    return _jitter(router_ED, noise_bound(router_ED), rng)
 
 
 def coupling_matrix(proxy_ED, w_gate_EDF):
     """M[i, j] = |proxy_i @ w_gate_j|: how strongly the tokens of expert i excite expert j; (E, E) float32."""
     proxy_ED, w_gate_EDF = jnp.asarray(proxy_ED, jnp.float32), jnp.asarray(w_gate_EDF)
-    return _root(squared_responses(linear, proxy_ED[None], (w_gate_EDF[None],)))[0]
+    return root(squared_responses(linear, proxy_ED[None], (w_gate_EDF[None],)))[0]
 
 
 def coupling_penalty(M_EE, alpha):
@@ -81,26 +85,14 @@ def erc_loss(
       ValueError: for a word that is none of the above, or one that has no meaning with a non-linear activation.
     """
     check_options(noise=noise, activation=activation, normalize=normalize, layer_reduction=layer_reduction)
-    if noise == "uniform" and rng is None:
-        raise ValueError("noise 'uniform' draws from rng, which is None; pass a key, or noise 'expected' or 'none'")
-    respond, names = RESPONSES[activation]
-    router, weights = jnp.asarray(params["router"], jnp.float32), tuple(jnp.asarray(params[name]) for name in names)
-    keys = rng
-    if router.ndim == 2:  # one layer is a stack of one that draws from the key itself
-        router, weights, keys = jax.tree.map(lambda leaf: leaf[None], (router, weights, keys))
-    elif noise == "uniform":
-        keys = jax.random.split(rng, len(router))
-    router = lax.stop_gradient(router) if detach_router else router
-
-    inputs, length2_LE = _proxies(router, keys, noise)
-    respond = expected_linear if noise == "expected" else respond
+    router_LED, weights, keys_L = stack(params, rng, activation, noise)
+    router_LED = lax.stop_gradient(router_LED) if detach_router else router_LED
+    inputs, length2_LE = proxies(router_LED, lax.map(noise_bound, router_LED), keys_L, noise)
+    squares_LEE = squared_responses(response(activation, noise, normalize), inputs, weights)
     if normalize:
-        row_scale_LE = router.shape[-1] / jnp.where(length2_LE > 0, length2_LE, jnp.inf)
-        squares_LEE = row_scale_LE[:, :, None] * squared_responses(partial(per_frobenius, respond), inputs, weights)
-    else:
-        squares_LEE = squared_responses(respond, inputs, weights)
-    loss_L = jax.vmap(coupling_penalty, in_axes=(0, None))(_root(squares_LEE), alpha)
-    return jnp.mean(loss_L) if layer_reduction == "mean" else jnp.sum(loss_L)
+        squares_LEE = relative(squares_LEE, length2_LE, router_LED.shape[-1])
+    loss_L = jax.vmap(coupling_penalty, in_axes=(0, None))(root(squares_LEE), alpha)
+    return LAYER_REDUCTIONS[layer_reduction](loss_L)
 
 
 def check_options(*, alpha=1.0, noise, activation, normalize, layer_reduction, **_):
@@ -110,7 +102,7 @@ def check_options(*, alpha=1.0, noise, activation, normalize, layer_reduction, *
     for name, value, known in (
         ("noise", noise, ("uniform", "expected", "none")),
         ("activation", activation, tuple(RESPONSES)),
-        ("layer_reduction", layer_reduction, ("mean", "sum")),
+        ("layer_reduction", layer_reduction, tuple(LAYER_REDUCTIONS)),
     ):
         if value not in known:
             raise ValueError(f"{name} is {value!r}; use one of {', '.join(known)}")
@@ -119,17 +111,43 @@ def check_options(*, alpha=1.0, noise, activation, normalize, layer_reduction, *
         raise ValueError(f"{option} needs a linear activation (gate or up), not {activation!r}")
 
 
-def _proxies(router_LED, keys_L, noise):
+def stack(params, rng, activation, noise):
+    """(router_LED, the matrices that `activation` reads, keys_L): one layer becomes a stack of one."""
+    if noise == "uniform" and rng is None:
+        raise ValueError("noise 'uniform' draws from rng, which is None; pass a key, or noise 'expected' or 'none'")
+    router, names = jnp.asarray(params["router"], jnp.float32), RESPONSES[activation][1]
+    weights = tuple(jnp.asarray(params[name]) for name in names)
+    if router.ndim == 2:  # it draws from the key itself
+        return jax.tree.map(lambda leaf: leaf[None], (router, weights, rng))
+    return router, weights, jax.random.split(rng, len(router)) if noise == "uniform" else rng
+
+
+def proxies(router_LED, bound_LE, keys_L, noise):
     """What the responses read, and the squared lengths of the proxies: drawn, clean, or in expectation."""
     if noise == "expected":
-        variance_LE = lax.map(noise_bound, router_LED) ** 2 / 3  # of a uniform draw of half-width bound
+        variance_LE = bound_LE**2 / 3  # of a uniform draw of half-width bound
         spread_LED = variance_LE[..., None] * router_LED**2
         return (router_LED, spread_LED), jnp.sum(router_LED**2 + spread_LED, axis=-1)
-    draw = noise == "uniform"
-    proxies_LED = lax.map(lambda arguments: perturb(*arguments), (router_LED, keys_L)) if draw else router_LED
-    return proxies_LED, jnp.sum(proxies_LED**2, axis=-1)
+    if noise == "uniform":
+        router_LED = lax.map(lambda arguments: _jitter(*arguments), (router_LED, bound_LE, keys_L))
+    return router_LED, jnp.sum(router_LED**2, axis=-1)
 
 
-def _root(squares):
+def _jitter(router_ED, bound_E, rng):
+    bound_E1 = bound_E[:, None]
+    noise_ED = 1 - bound_E1 + 2 * bound_E1 * jax.random.uniform(rng, router_ED.shape)
+    return router_ED * lax.stop_gradient(noise_ED)
+
+
+def response(activation, noise, normalize):
+    """What `squared_responses` asks of one expert."""
+    respond = expected_linear if noise == "expected" else RESPONSES[activation][0]
+    return partial(sized, respond) if normalize else respond
+
+
+def root(squares):
     """Square root with gradient 0 at 0, where the norm has none."""
     return jnp.where(squares > 0, jnp.sqrt(jnp.where(squares > 0, squares, 1)), 0)
+
+
+LAYER_REDUCTIONS = {"mean": jnp.mean, "sum": jnp.sum}

@@ -7,11 +7,13 @@ optimizer step. A loss of weight 0 is not computed. Adding a loss is one file be
 import dataclasses
 import difflib
 from collections.abc import Mapping
+from typing import Any
 
 from moe_erc.losses.erc import check_options, erc_loss
 from moe_erc.losses.language_model import language_model, token_losses
 from moe_erc.losses.load_balance import load_balance
 from moe_erc.losses.router_z import router_z
+from moe_erc.losses.sharded_erc import sharded_erc_loss
 
 
 def _lm(output, batch, earlier_load_LE, *, chunk):
@@ -36,8 +38,9 @@ def _check_scope(*, scope):
         raise ValueError(f"scope is {scope!r}; use one of micro_batch, step")
 
 
-def _erc(params, rng, **options):
-    return erc_loss(params["layers"]["moe"], rng, **options)
+def _erc(params, rng, mesh, **options):
+    moe = params["layers"]["moe"]
+    return erc_loss(moe, rng, **options) if mesh is None else sharded_erc_loss(moe, rng, mesh, **options)
 
 
 BATCH_TERMS = {"lm": _lm, "load_balance": _load_balance, "router_z": _router_z}
@@ -47,9 +50,13 @@ CHECKS = {"load_balance": _check_scope, "erc": check_options}  # of a term's opt
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-    """`losses` maps a term's name to {"weight": number, **options of the term}; see `configs/base.py`."""
+    """`losses` maps a term's name to {"weight": number, **options of the term}; see `configs/base.py`.
+
+    `mesh` is where the parameters lie; None means one device.
+    """
 
     losses: Mapping
+    mesh: Any = None
 
     def __post_init__(self):
         known = [*BATCH_TERMS, *PARAMETER_TERMS]
@@ -74,7 +81,10 @@ class Objective:
 
     def of_parameters(self, params, rng):
         """Terms that depend on the parameters alone."""
-        return {name: PARAMETER_TERMS[name](params, rng, **options) for name, options in self._active(PARAMETER_TERMS)}
+        return {
+            name: PARAMETER_TERMS[name](params, rng, self.mesh, **options)
+            for name, options in self._active(PARAMETER_TERMS)
+        }
 
     def total(self, terms):
         """Their weighted sum."""

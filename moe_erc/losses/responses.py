@@ -11,22 +11,24 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+COLUMNS = 512  # hidden units of several small experts, or of slices of experts, that are worth one turn of the loop
+
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def squared_responses(respond, inputs, weights):
-    """S[l, i, j] = respond(inputs of layer l, weights of expert j)[i], one expert at a time: no (E, E, F) array exists.
+    """S[l, i, j] = respond(inputs of layer l, weights of expert j)[i], a few experts at a time: nothing is (E, E, F).
 
-    The backward recomputes a column, and skips it when no hinge passes it a gradient, as most do once coupled.
-    One loop runs over the experts of all layers: nested loops would hold a copy of a layer's weights.
+    The backward recomputes a group's columns, and skips them when no hinge passes them a gradient, as most do once
+    coupled. One loop runs over the groups of all layers: nested loops would hold a copy of a layer's weights.
     """
     layers, experts = weights[0].shape[:2]
 
-    def column(layer_and_expert):
-        layer, expert = layer_and_expert
-        return respond(jax.tree.map(lambda leaf: leaf[layer], inputs), *expert)
+    def columns(layer_and_experts):
+        layer, matrices = layer_and_experts
+        return _respond(respond, jax.tree.map(lambda leaf: leaf[layer], inputs), matrices)
 
-    columns = lax.map(column, (_layer_of_column(layers, experts), _merge_layers(weights)))
-    return columns.reshape(layers, experts, -1).swapaxes(1, 2)
+    columns_GJE = lax.map(columns, _groups(weights))
+    return columns_GJE.reshape(layers, experts, -1).swapaxes(1, 2)
 
 
 def _forward(respond, inputs, weights):
@@ -35,37 +37,48 @@ def _forward(respond, inputs, weights):
 
 def _backward(respond, residuals, gradient_LEE):
     inputs, weights = residuals
-    layers, experts = weights[0].shape[:2]
+    layer_of_group, groups = _groups(weights)
 
-    def column(input_gradients, column_inputs):
-        layer, expert, gradient_E = column_inputs
+    def columns(input_gradients, layer_experts_and_gradient):
+        layer, matrices, gradient_JE = layer_experts_and_gradient
 
         def active():
             of_layer = jax.tree.map(lambda leaf: leaf[layer], inputs)
-            _, pull_back = jax.vjp(lambda x, w: respond(x, *w), of_layer, expert)
-            extra, weight_gradients = pull_back(gradient_E)
+            _, pull_back = jax.vjp(partial(_respond, respond), of_layer, matrices)
+            extra, weight_gradients = pull_back(gradient_JE)
             return jax.tree.map(lambda total, term: total.at[layer].add(term), input_gradients, extra), weight_gradients
 
         def idle():
-            return input_gradients, jax.tree.map(jnp.zeros_like, expert)
+            return input_gradients, jax.tree.map(jnp.zeros_like, matrices)
 
-        return lax.cond(jnp.any(gradient_E != 0), active, idle)
+        return lax.cond(jnp.any(gradient_JE != 0), active, idle)
 
-    gradient_CE = gradient_LEE.swapaxes(1, 2).reshape(layers * experts, -1)
-    columns = (_layer_of_column(layers, experts), _merge_layers(weights), gradient_CE)
-    input_gradients, weight_gradients = lax.scan(column, jax.tree.map(jnp.zeros_like, inputs), columns)
+    gradient_GJE = gradient_LEE.swapaxes(1, 2).reshape(len(layer_of_group), -1, gradient_LEE.shape[1])
+    start = jax.tree.map(jnp.zeros_like, inputs)
+    input_gradients, weight_gradients = lax.scan(columns, start, (layer_of_group, groups, gradient_GJE))
     return input_gradients, jax.tree.map(lambda g, w: g.reshape(w.shape), weight_gradients, weights)
 
 
 squared_responses.defvjp(_forward, _backward)
 
 
-def _layer_of_column(layers, experts):
-    return jnp.repeat(jnp.arange(layers), experts)
+def _respond(respond, inputs, matrices):
+    """(J, E): what J experts answer, or (1, E) for the matrices of one."""
+    if matrices[0].ndim == 2:
+        return respond(inputs, *matrices)[None]
+    return jax.vmap(respond, in_axes=(None, *(0,) * len(matrices)))(inputs, *matrices)
 
 
-def _merge_layers(weights):
-    return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), weights)
+def _groups(weights):
+    """(layer of each group, matrices as (groups, experts of a group, …)); a group lies within one layer.
+
+    Groups of one have no axis of their own: XLA copies all weights for an axis of length 1.
+    """
+    layers, experts, _, hidden = weights[0].shape
+    size = max(size for size in range(1, experts + 1) if experts % size == 0 and size * hidden <= max(COLUMNS, hidden))
+    layer_of_group = jnp.repeat(jnp.arange(layers), experts // size)
+    group = (-1, size) if size > 1 else (-1,)
+    return layer_of_group, jax.tree.map(lambda leaf: leaf.reshape(*group, *leaf.shape[2:]), weights)
 
 
 def _matmul(a, b):
@@ -87,10 +100,19 @@ def expected_linear(inputs, w_DF):
     return linear(x_ED, w_DF) + _matmul(spread_ED, _squares(w_DF.astype(jnp.float32)))
 
 
-def per_frobenius(respond, inputs, w_DF):
-    """A linear response in units of the matrix's own size: shrinking the matrix gains nothing; 0 for a zero one."""
-    size2 = jnp.sum(jnp.square(w_DF.astype(jnp.float32)))
-    return respond(inputs, w_DF) / jnp.where(size2 > 0, size2, jnp.inf)
+def sized(respond, inputs, w_DF):
+    """A linear response with |w|_F^2 as one more row: slices of it add up as the squares do."""
+    return jnp.append(respond(inputs, w_DF), jnp.sum(jnp.square(w_DF.astype(jnp.float32))))
+
+
+def relative(sized_LEE, length2_LE, width):
+    """Of sized responses, D S[i, j] / (|proxy_i|^2 |w_j|_F^2): shrinking router or gate gains nothing; 0 for zeros."""
+    squares_LEE, size2_L1E = sized_LEE[:, :-1], sized_LEE[:, -1:]
+    return width * squares_LEE * _inverse(length2_LE)[:, :, None] * _inverse(size2_L1E)
+
+
+def _inverse(x):
+    return jnp.where(x > 0, 1 / jnp.where(x > 0, x, 1), 0)
 
 
 def _silu_gate(x_ED, w_gate_DF):
@@ -101,8 +123,9 @@ def _swiglu(x_ED, w_gate_DF, w_up_DF):
     return _squares(jax.nn.silu(_matmul(x_ED, w_gate_DF)) * _matmul(x_ED, w_up_DF))
 
 
-def _output(x_ED, w_gate_DF, w_up_DF, w_down_FD):
-    return _squares(_matmul(jax.nn.silu(_matmul(x_ED, w_gate_DF)) * _matmul(x_ED, w_up_DF), w_down_FD))
+def output(x_ED, w_gate_DF, w_up_DF, w_down_FD, sum_slices=lambda out_ED: out_ED):
+    """The one square of a sum over F: what slices of F give is added up by `sum_slices` before it is squared."""
+    return _squares(sum_slices(_matmul(jax.nn.silu(_matmul(x_ED, w_gate_DF)) * _matmul(x_ED, w_up_DF), w_down_FD)))
 
 
 # activation -> (squared response of one expert to every proxy, the weights it reads)
@@ -111,5 +134,5 @@ RESPONSES = {
     "up": (linear, ("w_up",)),
     "silu_gate": (_silu_gate, ("w_gate",)),
     "swiglu": (_swiglu, ("w_gate", "w_up")),
-    "output": (_output, ("w_gate", "w_up", "w_down")),
+    "output": (output, ("w_gate", "w_up", "w_down")),
 }

@@ -1,8 +1,10 @@
 """Experts over a mesh: gather the tokens of an expert group, run the local experts on them, scatter the sums back.
 
     x -> all_gather over "expert" -> local experts, dropless -> psum_scatter over "expert" -> y
+    w -> all_gather over "data"                                 psum_scatter over "data" <- dw
 
-Only this is inside `shard_map`: routing, statistics and losses see global arrays, so their means are what they say.
+Buffers are sized by tokens, not by how they are routed: memory does not depend on balance. Only this is inside
+`shard_map`: routing, statistics and losses see global arrays, so their means are what they say.
 """
 
 import jax
@@ -10,25 +12,31 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from moe_erc.sharding import BATCH, DATA, EXPERT
+from moe_erc.moe.experts import ExpertWeights
+from moe_erc.sharding import BATCH, DATA, EXPERT, PARAMETERS
 
 
 def apply(experts, mesh, x_BTD, routing, expert_weights):
     """`experts` (a function of `experts.py`) on every token, (B, T, D), whatever the mesh; None means one device."""
     if mesh is None:
         return _flat(experts, x_BTD, routing, expert_weights)
+    slices = ExpertWeights(PARAMETERS["w_gate"], PARAMETERS["w_up"], PARAMETERS["w_down"])
 
     def local(x_BTD, routing, expert_weights):
-        # One cast here is one sum of the weight gradient over the data axis, after the loop and not in it.
-        expert_weights = jax.tree.map(lambda leaf: lax.pcast(leaf, DATA, to="varying"), expert_weights)
+        # Gathered here rather than on the way in, the gradient is summed and cut again in one reduce-scatter.
+        expert_weights = jax.tree.map(_gather_slices, expert_weights, slices)
         x_BTD, routing = jax.tree.map(lambda leaf: lax.all_gather(leaf, EXPERT, tiled=True), (x_BTD, routing))
-        first = lax.axis_index(EXPERT) * len(expert_weights[0])
+        first = lax.axis_index(EXPERT) * len(expert_weights.w_gate_EDF)
         routing = routing._replace(experts_BTK=routing.experts_BTK - first)
         y_BTD = _flat(experts, x_BTD, routing, expert_weights)
         return lax.psum_scatter(y_BTD, EXPERT, tiled=True)
 
-    specs = (P(BATCH), P(BATCH), P(EXPERT))
+    specs = (P(BATCH), P(BATCH), slices)
     return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=P(BATCH))(x_BTD, routing, expert_weights)
+
+
+def _gather_slices(leaf, spec):
+    return lax.all_gather(leaf, DATA, axis=spec.index(DATA), tiled=True)
 
 
 def _flat(experts, x_BTD, routing, expert_weights):

@@ -1,10 +1,11 @@
 """The measures on matrices small enough to work by hand."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_erc import coupling_matrix, coupling_penalty, noise_bound
+from moe_erc import coupling_matrix, coupling_penalty, noise_bound, sharding
 from moe_erc.analysis.coupling import ALPHAS, measure_coupling, summarize_coupling
 
 
@@ -45,6 +46,14 @@ def test_erc_is_zero_at_the_vanishing_alpha_and_positive_below_it():
             measures["erc_LA"][layer], [coupling_penalty(M_EE, each) for each in ALPHAS], rtol=1e-5
         )
         assert measures["noise_bound_L"][layer] == pytest.approx(float(jnp.mean(noise_bound(router_LED[layer]))))
+
+
+def test_gates_over_a_mesh_are_measured_the_same():
+    rng, mesh = np.random.default_rng(0), sharding.make_mesh(2, 4)
+    router_LED, w_gate_LEDF = rng.normal(size=(2, 8, 7)), rng.normal(size=(2, 8, 7, 4))
+    alone, over_mesh = measure_coupling(router_LED, w_gate_LEDF), measure_coupling(router_LED, w_gate_LEDF, mesh)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(b, a, rtol=1e-5, atol=1e-6), alone, over_mesh)
+    assert all(leaf.is_fully_replicated for leaf in jax.tree.leaves(over_mesh))  # every process can read them
 
 
 def test_a_dead_expert_never_couples_and_a_coupled_layer_is_all_diagonal():

@@ -34,7 +34,7 @@ def trainer(model_config):
         model = Transformer(model_config(init_std=0.3, experts_implementation=implementation), mesh)
         init = initializer(model, optimizer, 0)
         shapes = abstract_state(init, mesh)
-        step = step_module.make_train_step(model, Objective(losses), optimizer, micro_batches, shardings(shapes))
+        step = step_module.make_train_step(model, Objective(losses, mesh), optimizer, micro_batches, shardings(shapes))
         return jax.jit(init, out_shardings=shardings(shapes)), lambda state, batch: step(
             state, sharding.put_batch(mesh, batch)
         )
@@ -93,7 +93,7 @@ def test_parameter_losses_are_computed_once_however_many_micro_batches(trainer, 
     monkeypatch.setitem(
         objective_module.PARAMETER_TERMS,
         "erc",
-        lambda params, rng, **_: calls.append(1) or jnp.sum(params["final_norm"]),
+        lambda params, rng, mesh, **_: calls.append(1) or jnp.sum(params["final_norm"]),
     )
     # "ragged" is no other test's, so both programs are traced here, with the stand-in
     plain, _ = run(trainer(implementation="ragged"), token_batch(BATCH, LENGTH))

@@ -4,11 +4,15 @@ Tokens are split over both axes; experts over "expert"; large parameters, and wi
 "data" as well (FSDP). Expert matrices are cut there along their hidden axis F, so that sums over F need no gather.
 """
 
+import math
 import os
 
 import jax
-from jax.sharding import AxisType, NamedSharding
+from jax.experimental import mesh_utils
+from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from rich.console import Console
+from rich.table import Table
 
 DATA, EXPERT = "data", "expert"
 BATCH = (DATA, EXPERT)
@@ -52,8 +56,26 @@ def make_mesh(data, expert, devices=None):
     data, expert = count // expert if data == -1 else data, count // data if expert == -1 else expert
     if data * expert > count:
         raise ValueError(f"mesh: {data} x {expert} needs {data * expert} devices, there are {count}; lower mesh.data")
-    chosen = devices[: data * expert]
-    return jax.make_mesh((data, expert), (DATA, EXPERT), axis_types=(AxisType.Auto,) * 2, devices=chosen)
+    chosen = lay_out(devices[: data * expert], data, expert)
+    return Mesh(chosen, (DATA, EXPERT), axis_types=(AxisType.Auto,) * 2)
+
+
+def lay_out(devices, data, expert):
+    """(data, expert) array of devices with near ones beside each other; an expert group stays within its slice.
+
+    A slice is what the fast network joins: one TPU slice, one GPU node. As `jax.make_mesh`, which knows no slices and
+    refuses to split an axis of the torus (8 x 8 on 4x4x4).
+    """
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if data % slices:
+        raise ValueError(
+            f"mesh.data: {data} cannot be split over {slices} slices, and an expert group stays within one; "
+            "use a multiple"
+        )
+    if slices > 1:
+        shape = (data // slices, expert), (slices, 1)
+        return mesh_utils.create_hybrid_device_mesh(*shape, devices, allow_split_physical_axes=True)
+    return mesh_utils.create_device_mesh((data, expert), devices, allow_split_physical_axes=True)
 
 
 def shard_state(mesh, abstract_state):
@@ -66,6 +88,25 @@ def shard_state(mesh, abstract_state):
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
 
     return jax.tree_util.tree_map_with_path(place, abstract_state)
+
+
+def print_plan(abstract):
+    """Prints where an abstract state will lie: shape, spec and bytes per device of every parameter, and the totals."""
+    table = Table("parameter", "shape", "spec", "MB a device", title="Plan")
+    for path, leaf in jax.tree_util.tree_leaves_with_path(abstract.params):
+        name, spec = jax.tree_util.keystr(path, simple=True, separator="."), leaf.sharding.spec
+        table.add_row(name, str(leaf.shape), str(tuple(spec)), f"{bytes_per_device(leaf) / 1e6:,.2f}")
+    table.add_section()
+    parameters, moments = abstract.params, abstract.opt_state
+    for name, tree in (("parameters", parameters), ("moments", moments), ("together", (parameters, moments))):
+        table.add_row(name, "", "", f"{bytes_per_device(tree) / 1e6:,.2f}")
+    Console().print(table)
+
+
+def bytes_per_device(abstract):
+    """What one device holds of a tree of abstract arrays with shardings."""
+    leaves = jax.tree.leaves(abstract)
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
 
 
 def shard_batch(mesh):

@@ -25,6 +25,28 @@ def test_a_mesh_that_the_devices_do_not_make_is_refused(data, expert, numbers):
     assert all(number in str(refusal.value) for number in numbers)
 
 
+def test_expert_groups_stay_within_a_slice():
+    devices = [
+        types.SimpleNamespace(slice_index=index % 2, platform="cpu", device_kind="cpu", id=index) for index in range(8)
+    ]
+    slices_DE = [[device.slice_index for device in row] for row in sharding.lay_out(devices, 4, 2)]
+    assert slices_DE == [[0, 0], [0, 0], [1, 1], [1, 1]]  # data crosses the slow network once, experts never
+    with pytest.raises(ValueError, match=r"mesh.data: 1 .* 2 slices"):
+        sharding.lay_out(devices, 1, 8)
+
+
+def test_the_plan_counts_what_a_device_holds(capsys):
+    mesh, leaf = sharding.make_mesh(2, 4), jax.ShapeDtypeStruct((3, 4, 8, 8), jnp.float32)
+    params = {"layers": {"moe": {"w_gate": leaf, "router": jax.ShapeDtypeStruct((3, 4, 8), jnp.float32)}}}
+    state = types.SimpleNamespace(params=params, opt_state=(params, params))
+    abstract = types.SimpleNamespace(**sharding.shard_state(mesh, vars(state)))
+    # 3 layers x 1 of 4 experts x 8 x 4 of 8 hidden units, and 3 x 4 x 8 router weights: 96 + 96 floats
+    assert sharding.bytes_per_device(abstract.params) == 4 * (96 + 96)
+    sharding.print_plan(abstract)
+    printed = capsys.readouterr().out
+    assert "layers.moe.w_gate" in printed and "'expert'" in printed and "moments" in printed
+
+
 def test_moments_lie_where_their_parameters_lie():
     leaf = jax.ShapeDtypeStruct((3, 4, 8, 8), jnp.float32)
     params = {"layers": {"moe": {"w_gate": leaf, "w_down": leaf, "router": leaf}}}

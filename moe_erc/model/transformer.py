@@ -53,9 +53,8 @@ class Transformer(nn.Module):
         config, init = self.config, self.config.initializer
         embed_VD = self.param("embed", init, (config.vocab_size, config.width))
         head_VD = embed_VD if config.tie_embeddings else self.param("head", init, (config.vocab_size, config.width))
-        x_BTD = embed_VD[tokens_BT].astype(config.dtype)
-        if self.mesh is not None:
-            x_BTD = jax.lax.with_sharding_constraint(x_BTD, NamedSharding(self.mesh, P(BATCH)))
+        # Rows are looked up in the whole matrix: in slices of D, XLA would gather the tokens' vectors instead.
+        x_BTD = self._place(self._place(embed_VD, P())[tokens_BT].astype(config.dtype), P(BATCH))
         block = nn.remat(Block, prevent_cse=False) if config.remat == "block" else Block
         stack = nn.scan(
             block,
@@ -68,3 +67,6 @@ class Transformer(nn.Module):
         x_BTD, stats = stack(config, self.mesh, name="layers")(x_BTD, mask_BT)
         final_norm_D = self.param("final_norm", nn.initializers.ones, (config.width,))
         return Output(rms_norm(x_BTD, final_norm_D, config.norm_eps), head_VD, stats)
+
+    def _place(self, array, spec):
+        return array if self.mesh is None else jax.lax.with_sharding_constraint(array, NamedSharding(self.mesh, spec))

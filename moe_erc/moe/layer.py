@@ -1,5 +1,6 @@
 """The MoE layer: owns the router and the expert matrices, and calls the functions that use them."""
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -28,7 +29,8 @@ class MoE(nn.Module):
         )
         # The choice of experts is discrete: a rounded score is another model. E columns cost nothing at full precision.
         scores_BTE = jnp.einsum("btd,ed->bte", x_BTD.astype(jnp.float32), router_ED, precision=lax.Precision.HIGHEST)
-        chosen = routing.top_k(scores_BTE, config.experts_per_token, config.renormalize)
+        choose = partial(routing.top_k, experts_per_token=config.experts_per_token, renormalize=config.renormalize)
+        chosen = parallel.by_token(choose, self.mesh)(scores_BTE)
         platform = jax.default_backend() if self.mesh is None else self.mesh.devices.flat[0].platform
         run = experts.implementation(config.experts_implementation, platform)
         y_BTD = parallel.apply(run, self.mesh, x_BTD, chosen, expert_weights)

@@ -3,8 +3,8 @@
     x -> all_gather over "expert" -> local experts, dropless -> psum_scatter over "expert" -> y
     w -> all_gather over "data"                                 psum_scatter over "data" <- dw
 
-Buffers are sized by tokens, not by how they are routed: memory does not depend on balance. Only this is inside
-`shard_map`: routing, statistics and losses see global arrays, so their means are what they say.
+Buffers are sized by tokens, not by how they are routed: memory does not depend on balance. Statistics and losses are
+outside `shard_map` and see global arrays, so their means are what they say.
 """
 
 import jax
@@ -14,6 +14,11 @@ from jax.sharding import PartitionSpec as P
 
 from moe_erc.moe.experts import ExpertWeights
 from moe_erc.sharding import BATCH, DATA, EXPERT, PARAMETERS
+
+
+def by_token(function, mesh):
+    """`function`, of arrays (B, T, …) token by token, on every device's own: XLA would gather what it cannot cut."""
+    return function if mesh is None else jax.shard_map(function, mesh=mesh, in_specs=P(BATCH), out_specs=P(BATCH))
 
 
 def apply(experts, mesh, x_BTD, routing, expert_weights):

@@ -1,0 +1,137 @@
+"""The tables of `benchmarks.compile_ahead`: memory, FLOPs, collectives, and the share of the losses on parameters."""
+
+import collections
+
+from rich.console import Console
+from rich.table import Table
+
+ROWS = 20  # of collectives; the rest is summed up
+SURROUNDINGS = ("jit(", "while", "body", "closed_call", "checkpoint", "rematted_computation", "layers", "shard_map")
+
+
+def show(facts, programs):
+    """Everything, of one device and one step."""
+    console = Console(width=150)  # a narrower one would cut the numbers
+    step = programs["step"]
+    console.print(
+        f"{facts['config']}: {facts['parameters']:,} parameters, {facts['devices']}, mesh {facts['mesh']}, "
+        f"{facts['tokens']:,.0f} tokens a device in {facts['micro_batches']} micro-batches; "
+        f"compiled in {step['seconds']:.0f} s"
+    )
+    console.print(memory_table(step["memory"], facts["chip"]["bytes"]))
+    console.print(flops_table(facts, step["cost"]))
+    console.print(collectives_table(step["cost"].collectives))
+    if "parameter losses" in programs:
+        console.print(share_table(programs, facts))
+    for origin, count in collections.Counter(map(describe, step["cost"].open_loops)).items():
+        console.print(f"counted as one turn, its length depends on data: {count} x loop of {origin}")
+
+
+def memory_table(memory, available):
+    """By kind, and its peak against what there is."""
+    table = numbers("", "GiB", "of the device", title="Memory")
+    kept = {"arguments (state, batch)": memory.arguments, "outputs not in their place": memory.outputs - memory.aliased}
+    for name, size in (kept | {"temporaries": memory.temporaries, "program": memory.program}).items():
+        table.add_row(name, gib(size), percent(size, available))
+    table.add_section()
+    table.add_row("peak", gib(memory.peak), percent(memory.peak, available))
+    table.add_row("device", gib(available) if available < float("inf") else "not limited", "")
+    return table
+
+
+def balanced_flops(facts, cost):
+    """Matmul FLOPs when every device of an expert group is routed an equal share of its rows."""
+    return cost.flops + cost.grouped_flops / facts["mesh"]["expert"]
+
+
+def flops_table(facts, cost):
+    """Compiled FLOPs beside those of the model: its matmuls forward, and twice that backward."""
+    table = numbers("", "TFLOP", "of the model's", "ms at the peak rate", title="Matmuls")
+    model = facts["model_flops"]
+    rows = {"model, forward and backward": model, "compiled: dense": cost.flops}
+    rows |= {"compiled: experts, at equal load": cost.grouped_flops / facts["mesh"]["expert"]}
+    rows |= {"compiled": balanced_flops(facts, cost)}
+    for name, flops in rows.items():
+        milliseconds = 1e3 * flops / facts["chip"]["flops"]
+        table.add_row(name, f"{flops / 1e12:.4g}", percent(flops, model), f"{milliseconds:.4g}")
+    return table
+
+
+def collectives_table(found):
+    """Alike ones in a row, those that send most first."""
+    table = numbers(
+        "collective",
+        "result",
+        "devices",
+        "runs",
+        "MB each",
+        "GB sent",
+        "async",
+        "of",
+        title="Collectives",
+        text=(0, 1, 7),
+    )
+    alike = collections.defaultdict(list)
+    for collective in found:
+        alike[collective.kind, collective.shapes, collective.group, collective.asynchronous].append(collective)
+    rows = sorted(alike.items(), key=lambda item: -sum(one.wire_bytes for one in item[1]))
+    for (kind, shapes, group, asynchronous), members in rows[:ROWS]:
+        more = f" + {len(shapes) - 1} more" if len(shapes) > 1 else ""
+        origins = list(dict.fromkeys(describe(one.origin) for one in members if one.origin))
+        table.add_row(
+            kind,
+            shapes[0] + more,
+            str(group),
+            str(sum(one.times for one in members)),
+            f"{members[0].bytes / 1e6:.3g}",
+            f"{sum(one.wire_bytes for one in members) / 1e9:.3g}",
+            "yes" if asynchronous else "no",
+            "; ".join(origins[:2]) or "not told",
+        )
+    table.add_section()
+    rest = [one for _, members in rows[ROWS:] for one in members]
+    for name, members in (("others", rest), ("all", found)):
+        sent = sum(one.wire_bytes for one in members) / 1e9
+        table.add_row(name, "", "", str(sum(one.times for one in members)), "", f"{sent:.3g}", "", "")
+    return table
+
+
+def share_table(programs, facts):
+    """The losses on parameters alone beside the step, and what the step has more than one without them."""
+    step, alone = programs["step"], programs["parameter losses"]
+    without = programs.get("step without them")
+    titles = ("alone", "of the step") + (("step less step without", "of the step") if without else ())
+    table = numbers("", *titles, title="Losses on parameters")
+
+    def add(name, unit, read):
+        whole, values = read(step), [read(alone)] + ([read(step) - read(without)] if without else [])
+        cells = [cell for value in values for cell in (f"{value / unit:.4g}", percent(value, whole))]
+        table.add_row(name, *cells)
+
+    add("matmuls, TFLOP", 1e12, lambda program: balanced_flops(facts, program["cost"]))
+    add("sent, GB", 1e9, lambda program: program["cost"].wire_bytes)
+    add("temporaries, GiB", 2**30, lambda program: program["memory"].temporaries)
+    return table
+
+
+def describe(origin):
+    """The end of a traced operation's name, without the loops around it, and whether it is of the backward pass."""
+    first, *more = origin.strip("()").split(":")  # operations that were merged
+    words = [word for word in first.split("/") if not word.startswith((*SURROUNDINGS, "jvp(", "transpose("))]
+    return "/".join(words[-3:]) + (f" + {len(more)}" if more else "") + (" (backward)" if "transpose(" in first else "")
+
+
+def numbers(*columns, title, text=(0,)):
+    """A table of right-aligned columns but for those of text."""
+    table = Table(title=title, title_justify="left")
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="left" if index in text else "right", overflow="fold")
+    return table
+
+
+def gib(size):
+    return f"{size / 2**30:.3g}"
+
+
+def percent(part, whole):
+    return f"{part / whole:.2%}" if 0 < whole < float("inf") else ""

@@ -1,0 +1,129 @@
+"""ERC over a mesh: the same loss and gradients, and what the compiled program computes and sends on 8 devices."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from moe_erc import coupling_matrix, erc_loss, sharding
+from moe_erc.analysis import compiled
+from moe_erc.losses.sharded_erc import sharded_coupling_matrix, sharded_erc_loss
+
+L, E, D, F = 2, 16, 24, 32
+MESHES = [(1, 1), (8, 1), (1, 8), (2, 4), (4, 2)]
+
+
+@pytest.fixture(scope="module")
+def params():
+    keys = jax.random.split(jax.random.key(0), 4)
+    shapes = {"router": (L, E, D), "w_gate": (L, E, D, F), "w_up": (L, E, D, F), "w_down": (L, E, F, D)}
+    return {name: jax.random.normal(key, shape) for key, (name, shape) in zip(keys, shapes.items(), strict=True)}
+
+
+def value_and_grad(loss):
+    return jax.jit(jax.value_and_grad(lambda params: loss(params, jax.random.key(1))))
+
+
+def assert_equal(expected, found):
+    # Sums over D and F in another order: a few roundings of float32, 1e-7 each, of the largest value of each array.
+    def close(a, b):
+        np.testing.assert_allclose(b, a, rtol=0, atol=2e-6 * float(jnp.max(jnp.abs(a))))
+
+    jax.tree.map(close, expected, found)
+
+
+@pytest.mark.parametrize("shape", MESHES, ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"noise": "expected"},
+        {"normalize": True, "layer_reduction": "sum"},
+        {"noise": "none", "activation": "swiglu"},
+        {"activation": "output", "detach_router": True},
+    ],
+    ids=str,
+)
+@pytest.mark.usefixtures("quick_compilation")
+def test_any_mesh_gives_the_loss_and_the_gradients_of_one_device(params, options, shape):
+    mesh = sharding.make_mesh(*shape)
+    expected = value_and_grad(lambda params, rng: erc_loss(params, rng, alpha=0.5, **options))(params)
+    found = value_and_grad(lambda params, rng: sharded_erc_loss(params, rng, mesh, alpha=0.5, **options))(params)
+    assert expected[0] > 0
+    assert_equal(expected, found)
+
+
+def test_one_layer_draws_from_the_key_itself(params):
+    layer = {name: leaf[0] for name, leaf in params.items()}
+    mesh = sharding.make_mesh(2, 4)
+    found = value_and_grad(lambda params, rng: sharded_erc_loss(params, rng, mesh))(layer)
+    assert_equal(value_and_grad(erc_loss)(layer), found)
+
+
+def test_the_matrix_over_a_mesh_is_the_matrix(params):
+    found = sharded_coupling_matrix(params["router"], params["w_gate"], sharding.make_mesh(4, 2))
+    expected = [coupling_matrix(params["router"][layer], params["w_gate"][layer]) for layer in range(L)]
+    assert_equal(jnp.stack(expected), found)
+
+
+def test_words_that_erc_does_not_know_are_refused_over_a_mesh_too(params):
+    with pytest.raises(ValueError, match="gaussian"):
+        sharded_erc_loss(params, jax.random.key(0), sharding.make_mesh(2, 4), noise="gaussian")
+    with pytest.raises(ValueError, match="rng"):
+        sharded_erc_loss(params, None, sharding.make_mesh(2, 4))
+
+
+def program(loss, shape, sizes=(L, E, D, F)):
+    """Compiled for parameters that lie as the trainer keeps them, its gradients where the parameters are."""
+    mesh, (layers, experts, width, hidden) = sharding.make_mesh(*shape), sizes
+    shapes = {"router": (layers, experts, width), "w_gate": (layers, experts, width, hidden)}
+    leaves = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
+    placed = sharding.shard_state(mesh, leaves)
+    everywhere, lies = NamedSharding(mesh, P()), jax.tree.map(lambda leaf: leaf.sharding, placed)
+    outputs = (everywhere, lies) if loss is both else everywhere
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    return jax.jit(lambda params, rng: loss(params, rng, mesh), out_shardings=outputs).lower(placed, key).compile()
+
+
+def both(params, rng, mesh):
+    return jax.value_and_grad(sharded_erc_loss)(params, rng, mesh)
+
+
+@pytest.mark.parametrize("shape", [(8, 1), (1, 8), (2, 4), (4, 2)], ids=str)
+def test_what_crosses_devices_is_e_squared_over_ep_and_the_router_gradient(shape):
+    data, expert = shape
+    sent = sorted(
+        (size, collective.group)
+        for collective in compiled.cost(program(both, shape)).collectives
+        for size in map(floats, collective.shapes)
+        if collective.group > 1
+    )
+    assert {collective.times for collective in compiled.cost(program(both, shape)).collectives} == {1}
+    over_data = [(L * E * (E // expert), data)]  # S, one sum for all layers
+    over_expert = [(L * E, expert)] * 3 + [(L, expert)]  # bounds, bars of the hinge and their gradient; the loss
+    everywhere = [(L * E * D, 8)]  # the gradient of the router
+    expected = over_data * (data > 1) + over_expert * (expert > 1) + everywhere
+    assert sent == sorted(expected)
+
+
+def floats(shape):
+    """ "f32[2,16]" is 32."""
+    assert shape.startswith("f32["), shape
+    return int(np.prod([int(size) for size in shape[4:].rstrip("]").split(",") if size]))
+
+
+@pytest.mark.parametrize("shape", MESHES[1:], ids=str)
+def test_flops_are_divided_by_both_axes(shape):
+    forward, backward = 2 * L * E**2 * D * F // 8, 3 * 2 * L * E**2 * D * F // 8  # recomputed, and two gradients
+    assert compiled.cost(program(sharded_erc_loss, shape)).flops == forward
+    assert compiled.cost(program(both, shape)).flops == forward + backward
+
+
+def test_xla_counts_the_same_where_its_count_has_no_loop():
+    # One layer whose local experts make one group: XLA's own count, of all operations, is the matmul and a little more.
+    experts, width, hidden = 16, 512, 256
+    matmul = 2 * experts**2 * width * hidden / 8
+    counted = program(sharded_erc_loss, (2, 4), (1, experts, width, hidden)).cost_analysis()["flops"]
+    assert matmul <= counted <= 1.1 * matmul  # the draw of the noise is most of the rest

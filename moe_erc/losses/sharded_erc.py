@@ -25,7 +25,7 @@ def sharded_erc_loss(params, rng, mesh, **options):
     every device.
     """
     options = erc_loss.__kwdefaults__ | options
-    check_options(**options)
+    check_options(**options | {"alpha": 1.0})  # which may be traced
     data, expert = mesh.axis_names
     activation, noise = options["activation"], options["noise"]
     router_LED, weights, keys_L = stack(params, rng, activation, noise)

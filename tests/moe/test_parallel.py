@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from moe_erc import sharding
 from moe_erc.moe import parallel
@@ -40,3 +42,25 @@ def test_any_mesh_equals_the_oracle_on_one_device(shape, spread):
     found = run(sharding.make_mesh(*shape), IMPLEMENTATIONS["block_loop"], spread)
     # float32 sums over tokens in another order
     jax.tree.map(lambda a, b: np.testing.assert_allclose(b, a, rtol=1e-4, atol=1e-4), expected, found)
+
+
+@pytest.mark.parametrize("shape", [(1, 8), (2, 4)], ids=str)
+def test_memory_is_bounded_by_a_groups_tokens_and_knows_no_routing(shape):
+    mesh, (rows, length, chosen), (experts, width, hidden) = sharding.make_mesh(*shape), (8, 64, 4), (16, 64, 32)
+
+    def abstract(of, spec, dtype=jnp.float32):
+        return jax.ShapeDtypeStruct(of, dtype, sharding=NamedSharding(mesh, spec))
+
+    def loss(x_BTD, routing, weights):
+        return jnp.sum(parallel.apply(IMPLEMENTATIONS["block_loop"], mesh, x_BTD, routing, weights) ** 2)
+
+    x_BTD = abstract((rows, length, width), P(sharding.BATCH))
+    routing = Routing(*(abstract((rows, length, chosen), P(sharding.BATCH), of) for of in (jnp.float32, jnp.int32)))
+    up, down = (experts, width, hidden), (experts, hidden, width)
+    specs = (sharding.PARAMETERS[name] for name in ("w_gate", "w_up", "w_down"))
+    weights = ExpertWeights(*(abstract(of, spec) for of, spec in zip((up, up, down), specs, strict=True)))
+    gradients = jax.jit(jax.grad(loss, argnums=(0, 2))).lower(x_BTD, routing, weights).compile()
+    # Tokens, outputs and their gradients, gathered; the device's experts and their gradients. Buffers large enough for
+    # every token at each of the device's 2 or 4 experts would be so many times the tokens more.
+    of_group, of_experts = 4 * rows * length * width // shape[0], 4 * 3 * experts * width * hidden // shape[1]
+    assert gradients.memory_analysis().temp_size_in_bytes < 5 * of_group + 2 * of_experts

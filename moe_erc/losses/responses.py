@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-COLUMNS = 512  # hidden units of several small experts, or of slices of experts, that are worth one turn of the loop
+COLUMNS = 128  # hidden units of several small experts, or of slices of experts, that are worth one turn of the loop
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))

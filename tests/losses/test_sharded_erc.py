@@ -123,7 +123,7 @@ def test_flops_are_divided_by_both_axes(shape):
 
 def test_xla_counts_the_same_where_its_count_has_no_loop():
     # One layer whose local experts make one group: XLA's own count, of all operations, is the matmul and a little more.
-    experts, width, hidden = 16, 512, 256
+    experts, width, hidden = 16, 512, 64
     matmul = 2 * experts**2 * width * hidden / 8
     counted = program(sharded_erc_loss, (2, 4), (1, experts, width, hidden)).cost_analysis()["flops"]
-    assert matmul <= counted <= 1.1 * matmul  # the draw of the noise is most of the rest
+    assert matmul <= counted <= 1.3 * matmul  # the draw of the noise is most of the rest, 50 / 256 of it

@@ -50,9 +50,8 @@ def main(_):
         model_config, data_config = ModelConfig(**config.model), text.DataConfig(**config.data)
         objective = Objective(config.losses.to_dict())
         optimizer = make_optimizer(OptimizerConfig(**config.optimizer), steps)
-        sharding.use_cpu_cores(
-            batch_size // max(config.train.micro_batches, 1), config.eval.batch_size, model_config.experts
-        )
+        rows_at_a_time = batch_size // max(config.train.micro_batches, 1)
+        sharding.use_cpu_cores(rows_at_a_time, config.eval.batch_size, model_config.experts)
         mesh = sharding.make_mesh(config.mesh.data, config.mesh.expert)
         sharding.check(mesh, model_config, batch_size, config.train.micro_batches, config.eval.batch_size)
         rows = sharding.local_rows(mesh, batch_size)

@@ -10,7 +10,8 @@ from collections.abc import Mapping
 
 import jax
 import orbax.checkpoint as ocp
-from etils import epath
+
+from moe_erc.training.paths import absolute
 
 
 class Checkpoints:
@@ -23,7 +24,7 @@ class Checkpoints:
     """
 
     def __init__(self, directory, keep=None):
-        self._directory = epath.Path(directory).expanduser().absolute()
+        self._directory = absolute(directory)
         if keep is not None and keep < 1:
             raise ValueError(f"keep = {keep} checkpoints would leave nothing to resume from: keep at least 1")
         self._manager = ocp.CheckpointManager(
@@ -103,7 +104,7 @@ def prepare_directory(directory):
     PermissionError of one line otherwise, by trying: permission bits say nothing to root, on read-only mounts and in
     buckets. Of several processes the first cleans. Orbax's own cleaning would run in a thread that outlives close().
     """
-    directory = epath.Path(directory).expanduser().absolute()
+    directory = absolute(directory)
     probe = directory / f".writable-{jax.process_index()}"
     try:
         directory.mkdir(parents=True, exist_ok=True)

@@ -70,11 +70,6 @@ def _line(step, values):
     return json.dumps({"step": step} | _without_nan(values)) + "\n"
 
 
-def is_remote(path):
-    """Whether a path is in a bucket, such as gs://bucket/run."""
-    return "://" in str(path)
-
-
 def _without_nan(value):
     """JSON has no NaN and no infinity: null stands for both, so that every reader can read the file."""
     if isinstance(value, dict):

@@ -7,9 +7,9 @@ import re
 
 import jax
 import numpy as np
-from etils import epath
 
-from moe_erc.training.json_lines import LocalJsonLines, RemoteJsonLines, is_remote
+from moe_erc.training.json_lines import LocalJsonLines, RemoteJsonLines
+from moe_erc.training.paths import absolute, is_remote
 
 
 class MetricWriter:
@@ -23,7 +23,7 @@ class MetricWriter:
         self._sinks = []
         if jax.process_index() != 0:
             return
-        directory = epath.Path(directory).expanduser()
+        directory = absolute(directory)
         directory.mkdir(parents=True, exist_ok=True)
         json_lines = RemoteJsonLines if is_remote(directory) else LocalJsonLines
         self._sinks.append(json_lines(directory / "metrics.jsonl", first_step))

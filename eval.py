@@ -3,17 +3,18 @@
     python eval.py --workdir=runs/erc-tiny                      all tables, and runs/erc-tiny/eval.json
     python eval.py --workdir=runs/erc-tiny --windows=64         on 64 windows of each domain; 0 reads all
 
-The model is the newest checkpoint's. Wrong input is one line and exit code 2.
+The model is the newest checkpoint's. The workdir may be gs://bucket/path; on several processes (docs/launch.md) the
+first one prints and writes. Wrong input is one line and exit code 2.
 """
 
 import functools
 import math
-import pathlib
 
 import jax
 from absl import flags
+from etils import epath
 
-from moe_erc import command_line, sharding
+from moe_erc import command_line, processes, sharding
 from moe_erc.analysis.coupling import measure_coupling
 from moe_erc.analysis.report import print_report, write_report
 from moe_erc.data import text
@@ -32,14 +33,19 @@ WINDOWS = flags.DEFINE_integer(
 
 
 def main(_):
-    workdir = pathlib.Path(WORKDIR.value)
-    sharding.use_cpu_cores()
+    workdir = epath.Path(WORKDIR.value)
 
-    with command_line.refusing_bad_input():
+    with command_line.refusing_bad_input(), processes.ending_together():
+        processes.initialize()
+        sharding.use_cpu_cores()
+        processes.mute_all_but_first()
         checkpoints = Checkpoints(workdir / "checkpoints")
+        processes.agree({"checkpoint": checkpoints.latest_step()})
         meta = checkpoints.read_meta()
         config = meta["config"]
-        corpus = text.prepare(text.DataConfig(**config["data"]))
+        with processes.first():
+            corpus = text.prepare(text.DataConfig(**config["data"]))
+        processes.agree({"data": corpus.identity})
         if corpus.tokenizer.identity != meta["data"]["tokenizer"]:
             raise ValueError(f"data.tokenizer: {config['data']['tokenizer']!r} is not the one the run was trained with")
 
@@ -52,7 +58,7 @@ def main(_):
     print(f"{workdir}: step {checkpoints.latest_step()}")
 
     losses = functools.partial(token_losses, chunk=config["losses"]["lm"]["chunk"])
-    put = functools.partial(sharding.put_batch, mesh)
+    put = functools.partial(sharding.put_whole_batch, mesh)
     perplexity = Perplexity(model, corpus, losses, put, (batch_size, config["data"]["sequence_length"]))
     windows = config["eval"]["report_windows"] if WINDOWS.value is None else WINDOWS.value
     moe = params["layers"]["moe"]

@@ -40,6 +40,7 @@ EXTRAS = {
     "notebook": ["nbclient", "ipykernel", "matplotlib"],
     "eval": ["lm-eval>=0.4.13"],
     "hf": ["transformers>=5.23", "safetensors", "torch", "tokenizers"],
+    "gcs": ["gcsfs"],  # gs:// paths; brings google-cloud-storage, which TensorBoard curves there need
     "cuda12": ["jax[cuda12]"],
     "cuda13": ["jax[cuda13]"],
     "tpu": ["jax[tpu]"],

@@ -3,18 +3,19 @@
     python train.py                                             configs/erc.py:tiny into runs/erc-tiny, minutes on a CPU
     python train.py --config=configs/vanilla.py:small --config.optimizer.learning_rate=3e-4 --workdir=DIR
 
-Started again on the same workdir it goes on where it stopped, to the same parameters bit for bit. SIGTERM and Ctrl-C
-save before leaving, with exit code 128 + signal. Wrong input is one line and exit code 2, a non-finite number 3.
+Started again on the same workdir, a directory or gs://bucket/path, it goes on where it stopped, bit for bit, on any
+number of processes (docs/launch.md). SIGTERM and Ctrl-C save before leaving, with exit code 128 + signal. Wrong input
+is one line and exit code 2, a non-finite number 3.
 """
 
 import functools
-import pathlib
 import sys
 
 import jax
 from absl import flags
+from etils import epath
 
-from moe_erc import command_line, sharding
+from moe_erc import command_line, processes, sharding
 from moe_erc.analysis.coupling import measure_coupling, summarize_coupling
 from moe_erc.analysis.report import print_report, write_report
 from moe_erc.data import text
@@ -25,48 +26,49 @@ from moe_erc.losses.language_model import token_losses
 from moe_erc.losses.objective import Objective
 from moe_erc.model.config import ModelConfig
 from moe_erc.model.transformer import Transformer
-from moe_erc.training.checkpoint import Checkpoints, check_same_run
+from moe_erc.training.checkpoint import Checkpoints, check_same_run, prepare_directory
 from moe_erc.training.interrupt import StopRequest
 from moe_erc.training.metrics import MetricWriter
 from moe_erc.training.optimizer import OptimizerConfig, make_optimizer
 from moe_erc.training.progress import Progress
 from moe_erc.training.state import abstract_state, create_state, initializer, shardings
 from moe_erc.training.step import make_train_step
+from moe_erc.training.trace import Trace
 
 WORKDIR = flags.DEFINE_string("workdir", None, "everything of the run goes here; runs/CONFIG-SIZE if not given")
 
 
 def main(_):
     config = flags.FLAGS.config
-    workdir = pathlib.Path(WORKDIR.value or f"runs/{command_line.config_name()}")
+    workdir = epath.Path(WORKDIR.value or f"runs/{command_line.config_name()}")
 
-    with command_line.refusing_bad_input():
+    with command_line.refusing_bad_input(), processes.ending_together():
         # ---------------------------------------------------------------- configuration and devices
+        processes.initialize()
+        command_line.check_intervals(config, "log", "eval", "checkpoint")
         steps, length, batch_size = config.train.steps, config.data.sequence_length, config.train.batch_size
         model_config, data_config = ModelConfig(**config.model), text.DataConfig(**config.data)
         optimizer = make_optimizer(OptimizerConfig(**config.optimizer), steps)
-        sharding.use_cpu_cores(
-            batch_size // max(config.train.micro_batches, 1), config.eval.batch_size, model_config.experts
-        )
+        rows_at_a_time = batch_size // max(config.train.micro_batches, 1)
+        sharding.use_cpu_cores(rows_at_a_time, config.eval.batch_size, model_config.experts)
         mesh = sharding.make_mesh(config.mesh.data, config.mesh.expert)
         objective = Objective(config.losses.to_dict(), mesh)
         sharding.check(mesh, model_config, batch_size, config.train.micro_batches, config.eval.batch_size)
+        rows = sharding.local_rows(mesh, batch_size)
+        processes.mute_all_but_first()
         counts = f"{model_config.parameters():,} parameters, {model_config.active_parameters():,} active"
         print(f"{workdir}: {counts}; {mesh.size} x {jax.devices()[0].device_kind}, mesh {dict(mesh.shape)}")
 
-        for block in ("log", "eval", "checkpoint"):
-            if config[block].every < 1:
-                raise ValueError(f"{block}.every: {config[block].every} is below 1; give a number of steps")
-
         # ---------------------------------------------------------------- data
-        corpus = text.prepare(data_config)
+        with processes.first():  # it fills the cache
+            corpus = text.prepare(data_config)
         model_config.check_vocabulary(corpus.tokenizer.vocab_size)
 
         # ---------------------------------------------------------------- model and evaluators
         model = Transformer(model_config, mesh)
-        put = functools.partial(sharding.put_batch, mesh)
+        put, put_whole = (functools.partial(put, mesh) for put in (sharding.put_batch, sharding.put_whole_batch))
         losses = functools.partial(token_losses, chunk=config.losses.lm.chunk)
-        perplexity = Perplexity(model, corpus, losses, put, (config.eval.batch_size, length))
+        perplexity = Perplexity(model, corpus, losses, put_whole, (config.eval.batch_size, length))
         sampler = Sampler(model, corpus.tokenizer, config.eval.sample_tokens, config.eval.temperature)
 
         # ---------------------------------------------------------------- what the run is, and where it stopped
@@ -76,15 +78,19 @@ def main(_):
             "optimizer": {"name": config.optimizer.name},
             "seed": config.seed,
         }
+        with processes.first():  # it clears up what a killed run left
+            prepare_directory(workdir / "checkpoints")
         checkpoints = Checkpoints(workdir / "checkpoints", config.checkpoint.keep)
         start = checkpoints.latest_step() or 0
+        meta = identity | {"config": config.to_dict()}
+        processes.agree(meta | {"checkpoint": start})
         if start:
             check_same_run(checkpoints.read_meta(), identity)
-        meta = identity | {"config": config.to_dict()}
 
     # -------------------------------------------------------------------- state and step
     init = initializer(model, optimizer, config.seed)
     shapes = abstract_state(init, mesh)
+    sharding.print_plan(shapes)
     state = checkpoints.restore(shapes)[0] if start else create_state(init, shapes)
     train_step = make_train_step(model, objective, optimizer, config.train.micro_batches, shardings(shapes))
 
@@ -102,31 +108,28 @@ def main(_):
             print(repr(sampler.run(params, config.eval.prompt, jax.random.key(step))))
 
     # -------------------------------------------------------------------- loop
-    tokens = batch_size * length
-    step_size = (tokens, 3 * model_config.flops_per_token(length) * tokens)
-    batches = text.train_batches(corpus, length, batch_size, config.seed, start)
+    step_size = (batch_size * length, 3 * model_config.flops_per_token(length) * batch_size * length)
+    batches = text.train_batches(corpus, length, batch_size, config.seed, start, rows)
     writer = MetricWriter(workdir, config.log.tensorboard, config.log.wandb_project, meta["config"], start + 1)
     progress = Progress(writer, config.log.every, (start, steps), step_size)
-    first_traced = config.train.profile_step if start < config.train.profile_step <= steps else None
-    last_traced = first_traced and min(first_traced + 2, steps)
+    trace = Trace(workdir / "profile", config.train.profile_step, (start, steps))
     saved = start
     try:
         with checkpoints, writer, progress, StopRequest() as stop:
             for step in range(start + 1, steps + 1):
-                if step == first_traced:
-                    jax.profiler.start_trace(workdir / "profile")
+                trace.before(step)
                 state, metrics = train_step(state, put(next(batches)))
                 progress.add(step, metrics)
-                leaving = step == steps or bool(stop)
+                leaving = step == steps or stop.reached(step)
                 saving = leaving or step % config.checkpoint.every == 0
                 if saving or step % config.log.every == 0:
                     progress.flush()
-                if step == last_traced:
-                    jax.profiler.stop_trace()
+                trace.after(step)
                 if step == steps or step % config.eval.every == 0:
                     with progress.paused():
                         evaluate(step, state.params)
                 if saving:
+                    writer.flush()
                     checkpoints.save(step, state, meta)
                     saved = step
                 if leaving:

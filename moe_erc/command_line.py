@@ -45,6 +45,13 @@ def config_name():
     return f"{pathlib.Path(path).stem}-{size or 'tiny'}"
 
 
+def check_intervals(config, *blocks):
+    """Refuses an `every` below one step in any of the blocks of a config."""
+    for block in blocks:
+        if config[block].every < 1:
+            raise ValueError(f"{block}.every: {config[block].every} is below 1; give a number of steps")
+
+
 def _parse(argv):
     with refusing_bad_input():
         try:

@@ -32,7 +32,8 @@ PARAMETERS = {
 
 
 def use_cpu_cores(*divisible):
-    """Before any array: a virtual CPU device per core, as many as divide all the sizes given.
+    """Before any array: a virtual CPU device per core, as many as divide all the sizes given; one in each of several
+    processes.
 
     XLA runs the loops of a program on one core per device. A number set from outside stays, other platforms ignore it.
     """
@@ -40,6 +41,7 @@ def use_cpu_cores(*divisible):
         return
     sizes = [size for size in divisible if size > 0]  # what is not positive is refused where it is used
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = 1 if jax.distributed.is_initialized() else cores
     devices = max(count for count in range(1, cores + 1) if all(size % count == 0 for size in sizes))
     jax.config.update("jax_num_cpu_devices", devices)
 
@@ -114,9 +116,29 @@ def shard_batch(mesh):
     return NamedSharding(mesh, P(BATCH))
 
 
+def replicate(mesh):
+    """All of it on every device, so that every process can fetch it."""
+    return NamedSharding(mesh, P())
+
+
+def local_rows(mesh, batch_size):
+    """The rows of a batch that lie on this process's devices: no row is on two of them, wherever the devices are."""
+    slices = shard_batch(mesh).addressable_devices_indices_map((batch_size,)).values()
+    rows = sorted(row for (share,) in slices for row in range(*share.indices(batch_size)))
+    if not rows:
+        raise ValueError(f"mesh: {dict(mesh.shape)} has no device of process {jax.process_index()}; use all devices")
+    return rows
+
+
 def put_batch(mesh, batch):
-    """This process's rows of a batch, as global arrays."""
+    """The `local_rows` of a batch, from every process, as global arrays."""
     return jax.tree.map(lambda leaf: jax.make_array_from_process_local_data(shard_batch(mesh), leaf), batch)
+
+
+def put_whole_batch(mesh, batch):
+    """A batch that every process has all of, as global arrays: each device takes its rows."""
+    place = jax.make_array_from_process_local_data
+    return jax.tree.map(lambda leaf: place(shard_batch(mesh), leaf, leaf.shape), batch)
 
 
 def check(mesh, model, batch_size, micro_batches, eval_batch_size):

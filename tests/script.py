@@ -4,7 +4,10 @@ import multiprocessing
 import os
 import pathlib
 import runpy
+import socket
 import sys
+
+import jax
 
 ROOT = pathlib.Path(__file__).parents[1]
 # The server imports these once, before any backend exists, and forks for every script.
@@ -14,25 +17,55 @@ SERVER.set_forkserver_preload(
 )
 
 
-def start(name, arguments, output):
+def start(name, arguments, output, environment=None):
     """A running script; what it prints goes to the file `output`."""
-    process = SERVER.Process(target=_run, args=(name, [str(argument) for argument in arguments], str(output)))
+    everything = (str(name), [str(argument) for argument in arguments], str(output), environment or {})
+    process = SERVER.Process(target=_run, args=everything)
     process.start()
     return process
 
 
-def run(name, arguments, output, timeout=300):
+def run(name, arguments, output, timeout=300, environment=None):
     """(exit code, everything printed) of a script that ends by itself."""
-    process = start(name, arguments, output)
-    process.join(timeout)
-    assert process.exitcode is not None, f"{name} {arguments} did not end in {timeout} s:\n{output.read_text()}"
-    return process.exitcode, output.read_text()
+    process = start(name, arguments, output, environment)
+    (code,) = join([process], timeout)
+    assert code is not None, f"{name} {arguments} did not end in {timeout} s:\n{output.read_text()}"
+    return code, output.read_text()
 
 
-def _run(name, arguments, output):
+def start_many(count, name, arguments, directory, **environment):
+    """So many processes of one run; what they print goes to out0, out1, … of the directory."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    environment = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": count} | environment
+    return [
+        start(name, arguments, directory / f"out{number}", environment | {"JAX_PROCESS_ID": number})
+        for number in range(count)
+    ]
+
+
+def join(processes, timeout):
+    """Their exit codes, None for one that had to be killed."""
+    codes = []
+    for process in processes:
+        process.join(timeout)
+        codes.append(process.exitcode)
+    for process in processes:
+        process.kill()  # SIGTERM would only be noted
+    return codes
+
+
+def _run(name, arguments, output, environment):
     os.chdir(ROOT)
+    os.environ |= {variable: str(value) for variable, value in environment.items()}
+    for option in ("jax_num_cpu_devices", "jax_disable_most_optimizations"):
+        if option.upper() in environment:  # jax, imported by now, reads none of them again
+            jax.config.update(option, environment[option.upper()])
     with open(output, "wb", buffering=0) as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     sys.argv = [name, *arguments]
-    runpy.run_path(name, run_name="__main__")
+    try:
+        runpy.run_path(name, run_name="__main__")
+    finally:
+        jax.distributed.shutdown()  # as jax does at exit, which multiprocessing skips

@@ -12,10 +12,12 @@ ALLOWED = {
     "model": {"model", "moe", "sharding"},
     "data": {"data", "command_line"},
     "training": {"training", "model", "losses", "sharding"},
-    "evaluation": {"evaluation", "model", "data"},
+    "evaluation": {"evaluation", "model", "data", "sharding"},
     "analysis": {"analysis", "model", "losses"},
     "hf": {"hf", "model"},
     "sharding": set(),
+    "processes": {"rendezvous"},
+    "rendezvous": set(),
     "command_line": set(),
     "__init__": {"losses"},
 }

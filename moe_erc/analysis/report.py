@@ -2,8 +2,8 @@
 
 import json
 import math
-import os
 
+import jax
 import numpy as np
 from rich.console import Console
 from rich.table import Table
@@ -12,10 +12,14 @@ from moe_erc.analysis.coupling import ALPHAS
 
 
 def write_report(path, report):
-    """`report` as JSON, null for what is not finite; a reader sees the old file or the new one, never a part."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(_plain(report), indent=1))
-    os.replace(temporary, path)
+    """`report` as JSON, null for what is not finite; a reader sees the old file or the new one, never a part.
+
+    On a pod process 0 writes; `path` is an `etils.epath.Path`, local or in a bucket.
+    """
+    if jax.process_index() == 0:
+        temporary = path.with_name(path.name + ".tmp")
+        temporary.write_text(json.dumps(_plain(report), indent=1))
+        temporary.replace(path)
 
 
 def _plain(value):

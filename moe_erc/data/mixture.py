@@ -29,24 +29,22 @@ def whole_weights(weights: Sequence[float]) -> list[int]:
 
 
 class Mixture(grain.transforms.DatasetSelectionMap):
-    """Row of one process's batches -> (source, how many windows were drawn from it before)."""
+    """Number among the `rows` of all batches -> (source, how many windows were drawn from it before)."""
 
-    def __init__(self, weights: Sequence[int], batch_size: int, process: tuple[int, int]):
+    def __init__(self, weights: Sequence[int], batch_size: int, rows: Sequence[int]):
         # The j-th of a source's turns in a period comes at time (j + 1/2) / weight.
         times = np.concatenate([(np.arange(weight) + 0.5) / weight for weight in weights])
         order = np.argsort(times, kind="stable")
         self._weights = list(weights)
         self._sources = np.repeat(np.arange(len(weights)), weights)[order]
         self._turns = np.concatenate([np.arange(weight) for weight in weights])[order]
-        index, count = process
-        self._batch_size, self._own_rows = batch_size, batch_size // count
-        self._first_row = index * self._own_rows
+        self._batch_size, self._rows = batch_size, rows
 
     def __len__(self) -> int:
         return sys.maxsize
 
     def __getitem__(self, index: int) -> tuple[int, int]:
-        step, own_row = divmod(index, self._own_rows)
-        period, turn = divmod(step * self._batch_size + self._first_row + own_row, len(self._sources))
+        step, number = divmod(index, len(self._rows))
+        period, turn = divmod(step * self._batch_size + self._rows[number], len(self._sources))
         source = int(self._sources[turn])
         return source, period * self._weights[source] + int(self._turns[turn])

@@ -2,11 +2,10 @@
 
 Window i of a stream is tokens [i T, i T + T]; its inputs are all but the last, its targets all but the first. Every
 target is in exactly one window. A training batch is a pure function of (corpus, seed, step): resuming at a step costs
-nothing, and a batch has the same rows in the same order whether one process reads all of it or several read consecutive
-shares.
+nothing, and a batch has the same rows in the same order whether one process reads all of it or several read some each.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import grain
 import numpy as np
@@ -46,24 +45,20 @@ def train_batches(
     batch_size: int,
     seed: int,
     start_step: int = 0,
-    process: tuple[int, int] = (0, 1),
+    rows: Sequence[int] | None = None,
 ) -> Iterator[dict[str, np.ndarray]]:
     """The endless training batches from `start_step` on, shuffled by `seed` and anew in every epoch.
 
-    `batch_size` counts the rows of all processes; process (i, n) gets rows i B/n to (i + 1) B/n of each batch. Every
-    source is a random permutation of the windows of all its domains, then another one.
+    `batch_size` counts the rows of all processes; `rows` are those read here, None reads all. Every source is a random
+    permutation of the windows of all its domains, then another one.
     """
-    _, count = process
-    if batch_size % count:
-        raise ValueError(
-            f"a batch of {batch_size} rows cannot be split over {count} processes; make it a multiple of {count}"
-        )
+    rows = range(batch_size) if rows is None else rows
     train = corpus.streams["train"].values()
     groups = [[stream for stream in train if stream.source == source] for source in corpus.weights] or [list(train)]
     shuffled = [_shuffled(group, sequence_length, (seed, position)) for position, group in enumerate(groups)]
-    mixture = Mixture(list(corpus.weights.values()) or [1], batch_size, process)
-    rows = grain.MapDataset.select_from_datasets(shuffled, mixture)
-    batches = iter(rows.batch(batch_size // count).map(_inputs_and_targets).to_iter_dataset(_READING))
+    mixture = Mixture(list(corpus.weights.values()) or [1], batch_size, rows)
+    windows = grain.MapDataset.select_from_datasets(shuffled, mixture)
+    batches = iter(windows.batch(len(rows)).map(_inputs_and_targets).to_iter_dataset(_READING))
     batches.set_state({"next_index": start_step})
     return batches
 

@@ -1,8 +1,12 @@
 """Text from a model: the prompt runs through the whole decoder once per new token."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from moe_erc.sharding import replicate
 
 
 class Sampler:
@@ -11,7 +15,7 @@ class Sampler:
     def __init__(self, model, tokenizer, new_tokens, temperature):
         self._tokenizer, self._new_tokens = tokenizer, new_tokens
 
-        @jax.jit
+        @functools.partial(jax.jit, out_shardings=replicate(model.mesh))
         def extend(params, tokens_BT, start, rng):
             def one(position, tokens_BT):
                 output = model.apply({"params": params}, tokens_BT, jnp.ones_like(tokens_BT, bool))

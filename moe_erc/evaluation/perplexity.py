@@ -3,6 +3,7 @@
 bits per byte = loss / ln 2 * tokens / bytes        comparable across tokenizers
 """
 
+import functools
 import math
 
 import jax
@@ -10,12 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_erc.data.text import validation_batches
+from moe_erc.sharding import replicate
 
 
 class Perplexity:
     """Measures the model of `run(params)` on every target of every validation stream, or on `windows` of each domain.
 
-    `token_losses(x_BTD, head_VD, targets_BT)` is the loss the model trains with; `put` places a batch on the devices.
+    `token_losses(x_BTD, head_VD, targets_BT)` is the loss the model trains with; `put` places whole batches on devices.
     """
 
     def __init__(self, model, corpus, token_losses, put, shape_BT):
@@ -26,7 +28,7 @@ class Perplexity:
             )
         self._corpus, self._put, self._shape_BT = corpus, put, shape_BT
 
-        @jax.jit
+        @functools.partial(jax.jit, out_shardings=replicate(model.mesh))
         def sums(params, batch):
             output = model.apply({"params": params}, batch["inputs_BT"], batch["mask_BT"])
             losses_BT = token_losses(output.x_BTD, output.head_VD, batch["targets_BT"])

@@ -10,23 +10,23 @@ from collections.abc import Mapping
 
 import jax
 import orbax.checkpoint as ocp
-from etils import epath
+
+from moe_erc.training.paths import absolute
 
 
 class Checkpoints:
     """The checkpoints in one directory.
 
-    keep: a writer, which keeps the newest `keep` steps; the directory is made, and shown to be writable, at once.
+    keep: a writer, which keeps the newest `keep` steps, in a directory that was prepared for it.
     None: a reader, which leaves the directory exactly as it is, also while another process trains in it.
+
+    Of several processes each makes its own, and calls what the others call: all of them write and read together.
     """
 
     def __init__(self, directory, keep=None):
-        self._directory = epath.Path(directory).expanduser().absolute()
-        if keep is not None:
-            if keep < 1:
-                raise ValueError(f"keep = {keep} checkpoints would leave nothing to resume from: keep at least 1")
-            make_writable(self._directory)
-            _remove_torn(self._directory)
+        self._directory = absolute(directory)
+        if keep is not None and keep < 1:
+            raise ValueError(f"keep = {keep} checkpoints would leave nothing to resume from: keep at least 1")
         self._manager = ocp.CheckpointManager(
             self._directory,
             options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=False),
@@ -98,19 +98,13 @@ def _restore_args(abstract, **options):
     return ocp.args.PyTreeRestore(abstract, restore_args=jax.tree.map(restore_arg, abstract), **options)
 
 
-def _remove_torn(directory):
-    """Removes what a killed run was still writing. Orbax's own cleaning runs in a thread that outlives close()."""
-    if jax.process_index() == 0:
-        for torn in directory.glob(f"*{ocp.utils.TMP_DIR_SUFFIX}*"):
-            torn.rmtree()
+def prepare_directory(directory):
+    """Makes `directory` ready for a writer: it can be written to and holds nothing that a killed run was still writing.
 
-
-def make_writable(directory):
-    """Makes `directory` and proves that files can be written there; otherwise a PermissionError of one line.
-
-    By trying, since permission bits say nothing to root, on read-only mounts and in buckets.
+    PermissionError of one line otherwise, by trying: permission bits say nothing to root, on read-only mounts and in
+    buckets. Of several processes the first cleans. Orbax's own cleaning would run in a thread that outlives close().
     """
-    directory = epath.Path(directory)
+    directory = absolute(directory)
     probe = directory / f".writable-{jax.process_index()}"
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -119,6 +113,9 @@ def make_writable(directory):
     except OSError as error:
         reason = error.strerror or error
         raise PermissionError(f"cannot write to {directory} ({reason}): name a writable directory") from None
+    if jax.process_index() == 0:
+        for torn in directory.glob(f"*{ocp.utils.TMP_DIR_SUFFIX}*"):
+            torn.rmtree()
 
 
 def check_same_run(meta: Mapping, expected: Mapping):

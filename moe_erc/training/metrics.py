@@ -1,18 +1,15 @@
 """Metrics, named `group/name`, to a JSON-lines file and, if asked, to TensorBoard and Weights & Biases.
 
-`metrics.jsonl` holds one line a write, {"step": 7, "loss/lm": 1.5, "router/load": [0.2, 0.8]}, handed to the operating
-system at once: a killed run loses nothing it wrote. A resumed run first drops what lies at or beyond the step it starts
-from, so the file reads as if the run had never stopped.
+On several processes, process 0 writes. A resumed run goes on where its checkpoint was, in every one of the three.
 """
 
-import json
-import math
-import os
 import re
-from pathlib import Path
 
 import jax
 import numpy as np
+
+from moe_erc.training.json_lines import LocalJsonLines, RemoteJsonLines
+from moe_erc.training.paths import absolute, is_remote
 
 
 class MetricWriter:
@@ -26,9 +23,10 @@ class MetricWriter:
         self._sinks = []
         if jax.process_index() != 0:
             return
-        directory = Path(directory).expanduser()
+        directory = absolute(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        self._sinks.append(_JsonLines(directory / "metrics.jsonl", first_step))
+        json_lines = RemoteJsonLines if is_remote(directory) else LocalJsonLines
+        self._sinks.append(json_lines(directory / "metrics.jsonl", first_step))
         if tensorboard:
             self._sinks.append(_TensorBoard(directory / "tensorboard", first_step))
         if wandb_project:
@@ -39,6 +37,11 @@ class MetricWriter:
         values = {name: np.asarray(value, np.float64).tolist() for name, value in metrics.items()}
         for sink in self._sinks:
             sink.write(int(step), values)
+
+    def flush(self):
+        """Before a checkpoint: what a run resumed from it will not write again is then safe, in a bucket too."""
+        for sink in self._sinks:
+            sink.flush()
 
     def close(self):
         """Flushes and closes every sink."""
@@ -52,19 +55,6 @@ class MetricWriter:
         self.close()
 
 
-class _JsonLines:
-    def __init__(self, path, first_step):
-        truncate(path, first_step)
-        self._file = path.open("a", encoding="utf-8")
-
-    def write(self, step, values):
-        self._file.write(json.dumps({"step": step} | _without_nan(values)) + "\n")
-        self._file.flush()
-
-    def close(self):
-        self._file.close()
-
-
 class _TensorBoard:
     def __init__(self, directory, first_step):
         from tensorboardX import SummaryWriter  # half a second of import that a run without it should not pay
@@ -74,6 +64,9 @@ class _TensorBoard:
     def write(self, step, values):
         for name, value in _scalars(values):
             self._writer.add_scalar(name, value, step)
+
+    def flush(self):
+        self._writer.flush()
 
     def close(self):
         self._writer.close()
@@ -92,43 +85,21 @@ class _WeightsAndBiases:
         if not identity.exists():
             identity.write_text(wandb.util.generate_id())
         self._run = wandb.init(
-            project=project, dir=str(directory), config=config, id=identity.read_text(), resume="allow"
+            project=project,
+            dir=None if is_remote(directory) else str(directory),
+            config=config,
+            id=identity.read_text(),
+            resume="allow",
         )
 
     def write(self, step, values):
         self._run.log(dict(_scalars(values)), step=step)
 
+    def flush(self):
+        pass  # its own process sends what was logged
+
     def close(self):
         self._run.finish()
-
-
-def truncate(path, first_step):
-    """Keeps the lines of `path` before `first_step`, in one atomic replacement; a torn last line goes as well."""
-    path = Path(path)
-    if not path.exists():
-        return
-    before = path.read_text(encoding="utf-8", errors="replace")
-    after = "".join(line for line in before.splitlines(keepends=True) if _is_before(line, first_step))
-    if after != before:
-        shorter = path.with_suffix(".tmp")
-        shorter.write_text(after, encoding="utf-8")
-        os.replace(shorter, path)
-
-
-def _is_before(line, first_step):
-    try:
-        return line.endswith("\n") and json.loads(line)["step"] < first_step
-    except json.JSONDecodeError:
-        return False
-
-
-def _without_nan(value):
-    """JSON has no NaN and no infinity: null stands for both, so that every reader can read the file."""
-    if isinstance(value, dict):
-        return {name: _without_nan(item) for name, item in value.items()}
-    if isinstance(value, list):
-        return [_without_nan(item) for item in value]
-    return value if math.isfinite(value) else None
 
 
 def _scalars(values):

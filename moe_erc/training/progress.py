@@ -29,7 +29,8 @@ class Progress:
         first, last = steps
         self._writer, self._every, (self._tokens, self._flops) = writer, every, step_size
         self._pending, self._timed_steps, self._seconds, self._since = [], 0, 0.0, time.perf_counter()
-        self._bar = tqdm(initial=first, total=last, unit="step", dynamic_ncols=True, smoothing=0.05)
+        style = {"unit": "step", "dynamic_ncols": True, "smoothing": 0.05, "disable": jax.process_index() > 0}
+        self._bar = tqdm(initial=first, total=last, **style)
 
     def add(self, step, metrics):
         """Takes the metrics of one step as they come from the device, unfetched."""

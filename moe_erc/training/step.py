@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from moe_erc.sharding import shard_batch
+from moe_erc.sharding import replicate, shard_batch
 
 
 def make_train_step(model, objective, optimizer, micro_batches, state_shardings):
@@ -36,7 +36,7 @@ def make_train_step(model, objective, optimizer, micro_batches, state_shardings)
         train_step,
         donate_argnums=0,
         in_shardings=(state_shardings, batch_shardings),
-        out_shardings=(state_shardings, None),
+        out_shardings=(state_shardings, replicate(model.mesh)),
     )
 
 

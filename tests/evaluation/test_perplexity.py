@@ -51,7 +51,7 @@ def model_and_params(model_config):
 
 def test_loss_is_the_mean_over_every_validation_token(corpus, model_and_params):
     model, params = model_and_params
-    put = functools.partial(sharding.put_batch, model.mesh)
+    put = functools.partial(sharding.put_whole_batch, model.mesh)
     losses = functools.partial(token_losses, chunk=16)
     found = Perplexity(model, corpus, losses, put, (4, LENGTH)).run(params)
     (domain, stream), = corpus.streams["validation"].items()  # fmt: skip

@@ -12,7 +12,7 @@ from flax import struct
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from moe_erc.training.checkpoint import Checkpoints, check_same_run
+from moe_erc.training.checkpoint import Checkpoints, check_same_run, prepare_directory
 
 
 @struct.dataclass
@@ -119,6 +119,7 @@ def test_a_writer_removes_what_a_killed_run_left_and_a_reader_does_not(tmp_path)
     with Checkpoints(tmp_path) as checkpoints:
         assert checkpoints.latest_step() is None
         assert torn.exists()
+    prepare_directory(tmp_path)
     with Checkpoints(tmp_path, keep=1) as checkpoints:
         assert checkpoints.latest_step() is None
         assert not torn.exists()
@@ -139,7 +140,7 @@ def test_a_directory_that_cannot_be_written_is_refused_in_one_line(tmp_path):
     (tmp_path / "file").write_text("")
     for directory in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(PermissionError, match=r"cannot write to .*file.*: name a writable directory") as error:
-            Checkpoints(directory, keep=1)
+            prepare_directory(directory)
         assert "\n" not in str(error.value)
     with pytest.raises(ValueError, match="keep = 0"):
         Checkpoints(tmp_path, keep=0)

@@ -14,9 +14,9 @@ def send(number):
 def test_a_signal_is_noted_and_the_handlers_return(number):
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     with StopRequest() as stop:
-        assert not stop
+        assert not stop and not stop.reached(1)
         send(number)
-        assert stop
+        assert stop and stop.reached(2)
         assert stop.signal is number
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
     assert stop  # still to be asked after the loop

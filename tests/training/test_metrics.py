@@ -6,12 +6,19 @@ import subprocess
 import sys
 import textwrap
 
+import fsspec
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils import epath
+from fsspec.implementations.memory import MemoryFileSystem
 from tensorboardX.proto.event_pb2 import Event
 
-from moe_erc.training.metrics import MetricWriter, peak_flops, truncate
+from moe_erc.analysis.report import write_report
+from moe_erc.training.checkpoint import prepare_directory
+from moe_erc.training.json_lines import truncate
+from moe_erc.training.metrics import MetricWriter, peak_flops
+from moe_erc.training.paths import absolute
 
 
 def lines(directory):
@@ -53,6 +60,50 @@ def test_truncation_drops_a_torn_line_even_if_its_json_is_whole(tmp_path):
     truncate(path, first_step=9)
     assert path.read_text() == '{"step": 1}\n'
     truncate(tmp_path / "absent.jsonl", first_step=0)
+
+
+class Bucket(MemoryFileSystem):
+    """What gs:// is for the tests below: a store in memory to which nothing can be appended."""
+
+    store, pseudo_dirs = {}, [""]
+
+    def __init__(self, finalize_on_close):
+        super().__init__()
+
+    @classmethod
+    def _strip_protocol(cls, path):
+        return "/" + str(path).partition("://")[2].strip("/") if "://" in str(path) else str(path)
+
+    def _open(self, path, mode="rb", **options):
+        assert "a" not in mode
+        return super()._open(path, mode, **options)
+
+
+@pytest.fixture
+def bucket():
+    for name in ("gs", "gcs"):
+        fsspec.register_implementation(name, Bucket, clobber=True)
+    return epath.Path("gs://bucket/run")
+
+
+def test_in_a_bucket_the_file_is_written_whole_before_a_checkpoint(bucket):
+    with plain_writer(bucket) as writer:
+        for step in (1, 2, 3):
+            writer.write(step, {"loss/lm": step})
+        writer.flush()
+        assert [line["step"] for line in lines(bucket)] == [1, 2, 3]
+        writer.write(4, {"loss/lm": 4})
+    assert [line["step"] for line in lines(bucket)] == [1, 2, 3, 4]
+    with plain_writer(bucket, first_step=3) as writer:
+        writer.write(3, {"loss/lm": 30})
+    assert lines(bucket) == [{"step": step, "loss/lm": value} for step, value in ((1, 1), (2, 2), (3, 30))]
+
+
+def test_a_bucket_takes_the_report_and_is_shown_to_be_writable(bucket):
+    prepare_directory(bucket / "checkpoints")
+    write_report(bucket / "report.json", {"step": 3})
+    assert json.loads((bucket / "report.json").read_text()) == {"step": 3}
+    assert absolute(bucket) == bucket and absolute("runs").is_absolute()
 
 
 KILLED_WHILE_WRITING = """

@@ -1,0 +1,79 @@
+"""The metrics of a run as a file of JSON lines: {"step": 7, "loss/lm": 1.5, "router/load": [0.2, 0.8]} for one write.
+
+A line is handed to the operating system at once: a killed run loses nothing it wrote. A bucket cannot append: there the
+file is written whole by `flush`. A resumed run first drops what lies at or beyond the step it starts from, so the file
+reads as if the run had never stopped.
+"""
+
+import json
+import math
+
+from etils import epath
+
+
+class LocalJsonLines:
+    """Appends to a file."""
+
+    def __init__(self, path, first_step):
+        truncate(path, first_step)
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, step, values):
+        self._file.write(_line(step, values))
+        self._file.flush()
+
+    def flush(self):
+        pass  # is done at every write
+
+    def close(self):
+        self._file.close()
+
+
+class RemoteJsonLines:
+    """Keeps the lines in memory until they are flushed."""
+
+    def __init__(self, path, first_step):
+        self._path, self._text = path, _before(path, first_step) if path.exists() else ""
+
+    def write(self, step, values):
+        self._text += _line(step, values)
+
+    def flush(self):
+        self._path.write_text(self._text)
+
+    def close(self):
+        self.flush()
+
+
+def truncate(path, first_step):
+    """Keeps the lines of `path` before `first_step`, in one atomic replacement; a torn last line goes as well."""
+    path = epath.Path(path)
+    if path.exists():
+        shorter = path.with_suffix(".tmp")
+        shorter.write_text(_before(path, first_step))
+        shorter.replace(path)
+
+
+def _before(path, first_step):
+    lines = path.read_bytes().decode(errors="replace").splitlines(keepends=True)
+    return "".join(line for line in lines if _is_before(line, first_step))
+
+
+def _is_before(line, first_step):
+    try:
+        return line.endswith("\n") and json.loads(line)["step"] < first_step
+    except json.JSONDecodeError:
+        return False
+
+
+def _line(step, values):
+    return json.dumps({"step": step} | _without_nan(values)) + "\n"
+
+
+def _without_nan(value):
+    """JSON has no NaN and no infinity: null stands for both, so that every reader can read the file."""
+    if isinstance(value, dict):
+        return {name: _without_nan(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(item) for item in value]
+    return value if math.isfinite(value) else None

@@ -1,0 +1,220 @@
+"""Two and four local processes train the curve of one, stop together, and hand over to another number of processes."""
+
+import json
+import os
+import signal
+import socket
+import textwrap
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from configs import erc
+from moe_erc import processes, sharding
+from moe_erc.model.config import ModelConfig
+from moe_erc.model.transformer import Transformer
+from moe_erc.training.checkpoint import Checkpoints
+from moe_erc.training.optimizer import OptimizerConfig, make_optimizer
+from moe_erc.training.state import abstract_state, initializer
+from tests import script
+
+STEPS, FEW = 16, 4
+QUICK = {"JAX_DISABLE_MOST_OPTIMIZATIONS": True}
+
+
+@pytest.fixture(scope="module")
+def train(text_directory, tmp_path_factory):
+    """Starts so many processes of a run; returns them and its workdir."""
+    cache = tmp_path_factory.mktemp("cache")
+
+    def start(count, workdir, *arguments, **environment):
+        everything = [
+            "--config=configs/erc.py:debug",
+            f"--config.data.sources=('{text_directory}',)",
+            f"--config.data.cache_dir={cache}",
+            "--config.data.validation_fraction=0.1",
+            f"--config.train.steps={STEPS}",
+            "--config.checkpoint.every=1000",
+            f"--config.eval.every={FEW}",
+            "--config.eval.prompt=",
+            "--config.log.every=1",
+            "--config.log.tensorboard=False",
+            f"--workdir={workdir}",
+            *arguments,
+        ]
+        return script.start_many(count, "train.py", everything, workdir, **QUICK | environment)
+
+    return start
+
+
+def printed(workdir):
+    return "\n".join(f"{path.name}:\n{path.read_text()}" for path in sorted(workdir.glob("out*")))
+
+
+def metrics(workdir):
+    """Every line of the metrics file without what the clock says."""
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if not name.startswith("speed/")} for line in lines]
+
+
+def assert_same_curve(found, expected):
+    assert [line["step"] for line in found] == [line["step"] for line in expected]
+    for mine, theirs in zip(found, expected, strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-5, abs=1e-6)
+
+
+@pytest.fixture(scope="module")
+def alone(train, tmp_path_factory):
+    """The metrics and the workdir of one undisturbed process with two devices."""
+    workdir = tmp_path_factory.mktemp("alone")
+    often = ("--config.checkpoint.every=1", f"--config.checkpoint.keep={STEPS}")
+    assert script.join(train(1, workdir, *often, JAX_NUM_CPU_DEVICES=2), 60) == [0], printed(workdir)
+    assert len(metrics(workdir)) == STEPS + STEPS // FEW  # every step, and the validations
+    return workdir
+
+
+def saved_state(workdir, mesh_shape=(1, 1), step=None):
+    """(step, state) of a checkpoint, the latest by default, read onto a mesh of this process and fetched."""
+    config = erc.get_config("debug")
+    optimizer = make_optimizer(OptimizerConfig(**config.optimizer), STEPS)
+    mesh = sharding.make_mesh(*mesh_shape)
+    shapes = abstract_state(initializer(Transformer(ModelConfig(**config.model), mesh), optimizer, 0), mesh)
+    with Checkpoints(workdir / "checkpoints") as checkpoints:
+        state, _ = checkpoints.restore(shapes, step)
+        return checkpoints.latest_step(), jax.device_get(state.replace(rng=jax.random.key_data(state.rng)))
+
+
+def terminate_one(members, workdir, name, count):
+    """Sends SIGTERM to the last process once a file of the run has so many lines; all must leave in order."""
+    path, deadline = workdir / name, time.monotonic() + 60
+    while not path.exists() or path.read_text().count("\n") < count:
+        assert time.monotonic() < deadline and all(process.is_alive() for process in members), printed(workdir)
+        time.sleep(0.001)
+    os.kill(members[-1].pid, signal.SIGTERM)
+    assert script.join(members, 60) == [143] * len(members), printed(workdir)
+
+
+def assert_close(state, expected):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), state.params, expected.params)
+
+
+def test_four_processes_train_the_curve_of_one(train, alone, tmp_path):
+    members = train(4, tmp_path, "--config.mesh.data=2", "--config.mesh.expert=2", "--config.eval.every=1000")
+    terminate_one(members, tmp_path, "metrics.jsonl", FEW)
+    step, state = saved_state(tmp_path)
+    assert_same_curve(metrics(tmp_path), [line for line in metrics(alone) if "loss/lm" in line][:step])
+    assert_close(state, saved_state(alone, step=step)[1])
+    said = [(tmp_path / f"out{number}").read_text() for number in range(4)]
+    assert ["mesh" in words or "step/s" in words for words in said] == [True, False, False, False]
+
+
+def test_two_processes_stop_together_and_one_goes_on(train, alone, tmp_path):
+    # SIGTERM to the second of two: both save one step
+    terminate_one(train(2, tmp_path, "--config.mesh.expert=2"), tmp_path, "metrics.jsonl", FEW + 2)
+    step, state = saved_state(tmp_path)
+    assert FEW < step < STEPS - 1 and metrics(tmp_path)[-1]["step"] == step
+    assert_close(state, saved_state(alone, step=step)[1])
+    jax.tree.map(np.testing.assert_array_equal, state, saved_state(tmp_path, (2, 4))[1])
+    norm = float(np.sqrt(sum(np.sum(np.square(leaf, dtype=np.float64)) for leaf in jax.tree.leaves(state.params))))
+    assert metrics(tmp_path)[-1]["norm/parameters"] == pytest.approx(norm, rel=1e-6)
+
+    # resumed, and SIGTERM before the first step: both save the step after it
+    terminate_one(train(2, tmp_path, "--config.mesh.data=2"), tmp_path, "out0", 1)
+    assert saved_state(tmp_path)[0] == step + 1
+
+    # to the end on one process with another mesh
+    members = train(1, tmp_path, "--config.mesh.data=2", "--config.mesh.expert=2", JAX_NUM_CPU_DEVICES=4)
+    assert script.join(members, 60) == [0], printed(tmp_path)
+    assert_same_curve(metrics(tmp_path), metrics(alone))
+
+
+def test_an_unreachable_coordinator_is_one_line(train, tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    environment = {"JAX_COORDINATOR_ADDRESS": address, "MOE_ERC_COORDINATOR_TIMEOUT": 1}
+    members = train(2, tmp_path, **environment)
+    members[0].kill()
+    assert script.join(members, 30)[1] == 2, printed(tmp_path)
+    (line,) = (tmp_path / "out1").read_text().splitlines()
+    assert line.startswith("error: ") and address in line and "in time" in line
+
+
+@pytest.mark.parametrize("counts, limit, words", [
+    ((2, 3), 20, ["JAX_NUM_PROCESSES", "2 on process 0", "3 on process 1"]),
+    ((3, 3), 1, ["JAX_NUM_PROCESSES = 3", "[2]"]),
+])  # fmt: skip
+def test_a_process_count_that_does_not_match_is_one_line_each(train, tmp_path, counts, limit, words):
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    members = []
+    for number, count in enumerate(counts):
+        environment = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": count, "JAX_PROCESS_ID": number}
+        environment["MOE_ERC_COORDINATOR_TIMEOUT"] = limit
+        members.append(script.start("train.py", [f"--workdir={tmp_path}"], tmp_path / f"out{number}", environment))
+    assert script.join(members, 30) == [2, 2], printed(tmp_path)
+    for number in range(2):
+        (line,) = (tmp_path / f"out{number}").read_text().splitlines()
+        assert line.startswith("error: ") and all(word in line for word in words)
+
+
+@pytest.mark.parametrize("environment, words", [
+    ({"JAX_NUM_PROCESSES": ""}, ["JAX_NUM_PROCESSES is not set", "JAX_PROCESS_ID"]),
+    ({"JAX_NUM_PROCESSES": "two"}, ["JAX_NUM_PROCESSES: 'two'"]),
+    ({"JAX_PROCESS_ID": "2"}, ["JAX_PROCESS_ID: 2", "JAX_NUM_PROCESSES = 2"]),
+    ({"JAX_COORDINATOR_ADDRESS": "host"}, ["JAX_COORDINATOR_ADDRESS: 'host'", "HOST:PORT"]),
+    ({"MOE_ERC_COORDINATOR_TIMEOUT": "0"}, ["MOE_ERC_COORDINATOR_TIMEOUT: '0'"]),
+])  # fmt: skip
+def test_settings_that_make_no_sense_are_named(monkeypatch, environment, words):
+    whole = {"JAX_COORDINATOR_ADDRESS": "host:1", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "1"}
+    for name, value in (whole | environment).items():
+        monkeypatch.setenv(name, value) if value else monkeypatch.delenv(name, raising=False)
+    with pytest.raises(ValueError) as refusal:
+        processes.initialize()
+    assert all(word in str(refusal.value) for word in words)
+
+
+# Two processes of two devices each, in a mesh that takes them in turn.
+PLACES_AND_AGREEMENT = """
+    import sys
+    import jax, numpy as np
+    from moe_erc import command_line, processes, sharding
+    case = sys.argv[1]
+    with command_line.refusing_bad_input(), processes.ending_together():
+        processes.initialize()
+        process = jax.process_index()
+        devices = jax.devices()
+        assert [device.process_index for device in devices] == [0, 0, 1, 1]
+        mesh = sharding.make_mesh(2, 2, [devices[number] for number in (2, 0, 3, 1)])
+        in_turn = jax.sharding.Mesh(np.array(devices)[[2, 0, 3, 1]].reshape(2, 2), mesh.axis_names)
+        rows = sharding.local_rows(in_turn, 8)
+        assert rows == ([2, 3, 6, 7], [0, 1, 4, 5])[process], rows
+        total = jax.jit(lambda x: x, out_shardings=sharding.replicate(in_turn))
+        for placed in (sharding.put_batch(in_turn, {"row": np.array(rows)}),
+                       sharding.put_whole_batch(in_turn, {"row": np.arange(8)})):
+            assert jax.device_get(total(placed["row"])).tolist() == list(range(8))
+        processes.agree({"config": {"a": (1, 2)}})
+        if case == "differ":
+            processes.agree({"config": 1, "data": process})
+        if case == "refuse":
+            with processes.first():
+                if process == int(sys.argv[2]):
+                    raise ValueError("no such corpus")
+"""
+
+
+@pytest.mark.parametrize("case, lines", [
+    (["agree"], ["", ""]),
+    (["differ"], ["error: processes 0 and 1 differ in data: "] * 2),
+    (["refuse", 0], ["error: no such corpus", "error: process 0: no such corpus"]),
+    (["refuse", 1], ["error: process 1: no such corpus", "error: no such corpus"]),
+])  # fmt: skip
+def test_rows_lie_where_they_belong_and_errors_are_shared(case, lines, tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text(textwrap.dedent(PLACES_AND_AGREEMENT))
+    codes = script.join(script.start_many(2, program, case, tmp_path, JAX_NUM_CPU_DEVICES=2), 30)
+    assert codes == [0 if not line else 2 for line in lines], printed(tmp_path)
+    for number, line in enumerate(lines):
+        errors = [said for said in (tmp_path / f"out{number}").read_text().splitlines() if said.startswith("error")]
+        assert [said.startswith(line) for said in errors] == ([True] if line else [])

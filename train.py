@@ -56,8 +56,7 @@ def main(_):
         sharding.check(mesh, model_config, batch_size, config.train.micro_batches, config.eval.batch_size)
         rows = sharding.local_rows(mesh, batch_size)
         processes.mute_all_but_first()
-        counts = f"{model_config.parameters():,} parameters, {model_config.active_parameters():,} active"
-        print(f"{workdir}: {counts}; {mesh.size} x {jax.devices()[0].device_kind}, mesh {dict(mesh.shape)}")
+        print(f"{workdir}: {model_config.parameters():,} parameters, {model_config.active_parameters():,} active")
 
         # ---------------------------------------------------------------- data
         with processes.first():  # it fills the cache

@@ -94,10 +94,16 @@ def shard_state(mesh, abstract_state):
 
 def print_plan(abstract):
     """Prints where an abstract state will lie: shape, spec and bytes per device of every parameter, and the totals."""
-    table = Table("parameter", "shape", "spec", "MB a device", title="Plan")
-    for path, leaf in jax.tree_util.tree_leaves_with_path(abstract.params):
-        name, spec = jax.tree_util.keystr(path, simple=True, separator="."), leaf.sharding.spec
-        table.add_row(name, str(leaf.shape), str(tuple(spec)), f"{bytes_per_device(leaf) / 1e6:,.2f}")
+    leaves = jax.tree_util.tree_leaves_with_path(abstract.params)
+    mesh = leaves[0][1].sharding.mesh
+    title = f"{mesh.size} x {mesh.devices.flat[0].device_kind}, mesh {dict(mesh.shape)}"
+    table = Table("parameter", "shape", "spec", "MB a device", title=title)
+    for path, leaf in leaves:
+        name, spec = (
+            jax.tree_util.keystr(path, simple=True, separator="."),
+            (axis or "-" for axis in leaf.sharding.spec),
+        )
+        table.add_row(name, str(leaf.shape), ", ".join(spec), f"{bytes_per_device(leaf) / 1e6:,.2f}")
     table.add_section()
     parameters, moments = abstract.params, abstract.opt_state
     for name, tree in (("parameters", parameters), ("moments", moments), ("together", (parameters, moments))):

@@ -99,11 +99,9 @@ def print_plan(abstract):
     title = f"{mesh.size} x {mesh.devices.flat[0].device_kind}, mesh {dict(mesh.shape)}"
     table = Table("parameter", "shape", "spec", "MB a device", title=title)
     for path, leaf in leaves:
-        name, spec = (
-            jax.tree_util.keystr(path, simple=True, separator="."),
-            (axis or "-" for axis in leaf.sharding.spec),
-        )
-        table.add_row(name, str(leaf.shape), ", ".join(spec), f"{bytes_per_device(leaf) / 1e6:,.2f}")
+        spec = ",".join(axis or "-" for axis in leaf.sharding.spec)
+        name, shape = jax.tree_util.keystr(path, simple=True, separator="."), ",".join(map(str, leaf.shape))
+        table.add_row(name, shape, spec, f"{bytes_per_device(leaf) / 1e6:,.2f}")
     table.add_section()
     parameters, moments = abstract.params, abstract.opt_state
     for name, tree in (("parameters", parameters), ("moments", moments), ("together", (parameters, moments))):

@@ -44,7 +44,7 @@ def test_the_plan_counts_what_a_device_holds(capsys):
     assert sharding.bytes_per_device(abstract.params) == 4 * (96 + 96)
     sharding.print_plan(abstract)
     printed = capsys.readouterr().out
-    assert "layers.moe.w_gate" in printed and "-, expert, -, data" in printed and "moments" in printed
+    assert "layers.moe.w_gate" in printed and "-,expert,-,data" in printed and "moments" in printed
 
 
 def test_moments_lie_where_their_parameters_lie():

@@ -29,6 +29,7 @@ PARAMETERS = {
     "w_up": P(EXPERT, None, DATA),
     "w_down": P(EXPERT, DATA, None),
 }
+MOMENTS = PARAMETERS | {"router": P(None, DATA)}  # the router itself is read whole by every device; vectors are small
 
 
 def use_cpu_cores(*divisible):
@@ -81,11 +82,12 @@ def lay_out(devices, data, expert):
 
 
 def shard_state(mesh, abstract_state):
-    """The same tree with a sharding for every leaf: moments carry their parameter's name, so the table covers both."""
+    """The same tree with a sharding for every leaf: moments carry their parameter's name, so a name tells for both."""
 
     def place(path, leaf):
         names = [entry.key for entry in path if isinstance(entry, jax.tree_util.DictKey)]
-        spec = PARAMETERS.get(names[-1], P()) if names else P()
+        table = MOMENTS if jax.tree_util.GetAttrKey("opt_state") in path else PARAMETERS
+        spec = table.get(names[-1], P()) if names else P()
         spec = P(*(None,) * (len(leaf.shape) - len(spec)), *spec)
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
 

@@ -8,7 +8,6 @@ first one prints and writes. Wrong input is one line and exit code 2.
 """
 
 import functools
-import math
 
 import jax
 from absl import flags
@@ -48,10 +47,10 @@ def main(_):
         processes.agree({"data": corpus.identity})
         if corpus.tokenizer.identity != meta["data"]["tokenizer"]:
             raise ValueError(f"data.tokenizer: {config['data']['tokenizer']!r} is not the one the run was trained with")
+        model_config = ModelConfig(**config["model"])
+        mesh = sharding.fit_mesh(model_config)
 
-    # The machine need not be the one it was trained on: as many devices as divide the experts, and rows to fill them.
-    model_config = ModelConfig(**config["model"])
-    mesh = sharding.make_mesh(1, math.gcd(model_config.experts, jax.device_count()))
+    # The machine need not be the one it was trained on.
     batch_size = -(-config["eval"]["batch_size"] // mesh.size) * mesh.size
     model = Transformer(model_config, mesh)
     params = checkpoints.restore_params(abstract_state(lambda: init_params(model, jax.random.key(0)), mesh))

@@ -33,8 +33,7 @@ MOMENTS = PARAMETERS | {"router": P(None, DATA)}  # the router itself is read wh
 
 
 def use_cpu_cores(*divisible):
-    """Before any array: a virtual CPU device per core, as many as divide all the sizes given; one in each of several
-    processes.
+    """Before any array: a virtual CPU device per core, as many as divide all the sizes given; or one per process.
 
     XLA runs the loops of a program on one core per device. A number set from outside stays, other platforms ignore it.
     """
@@ -59,8 +58,17 @@ def make_mesh(data, expert, devices=None):
     data, expert = count // expert if data == -1 else data, count // data if expert == -1 else expert
     if data * expert > count:
         raise ValueError(f"mesh: {data} x {expert} needs {data * expert} devices, there are {count}; lower mesh.data")
-    chosen = lay_out(devices[: data * expert], data, expert)
-    return Mesh(chosen, (DATA, EXPERT), axis_types=(AxisType.Auto,) * 2)
+    chosen = devices[: data * expert]
+    if idle := {device.process_index for device in devices} - {device.process_index for device in chosen}:
+        raise ValueError(f"mesh: {data} x {expert} of {count} devices leaves process {min(idle)} none; use all devices")
+    return Mesh(lay_out(chosen, data, expert), (DATA, EXPERT), axis_types=(AxisType.Auto,) * 2)
+
+
+def fit_mesh(model):
+    """A mesh of as many devices as divide the sizes of `model`, for what was trained on another machine."""
+    expert = math.gcd(model.experts, jax.device_count())
+    data = math.gcd(jax.device_count() // expert, model.width, model.kv_width, model.expert_width)
+    return make_mesh(data, expert)
 
 
 def lay_out(devices, data, expert):
@@ -130,10 +138,7 @@ def replicate(mesh):
 def local_rows(mesh, batch_size):
     """The rows of a batch that lie on this process's devices: no row is on two of them, wherever the devices are."""
     slices = shard_batch(mesh).addressable_devices_indices_map((batch_size,)).values()
-    rows = sorted(row for (share,) in slices for row in range(*share.indices(batch_size)))
-    if not rows:
-        raise ValueError(f"mesh: {dict(mesh.shape)} has no device of process {jax.process_index()}; use all devices")
-    return rows
+    return sorted(row for (share,) in slices for row in range(*share.indices(batch_size)))
 
 
 def put_batch(mesh, batch):

@@ -36,6 +36,20 @@ def test_expert_groups_stay_within_a_slice():
         sharding.lay_out(devices, 1, 8)
 
 
+def test_a_mesh_that_leaves_a_process_without_devices_is_refused():
+    devices = [types.SimpleNamespace(process_index=index // 2) for index in range(8)]
+    with pytest.raises(ValueError, match=r"mesh: 2 x 2 .* process 2"):
+        sharding.make_mesh(2, 2, devices)
+
+
+@pytest.mark.parametrize(
+    "experts, expert_width, shape", [(16, 64, (1, 8)), (2, 64, (4, 2)), (2, 6, (2, 2)), (3, 9, (1, 1))]
+)
+def test_what_was_trained_elsewhere_finds_a_mesh(experts, expert_width, shape):
+    model = types.SimpleNamespace(experts=experts, expert_width=expert_width, width=48, kv_width=16)
+    assert tuple(sharding.fit_mesh(model).shape.values()) == shape
+
+
 def test_the_plan_counts_what_a_device_holds(capsys):
     mesh, leaf = sharding.make_mesh(2, 4), jax.ShapeDtypeStruct((3, 4, 8, 8), jnp.float32)
     params = {"layers": {"moe": {"w_gate": leaf, "router": jax.ShapeDtypeStruct((3, 4, 8), jnp.float32)}}}

@@ -15,6 +15,7 @@ import numpy as np
 from moe_erc.analysis import hlo
 
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
+KERNELS = r'custom_call_target="[^"]*(?:tpu_custom_call|gemm|matmul|triton|mosaic|fmha)'
 
 
 class Collective(NamedTuple):
@@ -42,6 +43,7 @@ class Cost(NamedTuple):
     grouped_flops: int = 0  # ragged matmuls, as if every row belonged to one of the groups
     collectives: tuple[Collective, ...] = ()
     open_loops: tuple[str, ...] = ()  # origins of loops whose length depends on data: counted as one turn
+    kernels: tuple[str, ...] = ()  # origins of calls that may multiply matrices: not counted
 
     @property
     def wire_bytes(self):
@@ -75,9 +77,9 @@ def memory(compiled):
     )
 
 
-def cost(compiled):
-    """Cost of a `jax.stages.Compiled`."""
-    return _of_computation(hlo.parse(compiled.as_text()))
+def cost(text):
+    """Cost of a program, given as `Compiled.as_text()`."""
+    return _of_computation(hlo.parse(text))
 
 
 def _add(*costs):
@@ -120,11 +122,18 @@ def _own_cost(instruction, computation):
         return Cost(flops=2 * math.prod(instruction.shapes[0].sizes) * math.prod(contracted))
     if instruction.opcode == "convolution":
         return Cost(flops=_convolution_flops(instruction))
-    if instruction.opcode == "custom-call" and instruction.name.startswith("ragged-dot-none"):  # of libtpu
-        return Cost(
-            grouped_flops=2 * math.prod(instruction.shapes[0].sizes) * instruction.operands[-2].shapes[0].sizes[1]
-        )
+    if instruction.opcode == "custom-call":
+        return _kernel_cost(instruction)
     return Cost()
+
+
+def _kernel_cost(instruction):
+    """Of a call no more is known than its name, other than of libtpu's kernels behind `lax.ragged_dot`."""
+    if instruction.name.startswith("ragged-dot-none"):
+        (result,), (rows,) = instruction.shapes, instruction.operands[-2].shapes
+        return Cost(grouped_flops=2 * math.prod(result.sizes) * rows.sizes[1])
+    multiplies = instruction.find(KERNELS) and not instruction.name.startswith("ragged-dot-metadata")
+    return Cost(kernels=(instruction.origin or instruction.name,)) if multiplies else Cost()
 
 
 def _collective(instruction, computation):

@@ -24,6 +24,13 @@ CHIPS = {
     "v6e": Chip(31.25 * 2**30, 918e12),
 }
 
+LIBTPU = {
+    # Else it asks a metadata server about the machine it is on, and says at length that there is none.
+    "TPU_ACCELERATOR_TYPE": "v5litepod-8",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # its lock is for the chips, and none are used
+}
+
 
 def described(topology, devices):
     """(devices, chip) of one of v5p:4x4x4 and cpu:64; to be called before anything else wants a device."""
@@ -39,9 +46,8 @@ def _tpus(topology):
         raise ValueError(f"--topology: {topology!r} does not begin with one of {', '.join(CHIPS)}; v5p:4x4x4 would do")
     if not importlib.util.find_spec("libtpu"):
         raise ValueError('--topology compiles with libtpu, which is missing; pip install -e ".[tpu]"')
-    # Else libtpu asks a metadata server about the machine it is on, and says at length that there is none.
-    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-8")
-    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    for name, value in LIBTPU.items():
+        os.environ.setdefault(name, value)
     options = {"chip_config_name": chip.config} if chip.config else {}
     try:
         return topologies.get_topology_desc(topology, "tpu", **options).devices, chip

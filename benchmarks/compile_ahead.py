@@ -30,7 +30,9 @@ from moe_erc.training.step import make_train_step, parameter_only
 
 TOPOLOGY = flags.DEFINE_string("topology", None, "TPUs of one slice, generation:torus: v5p:4x4x4, v5e:16x16")
 DEVICES = flags.DEFINE_string("devices", None, "virtual devices instead: cpu:64")
-MEMORY = flags.DEFINE_float("memory", None, "GiB of a device; what its compiler grants if not given")
+MEMORY = flags.DEFINE_float(
+    "memory", None, "GiB that may be allocated on a device; the compiler's verdict alone counts if not given"
+)
 DIFFERENCE = flags.DEFINE_bool("difference", False, "compile the step without the losses on parameters, too")
 JSON = flags.DEFINE_string("json", None, "write everything here, too")
 
@@ -43,11 +45,10 @@ def main(_):
     config = flags.FLAGS.config
     with command_line.refusing_bad_input():
         devices, chip = chips.described(TOPOLOGY.value, DEVICES.value)
-        memory = MEMORY.value * 2**30 if MEMORY.value else chip.memory
         facts, programs = lower(config, devices)
-        facts |= {"memory_bytes": memory, "flops_per_s": chip.flops}
+        facts |= {"memory_bytes": chip.memory, "flops_per_s": chip.flops}
     try:
-        measured = {name: compile_within(memory, program) for name, program in programs.items()}
+        measured = {name: compile_program(program) for name, program in programs.items()}
     except DoesNotFitError as error:
         remedies = (
             f"more devices than {len(devices)}, more train.micro_batches than {config.train.micro_batches}, "
@@ -119,8 +120,8 @@ def make_mesh(config, devices):
         ) from error
 
 
-def compile_within(limit, program):
-    """{"seconds", "memory", "cost"} of a lowered program, if it stays within `limit` bytes a device."""
+def compile_program(program):
+    """{"seconds", "memory", "cost"} of a lowered program, if it fits."""
     start = time.perf_counter()
     try:
         executable = program.compile()
@@ -129,8 +130,8 @@ def compile_within(limit, program):
             raise
         raise DoesNotFitError(str(error).splitlines()[0]) from error
     seconds, memory = time.perf_counter() - start, compiled.memory(executable)
-    if limit and memory.peak > limit:
-        raise DoesNotFitError(f"{memory.peak / 2**30:.2f} GiB a device of {limit / 2**30:.2f}")
+    if MEMORY.value and memory.allocated > MEMORY.value * 2**30:
+        raise DoesNotFitError(f"{memory.allocated / 2**30:.2f} GiB are allocated, a device has {MEMORY.value:g}")
     return {"seconds": seconds, "memory": memory, "cost": compiled.cost(executable.as_text())}
 
 

@@ -32,14 +32,16 @@ def show(facts, programs):
 
 
 def memory_table(memory, available):
-    """By kind, and its peak against what there is."""
+    """By kind, against what there is."""
     table = numbers("", "GiB", "of the device", title="Memory")
     kept = {"arguments (state, batch)": memory.arguments, "outputs not in their place": memory.outputs - memory.aliased}
     for name, size in (kept | {"temporaries": memory.temporaries, "program": memory.program}).items():
         table.add_row(name, gib(size), percent(size, available))
     table.add_section()
-    table.add_row("peak", gib(memory.peak), percent(memory.peak, available))
-    table.add_row("device", gib(available) if available else "not limited", "")
+    table.add_row("allocated", gib(memory.allocated), percent(memory.allocated, available))
+    if available:
+        table.add_row("in use at once", gib(memory.in_use), percent(memory.in_use, available))
+        table.add_row("device", gib(available), "")
     return table
 
 

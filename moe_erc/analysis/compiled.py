@@ -58,10 +58,11 @@ class Memory(NamedTuple):
     aliased: int  # outputs that are written over donated arguments
     temporaries: int
     program: int
+    in_use: int  # at once, by the compiler's count; that of XLA:CPU leaves temporaries out
 
     @property
-    def peak(self):
-        """All of it at once."""
+    def allocated(self):
+        """All of it."""
         return self.arguments + self.outputs - self.aliased + self.temporaries + self.program
 
 
@@ -74,6 +75,7 @@ def memory(compiled):
         stats.alias_size_in_bytes,
         stats.temp_size_in_bytes,
         stats.generated_code_size_in_bytes,
+        stats.peak_memory_in_bytes,
     )
 
 

@@ -19,9 +19,10 @@ def compile_ahead(arguments, directory):
 
 
 def test_a_step_compiled_for_virtual_devices(tmp_path, model_config):
-    code, printed, found = compile_ahead(["--config=configs/erc.py:debug", "--devices=cpu:8", *MESH], tmp_path)
+    arguments = ["--config=configs/erc.py:debug", "--devices=cpu:8", "--difference", *MESH]
+    code, printed, found = compile_ahead(arguments, tmp_path)
     assert code == 0, printed
-    facts, step, alone = found["facts"], found["programs"]["step"], found["programs"]["parameter losses"]
+    facts, (step, alone, without) = found["facts"], found["programs"].values()
     assert facts["mesh"] == {"data": 2, "expert": 4} and facts["tokens"] == 8 * 32 / 8
     assert facts["model_flops"] == 3 * 32 * model_config().flops_per_token(32)
     # All but the experts, whose loops have no fixed length: attention, router and head, of 32 tokens.
@@ -33,6 +34,7 @@ def test_a_step_compiled_for_virtual_devices(tmp_path, model_config):
     assert sum(one["times"] for one in gathers) == 2 * 2
     # ERC of 2 layers: M forward, again backward, and its two gradients; more than that on one of 8 devices is waste.
     assert 0 < alone["cost"]["flops"] <= 4 * 2 * 2 * 4**2 * 32 * 16
+    assert step["cost"]["flops"] - without["cost"]["flops"] == alone["cost"]["flops"]
     assert 0 < alone["memory"]["temporaries"] < step["memory"]["temporaries"]
     assert "moe/all_gather" in printed and "Losses on parameters" in printed
 

@@ -81,7 +81,9 @@ def memory(compiled):
 
 def cost(text):
     """Cost of a program, given as `Compiled.as_text()`."""
-    return _of_computation(hlo.parse(text))
+    found = _of_computation(hlo.parse(text))
+    _of_computation.cache_clear()  # it holds the program
+    return found
 
 
 def _add(*costs):
@@ -165,16 +167,11 @@ def _collective(instruction, computation):
 def _convolution_flops(instruction):
     """Pairs that meet: TPU writes a batch axis of a dot as a window, dilated so that an element meets its own alone."""
     labels = instruction.find(r"dim_labels=(\w+)_(\w+)->(\w+)")[0]
-    image, kernel, result = (
-        dict(zip(names, shape.sizes, strict=True))
-        for names, shape in zip(
-            labels, [operand.shapes[0] for operand in instruction.operands] + [instruction.shapes[0]], strict=True
-        )
-    )
-    pairs = [
-        _window_pairs(image[axis], result[axis], _window(instruction, int(axis))) for axis in image if axis.isdigit()
-    ]
-    return 2 * result["b"] * result["f"] * kernel["i"] * math.prod(pairs)
+    arrays = (*(operand.shapes[0].sizes for operand in instruction.operands), instruction.shapes[0].sizes)
+    image, kernel, result = (dict(zip(names, sizes, strict=True)) for names, sizes in zip(labels, arrays, strict=True))
+    windows = {axis: _window(instruction, int(axis)) for axis in image if axis.isdigit()}
+    pairs = math.prod(_window_pairs(image[axis], result[axis], window) for axis, window in windows.items())
+    return 2 * result["b"] * result["f"] * kernel["i"] * pairs
 
 
 def _window(instruction, axis):

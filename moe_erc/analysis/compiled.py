@@ -22,7 +22,7 @@ class Collective(NamedTuple):
     """One collective of the program, and how often it runs."""
 
     kind: str
-    shapes: tuple[str, ...]  # of its results
+    shapes: tuple[str, ...]  # of its results, the largest first
     bytes: int  # of one run: a device's operands or its results, whichever are more
     group: int  # devices that take part together
     asynchronous: bool  # other work may run meanwhile
@@ -155,7 +155,7 @@ def _collective(instruction, computation):
         results = results[len(operands) : 2 * len(operands)]
     found = Collective(
         kind=kind,
-        shapes=tuple(map(str, results)),
+        shapes=tuple(str(shape) for shape in sorted(results, key=lambda shape: -shape.bytes)),
         bytes=max(sum(shape.bytes for shape in shapes) for shapes in (operands, results)),
         group=hlo.group_size(instruction, computation.devices),
         asynchronous=instruction.opcode.endswith("-start") or starts_chain,

@@ -9,21 +9,16 @@ also compiles the step without them. Exit code 1: it does not fit; 2: wrong inpu
 """
 
 import functools
-import importlib.util
 import json
-import os
 import pathlib
-import re
 import sys
 import time
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from absl import flags
-from jax.experimental import topologies
 
-from benchmarks import compiled_report, environment
+from benchmarks import chips, compiled_report, environment
 from moe_erc import command_line, sharding
 from moe_erc.analysis import compiled
 from moe_erc.losses.objective import PARAMETER_TERMS, Objective
@@ -35,25 +30,11 @@ from moe_erc.training.step import make_train_step, parameter_only
 
 TOPOLOGY = flags.DEFINE_string("topology", None, "TPUs of one slice, generation:torus: v5p:4x4x4, v5e:16x16")
 DEVICES = flags.DEFINE_string("devices", None, "virtual devices instead: cpu:64")
-MEMORY = flags.DEFINE_float("memory", None, "GiB of a device; what its compiler grants if not given")
+MEMORY = flags.DEFINE_float(
+    "memory", None, "GiB that may be allocated on a device; the compiler's verdict alone counts if not given"
+)
 DIFFERENCE = flags.DEFINE_bool("difference", False, "compile the step without the losses on parameters, too")
 JSON = flags.DEFINE_string("json", None, "write everything here, too")
-
-
-class Chip(NamedTuple):
-    """What a device is held against."""
-
-    bytes: float = float("inf")  # that its compiler grants to a program
-    flops: float = float("nan")  # bfloat16 matmuls a second, as published
-    config: str | None = None  # by which libtpu describes one device a chip, where that is not its default
-
-
-CHIPS = {
-    "v4": Chip(30.75 * 2**30, 275e12, "megacore"),
-    "v5e": Chip(15.75 * 2**30, 197e12),
-    "v5p": Chip(95.74 * 2**30, 459e12),
-    "v6e": Chip(31.25 * 2**30, 918e12),
-}
 
 
 class DoesNotFitError(Exception):
@@ -63,10 +44,10 @@ class DoesNotFitError(Exception):
 def main(_):
     config = flags.FLAGS.config
     with command_line.refusing_bad_input():
-        devices, chip = described_devices()
+        devices, chip = chips.described(TOPOLOGY.value, DEVICES.value)
         facts, programs = lower(config, devices)
+        facts |= {"memory_bytes": chip.memory, "flops_per_s": chip.flops}
     try:
-        compile_program = functools.partial(compile_within, chip.bytes)
         measured = {name: compile_program(program) for name, program in programs.items()}
     except DoesNotFitError as error:
         remedies = (
@@ -75,50 +56,15 @@ def main(_):
         )
         print(f"error: does not fit: {error}; use {remedies}", file=sys.stderr)
         sys.exit(1)
-    compiled_report.show(facts | {"chip": chip._asdict()}, measured)
+    compiled_report.show(facts, measured)
     if JSON.value:
-        plain = {"benchmark": "compile_ahead", "environment": environment(), "facts": facts, "programs": measured}
-        pathlib.Path(JSON.value).write_text(json.dumps(plain, indent=1) + "\n", encoding="utf-8")
-
-
-def described_devices():
-    """(devices, chip) of --topology or --devices."""
-    if bool(TOPOLOGY.value) == bool(DEVICES.value):
-        raise ValueError("give one of --topology=v5p:4x4x4 and --devices=cpu:64")
-    jax.config.update("jax_platforms", "cpu")  # what is attached is not asked
-    chip = CHIPS[generation(TOPOLOGY.value)] if TOPOLOGY.value else Chip()
-    chip = chip._replace(bytes=MEMORY.value * 2**30) if MEMORY.value else chip
-    return described_tpus(chip) if TOPOLOGY.value else virtual_devices(), chip
-
-
-def generation(topology):
-    """The key of CHIPS."""
-    name = topology.partition(":")[0]
-    if name not in CHIPS:
-        raise ValueError(f"--topology: {topology!r} does not begin with one of {', '.join(CHIPS)}; v5p:4x4x4 would do")
-    return name
-
-
-def described_tpus(chip):
-    """Devices to compile for, from the description that libtpu has of them."""
-    if not importlib.util.find_spec("libtpu"):
-        raise ValueError('--topology compiles with libtpu, which is missing; pip install -e ".[tpu]"')
-    # Without these libtpu asks a metadata server about the machine it is on, and says at length that there is none.
-    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "none")
-    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-    options = {"chip_config_name": chip.config} if chip.config else {}
-    try:
-        return topologies.get_topology_desc(TOPOLOGY.value, "tpu", **options).devices
-    except jax.errors.JaxRuntimeError as error:
-        raise ValueError(f"--topology: {TOPOLOGY.value!r}: {error}") from error
-
-
-def virtual_devices():
-    """So many CPU devices as --devices says."""
-    if not (count := re.fullmatch(r"cpu:([1-9]\d*)", DEVICES.value)):
-        raise ValueError(f"--devices: {DEVICES.value!r} is not of the form cpu:64")
-    jax.config.update("jax_num_cpu_devices", int(count[1]))
-    return jax.devices()
+        found = {
+            "benchmark": "compile_ahead",
+            "environment": environment(),
+            "facts": facts,
+            "programs": plain(measured),
+        }
+        pathlib.Path(JSON.value).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
 def lower(config, devices):
@@ -174,8 +120,8 @@ def make_mesh(config, devices):
         ) from error
 
 
-def compile_within(limit, program):
-    """{"seconds", "memory", "cost"} of a lowered program, if it stays within `limit` bytes a device."""
+def compile_program(program):
+    """{"seconds", "memory", "cost"} of a lowered program, if it fits."""
     start = time.perf_counter()
     try:
         executable = program.compile()
@@ -184,9 +130,18 @@ def compile_within(limit, program):
             raise
         raise DoesNotFitError(str(error).splitlines()[0]) from error
     seconds, memory = time.perf_counter() - start, compiled.memory(executable)
-    if memory.peak > limit:
-        raise DoesNotFitError(f"{memory.peak / 2**30:.2f} GiB a device of {limit / 2**30:.2f}")
-    return {"seconds": seconds, "memory": memory, "cost": compiled.cost(executable)}
+    if MEMORY.value and memory.allocated > MEMORY.value * 2**30:
+        raise DoesNotFitError(f"{memory.allocated / 2**30:.2f} GiB are allocated, a device has {MEMORY.value:g}")
+    return {"seconds": seconds, "memory": memory, "cost": compiled.cost(executable.as_text())}
+
+
+def plain(value):
+    """Named tuples as dictionaries, however deep."""
+    if hasattr(value, "_asdict"):
+        value = value._asdict()
+    if isinstance(value, dict):
+        return {name: plain(item) for name, item in value.items()}
+    return [plain(item) for item in value] if isinstance(value, tuple) else value
 
 
 if __name__ == "__main__":

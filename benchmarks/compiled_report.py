@@ -18,24 +18,30 @@ def show(facts, programs):
         f"{facts['tokens']:,.0f} tokens a device in {facts['micro_batches']} micro-batches; "
         f"compiled in {step['seconds']:.0f} s"
     )
-    console.print(memory_table(step["memory"], facts["chip"]["bytes"]))
+    console.print(memory_table(step["memory"], facts["memory_bytes"]))
     console.print(flops_table(facts, step["cost"]))
     console.print(collectives_table(step["cost"].collectives))
     if "parameter losses" in programs:
         console.print(share_table(programs, facts))
-    for origin, count in collections.Counter(map(describe, step["cost"].open_loops)).items():
-        console.print(f"counted as one turn, its length depends on data: {count} x loop of {origin}")
+    for what, origins in (
+        ("counted as one turn, its length depends on data: loop of", step["cost"].open_loops),
+        ("not counted, a kernel of its own:", step["cost"].kernels),
+    ):
+        for origin, count in collections.Counter(map(describe, origins)).items():
+            console.print(f"{what} {origin}" + (f", {count} of them" if count > 1 else ""))
 
 
 def memory_table(memory, available):
-    """By kind, and its peak against what there is."""
+    """By kind, against what there is."""
     table = numbers("", "GiB", "of the device", title="Memory")
     kept = {"arguments (state, batch)": memory.arguments, "outputs not in their place": memory.outputs - memory.aliased}
     for name, size in (kept | {"temporaries": memory.temporaries, "program": memory.program}).items():
         table.add_row(name, gib(size), percent(size, available))
     table.add_section()
-    table.add_row("peak", gib(memory.peak), percent(memory.peak, available))
-    table.add_row("device", gib(available) if available < float("inf") else "not limited", "")
+    table.add_row("allocated", gib(memory.allocated), percent(memory.allocated, available))
+    if available:
+        table.add_row("in use at once", gib(memory.in_use), percent(memory.in_use, available))
+        table.add_row("device", gib(available), "")
     return table
 
 
@@ -46,14 +52,14 @@ def balanced_flops(facts, cost):
 
 def flops_table(facts, cost):
     """Compiled FLOPs beside those of the model: its matmuls forward, and twice that backward."""
-    table = numbers("", "TFLOP", "of the model's", "ms at the peak rate", title="Matmuls")
-    model = facts["model_flops"]
+    rate, model = facts["flops_per_s"], facts["model_flops"]
+    table = numbers("", "TFLOP", "of the model's", *(["ms at the peak rate"] if rate else []), title="Matmuls")
     rows = {"model, forward and backward": model, "compiled: dense": cost.flops}
     rows |= {"compiled: experts, at equal load": cost.grouped_flops / facts["mesh"]["expert"]}
     rows |= {"compiled": balanced_flops(facts, cost)}
     for name, flops in rows.items():
-        milliseconds = 1e3 * flops / facts["chip"]["flops"]
-        table.add_row(name, f"{flops / 1e12:.4g}", percent(flops, model), f"{milliseconds:.4g}")
+        milliseconds = [f"{1e3 * flops / rate:.4g}"] if rate else []
+        table.add_row(name, f"{flops / 1e12:.4g}", percent(flops, model), *milliseconds)
     return table
 
 
@@ -116,8 +122,12 @@ def share_table(programs, facts):
 
 def describe(origin):
     """The end of a traced operation's name, without the loops around it, and whether it is of the backward pass."""
-    first, *more = origin.strip("()").split(":")  # operations that were merged
-    words = [word for word in first.split("/") if not word.startswith((*SURROUNDINGS, "jvp(", "transpose("))]
+    first, *more = origin.split(":")  # operations that were merged
+    words = [
+        word.strip("()")
+        for word in first.split("/")
+        if not word.lstrip("(").startswith((*SURROUNDINGS, "jvp(", "transpose("))
+    ]
     return "/".join(words[-3:]) + (f" + {len(more)}" if more else "") + (" (backward)" if "transpose(" in first else "")
 
 
@@ -134,4 +144,4 @@ def gib(size):
 
 
 def percent(part, whole):
-    return f"{part / whole:.2%}" if 0 < whole < float("inf") else ""
+    return f"{part / whole:.2%}" if whole else ""

@@ -15,13 +15,14 @@ import numpy as np
 from moe_erc.analysis import hlo
 
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
+KERNELS = r'custom_call_target="[^"]*(?:tpu_custom_call|gemm|matmul|triton|mosaic|fmha)'
 
 
 class Collective(NamedTuple):
     """One collective of the program, and how often it runs."""
 
     kind: str
-    shapes: tuple[str, ...]  # of its results
+    shapes: tuple[str, ...]  # of its results, the largest first
     bytes: int  # of one run: a device's operands or its results, whichever are more
     group: int  # devices that take part together
     asynchronous: bool  # other work may run meanwhile
@@ -42,6 +43,7 @@ class Cost(NamedTuple):
     grouped_flops: int = 0  # ragged matmuls, as if every row belonged to one of the groups
     collectives: tuple[Collective, ...] = ()
     open_loops: tuple[str, ...] = ()  # origins of loops whose length depends on data: counted as one turn
+    kernels: tuple[str, ...] = ()  # origins of calls that may multiply matrices: not counted
 
     @property
     def wire_bytes(self):
@@ -56,10 +58,11 @@ class Memory(NamedTuple):
     aliased: int  # outputs that are written over donated arguments
     temporaries: int
     program: int
+    in_use: int  # at once, by the compiler's count; that of XLA:CPU leaves temporaries out
 
     @property
-    def peak(self):
-        """All of it at once."""
+    def allocated(self):
+        """All of it."""
         return self.arguments + self.outputs - self.aliased + self.temporaries + self.program
 
 
@@ -72,12 +75,15 @@ def memory(compiled):
         stats.alias_size_in_bytes,
         stats.temp_size_in_bytes,
         stats.generated_code_size_in_bytes,
+        stats.peak_memory_in_bytes,
     )
 
 
-def cost(compiled):
-    """Cost of a `jax.stages.Compiled`."""
-    return _of_computation(hlo.parse(compiled.as_text()))
+def cost(text):
+    """Cost of a program, given as `Compiled.as_text()`."""
+    found = _of_computation(hlo.parse(text))
+    _of_computation.cache_clear()  # it holds the program
+    return found
 
 
 def _add(*costs):
@@ -120,11 +126,18 @@ def _own_cost(instruction, computation):
         return Cost(flops=2 * math.prod(instruction.shapes[0].sizes) * math.prod(contracted))
     if instruction.opcode == "convolution":
         return Cost(flops=_convolution_flops(instruction))
-    if instruction.opcode == "custom-call" and instruction.name.startswith("ragged-dot-none"):  # of libtpu
-        return Cost(
-            grouped_flops=2 * math.prod(instruction.shapes[0].sizes) * instruction.operands[-2].shapes[0].sizes[1]
-        )
+    if instruction.opcode == "custom-call":
+        return _kernel_cost(instruction)
     return Cost()
+
+
+def _kernel_cost(instruction):
+    """Of a call no more is known than its name, other than of libtpu's kernels behind `lax.ragged_dot`."""
+    if instruction.name.startswith("ragged-dot-none"):
+        (result,), (rows,) = instruction.shapes, instruction.operands[-2].shapes
+        return Cost(grouped_flops=2 * math.prod(result.sizes) * rows.sizes[1])
+    multiplies = instruction.find(KERNELS) and not instruction.name.startswith("ragged-dot-metadata")
+    return Cost(kernels=(instruction.origin or instruction.name,)) if multiplies else Cost()
 
 
 def _collective(instruction, computation):
@@ -142,7 +155,7 @@ def _collective(instruction, computation):
         results = results[len(operands) : 2 * len(operands)]
     found = Collective(
         kind=kind,
-        shapes=tuple(map(str, results)),
+        shapes=tuple(str(shape) for shape in sorted(results, key=lambda shape: -shape.bytes)),
         bytes=max(sum(shape.bytes for shape in shapes) for shapes in (operands, results)),
         group=hlo.group_size(instruction, computation.devices),
         asynchronous=instruction.opcode.endswith("-start") or starts_chain,
@@ -154,16 +167,11 @@ def _collective(instruction, computation):
 def _convolution_flops(instruction):
     """Pairs that meet: TPU writes a batch axis of a dot as a window, dilated so that an element meets its own alone."""
     labels = instruction.find(r"dim_labels=(\w+)_(\w+)->(\w+)")[0]
-    image, kernel, result = (
-        dict(zip(names, shape.sizes, strict=True))
-        for names, shape in zip(
-            labels, [operand.shapes[0] for operand in instruction.operands] + [instruction.shapes[0]], strict=True
-        )
-    )
-    pairs = [
-        _window_pairs(image[axis], result[axis], _window(instruction, int(axis))) for axis in image if axis.isdigit()
-    ]
-    return 2 * result["b"] * result["f"] * kernel["i"] * math.prod(pairs)
+    arrays = (*(operand.shapes[0].sizes for operand in instruction.operands), instruction.shapes[0].sizes)
+    image, kernel, result = (dict(zip(names, sizes, strict=True)) for names, sizes in zip(labels, arrays, strict=True))
+    windows = {axis: _window(instruction, int(axis)) for axis in image if axis.isdigit()}
+    pairs = math.prod(_window_pairs(image[axis], result[axis], window) for axis, window in windows.items())
+    return 2 * result["b"] * result["f"] * kernel["i"] * pairs
 
 
 def _window(instruction, axis):

@@ -1,4 +1,4 @@
-"""Devices to compile for that need not be there: TPUs of one slice by libtpu's description, or virtual CPU devices."""
+"""Devices to compile for that need not be there: TPUs by the description that libtpu has of them, or virtual CPUs."""
 
 import importlib.util
 import os
@@ -32,15 +32,15 @@ LIBTPU = {
 }
 
 
-def described(topology, devices):
+def described(topology, slices, devices):
     """(devices, chip) of one of v5p:4x4x4 and cpu:64; to be called before anything else wants a device."""
     if bool(topology) == bool(devices):
         raise ValueError("give one of --topology=v5p:4x4x4 and --devices=cpu:64")
     jax.config.update("jax_platforms", "cpu")  # what is attached is not asked
-    return _tpus(topology) if topology else (_virtual(devices), Chip())
+    return _tpus(topology, slices) if topology else (_virtual(devices), Chip())
 
 
-def _tpus(topology):
+def _tpus(topology, slices):
     chip = CHIPS.get(topology.partition(":")[0])
     if chip is None:
         raise ValueError(f"--topology: {topology!r} does not begin with one of {', '.join(CHIPS)}; v5p:4x4x4 would do")
@@ -50,7 +50,7 @@ def _tpus(topology):
         os.environ.setdefault(name, value)
     options = {"chip_config_name": chip.config} if chip.config else {}
     try:
-        return topologies.get_topology_desc(topology, "tpu", **options).devices, chip
+        return topologies.get_topology_desc(topology, "tpu", num_slices=slices, **options).devices, chip
     except jax.errors.JaxRuntimeError as error:
         raise ValueError(f"--topology: {topology!r}: {error}") from error
 

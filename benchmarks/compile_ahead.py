@@ -28,7 +28,8 @@ from moe_erc.training.optimizer import OptimizerConfig, make_optimizer
 from moe_erc.training.state import abstract_state, initializer, shardings
 from moe_erc.training.step import make_train_step, parameter_only
 
-TOPOLOGY = flags.DEFINE_string("topology", None, "TPUs of one slice, generation:torus: v5p:4x4x4, v5e:16x16")
+TOPOLOGY = flags.DEFINE_string("topology", None, "TPUs of a slice, generation:torus: v5p:4x4x4, v5e:16x16")
+SLICES = flags.DEFINE_integer("slices", 1, "so many of them", lower_bound=1)
 DEVICES = flags.DEFINE_string("devices", None, "virtual devices instead: cpu:64")
 MEMORY = flags.DEFINE_float(
     "memory", None, "GiB that may be allocated on a device; the compiler's verdict alone counts if not given"
@@ -44,7 +45,7 @@ class DoesNotFitError(Exception):
 def main(_):
     config = flags.FLAGS.config
     with command_line.refusing_bad_input():
-        devices, chip = chips.described(TOPOLOGY.value, DEVICES.value)
+        devices, chip = chips.described(TOPOLOGY.value, SLICES.value, DEVICES.value)
         facts, programs = lower(config, devices)
         facts |= {"memory_bytes": chip.memory, "flops_per_s": chip.flops}
     try:
@@ -71,7 +72,7 @@ def lower(config, devices):
     """(facts, {name: lowered program}): the step, its losses on parameters if it has any, the step without them."""
     model = ModelConfig(**config.model)
     length, batch_size, micro_batches = config.data.sequence_length, config.train.batch_size, config.train.micro_batches
-    mesh = make_mesh(config, devices)
+    mesh = sharding.make_mesh(config.mesh.data, config.mesh.expert, devices)
     sharding.check(mesh, model, batch_size, micro_batches, config.eval.batch_size)
     network = Transformer(model, mesh)
     optimizer = make_optimizer(OptimizerConfig(**config.optimizer), config.train.steps)
@@ -82,7 +83,8 @@ def lower(config, devices):
     def lower_step(objective):
         return make_train_step(network, objective, optimizer, micro_batches, shardings(state)).lower(state, batch)
 
-    objective, objective_without = Objective(config.losses.to_dict()), Objective(batch_losses(config.losses))
+    losses = config.losses.to_dict()
+    objective, objective_without = Objective(losses, mesh), Objective(batch_losses(losses), mesh)
     programs = {"step": lower_step(objective)}
     if objective != objective_without:
         gradients = jax.jit(functools.partial(parameter_only, objective), out_shardings=(None, shardings(state.params)))
@@ -104,20 +106,7 @@ def lower(config, devices):
 
 def batch_losses(losses):
     """The losses without those on parameters."""
-    return {
-        name: options | {"weight": 0.0} if name in PARAMETER_TERMS else options
-        for name, options in losses.to_dict().items()
-    }
-
-
-def make_mesh(config, devices):
-    """`sharding.make_mesh`, where a torus that cannot be split so is wrong input."""
-    try:
-        return sharding.make_mesh(config.mesh.data, config.mesh.expert, devices)
-    except NotImplementedError as error:
-        raise ValueError(
-            f"mesh.expert: {config.mesh.expert} devices are no product of sides of {TOPOLOGY.value}"
-        ) from error
+    return {name: options | {"weight": 0.0} if name in PARAMETER_TERMS else options for name, options in losses.items()}
 
 
 def compile_program(program):

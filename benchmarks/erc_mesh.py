@@ -41,7 +41,7 @@ def measure(size, paper_dp, paper_ep, mesh_shape):
     tokens = config.train.batch_size * config.data.sequence_length
     experts, expert_token = model.experts, 6 * model.width * model.expert_width
     forward, backward = (compile_erc(model, mesh, gradient) for gradient in (False, True))
-    forward_flops, both = compiled.cost(forward).flops, compiled.cost(backward)
+    forward_flops, both = compiled.cost(forward.as_text()).flops, compiled.cost(backward.as_text())
     return {
         "size": size,
         "mesh": mesh_shape,

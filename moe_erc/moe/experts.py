@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from moe_erc.moe.block_loop import block_loop
+from moe_erc.moe.grouped_matmul import grouped_matmul
 
 
 class ExpertWeights(NamedTuple):
@@ -39,25 +40,18 @@ def dense(x_ND, weights_NK, experts_NK, expert_weights):
 
 
 def ragged(x_ND, weights_NK, experts_NK, expert_weights):
-    """Assignments sorted by expert, then three `lax.ragged_dot`; groups may be empty, nothing is padded or dropped."""
+    """Assignments sorted by expert, then three grouped matmuls; groups may be empty, nothing is padded or dropped."""
     experts, experts_per_token = len(expert_weights.w_gate_EDF), experts_NK.shape[-1]
     experts_M = experts_NK.reshape(-1)
     local_M = (experts_M >= 0) & (experts_M < experts)
     order_M = jnp.argsort(jnp.where(local_M, experts_M, experts), stable=True)
     sizes_E = jnp.sum(experts_M[:, None] == jnp.arange(experts), axis=0, dtype=jnp.int32)
 
-    def grouped_matmul(rows, weights):
-        return lax.ragged_dot(rows, weights, sizes_E, preferred_element_type=jnp.float32)
-
+    w_gate_EDF, w_up_EDF, w_down_EFD = expert_weights
     tokens_M = order_M // experts_per_token
     x_MD = x_ND[tokens_M]
-    hidden_MF = jax.nn.silu(grouped_matmul(x_MD, expert_weights.w_gate_EDF)) * grouped_matmul(
-        x_MD, expert_weights.w_up_EDF
-    )
-    out_MD = grouped_matmul(hidden_MF.astype(x_ND.dtype), expert_weights.w_down_EFD)
-    # Rows behind the last group belong to other devices, and what ragged_dot leaves there is unspecified.
-    weights_M1 = weights_NK.reshape(-1)[order_M, None]
-    out_MD = jnp.where(local_M[order_M, None], out_MD, 0) * weights_M1
+    hidden_MF = jax.nn.silu(grouped_matmul(x_MD, w_gate_EDF, sizes_E)) * grouped_matmul(x_MD, w_up_EDF, sizes_E)
+    out_MD = grouped_matmul(hidden_MF, w_down_EFD, sizes_E) * weights_NK.reshape(-1)[order_M, None]
     return jnp.zeros_like(x_ND, jnp.float32).at[tokens_M].add(out_MD).astype(x_ND.dtype)
 
 

@@ -1,0 +1,60 @@
+"""Rows sorted by group times the matrix of their group, on backends that have a matmul for it.
+
+    y[m] = x[m] @ w[g]        dx[m] = dy[m] @ w[g].T        dw[g] = sum over rows m of g of outer(x[m], dy[m])
+
+`lax.ragged_dot` is native on TPU for the first two. Its own weight gradient is dense there, every row times every group
+under a mask, so dw walks the rows of each group in blocks. Rows behind the last group give and get zeros.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+BLOCK = 512  # rows; the last block of a group is half empty on average
+TRANSPOSED = lax.RaggedDotDimensionNumbers(
+    dot_dimension_numbers=(((1,), (2,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[0]
+)
+
+
+@jax.custom_vjp
+def grouped_matmul(x_MD, w_EDF, sizes_E):
+    """(M, F) in the dtype of x, accumulated in float32; groups follow each other and may be empty."""
+    return _inside(sizes_E, lax.ragged_dot(x_MD, w_EDF, sizes_E, preferred_element_type=x_MD.dtype))
+
+
+def _forward(*inputs):
+    return grouped_matmul(*inputs), inputs
+
+
+def _backward(inputs, dy_MF):
+    x_MD, w_EDF, sizes_E = inputs
+    dx_MD = lax.ragged_dot_general(dy_MF, w_EDF, sizes_E, TRANSPOSED, preferred_element_type=x_MD.dtype)
+    return _inside(sizes_E, dx_MD), _weight_gradient(x_MD, dy_MF, w_EDF, sizes_E), None
+
+
+grouped_matmul.defvjp(_forward, _backward)
+
+
+def _inside(sizes_E, rows):
+    """The rows of groups; what `ragged_dot` leaves behind them is unspecified."""
+    return jnp.where(jnp.arange(len(rows))[:, None] < jnp.sum(sizes_E), rows, 0)
+
+
+def _weight_gradient(x_MD, dy_MF, w_EDF, sizes_E):
+    # Padded, so that the slice of a last, partial block never slides back over rows already done.
+    x_MD, dy_MF = (jnp.pad(rows, ((0, BLOCK), (0, 0))) for rows in (x_MD, dy_MF))
+
+    def group(_, start_size_and_matrix):
+        start, size, w_DF = start_size_and_matrix
+
+        def block(index, dw_DF):
+            first = start + index * BLOCK
+            own_R1 = (index * BLOCK + jnp.arange(BLOCK) < size)[:, None]
+            x_RD, dy_RF = (jnp.where(own_R1, lax.dynamic_slice_in_dim(rows, first, BLOCK), 0) for rows in (x_MD, dy_MF))
+            return dw_DF + jnp.matmul(x_RD.T, dy_RF, preferred_element_type=jnp.float32)
+
+        dw_DF = lax.fori_loop(0, (size + BLOCK - 1) // BLOCK, block, jnp.zeros_like(w_DF, jnp.float32))
+        return None, dw_DF.astype(w_DF.dtype)
+
+    starts_E = jnp.cumsum(sizes_E) - sizes_E
+    return lax.scan(group, None, (starts_E, sizes_E, w_EDF))[1]

@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import textwrap
 import time
 
@@ -12,7 +11,7 @@ import numpy as np
 import pytest
 
 from configs import erc
-from moe_erc import processes, sharding
+from moe_erc import sharding
 from moe_erc.model.config import ModelConfig
 from moe_erc.model.transformer import Transformer
 from moe_erc.training.checkpoint import Checkpoints
@@ -120,51 +119,6 @@ def test_two_processes_stop_together_and_one_goes_on(train, alone, tmp_path):
     assert_same_curve(metrics(tmp_path), metrics(alone))
     (_, final), (_, expected) = saved_state(tmp_path), saved_state(alone)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), final.params, expected.params)
-
-
-def test_an_unreachable_coordinator_is_one_line(train, tmp_path):
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-    environment = {"JAX_COORDINATOR_ADDRESS": address, "MOE_ERC_COORDINATOR_TIMEOUT": 1}
-    members = train(2, tmp_path, **environment)
-    members[0].kill()
-    assert script.join(members, 30)[1] == 2, printed(tmp_path)
-    (line,) = (tmp_path / "out1").read_text().splitlines()
-    assert line.startswith("error: ") and address in line and "in time" in line
-
-
-@pytest.mark.parametrize("counts, limit, words", [
-    ((2, 3), 20, ["JAX_NUM_PROCESSES", "2 on process 0", "3 on process 1"]),
-    ((3, 3), 1, ["JAX_NUM_PROCESSES = 3", "[2]"]),
-])  # fmt: skip
-def test_a_process_count_that_does_not_match_is_one_line_each(train, tmp_path, counts, limit, words):
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-    members = []
-    for number, count in enumerate(counts):
-        environment = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": count, "JAX_PROCESS_ID": number}
-        environment["MOE_ERC_COORDINATOR_TIMEOUT"] = limit
-        members.append(script.start("train.py", [f"--workdir={tmp_path}"], tmp_path / f"out{number}", environment))
-    assert script.join(members, 30) == [2, 2], printed(tmp_path)
-    for number in range(2):
-        (line,) = (tmp_path / f"out{number}").read_text().splitlines()
-        assert line.startswith("error: ") and all(word in line for word in words)
-
-
-@pytest.mark.parametrize("environment, words", [
-    ({"JAX_NUM_PROCESSES": ""}, ["JAX_NUM_PROCESSES is not set", "JAX_PROCESS_ID"]),
-    ({"JAX_NUM_PROCESSES": "two"}, ["JAX_NUM_PROCESSES: 'two'"]),
-    ({"JAX_PROCESS_ID": "2"}, ["JAX_PROCESS_ID: 2", "JAX_NUM_PROCESSES = 2"]),
-    ({"JAX_COORDINATOR_ADDRESS": "host"}, ["JAX_COORDINATOR_ADDRESS: 'host'", "HOST:PORT"]),
-    ({"MOE_ERC_COORDINATOR_TIMEOUT": "0"}, ["MOE_ERC_COORDINATOR_TIMEOUT: '0'"]),
-])  # fmt: skip
-def test_settings_that_make_no_sense_are_named(monkeypatch, environment, words):
-    whole = {"JAX_COORDINATOR_ADDRESS": "host:1", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "1"}
-    for name, value in (whole | environment).items():
-        monkeypatch.setenv(name, value) if value else monkeypatch.delenv(name, raising=False)
-    with pytest.raises(ValueError) as refusal:
-        processes.initialize()
-    assert all(word in str(refusal.value) for word in words)
 
 
 # Jax looks for a SIGTERM once a second, and this one comes before the first step of a run resumed at step 100.

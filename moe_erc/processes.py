@@ -42,7 +42,8 @@ def initialize():
             raise ValueError(f"{PROCESS}: {process} is not below {COUNT} = {count}; count from 0")
         if count > 1:
             rendezvous.meet(address, count, process, limit)
-            _connect(limit, coordinator_address=address, num_processes=count, process_id=process)
+            told = {"coordinator_address": address, "num_processes": count, "process_id": process}
+            _connect(limit, **told, cluster_detection_method="deactivate")
     elif not _started_alone():
         _connect(limit)
 

@@ -33,9 +33,10 @@ MOMENTS = PARAMETERS | {"router": P(None, DATA)}  # the router itself is read wh
 
 
 def use_cpu_cores(*divisible):
-    """Before any array: a virtual CPU device per core, as many as divide all the sizes given; or one per process.
+    """Before any array: a virtual CPU device per core, as many as divide all the sizes given.
 
-    XLA runs the loops of a program on one core per device. A number set from outside stays, other platforms ignore it.
+    XLA runs the loops of a program on one core per device. Several processes share the cores: each takes one. A number
+    set from outside stays, other platforms ignore it.
     """
     if jax.config.jax_num_cpu_devices > 0 or "host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
         return

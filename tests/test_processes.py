@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import textwrap
 import time
 
@@ -12,7 +11,7 @@ import numpy as np
 import pytest
 
 from configs import erc
-from moe_erc import processes, sharding
+from moe_erc import sharding
 from moe_erc.model.config import ModelConfig
 from moe_erc.model.transformer import Transformer
 from moe_erc.training.checkpoint import Checkpoints
@@ -20,7 +19,7 @@ from moe_erc.training.optimizer import OptimizerConfig, make_optimizer
 from moe_erc.training.state import abstract_state, initializer
 from tests import script
 
-STEPS, FEW = 16, 4
+STEPS, FEW = 60, 5
 QUICK = {"JAX_DISABLE_MOST_OPTIMIZATIONS": True}
 
 
@@ -36,6 +35,7 @@ def train(text_directory, tmp_path_factory):
             f"--config.data.cache_dir={cache}",
             "--config.data.validation_fraction=0.1",
             f"--config.train.steps={STEPS}",
+            "--config.train.batch_size=32",  # jax looks for a SIGTERM once a second, so steps must not be too quick
             "--config.checkpoint.every=1000",
             f"--config.eval.every={FEW}",
             "--config.eval.prompt=",
@@ -69,20 +69,19 @@ def assert_same_curve(found, expected):
 def alone(train, tmp_path_factory):
     """The metrics and the workdir of one undisturbed process with two devices."""
     workdir = tmp_path_factory.mktemp("alone")
-    often = ("--config.checkpoint.every=1", f"--config.checkpoint.keep={STEPS}")
-    assert script.join(train(1, workdir, *often, JAX_NUM_CPU_DEVICES=2), 60) == [0], printed(workdir)
+    assert script.join(train(1, workdir, JAX_NUM_CPU_DEVICES=2), 60) == [0], printed(workdir)
     assert len(metrics(workdir)) == STEPS + STEPS // FEW  # every step, and the validations
     return workdir
 
 
-def saved_state(workdir, mesh_shape=(1, 1), step=None):
-    """(step, state) of a checkpoint, the latest by default, read onto a mesh of this process and fetched."""
+def saved_state(workdir, mesh_shape=(1, 1)):
+    """(step, state) of the latest checkpoint, read onto a mesh of this process and fetched."""
     config = erc.get_config("debug")
     optimizer = make_optimizer(OptimizerConfig(**config.optimizer), STEPS)
     mesh = sharding.make_mesh(*mesh_shape)
     shapes = abstract_state(initializer(Transformer(ModelConfig(**config.model), mesh), optimizer, 0), mesh)
     with Checkpoints(workdir / "checkpoints") as checkpoints:
-        state, _ = checkpoints.restore(shapes, step)
+        state, _ = checkpoints.restore(shapes)
         return checkpoints.latest_step(), jax.device_get(state.replace(rng=jax.random.key_data(state.rng)))
 
 
@@ -96,16 +95,11 @@ def terminate_one(members, workdir, name, count):
     assert script.join(members, 60) == [143] * len(members), printed(workdir)
 
 
-def assert_close(state, expected):
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), state.params, expected.params)
-
-
 def test_four_processes_train_the_curve_of_one(train, alone, tmp_path):
     members = train(4, tmp_path, "--config.mesh.data=2", "--config.mesh.expert=2", "--config.eval.every=1000")
     terminate_one(members, tmp_path, "metrics.jsonl", FEW)
-    step, state = saved_state(tmp_path)
+    step, _ = saved_state(tmp_path)
     assert_same_curve(metrics(tmp_path), [line for line in metrics(alone) if "loss/lm" in line][:step])
-    assert_close(state, saved_state(alone, step=step)[1])
     said = [(tmp_path / f"out{number}").read_text() for number in range(4)]
     assert ["mesh" in words or "step/s" in words for words in said] == [True, False, False, False]
 
@@ -115,64 +109,39 @@ def test_two_processes_stop_together_and_one_goes_on(train, alone, tmp_path):
     terminate_one(train(2, tmp_path, "--config.mesh.expert=2"), tmp_path, "metrics.jsonl", FEW + 2)
     step, state = saved_state(tmp_path)
     assert FEW < step < STEPS - 1 and metrics(tmp_path)[-1]["step"] == step
-    assert_close(state, saved_state(alone, step=step)[1])
     jax.tree.map(np.testing.assert_array_equal, state, saved_state(tmp_path, (2, 4))[1])
     norm = float(np.sqrt(sum(np.sum(np.square(leaf, dtype=np.float64)) for leaf in jax.tree.leaves(state.params))))
     assert metrics(tmp_path)[-1]["norm/parameters"] == pytest.approx(norm, rel=1e-6)
-
-    # resumed, and SIGTERM before the first step: both save the step after it
-    terminate_one(train(2, tmp_path, "--config.mesh.data=2"), tmp_path, "out0", 1)
-    assert saved_state(tmp_path)[0] == step + 1
 
     # to the end on one process with another mesh
     members = train(1, tmp_path, "--config.mesh.data=2", "--config.mesh.expert=2", JAX_NUM_CPU_DEVICES=4)
     assert script.join(members, 60) == [0], printed(tmp_path)
     assert_same_curve(metrics(tmp_path), metrics(alone))
+    (_, final), (_, expected) = saved_state(tmp_path), saved_state(alone)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), final.params, expected.params)
 
 
-def test_an_unreachable_coordinator_is_one_line(train, tmp_path):
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-    environment = {"JAX_COORDINATOR_ADDRESS": address, "MOE_ERC_COORDINATOR_TIMEOUT": 1}
-    members = train(2, tmp_path, **environment)
-    members[0].kill()
-    assert script.join(members, 30)[1] == 2, printed(tmp_path)
-    (line,) = (tmp_path / "out1").read_text().splitlines()
-    assert line.startswith("error: ") and address in line and "in time" in line
+# Jax looks for a SIGTERM once a second, and this one comes before the first step of a run resumed at step 100.
+INTERRUPTED_BEFORE_THE_FIRST_STEP = """
+    import os, signal, time
+    import jax
+    from moe_erc import processes
+    from moe_erc.training.interrupt import StopRequest
+    processes.initialize()
+    with StopRequest() as stop:
+        if jax.process_index() == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(2.5)
+        print("left after", next(step for step in range(101, 200) if stop.reached(step)))
+        assert stop.signal == signal.SIGTERM
+"""
 
 
-@pytest.mark.parametrize("counts, limit, words", [
-    ((2, 3), 20, ["JAX_NUM_PROCESSES", "2 on process 0", "3 on process 1"]),
-    ((3, 3), 1, ["JAX_NUM_PROCESSES = 3", "[2]"]),
-])  # fmt: skip
-def test_a_process_count_that_does_not_match_is_one_line_each(train, tmp_path, counts, limit, words):
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-    members = []
-    for number, count in enumerate(counts):
-        environment = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": count, "JAX_PROCESS_ID": number}
-        environment["MOE_ERC_COORDINATOR_TIMEOUT"] = limit
-        members.append(script.start("train.py", [f"--workdir={tmp_path}"], tmp_path / f"out{number}", environment))
-    assert script.join(members, 30) == [2, 2], printed(tmp_path)
-    for number in range(2):
-        (line,) = (tmp_path / f"out{number}").read_text().splitlines()
-        assert line.startswith("error: ") and all(word in line for word in words)
-
-
-@pytest.mark.parametrize("environment, words", [
-    ({"JAX_NUM_PROCESSES": ""}, ["JAX_NUM_PROCESSES is not set", "JAX_PROCESS_ID"]),
-    ({"JAX_NUM_PROCESSES": "two"}, ["JAX_NUM_PROCESSES: 'two'"]),
-    ({"JAX_PROCESS_ID": "2"}, ["JAX_PROCESS_ID: 2", "JAX_NUM_PROCESSES = 2"]),
-    ({"JAX_COORDINATOR_ADDRESS": "host"}, ["JAX_COORDINATOR_ADDRESS: 'host'", "HOST:PORT"]),
-    ({"MOE_ERC_COORDINATOR_TIMEOUT": "0"}, ["MOE_ERC_COORDINATOR_TIMEOUT: '0'"]),
-])  # fmt: skip
-def test_settings_that_make_no_sense_are_named(monkeypatch, environment, words):
-    whole = {"JAX_COORDINATOR_ADDRESS": "host:1", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "1"}
-    for name, value in (whole | environment).items():
-        monkeypatch.setenv(name, value) if value else monkeypatch.delenv(name, raising=False)
-    with pytest.raises(ValueError) as refusal:
-        processes.initialize()
-    assert all(word in str(refusal.value) for word in words)
+def test_ctrl_c_before_the_first_step_of_a_resumed_run_is_not_lost(tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text(textwrap.dedent(INTERRUPTED_BEFORE_THE_FIRST_STEP))
+    assert script.join(script.start_many(2, program, [], tmp_path), 30) == [0, 0], printed(tmp_path)
+    assert all("left after 101\n" in (tmp_path / f"out{number}").read_text() for number in range(2))
 
 
 # Two processes of two devices each, in a mesh that takes them in turn.

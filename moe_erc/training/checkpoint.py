@@ -114,7 +114,7 @@ def prepare_directory(directory):
         reason = error.strerror or error
         raise PermissionError(f"cannot write to {directory} ({reason}): name a writable directory") from None
     if jax.process_index() == 0:
-        for torn in directory.glob(f"*{ocp.utils.TMP_DIR_SUFFIX}*"):
+        for torn in filter(ocp.utils.is_tmp_checkpoint, directory.glob("*")):
             torn.rmtree()
 
 

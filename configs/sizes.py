@@ -28,7 +28,7 @@ RUNS = {
     "small": (1024, 64, 2, 20_000, 1e-3, 500, "bfloat16", "block", (-1, 1)),
     "olmoe_1b_7b": (4096, 1024, 1, 1_200_000, 4e-4, 2_000, "bfloat16", "block", (-1, 8)),
     "3b": (4096, 768, 1, 159_000, 4e-4, 2_000, "bfloat16", "block", (-1, 1)),
-    "15b": (4096, 768, 1, 159_000, 4e-4, 2_000, "bfloat16", "block", (-1, 8)),
+    "15b": (4096, 768, 4, 159_000, 4e-4, 2_000, "bfloat16", "block", (-1, 8)),
 }
 CADENCE = {  # steps between logs, evaluations and checkpoints; validation windows of each domain: then, and at the end
     "debug": (1, 3, 3, 4, 8),

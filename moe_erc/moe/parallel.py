@@ -29,19 +29,20 @@ def apply(experts, mesh, x_BTD, routing, expert_weights):
 
     def local(x_BTD, routing, expert_weights):
         # Gathered here rather than on the way in, the gradient is summed and cut again in one reduce-scatter.
-        expert_weights = jax.tree.map(_gather_slices, expert_weights, slices)
-        x_BTD, routing = jax.tree.map(lambda leaf: lax.all_gather(leaf, EXPERT, tiled=True), (x_BTD, routing))
+        expert_weights = jax.tree.map(lambda leaf, spec: _gather(leaf, DATA, spec.index(DATA)), expert_weights, slices)
+        x_BTD, routing = jax.tree.map(lambda leaf: _gather(leaf, EXPERT, 0), (x_BTD, routing))
         first = lax.axis_index(EXPERT) * len(expert_weights.w_gate_EDF)
         routing = routing._replace(experts_BTK=routing.experts_BTK - first)
         y_BTD = _flat(experts, x_BTD, routing, expert_weights)
-        return lax.psum_scatter(y_BTD, EXPERT, tiled=True)
+        return lax.psum_scatter(y_BTD, EXPERT, tiled=True) if lax.axis_size(EXPERT) > 1 else y_BTD
 
     specs = (P(BATCH), P(BATCH), slices)
     return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=P(BATCH))(x_BTD, routing, expert_weights)
 
 
-def _gather_slices(leaf, spec):
-    return lax.all_gather(leaf, DATA, axis=spec.index(DATA), tiled=True)
+def _gather(leaf, name, axis):
+    """All slices along `axis`. For a mesh axis of one device XLA:CPU would copy the leaf and its gradient for nothing."""
+    return lax.all_gather(leaf, name, axis=axis, tiled=True) if lax.axis_size(name) > 1 else leaf
 
 
 def _flat(experts, x_BTD, routing, expert_weights):

@@ -2,7 +2,7 @@
 
     python train.py --config=configs/vanilla.py:tiny
 
-At tiny (2 CPU cores, 141 s, one seed): validation loss 1.886, ERC 0.037 to 0.076 by layer.
+At tiny (2 CPU cores, 146 s, one seed): validation loss 1.905, ERC 0.032 to 0.074 by layer.
 """
 
 from configs import base

@@ -41,7 +41,7 @@ def apply(experts, mesh, x_BTD, routing, expert_weights):
 
 
 def _gather(leaf, name, axis):
-    """All slices along `axis`. For a mesh axis of one device XLA:CPU would copy the leaf and its gradient for nothing."""
+    """All slices along `axis`. Over a mesh axis of one device XLA:CPU would copy leaf and gradient for nothing."""
     return lax.all_gather(leaf, name, axis=axis, tiled=True) if lax.axis_size(name) > 1 else leaf
 
 

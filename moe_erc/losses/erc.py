@@ -95,8 +95,9 @@ def erc_loss(
     return LAYER_REDUCTIONS[layer_reduction](loss_L)
 
 
-def check_options(*, alpha=1.0, noise, activation, normalize, layer_reduction, **_):
+def check_options(*, alpha=1.0, noise, activation, detach_router=False, normalize, layer_reduction):
     """Refuses words that `erc_loss` does not know, and options that only a linear activation has."""
+    del detach_router  # either value will do
     if not 0 <= alpha < float("inf"):
         raise ValueError(f"alpha is {alpha}; it must be a finite number >= 0")
     for name, value, known in (

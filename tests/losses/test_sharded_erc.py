@@ -1,5 +1,7 @@
 """ERC over a mesh: the same loss and gradients, and what the compiled program computes and sends on 8 devices."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -73,6 +75,16 @@ def test_words_that_erc_does_not_know_are_refused_over_a_mesh_too(params):
         sharded_erc_loss(params, jax.random.key(0), sharding.make_mesh(2, 4), noise="gaussian")
     with pytest.raises(ValueError, match="rng"):
         sharded_erc_loss(params, None, sharding.make_mesh(2, 4))
+    with pytest.raises(TypeError, match="alfa"):
+        sharded_erc_loss(params, jax.random.key(0), sharding.make_mesh(2, 4), alfa=0.5)
+
+
+def test_alpha_may_be_traced(params):
+    def slope(loss):
+        return jax.jit(jax.grad(lambda alpha: loss(params, jax.random.key(1), alpha=alpha)))(0.5)
+
+    over_mesh = functools.partial(sharded_erc_loss, mesh=sharding.make_mesh(2, 4))
+    assert slope(over_mesh) == pytest.approx(float(slope(erc_loss)), rel=1e-5)
 
 
 def program(loss, shape, sizes=(L, E, D, F)):

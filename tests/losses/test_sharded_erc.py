@@ -36,20 +36,17 @@ def assert_equal(expected, found):
     jax.tree.map(close, expected, found)
 
 
-@pytest.mark.parametrize("shape", MESHES, ids=str)
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"noise": "expected"},
-        {"normalize": True, "layer_reduction": "sum"},
-        {"noise": "none", "activation": "swiglu"},
-        {"activation": "output", "detach_router": True},
-    ],
-    ids=str,
+VARIANTS = (
+    {"noise": "expected"},
+    {"normalize": True, "layer_reduction": "sum"},
+    {"noise": "none", "activation": "swiglu"},
+    {"activation": "output", "detach_router": True},
 )
+
+
+@pytest.mark.parametrize("shape, options", [*((s, {}) for s in MESHES), *(((2, 4), o) for o in VARIANTS)], ids=str)
 @pytest.mark.usefixtures("quick_compilation")
-def test_any_mesh_gives_the_loss_and_the_gradients_of_one_device(params, options, shape):
+def test_any_mesh_gives_the_loss_and_the_gradients_of_one_device(params, shape, options):
     mesh = sharding.make_mesh(*shape)
     expected = value_and_grad(lambda params, rng: erc_loss(params, rng, alpha=0.5, **options))(params)
     found = value_and_grad(lambda params, rng: sharded_erc_loss(params, rng, mesh, alpha=0.5, **options))(params)

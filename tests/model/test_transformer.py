@@ -3,7 +3,6 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
 from moe_erc import sharding
 from moe_erc.model.transformer import Transformer
@@ -90,11 +89,10 @@ def test_bfloat16_computes_in_bfloat16_and_routes_in_float32(model_config, token
     assert difference < 0.05 * np.linalg.norm(reference.x_BTD)  # 8 bits of mantissa through two layers
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (2, 2), (2, 4)], ids=str)
-def test_a_mesh_gives_the_oracles_outputs(model_config, token_batch, shape):
+def test_a_mesh_gives_the_oracles_outputs(model_config, token_batch):
     batch = token_batch(8, 12)
     oracle, variables = setup(model_config(experts_implementation="dense"), batch)
     expected = oracle.apply(variables, batch["inputs_BT"], batch["mask_BT"])
-    model = Transformer(model_config(), sharding.make_mesh(*shape))
+    model = Transformer(model_config(), sharding.make_mesh(2, 4))
     found = jax.jit(model.apply)(variables, batch["inputs_BT"], batch["mask_BT"])
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), expected, jax.device_get(found))

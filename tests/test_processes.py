@@ -19,7 +19,7 @@ from moe_erc.training.optimizer import OptimizerConfig, make_optimizer
 from moe_erc.training.state import abstract_state, initializer
 from tests import script
 
-STEPS, FEW = 60, 5
+STEPS, FEW = 120, 5
 QUICK = {"JAX_DISABLE_MOST_OPTIMIZATIONS": True}
 
 

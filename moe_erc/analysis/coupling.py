@@ -3,6 +3,8 @@
 ERC(alpha)       the loss of `losses/erc.py` by layer; a vanilla MoE falls to 0 only at alpha 3 to 5 (paper, Table 2)
 vanishing alpha  max_{i != j} max(M[i, j] / M[i, i], M[i, j] / M[j, j]), the smallest alpha at which ERC is 0
 diagonal share   rows and columns of M whose largest entry is the diagonal's
+alignment        |r W| / (|r| sigma_max(W)) of a row r and its expert's gate W, mean over experts (`alignment.py`)
+row cosine       mean over pairs of router rows
 """
 
 from functools import partial
@@ -13,6 +15,7 @@ from jax import lax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from moe_erc.analysis.alignment import alignment, unit_rows
 from moe_erc.losses.erc import coupling_matrix, coupling_penalty, noise_bound
 from moe_erc.losses.sharded_erc import sharded_coupling_matrix
 
@@ -23,7 +26,7 @@ ALPHAS = (1.0, 2.0, 3.0, 4.0, 5.0)
 def measure_coupling(router_LED, w_gate_LEDF, mesh=None):
     """Measures by layer, leaves with a leading axis L; `erc_LA` has a column per `ALPHAS`.
 
-    One expert in memory at a time, or with the mesh on which the gates lie each device's own; all get the results.
+    One layer in memory at a time, or with the mesh on which the gates lie each device's own of it; all get the results.
     """
     if mesh is None:
         M_LEE = lax.map(lambda layer: coupling_matrix(*layer), (router_LED, w_gate_LEDF))
@@ -32,6 +35,7 @@ def measure_coupling(router_LED, w_gate_LEDF, mesh=None):
         M_LEE = lax.with_sharding_constraint(sharded_coupling_matrix(router_LED, w_gate_LEDF, mesh), everywhere)
     gate_norm_LE = jnp.sqrt(jnp.sum(jnp.square(w_gate_LEDF.astype(jnp.float32)), axis=(-2, -1)))
     measures = lax.map(_measure_layer, (M_LEE, router_LED, gate_norm_LE))
+    measures["alignment_L"] = jnp.mean(alignment(router_LED, w_gate_LEDF, mesh), axis=1)
     return measures if mesh is None else lax.with_sharding_constraint(measures, everywhere)
 
 
@@ -47,6 +51,7 @@ def _measure_layer(matrix_router_and_norms):
         "diagonal_rows_L": jnp.mean(diagonal_E >= jnp.max(foreign_EE, axis=1)),
         "diagonal_columns_L": jnp.mean(diagonal_E >= jnp.max(foreign_EE, axis=0)),
         "noise_bound_L": jnp.mean(noise_bound(router_ED)),
+        "row_cosine_L": _mean_cosine(router_ED),
         "router_norm_L": jnp.mean(router_norm_E),
         "router_spread_L": jnp.std(router_norm_E),
         "gate_norm_L": jnp.mean(gate_norm_E),
@@ -54,11 +59,14 @@ def _measure_layer(matrix_router_and_norms):
     }
 
 
+def _mean_cosine(rows_ED):
+    """Over ordered pairs of rows: |sum of unit rows|^2 counts every pair, and every row with itself."""
+    unit_ED = unit_rows(rows_ED)
+    pairs = jnp.sum(jnp.square(jnp.sum(unit_ED, axis=0))) - jnp.sum(jnp.square(unit_ED))
+    return pairs / max(len(rows_ED) * (len(rows_ED) - 1), 1)
+
+
 def summarize_coupling(measures):
-    """One number each, for curves: the layers' means under metric names."""
-    return {
-        "coupling/erc": jnp.mean(measures["erc_LA"][:, 0]),
-        "coupling/diagonal_rows": jnp.mean(measures["diagonal_rows_L"]),
-        "coupling/diagonal_columns": jnp.mean(measures["diagonal_columns_L"]),
-        "coupling/noise_bound": jnp.mean(measures["noise_bound_L"]),
-    }
+    """What curves show: vectors by layer under metric names; ERC is that of alpha 1."""
+    names = ("diagonal_rows", "diagonal_columns", "noise_bound", "alignment", "row_cosine")
+    return {"coupling/erc": measures["erc_LA"][:, 0]} | {f"coupling/{name}": measures[f"{name}_L"] for name in names}

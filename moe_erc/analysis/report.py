@@ -10,9 +10,23 @@ from rich.table import Table
 
 from moe_erc.analysis.coupling import ALPHAS
 
+# row of the layers table -> measure by layer
+ROWS = {
+    "noise bound": "noise_bound_L",
+    "diagonal rows": "diagonal_rows_L",
+    "diagonal columns": "diagonal_columns_L",
+    "alignment": "alignment_L",
+    "row cosine": "row_cosine_L",
+    "router norm": "router_norm_L",
+    "router spread": "router_spread_L",
+    "gate norm": "gate_norm_L",
+    "gate spread": "gate_spread_L",
+    "output cosine": "output_cosine_L",
+}
+
 
 def write_report(path, report):
-    """`report` as JSON, null for what is not finite; a reader sees the old file or the new one, never a part.
+    """`report` as JSON, null for None and what is not finite; a reader sees the old file or the new one, never a part.
 
     On a pod process 0 writes; `path` is an `etils.epath.Path`, local or in a bucket.
     """
@@ -26,17 +40,24 @@ def _plain(value):
     if isinstance(value, dict):
         return {name: _plain(item) for name, item in value.items()}
     value = np.asarray(value).tolist()
+    if value is None:
+        return None
     if isinstance(value, list):
         return [_plain(item) for item in value]
     return value if math.isfinite(value) else None
 
 
 def print_report(report):
-    """Validation, coupling and load, as far as the report has them."""
-    console = Console()
+    """Validation, coupling and load, as far as the report has them.
+
+    report["coupling"] is None for a model without router rows; report["specialization"] may be absent.
+    """
+    console, coupling = Console(), report["coupling"]
     console.print(_validation(report["validation"], report["baselines"]))
-    console.print(_erc_by_alpha(report["coupling"]))
-    console.print(_layers(report["coupling"], np.asarray(report["validation"]["load_LE"])))
+    if coupling is not None:
+        console.print(_erc_by_alpha(coupling))
+    measures = (coupling or {}) | (report.get("specialization") or {})
+    console.print(_layers(measures, np.asarray(report["validation"]["load_LE"])))
 
 
 def _validation(validation, baselines):
@@ -62,18 +83,22 @@ def _erc_by_alpha(coupling):
     return table
 
 
-def _layers(coupling, load_LE):
+def _layers(measures, load_LE):
     layers, experts = load_LE.shape
     table = Table("", *(f"layer {layer}" for layer in range(layers)), title="Layers")
-    for name, key in (
-        ("noise bound", "noise_bound_L"),
-        ("diagonal rows", "diagonal_rows_L"),
-        ("diagonal columns", "diagonal_columns_L"),
-    ):
-        table.add_row(name, *(f"{value:.3f}" for value in coupling[key]))
-    for name in ("router", "gate"):
-        for statistic in ("norm", "spread"):
-            table.add_row(f"{name} {statistic}", *(f"{value:.3f}" for value in coupling[f"{name}_{statistic}_L"]))
-    table.add_row("highest load", *(f"{value * experts:.2f}x" for value in load_LE.max(axis=1)))
-    table.add_row("lowest load", *(f"{value * experts:.2f}x" for value in load_LE.min(axis=1)))
+    for name, key in ROWS.items():
+        if key in measures:
+            table.add_row(name, *(f"{value:.3f}" for value in measures[key]))
+    highest_L, lowest_L = load_LE.max(axis=1) * experts, load_LE.min(axis=1) * experts
+    table.add_row("highest load", *(f"{value:.2f}x" for value in highest_L))
+    table.add_row("lowest load", *(f"{value:.2f}x" for value in lowest_L))
+    table.add_row("load entropy", *(f"{value:.3f}" for value in _relative_entropy(load_LE)))
+    table.add_row("MaxVio", *(f"{value:.2f}" for value in highest_L - 1))
     return table
+
+
+def _relative_entropy(load_LE):
+    """Entropy over log E: 1 where all experts have the same load, 0 where one has all; 1 for E = 1."""
+    experts = load_LE.shape[1]
+    surprise_LE = np.log(1 / np.where(load_LE > 0, load_LE, 1))  # 0 log 0 is 0
+    return np.sum(load_LE * surprise_LE, axis=1) / np.log(experts) if experts > 1 else np.ones(len(load_LE))

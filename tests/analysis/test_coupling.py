@@ -8,6 +8,8 @@ import pytest
 from moe_erc import coupling_matrix, coupling_penalty, noise_bound, sharding
 from moe_erc.analysis.coupling import ALPHAS, measure_coupling, summarize_coupling
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 def layers_with_matrices(*matrices):
     """Router rows are unit vectors and gates diagonal, so that M is the matrix given: |e_i @ diag(m)| = m_i."""
@@ -62,6 +64,22 @@ def test_a_dead_expert_never_couples_and_a_coupled_layer_is_all_diagonal():
     assert measures["vanishing_alpha_L"][0] == jnp.inf
     assert measures["vanishing_alpha_L"][1] == pytest.approx(0.25)
     summary = summarize_coupling(measures)
-    assert summary["coupling/diagonal_rows"] == pytest.approx((0.5 + 1) / 2)
+    np.testing.assert_allclose(summary["coupling/diagonal_rows"], [0.5, 1])
     # layer 0 at alpha 1: both 0.5 exceed the dead expert's bar by 0.5, M01 as column, M10 as row: (0.5 + 0.5) / 4
-    assert summary["coupling/erc"] == pytest.approx(0.25 / 2)
+    np.testing.assert_allclose(summary["coupling/erc"], [0.25, 0])
+    # gates diag(1, 0.5) and diag(0.5, 0), the second row along its zero: 1 and 0; coupled: 2 / 2 both
+    np.testing.assert_allclose(summary["coupling/alignment"], [0.5, 1], rtol=1e-6)
+    names = ("erc", "diagonal_rows", "diagonal_columns", "noise_bound", "alignment", "row_cosine")
+    assert {name: vector.shape for name, vector in summary.items()} == {f"coupling/{name}": (2,) for name in names}
+
+
+@pytest.mark.parametrize("rows, cosine", [
+    ([[2.0, 0.0], [0.0, 3.0], [-1.0, 0.0]], -1 / 3),  # pairs 0, -1, 0
+    ([[1.0, 0.0], [3.0, 4.0]], 3 / 5),
+    ([[1.0, 0.0], [2.0, 0.0], [0.0, 0.0]], 1 / 3),  # pairs 1 and, with the zero row, 0, 0
+    ([[1.0, 1.0]], 0),  # no pairs
+])  # fmt: skip
+def test_row_cosine_by_hand(rows, cosine):
+    measures = measure_coupling(jnp.array([rows]), jnp.ones((1, len(rows), 2, 3)))
+    assert measures["row_cosine_L"][0] == pytest.approx(cosine, abs=1e-6)
+    assert jnp.isfinite(measures["alignment_L"][0])

@@ -1,0 +1,21 @@
+"""Do experts answer the same token differently?
+
+    mean over ordered pairs i != j of <u_i, u_j> = (|sum_e u_e|^2 - E) / (E (E - 1)),   |u_e| = 1
+
+A sum of E vectors per token is enough: nothing is (E, E), nor need the E answers exist at once.
+"""
+
+import jax.numpy as jnp
+
+
+def pairwise_cosine(unit_sum_BTD, experts, mask_BT):
+    """Mean over unmasked tokens and pairs of experts of the cosine of their answers, from the sum of unit vectors.
+
+    In [-1 / (E - 1), 1]. Specialised experts answer the same token differently: the lower, the more specialised.
+    A float32 scalar; 0 for E = 1, and without a token.
+    """
+    if experts == 1:
+        return jnp.zeros((), jnp.float32)
+    length2_BT = jnp.sum(jnp.square(unit_sum_BTD.astype(jnp.float32)), axis=-1)
+    cosine_BT = (length2_BT - experts) / (experts * (experts - 1))
+    return jnp.sum(jnp.where(mask_BT, cosine_BT, 0)) / jnp.maximum(jnp.sum(mask_BT, dtype=jnp.float32), 1)

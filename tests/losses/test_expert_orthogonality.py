@@ -108,8 +108,8 @@ def test_variance_by_hand():
 
 
 def test_an_empty_slot_is_left_out():
-    # scores (0.75, 0.25, 0) and (0, 0, 1), mean (0.375, 0.125, 0.5): 0.140625 + 0.015625 + 0.25 each
-    experts_BTK = np.array([[[0, 1], [2, 3], [1, 0]]])
+    # scores (1, 0, 0) and (0, 0.25, 0.75), mean (0.5, 0.125, 0.375): 0.25 + 0.015625 + 0.140625 each
+    experts_BTK = np.array([[[0, 3], [2, 1], [1, 0]]])
     assert variance(PROBABILITY_BTE, experts_BTK, MASK_BT) == pytest.approx(-2 * 0.40625 / 6, rel=1e-6)
 
 
@@ -133,7 +133,8 @@ def test_a_small_variance_keeps_its_digits():
 def test_nothing_to_tell_apart_is_zero_and_finite(case):
     probability_BTE, experts_BTK, mask_BT = np.full((1, 3, 3), 1 / 3, np.float32), np.zeros((1, 3, 1), int), MASK_BT
     if case == "all masked":
-        probability_BTE, experts_BTK, mask_BT = PROBABILITY_BTE, EXPERTS_BTK, np.zeros((1, 3), bool)
+        # A compiler may make 0 of False / 0, but not of 0.0 / 0.
+        probability_BTE, experts_BTK, mask_BT = PROBABILITY_BTE, EXPERTS_BTK, np.zeros((1, 3), np.float32)
     elif case == "all empty":
         experts_BTK = np.full((1, 3, 2), 3)
     elif case == "probability 0":

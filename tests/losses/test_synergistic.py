@@ -34,7 +34,7 @@ def test_specialization_gradient_by_hand():
 
 
 def test_lengths_do_not_matter():
-    length_BTK1 = np.float32([[[[1e-12], [1e4], [3]], [[7], [1e-3], [1]], [[1], [1], [1]]]])
+    length_BTK1 = np.float32([[[[1e-15], [1e4], [3]], [[7], [1e-3], [1]], [[1], [1], [1]]]])
     found, gradient_BTKF = mean_cosine_and_gradient(HIDDEN_BTKF * length_BTK1, CHOSEN_BTK)
     assert found == pytest.approx(float(specialization(HIDDEN_BTKF, CHOSEN_BTK)), rel=1e-5)
     assert np.isfinite(gradient_BTKF).all()

@@ -48,4 +48,5 @@ def test_a_masked_batch_costs_nothing():
 
 def test_bfloat16_is_read_in_float32():
     low_BTE = jnp.asarray(P_BTE, jnp.bfloat16)
-    assert loss(low_BTE, MASK_BT) == loss(low_BTE.astype(jnp.float32), MASK_BT)
+    # op by op: a compiler may skip a rounding
+    assert routing_entropy(low_BTE, MASK_BT) == routing_entropy(low_BTE.astype(jnp.float32), MASK_BT)

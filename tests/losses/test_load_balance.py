@@ -1,11 +1,13 @@
-"""Load-balancing loss by hand, and the one route its gradient takes."""
+"""Load-balancing loss by hand, the one route its gradient takes, and measures of the load."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_erc.losses.load_balance import load_balance
+from moe_erc.losses.load_balance import load_balance, load_measures
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 # two layers, four experts: balanced; and half of the load on experts 0 and 1 each, probabilities likewise
 LOAD_LE = jnp.array([[0.25, 0.25, 0.25, 0.25], [0.5, 0.5, 0.0, 0.0]])
@@ -22,3 +24,25 @@ def test_gradient_flows_through_probability_alone():
     to_load, to_probability = jax.grad(load_balance, argnums=(0, 1))(LOAD_LE, LOAD_LE)
     assert not to_load.any()
     np.testing.assert_allclose(to_probability, 4 * LOAD_LE / 2)  # E * load / L
+
+
+# ---------------------------------------------------------------------------------------------------- measures
+def check(load_LE, **expected):
+    measures = jax.jit(load_measures)(load_LE)
+    assert measures.keys() == {f"router/{name}" for name in expected}
+    for name, expected_L in expected.items():
+        np.testing.assert_allclose(measures[f"router/{name}"], expected_L, rtol=1e-6, atol=1e-6)
+
+
+def test_measures_by_hand():
+    # mean share 1/4: even; two experts take everything, log 2 / log 4; one does; shares 1/2, 1/4, 1/8, 1/8 of entropy
+    # (1/2 + 2/4 + 3/8 + 3/8) log 2 = 1.75 log 2
+    share_LE = np.array([[0.25, 0.25, 0.25, 0.25], [0.5, 0.5, 0, 0], [0, 0, 1, 0], [0.5, 0.25, 0.125, 0.125]])
+    expected = {"max_load": [1, 2, 4, 2], "load_entropy": [1, 0.5, 0, 0.875], "max_violation": [0, 1, 3, 1]}
+    check(share_LE, **expected)
+    check(np.int32(800 * share_LE), **expected)  # counts
+
+
+def test_a_layer_without_load_is_even_and_so_is_one_expert():
+    check(np.array([[0.0, 0.0, 0.0, 0.0], [0, 0, 1, 0]]), max_load=[1, 4], load_entropy=[1, 0], max_violation=[0, 3])
+    check(np.array([[1.0], [0.0], [5.0]]), max_load=[1, 1, 1], load_entropy=[1, 1, 1], max_violation=[0, 0, 0])

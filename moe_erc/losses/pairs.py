@@ -1,0 +1,32 @@
+"""Ordered pairs of the experts that one token chose, and the inner products of what they gave it.
+
+    gram[j, k] = <v_j, v_k>,   pairs (j, k) with j != k, both chosen
+
+All that a loss on pairs needs of vectors of width D is K x K numbers a token; nothing is (B, T, K, K, D).
+"""
+
+import jax.numpy as jnp
+from jax import lax
+
+
+def gram(vectors_BTKD):
+    """<v_j, v_k> of every two slots of a token, (B, T, K, K), summed in float32 whatever the vectors' dtype."""
+    return jnp.einsum(
+        "btjd,btkd->btjk",
+        vectors_BTKD,
+        vectors_BTKD,
+        precision=lax.Precision.HIGHEST,
+        preferred_element_type=jnp.float32,
+    )
+
+
+def squared_lengths(gram_BTKK):
+    """<v_k, v_k>, (B, T, K)."""
+    return jnp.diagonal(gram_BTKK, axis1=-2, axis2=-1)
+
+
+def mean_over_pairs(values_BTKK, chosen_BTK):
+    """Mean of values[j, k] over the ordered pairs of all tokens together; 0 where there is no pair."""
+    other_KK = ~jnp.eye(chosen_BTK.shape[-1], dtype=bool)
+    pair_BTKK = chosen_BTK[..., :, None] & chosen_BTK[..., None, :] & other_KK
+    return jnp.sum(jnp.where(pair_BTKK, values_BTKK, 0)) / jnp.maximum(jnp.sum(pair_BTKK), 1)

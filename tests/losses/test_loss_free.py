@@ -1,0 +1,47 @@
+"""The bias of loss-free balancing: one step by hand, and a skewed router that it balances."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+from moe_erc.losses.load_balance import load_measures
+from moe_erc.losses.loss_free import balance_bias
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+
+def test_one_step_by_hand():
+    # layer 0: mean 2, so expert 0 is short, 1 is at it, 2 above;  layer 1: mean 3, two are short
+    bias_LE = jnp.array([[0.0, 0.5, 0.0], [1.0, 1.0, 1.0]])
+    found = balance_bias(bias_LE, jnp.array([[1, 2, 3], [0, 0, 9]]), 0.1)
+    np.testing.assert_allclose(found, [[0.1, 0.5, -0.1], [1.1, 1.1, 0.9]], rtol=1e-6)
+
+
+def test_an_even_load_and_a_rate_of_zero_leave_the_bias():
+    bias_LE = jnp.array([[0.25, -0.5, 0.0]])
+    np.testing.assert_array_equal(balance_bias(bias_LE, jnp.full((1, 3), 7), 0.1), bias_LE)
+    np.testing.assert_array_equal(balance_bias(bias_LE, jnp.array([[1, 2, 3]]), 0.0), bias_LE)
+
+
+def test_a_skewed_router_is_balanced():
+    experts, chosen, tokens, steps = 8, 2, 4096, 600
+    # Expert 7's score is above expert 0's by 2 on the average, tokens differ by a standard normal.
+    scores_NE = np.random.default_rng(0).normal(size=(tokens, experts)) + np.linspace(0, 2, experts)
+    probability_NE = jax.nn.softmax(jnp.float32(scores_NE))
+
+    def load(bias_LE):
+        ids_NK = lax.top_k(probability_NE + bias_LE, chosen)[1]
+        return jnp.zeros((1, experts)).at[0, ids_NK].add(1.0)
+
+    def step(bias_LE, _):
+        load_LE = load(bias_LE)
+        return balance_bias(bias_LE, load_LE, 1e-3), load_measures(load_LE)
+
+    bias_LE, measures = jax.jit(lambda bias_LE: lax.scan(step, bias_LE, length=steps))(jnp.zeros((1, experts)))
+    first, last = ({name: values_SL[index, 0] for name, values_SL in measures.items()} for index in (0, -1))
+    assert first["router/max_violation"] > 1
+    assert last["router/max_violation"] < 0.1
+    assert last["router/load_entropy"] > 0.999
+    assert np.all(np.diff(bias_LE[0]) < 0)  # the more popular, the lower

@@ -14,7 +14,7 @@ from absl import flags
 from etils import epath
 
 from moe_erc import command_line, processes, sharding
-from moe_erc.analysis.coupling import measure_coupling
+from moe_erc.analysis.diagnosis import Diagnosis
 from moe_erc.analysis.report import print_report, write_report
 from moe_erc.data import text
 from moe_erc.evaluation.ngram import ngram_losses
@@ -23,7 +23,7 @@ from moe_erc.losses.language_model import token_losses
 from moe_erc.model.config import ModelConfig
 from moe_erc.model.transformer import Transformer
 from moe_erc.training.checkpoint import Checkpoints
-from moe_erc.training.state import abstract_state, init_params
+from moe_erc.training.state import abstract_state, init_weights
 
 WORKDIR = flags.DEFINE_string("workdir", None, "the directory of a run of train.py", required=True)
 WINDOWS = flags.DEFINE_integer(
@@ -53,20 +53,18 @@ def main(_):
     # The machine need not be the one it was trained on.
     batch_size = -(-config["eval"]["batch_size"] // mesh.size) * mesh.size
     model = Transformer(model_config, mesh)
-    params = checkpoints.restore_params(abstract_state(lambda: init_params(model, jax.random.key(0)), mesh))
+    weights = checkpoints.restore_weights(abstract_state(lambda: init_weights(model, jax.random.key(0)), mesh))
     print(f"{workdir}: step {checkpoints.latest_step()}")
 
     losses = functools.partial(token_losses, chunk=config["losses"]["lm"]["chunk"])
     put = functools.partial(sharding.put_whole_batch, mesh)
     perplexity = Perplexity(model, corpus, losses, put, (batch_size, config["data"]["sequence_length"]))
     windows = config["eval"]["report_windows"] if WINDOWS.value is None else WINDOWS.value
-    moe = params["layers"]["moe"]
     report = {
         "step": checkpoints.latest_step(),
-        "validation": perplexity.run(params, windows),
+        "validation": perplexity.run(weights, windows),
         "baselines": ngram_losses(corpus),
-        "coupling": jax.device_get(measure_coupling(moe["router"], moe["w_gate"], mesh)),
-    }
+    } | Diagnosis(model, perplexity.probe(mesh.size)).run(weights)
     print_report(report)
     write_report(workdir / "eval.json", report)
 

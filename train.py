@@ -16,7 +16,7 @@ from absl import flags
 from etils import epath
 
 from moe_erc import command_line, processes, sharding
-from moe_erc.analysis.coupling import measure_coupling, summarize_coupling
+from moe_erc.analysis.diagnosis import Diagnosis, headline, summarize
 from moe_erc.analysis.report import print_report, write_report
 from moe_erc.data import text
 from moe_erc.evaluation.generate import Sampler
@@ -52,7 +52,8 @@ def main(_):
         rows_at_a_time = batch_size // max(config.train.micro_batches, 1)
         sharding.use_cpu_cores(rows_at_a_time, config.eval.batch_size, model_config.experts)
         mesh = sharding.make_mesh(config.mesh.data, config.mesh.expert)
-        objective = Objective(config.losses.to_dict(), mesh)
+        model = Transformer(model_config, mesh)
+        objective = Objective(config.losses.to_dict(), model)
         sharding.check(mesh, model_config, batch_size, config.train.micro_batches, config.eval.batch_size)
         rows = sharding.local_rows(mesh, batch_size)
         processes.mute_all_but_first()
@@ -63,11 +64,11 @@ def main(_):
             corpus = text.prepare(data_config)
         model_config.check_vocabulary(corpus.tokenizer.vocab_size)
 
-        # ---------------------------------------------------------------- model and evaluators
-        model = Transformer(model_config, mesh)
+        # ---------------------------------------------------------------- evaluators
         put, put_whole = (functools.partial(put, mesh) for put in (sharding.put_batch, sharding.put_whole_batch))
         losses = functools.partial(token_losses, chunk=config.losses.lm.chunk)
         perplexity = Perplexity(model, corpus, losses, put_whole, (config.eval.batch_size, length))
+        diagnosis = Diagnosis(model, perplexity.probe(mesh.size))
         sampler = Sampler(model, corpus.tokenizer, config.eval.sample_tokens, config.eval.temperature)
 
         # ---------------------------------------------------------------- what the run is, and where it stopped
@@ -93,18 +94,13 @@ def main(_):
     state = checkpoints.restore(shapes)[0] if start else create_state(init, shapes)
     train_step = make_train_step(model, objective, optimizer, config.train.micro_batches, shardings(shapes))
 
-    def coupling(params):
-        moe = params["layers"]["moe"]
-        return jax.device_get(measure_coupling(moe["router"], moe["w_gate"], mesh))
-
-    def evaluate(step, params):
-        found = perplexity.run(params, config.eval.windows)
+    def evaluate(step, weights):
+        found, measured = perplexity.run(weights, config.eval.windows), diagnosis.run(weights)
         validation = {f"validation/{name}": values["loss"] for name, values in found["domains"].items()}
-        coupled = summarize_coupling(coupling(params))
-        writer.write(step, validation | {"validation/mean": found["loss"]} | coupled)
-        print(f"step {step}: validation {found['loss']:.3f}, ERC {coupled['coupling/erc']:.2g}")
+        writer.write(step, validation | {"validation/mean": found["loss"]} | summarize(measured))
+        print(f"step {step}: validation {found['loss']:.3f}, {headline(measured)}")
         if config.eval.prompt:
-            print(repr(sampler.run(params, config.eval.prompt, jax.random.key(step))))
+            print(repr(sampler.run(weights, config.eval.prompt, jax.random.key(step))))
 
     # -------------------------------------------------------------------- loop
     step_size = (batch_size * length, 3 * model_config.flops_per_token(length) * batch_size * length)
@@ -126,7 +122,7 @@ def main(_):
                 trace.after(step)
                 if step == steps or step % config.eval.every == 0:
                     with progress.paused():
-                        evaluate(step, state.params)
+                        evaluate(step, state.weights)
                 if saving:
                     writer.flush()
                     checkpoints.save(step, state, meta)
@@ -140,8 +136,8 @@ def main(_):
         sys.exit(128 + stop.signal)
 
     # -------------------------------------------------------------------- report
-    validation = perplexity.run(state.params, config.eval.report_windows)
-    report = {"validation": validation, "baselines": ngram_losses(corpus), "coupling": coupling(state.params)}
+    validation = perplexity.run(state.weights, config.eval.report_windows)
+    report = {"validation": validation, "baselines": ngram_losses(corpus)} | diagnosis.run(state.weights)
     write_report(workdir / "report.json", report)
     print_report(report)
 

@@ -84,11 +84,11 @@ def lower(config, devices):
         return make_train_step(network, objective, optimizer, micro_batches, shardings(state)).lower(state, batch)
 
     losses = config.losses.to_dict()
-    objective, objective_without = Objective(losses, mesh), Objective(batch_losses(losses), mesh)
+    objective, objective_without = Objective(losses, network), Objective(batch_losses(losses), network)
     programs = {"step": lower_step(objective)}
     if objective != objective_without:
         gradients = jax.jit(functools.partial(parameter_only, objective), out_shardings=(None, shardings(state.params)))
-        programs["parameter losses"] = gradients.lower(state.params, state.rng)
+        programs["parameter losses"] = gradients.lower(state.params, state.rng, {})
         if DIFFERENCE.value:
             programs["step without them"] = lower_step(objective_without)
     tokens = batch_size * length / mesh.size

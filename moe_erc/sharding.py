@@ -28,6 +28,11 @@ PARAMETERS = {
     "w_gate": P(EXPERT, None, DATA),
     "w_up": P(EXPERT, None, DATA),
     "w_down": P(EXPERT, DATA, None),
+    "w_low": P(EXPERT, DATA, None),
+    "w_high": P(EXPERT, None, DATA),
+    "shared_gate": P(None, DATA),
+    "shared_up": P(None, DATA),
+    "shared_down": P(DATA, None),
 }
 MOMENTS = PARAMETERS | {"router": P(None, DATA)}  # the router itself is read whole by every device; vectors are small
 

@@ -13,7 +13,7 @@ ALLOWED = {
     "data": {"data", "command_line"},
     "training": {"training", "model", "losses", "sharding"},
     "evaluation": {"evaluation", "model", "data", "sharding"},
-    "analysis": {"analysis", "model", "losses"},
+    "analysis": {"analysis", "model", "losses", "sharding"},
     "hf": {"hf", "model"},
     "sharding": set(),
     "processes": {"rendezvous"},

@@ -15,7 +15,7 @@ from moe_erc.sharding import replicate
 
 
 class Perplexity:
-    """Measures the model of `run(params)` on every target of every validation stream, or on `windows` of each domain.
+    """Measures the model of `run(weights)` on every target of every validation stream, or on `windows` of each domain.
 
     `token_losses(x_BTD, head_VD, targets_BT)` is the loss the model trains with; `put` places whole batches on devices.
     """
@@ -29,8 +29,8 @@ class Perplexity:
         self._corpus, self._put, self._shape_BT = corpus, put, shape_BT
 
         @functools.partial(jax.jit, out_shardings=replicate(model.mesh))
-        def sums(params, batch):
-            output = model.apply({"params": params}, batch["inputs_BT"], batch["mask_BT"])
+        def sums(weights, batch):
+            output = model.apply({"params": weights.params}, batch["inputs_BT"], batch["mask_BT"], weights.router)
             losses_BT = token_losses(output.x_BTD, output.head_VD, batch["targets_BT"])
             count = jnp.sum(batch["mask_BT"])
             return {
@@ -41,11 +41,11 @@ class Perplexity:
 
         self._sums = sums
 
-    def run(self, params, windows=None):
+    def run(self, weights, windows=None):
         """{"loss": mean of domains, "domains": {name: {"loss", "bits_per_byte", "tokens"}}, "load_LE": shares}."""
         domains, load_LE = {}, 0.0
         for domain, stream in self._corpus.streams["validation"].items():
-            total = self._total(params, domain, windows)
+            total = self._total(weights, domain, windows)
             loss = float(total["loss"] / total["tokens"])
             tokens_per_byte = (len(stream.tokens_N) - 1) / stream.bytes
             domains[domain] = {
@@ -57,10 +57,17 @@ class Perplexity:
         mean = float(np.mean([values["loss"] for values in domains.values()]))
         return {"loss": mean, "domains": domains, "load_LE": load_LE / load_LE.sum(axis=-1, keepdims=True)}
 
-    def _total(self, params, domain, windows):
+    def probe(self, rows):
+        """The first rows of the first domain, on the devices: the same tokens for every model."""
+        batch_size, length = self._shape_BT
+        domain = next(iter(self._corpus.streams["validation"]))
+        batch = next(iter(validation_batches(self._corpus, domain, length, batch_size, None)))
+        return self._put(jax.tree.map(lambda leaf: leaf[:rows], batch))
+
+    def _total(self, weights, domain, windows):
         batch_size, length = self._shape_BT
         batches = validation_batches(self._corpus, domain, length, batch_size, windows)
         return jax.tree.map(
             lambda *leaves: np.sum(leaves, axis=0, dtype=np.float64),
-            *(jax.device_get(self._sums(params, self._put(batch))) for batch in batches),
+            *(jax.device_get(self._sums(weights, self._put(batch))) for batch in batches),
         )

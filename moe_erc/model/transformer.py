@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from moe_erc.model.attention import Attention, rms_norm
 from moe_erc.moe.layer import MoE
+from moe_erc.moe.routers import ROUTERS
 from moe_erc.moe.routing import RoutingStats
 from moe_erc.sharding import BATCH
 
@@ -24,6 +25,7 @@ class Output(NamedTuple):
     x_BTD: jax.Array
     head_VD: jax.Array
     routing: RoutingStats  # every leaf with a leading layer axis
+    observed: dict  # by observer, stacked over layers
 
 
 class Block(nn.Module):
@@ -31,25 +33,32 @@ class Block(nn.Module):
 
     config: Any  # ModelConfig
     mesh: Any = None
+    observers: tuple = ()  # of `MoE`
 
     @nn.compact
-    def __call__(self, x_BTD, mask_BT):
+    def __call__(self, x_BTD, mask_BT, router_state):
         def normalize(name, x):
             return rms_norm(x, self.param(name, nn.initializers.ones, x.shape[-1:]), self.config.norm_eps)
 
         x_BTD += Attention(self.config, name="attention")(normalize("attention_norm", x_BTD))
-        y_BTD, stats = MoE(self.config, self.mesh, name="moe")(normalize("moe_norm", x_BTD), mask_BT)
-        return x_BTD + y_BTD, stats
+        moe = MoE(self.config, self.mesh, self.observers, name="moe")
+        y_BTD, *observed = moe(normalize("moe_norm", x_BTD), mask_BT, router_state)
+        return x_BTD + y_BTD, tuple(observed)
 
 
 class Transformer(nn.Module):
-    """tokens_BT, mask_BT -> Output; `mask_BT` says which tokens the routing statistics count."""
+    """tokens_BT, mask_BT, router_state -> Output; `mask_BT` says which tokens the routing statistics count.
+
+    `router_state` is what a router reads beside its parameters, every leaf with a leading layer axis: {"bias": (L, E)}
+    of loss-free balancing; {"competing": (L,)} while experts compete; {} for most.
+    """
 
     config: Any  # ModelConfig
     mesh: Any = None
+    observers: tuple = ()  # of `MoE`
 
     @nn.compact
-    def __call__(self, tokens_BT, mask_BT):
+    def __call__(self, tokens_BT, mask_BT, router_state):
         config, init = self.config, self.config.initializer
         embed_VD = self.param("embed", init, (config.vocab_size, config.width))
         head_VD = embed_VD if config.tie_embeddings else self.param("head", init, (config.vocab_size, config.width))
@@ -60,13 +69,19 @@ class Transformer(nn.Module):
             block,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=nn.broadcast,
+            in_axes=(nn.broadcast, 0),
             length=config.layers,
             unroll=config.scan_unroll,
         )
-        x_BTD, stats = stack(config, self.mesh, name="layers")(x_BTD, mask_BT)
+        layers = stack(config, self.mesh, self.observers, name="layers")
+        x_BTD, (stats, observed) = layers(x_BTD, mask_BT, router_state)
         final_norm_D = self.param("final_norm", nn.initializers.ones, (config.width,))
-        return Output(rms_norm(x_BTD, final_norm_D, config.norm_eps), head_VD, stats)
+        return Output(rms_norm(x_BTD, final_norm_D, config.norm_eps), head_VD, stats, observed)
+
+    def router_rows(self, params):
+        """(L, E, D): for every expert the direction in token space that its router attracts. None: it has no rows."""
+        rows = ROUTERS[self.config.router].rows
+        return rows and jax.vmap(lambda moe: rows(self.config, moe))(params["layers"]["moe"])
 
     def _place(self, array, spec):
         return array if self.mesh is None else jax.lax.with_sharding_constraint(array, NamedSharding(self.mesh, spec))

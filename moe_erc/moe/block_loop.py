@@ -1,72 +1,86 @@
 """The dropless expert layer as one loop over blocks of rows, forward and backward; memory does not know the routing.
 
 Assignments are sorted by expert. For each expert a loop with a dynamic trip count, ceil(count / BLOCK), gathers a block
-of its rows from x by token, runs SwiGLU on it, weighs it and adds it into y. Nothing is padded per expert, an empty
-expert costs nothing, and no (N K, .) array exists. A dynamic trip count has no reverse mode, hence the custom one:
-it keeps the inputs alone and recomputes a block's two up projections.
+of its rows from x by token, runs the expert on it and adds what is summed by token. Nothing is padded per expert, an
+empty expert costs nothing, and no (N K, .) array exists but those asked for. A dynamic trip count has no reverse mode,
+hence the custom one: it keeps the inputs alone and recomputes a block's hidden activations.
 """
+
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 BLOCK = 64  # rows; on a CPU best or within 5 % of it from 32 to 1024 rows an expert
+MATMUL = partial(jnp.matmul, preferred_element_type=jnp.float32)
 
 
-@jax.custom_vjp
-def block_loop(x_ND, weights_NK, experts_NK, expert_weights):
-    """The weighed sum of the chosen experts' outputs, (N, D); see `experts.py` for the contract."""
-    order_M, groups = _sort_by_expert(experts_NK, len(expert_weights[0]))
-    weights_M = weights_NK.reshape(-1)
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def block_loop(expert, x_ND, assigned, experts_NK, matrices):
+    """(summed by token, kept by assignment) of `expert` on its rows; see `experts.py` for the contract."""
+    order_M, groups = _sort_by_expert(experts_NK, len(matrices["w_down"]))
+    assigned = _by_row(assigned)
 
-    def expert(y_ND, group_and_weights):
-        group, matrices = group_and_weights
+    def one_expert(totals, group_and_matrices):
+        group, of_expert = group_and_matrices
 
-        def block(index, y_ND):
+        def block(index, totals):
             rows, tokens = _block(order_M, group, index, experts_NK.shape)
-            return y_ND.at[tokens].add(_swiglu(_take(x_ND, tokens), _take(weights_M, rows), matrices), mode="drop")
+            results = expert(_take(x_ND, tokens), _take(assigned, rows), of_expert, MATMUL)
+            return tuple(map(_add, totals, (tokens, rows), results))
 
-        return lax.fori_loop(0, _blocks(group), block, y_ND), None
+        return lax.fori_loop(0, _blocks(group), block, totals), None
 
-    y_ND = lax.scan(expert, jnp.zeros_like(x_ND, jnp.float32), (groups, expert_weights))[0]
-    return y_ND.astype(x_ND.dtype)
+    of_expert = jax.tree.map(lambda leaf: leaf[0], matrices)
+    summed, kept = jax.eval_shape(lambda *of: expert(*of, MATMUL), x_ND, _take(assigned, jnp.arange(len(x_ND))), of_expert)
+
+    def zeros(rows, dtype):
+        return lambda leaf: jnp.zeros_like(x_ND, dtype or leaf.dtype, shape=(rows, *leaf.shape[1:]))
+
+    totals = jax.tree.map(zeros(len(x_ND), jnp.float32), summed), jax.tree.map(zeros(experts_NK.size, None), kept)
+    summed, kept = lax.scan(one_expert, totals, (groups, matrices))[0]
+    kept = jax.tree.map(lambda leaf: leaf.reshape(*experts_NK.shape, *leaf.shape[1:]), kept)
+    return jax.tree.map(lambda leaf: leaf.astype(x_ND.dtype), summed), kept
 
 
-def _forward(*inputs):
-    return block_loop(*inputs), inputs
+def _forward(expert, *inputs):
+    return block_loop(expert, *inputs), inputs
 
 
-def _backward(inputs, dy_ND):
-    x_ND, weights_NK, experts_NK, expert_weights = inputs
-    order_M, groups = _sort_by_expert(experts_NK, len(expert_weights[0]))
-    weights_M = weights_NK.reshape(-1)
+def _backward(expert, inputs, gradients):
+    x_ND, assigned, experts_NK, matrices = inputs
+    order_M, groups = _sort_by_expert(experts_NK, len(matrices["w_down"]))
+    assigned, gradients = _by_row(assigned), (gradients[0], _by_row(gradients[1]))
 
-    def expert(token_gradients, group_and_weights):
-        group, matrices = group_and_weights
+    def one_expert(of_rows, group_and_matrices):
+        group, of_expert = group_and_matrices
 
-        def block(index, gradients):
-            dx_ND, dweights_M, dmatrices = gradients
+        def block(index, totals):
             rows, tokens = _block(order_M, group, index, experts_NK.shape)
-            _, pull_back = jax.vjp(_swiglu, _take(x_ND, tokens), _take(weights_M, rows), matrices)
-            dx, dweights, extra = pull_back(_take(dy_ND, tokens).astype(jnp.float32))
-            dx_ND = dx_ND.at[tokens].add(dx, mode="drop")
-            dweights_M = dweights_M.at[rows].add(dweights, mode="drop")
-            return dx_ND, dweights_M, jax.tree.map(jnp.add, dmatrices, extra)
+            results, pull_back = jax.vjp(
+                lambda *of: expert(*of, MATMUL), _take(x_ND, tokens), _take(assigned, rows), of_expert
+            )
+            taken = tuple(map(_take, gradients, (tokens, rows)))
+            dx, dassigned, dmatrices = pull_back(jax.tree.map(lambda d, y: d.astype(y.dtype), taken, results))
+            dx_ND, dassigned_M, total = totals
+            return _add(dx_ND, tokens, dx), _add(dassigned_M, rows, dassigned), jax.tree.map(jnp.add, total, dmatrices)
 
-        start = (*token_gradients, jax.tree.map(lambda leaf: jnp.zeros_like(leaf, jnp.float32), matrices))
-        *token_gradients, dmatrices = lax.fori_loop(0, _blocks(group), block, start)
-        return tuple(token_gradients), jax.tree.map(lambda d, leaf: d.astype(leaf.dtype), dmatrices, matrices)
+        start = (*of_rows, jax.tree.map(lambda leaf: jnp.zeros_like(leaf, jnp.float32), of_expert))
+        *of_rows, dmatrices = lax.fori_loop(0, _blocks(group), block, start)
+        return tuple(of_rows), jax.tree.map(lambda d, leaf: d.astype(leaf.dtype), dmatrices, of_expert)
 
-    start = (jnp.zeros_like(x_ND, jnp.float32), jnp.zeros_like(weights_M))
-    (dx_ND, dweights_M), dexperts = lax.scan(expert, start, (groups, expert_weights))
-    return dx_ND.astype(x_ND.dtype), dweights_M.reshape(weights_NK.shape), None, dexperts
+    start = jax.tree.map(lambda leaf: jnp.zeros_like(leaf, jnp.float32), (x_ND, assigned))
+    (dx_ND, dassigned), dmatrices = lax.scan(one_expert, start, (groups, matrices))
+    dassigned = jax.tree.map(lambda d, leaf: d.reshape(leaf.shape).astype(leaf.dtype), dassigned, inputs[1])
+    return dx_ND.astype(x_ND.dtype), dassigned, None, dmatrices
 
 
 block_loop.defvjp(_forward, _backward)
 
 
 def _sort_by_expert(experts_NK, experts):
-    """Assignment ids (n K + k) ordered by expert, another device's last, and the (start, count) of each expert."""
+    """Assignment ids (n K + k) ordered by expert, those of nobody here last, and the (start, count) of each expert."""
     experts_M = experts_NK.reshape(-1)
     keys_M = jnp.where((experts_M >= 0) & (experts_M < experts), experts_M, experts)
     order_M = jnp.argsort(keys_M, stable=True)
@@ -88,14 +102,14 @@ def _block(order_M, group, index, shape_NK):
     return rows, rows // experts_per_token
 
 
-def _take(array, indices):
-    return array.at[indices].get(mode="fill", fill_value=0)
+def _by_row(of_assignments):
+    return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), of_assignments)
 
 
-def _swiglu(x_RD, weights_R, matrices):
-    """One expert on a block of rows. Weighing the hidden rows gives d(weights) without the down projection's output."""
-    w_gate_DF, w_up_DF, w_down_FD = matrices
-    gate_RF = jnp.matmul(x_RD, w_gate_DF, preferred_element_type=jnp.float32)
-    up_RF = jnp.matmul(x_RD, w_up_DF, preferred_element_type=jnp.float32)
-    hidden_RF = (jax.nn.silu(gate_RF) * up_RF * weights_R[:, None]).astype(x_RD.dtype)
-    return jnp.matmul(hidden_RF, w_down_FD, preferred_element_type=jnp.float32)
+def _take(tree, indices):
+    return jax.tree.map(lambda leaf: leaf.at[indices].get(mode="fill", fill_value=0), tree)
+
+
+def _add(totals, indices, rows):
+    return jax.tree.map(lambda total, leaf: total.at[indices].add(leaf, mode="drop"), totals, rows)
+

@@ -1,13 +1,16 @@
-"""SwiGLU experts applied to the tokens routed to them, in three ways that compute the same sum.
+"""SwiGLU experts applied to the tokens routed to them, in three ways that compute the same.
 
-    y_n = sum_k weight_nk (silu(x_n @ w_gate[e]) * (x_n @ w_up[e])) @ w_down[e],   e = expert_nk
+    y_n = sum_k weight_nk (silu(gate_nk) * (x_n @ w_up[e])) @ w_down[e],   e = expert_nk
+    gate_nk = x_n @ w_gate[e],  or  low_nk @ w_high[e]  of a gate factorised as w_low[e] @ w_high[e]
 
-`dense` runs every expert on every token: the oracle. `ragged` sorts assignments by expert and multiplies the groups,
-native on TPU. `block_loop` (own file) walks blocks of rows in place: portable, and the fastest on CPU. All are
-dropless; an expert id outside [0, E) is another device's and contributes nothing.
+What happens to a row is a function of `expert(x, assigned, matrices, matmul) -> (summed, kept)`, written once: `summed`
+is added up by token, `kept` stays by assignment. `dense` runs it on every expert and token: the oracle. `ragged` sorts
+assignments by expert and multiplies the groups, native on TPU. `block_loop` (own file) walks blocks of rows in place:
+portable, and the fastest on CPU. All are dropless; an expert id outside [0, E) is another device's, or nobody's, and
+contributes nothing.
 """
 
-from typing import NamedTuple
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -16,43 +19,103 @@ from jax import lax
 from moe_erc.moe.block_loop import block_loop
 from moe_erc.moe.grouped_matmul import grouped_matmul
 
-
-class ExpertWeights(NamedTuple):
-    """The three matrices of every expert."""
-
-    w_gate_EDF: jax.Array
-    w_up_EDF: jax.Array
-    w_down_EFD: jax.Array
+GATED = ("w_gate", "w_up", "w_down")
+FACTORIZED = ("w_high", "w_up", "w_down")
 
 
-def dense(x_ND, weights_NK, experts_NK, expert_weights):
+def hidden(x, assigned, matrices, matmul):
+    """The activations that the down projection reads, not weighed."""
+    gate = matmul(assigned["low"], matrices["w_high"]) if "low" in assigned else matmul(x, matrices["w_gate"])
+    return jax.nn.silu(gate) * matmul(x, matrices["w_up"])
+
+
+def output(x, assigned, matrices, matmul):
+    """What an expert answers, not weighed."""
+    return matmul(hidden(x, assigned, matrices, matmul).astype(x.dtype), matrices["w_down"])
+
+
+def weighed(x, assigned, matrices, matmul, keep=()):
+    """The weighed output, summed by token. Weighing the hidden rows spares the backward the down projection.
+
+    `keep` may name "hidden", and "output", which is constant in the token: its gradient reaches the experts alone.
+    """
+    kept, hidden_RF = {}, hidden(x, assigned, matrices, matmul)
+    if "hidden" in keep:
+        kept["hidden"] = hidden_RF.astype(x.dtype)
+    if "output" in keep:
+        constant = jax.tree.map(lax.stop_gradient, (x, assigned))
+        kept["output"] = output(*constant, matrices, matmul).astype(x.dtype)
+    hidden_RF *= assigned["weight"][:, None]
+    return matmul(hidden_RF.astype(x.dtype), matrices["w_down"]), kept
+
+
+def affinity(x, assigned, matrices, matmul):
+    """How strongly an expert answers: the mean softplus of its output, by assignment."""
+    return (), jnp.mean(jax.nn.softplus(output(x, assigned, matrices, matmul).astype(jnp.float32)), axis=-1)
+
+
+def unit_output(x, assigned, matrices, matmul):
+    """The direction of an expert's output, weighed and summed by token."""
+    out_RD = output(x, assigned, matrices, matmul).astype(jnp.float32)
+    length_R1 = jnp.linalg.norm(out_RD, axis=-1, keepdims=True)
+    return assigned["weight"][:, None] * out_RD / jnp.where(length_R1 > 0, length_R1, 1), ()
+
+
+def dense(expert, x_ND, assigned, experts_NK, matrices):
     """Every expert on every token, weighed by 0 where it was not chosen: E / K times the work, nothing to get wrong."""
+    matmul = partial(jnp.matmul, preferred_element_type=jnp.float32)
 
-    def add_expert(y_ND, expert_and_weights):
-        expert, (w_gate_DF, w_up_DF, w_down_FD) = expert_and_weights
-        hidden_NF = jax.nn.silu(x_ND @ w_gate_DF) * (x_ND @ w_up_DF)
-        weight_N1 = jnp.sum(jnp.where(experts_NK == expert, weights_NK, 0), axis=-1, keepdims=True)
-        return y_ND + weight_N1 * (hidden_NF @ w_down_FD).astype(jnp.float32), None
+    def choose(chosen_NK, leaf):
+        return jnp.where(chosen_NK.reshape(*chosen_NK.shape, *(1,) * (leaf.ndim - 2)), leaf, 0)
 
-    ids_E = jnp.arange(len(expert_weights.w_gate_EDF))
-    zeros_ND = jnp.zeros_like(x_ND, jnp.float32)
-    return lax.scan(add_expert, zeros_ND, (ids_E, expert_weights))[0].astype(x_ND.dtype)
+    def run(expert_and_matrices):
+        number, of_expert = expert_and_matrices
+        chosen_NK = experts_NK == number
+        own = jax.tree.map(lambda leaf: jnp.sum(choose(chosen_NK, leaf), axis=1), assigned)
+        summed, kept = expert(x_ND, own, of_expert, matmul)
+        return summed, jax.tree.map(lambda leaf: choose(chosen_NK, leaf[:, None]), kept)
+
+    def add(total, expert_and_matrices):
+        return jax.tree.map(lambda so_far, leaf: so_far + leaf, total, run(expert_and_matrices)), None
+
+    numbered = (jnp.arange(len(experts_of(matrices))), matrices)
+    shapes = jax.eval_shape(run, jax.tree.map(lambda leaf: leaf[0], numbered))
+    start = jax.tree.map(lambda leaf: jnp.zeros_like(x_ND, leaf.dtype, shape=leaf.shape), shapes)
+    summed, kept = lax.scan(add, start, numbered)[0]
+    return _in_dtype_of(x_ND, summed), kept
 
 
-def ragged(x_ND, weights_NK, experts_NK, expert_weights):
-    """Assignments sorted by expert, then three grouped matmuls; groups may be empty, nothing is padded or dropped."""
-    experts, experts_per_token = len(expert_weights.w_gate_EDF), experts_NK.shape[-1]
+def ragged(expert, x_ND, assigned, experts_NK, matrices):
+    """Assignments sorted by expert, then grouped matmuls; groups may be empty, nothing is padded or dropped."""
+    experts, experts_per_token = len(experts_of(matrices)), experts_NK.shape[-1]
     experts_M = experts_NK.reshape(-1)
     local_M = (experts_M >= 0) & (experts_M < experts)
     order_M = jnp.argsort(jnp.where(local_M, experts_M, experts), stable=True)
     sizes_E = jnp.sum(experts_M[:, None] == jnp.arange(experts), axis=0, dtype=jnp.int32)
-
-    w_gate_EDF, w_up_EDF, w_down_EFD = expert_weights
     tokens_M = order_M // experts_per_token
-    x_MD = x_ND[tokens_M]
-    hidden_MF = jax.nn.silu(grouped_matmul(x_MD, w_gate_EDF, sizes_E)) * grouped_matmul(x_MD, w_up_EDF, sizes_E)
-    out_MD = grouped_matmul(hidden_MF, w_down_EFD, sizes_E) * weights_NK.reshape(-1)[order_M, None]
-    return jnp.zeros_like(x_ND, jnp.float32).at[tokens_M].add(out_MD).astype(x_ND.dtype)
+
+    own = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:])[order_M], assigned)
+    results = expert(x_ND[tokens_M], own, matrices, partial(grouped_matmul, sizes_E=sizes_E))
+    # Rows of no expert lie behind the groups.
+    mine_M = local_M[order_M]
+    summed, kept = jax.tree.map(lambda leaf: jnp.where(jnp.expand_dims(mine_M, range(1, leaf.ndim)), leaf, 0), results)
+
+    def by_token(leaf):
+        return jnp.zeros((len(x_ND), *leaf.shape[1:]), jnp.float32).at[tokens_M].add(leaf)
+
+    def by_assignment(leaf):
+        return jnp.zeros_like(leaf).at[order_M].set(leaf).reshape(*experts_NK.shape, *leaf.shape[1:])
+
+    return _in_dtype_of(x_ND, jax.tree.map(by_token, summed)), jax.tree.map(by_assignment, kept)
+
+
+def experts_of(matrices):
+    """Any of the matrices: their leading axis counts the experts."""
+    return matrices["w_down"]
+
+
+def _in_dtype_of(x, tree):
+    return jax.tree.map(lambda leaf: leaf.astype(x.dtype), tree)
 
 
 IMPLEMENTATIONS = {"dense": dense, "block_loop": block_loop, "ragged": ragged}

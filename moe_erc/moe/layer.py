@@ -1,7 +1,9 @@
-"""The MoE layer: owns the router and the expert matrices, and calls the functions that use them."""
+"""The MoE layer: owns the router's and the experts' parameters, and calls the functions that use them."""
 
+import dataclasses
+from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,29 +11,111 @@ from flax import linen as nn
 from jax import lax
 
 from moe_erc.moe import experts, parallel, routing
+from moe_erc.moe.routers import ROUTERS, competition
+
+
+class Competition(NamedTuple):
+    """Whether the layer's experts compete on this step, and how strongly each answered (zeros if not)."""
+
+    active: jax.Array  # bool
+    winners_BTE: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Observation:
+    """What the losses and measures of one layer may read."""
+
+    x_BTD: jax.Array
+    mask_BT: jax.Array
+    scores: routing.Scores
+    routing: routing.Routing
+    kept: dict  # "hidden" (B, T, K, F) and "output" (B, T, K, D) of the chosen experts, as observers ask for them
+    competition: Competition | None  # where the router is "competition" and the model is being trained
+    score: Callable  # x_BTD -> Scores
+    run_all: Callable  # an expert function of `experts.py` -> (summed, kept) of all experts on every token
+
+    @property
+    def chosen_BTK(self):
+        """The slots that hold an expert, of unmasked tokens."""
+        full_BTK = self.routing.experts_BTK < self.scores.probabilities_BTE.shape[-1]
+        return full_BTK & self.mask_BT[..., None]
+
+    def unit_sum_BTD(self):
+        """For every token the sum of the directions in which all experts answer."""
+        return self.run_all(experts.unit_output)[0]
+
+
+def declare(config):
+    """{name: (initializer, shape)} of the layer's parameters."""
+    E, D, F, S = config.experts, config.width, config.expert_width, config.shared_experts * config.expert_width
+    gate = {"w_high": (E, config.gate_rank, F)} if config.gate_rank else {"w_gate": (E, D, F)}
+    shared = {"shared_gate": (D, S), "shared_up": (D, S), "shared_down": (S, D)} if S else {}
+    shapes = gate | {"w_up": (E, D, F), "w_down": (E, F, D)} | shared
+    return ROUTERS[config.router].declare(config) | {name: (config.initializer, of) for name, of in shapes.items()}
 
 
 class MoE(nn.Module):
-    """x_BTD -> (y_BTD, RoutingStats). Float32 parameters router (E, D), w_gate and w_up (E, D, F), w_down (E, F, D)."""
+    """x_BTD -> (y_BTD, RoutingStats, observed). Float32 parameters as `declare` has them.
+
+    observers: (name, function of the layer's `Observation`, what it needs kept) for every value of `observed`.
+    """
 
     config: Any  # ModelConfig
     mesh: Any = None
+    observers: tuple = ()
 
     @nn.compact
-    def __call__(self, x_BTD, mask_BT):
-        config, init = self.config, self.config.initializer
-        E, D, F = config.experts, config.width, config.expert_width
-        router_ED = self.param("router", init, (E, D))
-        expert_weights = experts.ExpertWeights(
-            w_gate_EDF=self.param("w_gate", init, (E, D, F)).astype(config.dtype),
-            w_up_EDF=self.param("w_up", init, (E, D, F)).astype(config.dtype),
-            w_down_EFD=self.param("w_down", init, (E, F, D)).astype(config.dtype),
-        )
-        # The choice of experts is discrete: a rounded score is another model. E columns cost nothing at full precision.
-        scores_BTE = jnp.einsum("btd,ed->bte", x_BTD.astype(jnp.float32), router_ED, precision=lax.Precision.HIGHEST)
-        choose = partial(routing.top_k, experts_per_token=config.experts_per_token, renormalize=config.renormalize)
-        chosen = parallel.by_token(choose, self.mesh)(scores_BTE)
-        platform = jax.default_backend() if self.mesh is None else self.mesh.devices.flat[0].platform
-        run = experts.implementation(config.experts_implementation, platform)
-        y_BTD = parallel.apply(run, self.mesh, x_BTD, chosen, expert_weights)
-        return y_BTD, routing.statistics(scores_BTE, chosen, mask_BT)
+    def __call__(self, x_BTD, mask_BT, router_state):
+        config, mesh, router = self.config, self.mesh, ROUTERS[self.config.router]
+        parameters = {name: self.param(name, *declared) for name, declared in declare(config).items()}
+        names = experts.FACTORIZED if config.gate_rank else experts.GATED
+        matrices = {name: parameters[name].astype(config.dtype) for name in names}
+        platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+        implementation = experts.implementation(config.experts_implementation, platform)
+
+        def score(x_BTD):
+            return router.score(config, mesh, parameters, x_BTD)
+
+        def run(expert, chosen):
+            return parallel.apply(partial(implementation, expert), mesh, x_BTD, chosen, matrices, scores.low_BTEr)
+
+        def run_all(expert):
+            every_BTE = jnp.broadcast_to(jnp.arange(config.experts), scores.probabilities_BTE.shape)
+            return run(expert, routing.Routing(jnp.ones_like(scores.probabilities_BTE), every_BTE))
+
+        scores = score(x_BTD)
+        preference_BTE = scores.probabilities_BTE
+        if "bias" in router_state:
+            preference_BTE += router_state["bias"]
+        choose = parallel.by_token(partial(router.choose, config=config), mesh)
+        chosen = choose(scores.probabilities_BTE, preference_BTE)
+        competing = None
+        if "competing" in router_state:
+            chosen, competing = _compete(config, router_state["competing"], run_all, chosen, scores)
+
+        keep = tuple(sorted({name for _, _, needed in self.observers for name in needed}))
+        y_BTD, kept = run(partial(experts.weighed, keep=keep), chosen)
+        if config.shared_experts:
+            y_BTD += shared_experts(x_BTD, parameters, config.dtype)
+        layer = Observation(x_BTD, mask_BT, scores, chosen, kept, competing, score, run_all)
+        observed = {name: observe(layer) for name, observe, _ in self.observers}
+        return y_BTD, routing.statistics(scores, chosen, mask_BT), observed
+
+
+def shared_experts(x_BTD, parameters, dtype):
+    """S experts that every token meets, unweighed (DeepSeekMoE, arXiv 2401.06066): one SwiGLU of width S F."""
+    w_gate, w_up, w_down = (parameters[name].astype(dtype) for name in ("shared_gate", "shared_up", "shared_down"))
+    return (jax.nn.silu(x_BTD @ w_gate) * (x_BTD @ w_up)) @ w_down
+
+
+def _compete(config, competing, run_all, chosen, scores):
+    """(Routing, Competition): to the winners where the layer competes, as chosen elsewhere."""
+
+    def compete():
+        return competition.winners(run_all(experts.affinity)[1], config.experts_per_token)
+
+    def rest():
+        return chosen, jnp.zeros_like(scores.probabilities_BTE)
+
+    chosen, winners_BTE = lax.cond(competing, compete, rest)
+    return chosen, Competition(competing, winners_BTE)

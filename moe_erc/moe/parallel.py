@@ -12,8 +12,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from moe_erc.moe.experts import ExpertWeights
 from moe_erc.sharding import BATCH, DATA, EXPERT, PARAMETERS
+
+BY_EXPERT = P(DATA, None, EXPERT)  # (B, T, E, …): every device has all tokens of its group for its own experts
 
 
 def by_token(function, mesh):
@@ -21,23 +22,42 @@ def by_token(function, mesh):
     return function if mesh is None else jax.shard_map(function, mesh=mesh, in_specs=P(BATCH), out_specs=P(BATCH))
 
 
-def apply(experts, mesh, x_BTD, routing, expert_weights):
-    """`experts` (a function of `experts.py`) on every token, (B, T, D), whatever the mesh; None means one device."""
+def apply(run, mesh, x_BTD, routing, matrices, low_BTEr=None):
+    """(summed (B, T, …), kept (B, T, K, …)) of `run`, an implementation of `experts.py` with its expert bound to it.
+
+    `low_BTEr` is what `project` made, for experts that go on from there. mesh: None means one device.
+    """
     if mesh is None:
-        return _flat(experts, x_BTD, routing, expert_weights)
-    slices = ExpertWeights(PARAMETERS["w_gate"], PARAMETERS["w_up"], PARAMETERS["w_down"])
+        return _flat(run, x_BTD, routing, matrices, low_BTEr)
+    slices = {name: PARAMETERS[name] for name in matrices}
 
-    def local(x_BTD, routing, expert_weights):
+    def local(x_BTD, routing, matrices, low_BTEr):
         # Gathered here rather than on the way in, the gradient is summed and cut again in one reduce-scatter.
-        expert_weights = jax.tree.map(lambda leaf, spec: _gather(leaf, DATA, spec.index(DATA)), expert_weights, slices)
+        matrices = {name: _gather(leaf, DATA, slices[name].index(DATA)) for name, leaf in matrices.items()}
         x_BTD, routing = jax.tree.map(lambda leaf: _gather(leaf, EXPERT, 0), (x_BTD, routing))
-        first = lax.axis_index(EXPERT) * len(expert_weights.w_gate_EDF)
+        first = lax.axis_index(EXPERT) * len(matrices["w_down"])
         routing = routing._replace(experts_BTK=routing.experts_BTK - first)
-        y_BTD = _flat(experts, x_BTD, routing, expert_weights)
-        return lax.psum_scatter(y_BTD, EXPERT, tiled=True) if lax.axis_size(EXPERT) > 1 else y_BTD
+        results = _flat(run, x_BTD, routing, matrices, low_BTEr)
+        return jax.tree.map(_scatter, results)
 
-    specs = (P(BATCH), P(BATCH), slices)
-    return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=P(BATCH))(x_BTD, routing, expert_weights)
+    specs = (P(BATCH), P(BATCH), slices, BY_EXPERT)
+    return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=P(BATCH))(x_BTD, routing, matrices, low_BTEr)
+
+
+def project(mesh, x_BTD, w_low_EDr):
+    """x @ w_low of every expert, (B, T, E, r) float32, each expert's where its matrices are."""
+
+    def local(x_BTD, w_low_EDr):
+        return jnp.einsum("btd,edr->bter", x_BTD, w_low_EDr, preferred_element_type=jnp.float32)
+
+    if mesh is None:
+        return local(x_BTD, w_low_EDr)
+    spec = PARAMETERS["w_low"]
+
+    def gathered(x_BTD, w_low_EDr):
+        return local(_gather(x_BTD, EXPERT, 0), _gather(w_low_EDr, DATA, spec.index(DATA)))
+
+    return jax.shard_map(gathered, mesh=mesh, in_specs=(P(BATCH), spec), out_specs=BY_EXPERT)(x_BTD, w_low_EDr)
 
 
 def _gather(leaf, name, axis):
@@ -45,7 +65,16 @@ def _gather(leaf, name, axis):
     return lax.all_gather(leaf, name, axis=axis, tiled=True) if lax.axis_size(name) > 1 else leaf
 
 
-def _flat(experts, x_BTD, routing, expert_weights):
+def _scatter(leaf):
+    return lax.psum_scatter(leaf, EXPERT, tiled=True) if lax.axis_size(EXPERT) > 1 else leaf
+
+
+def _flat(run, x_BTD, routing, matrices, low_BTEr):
     weights_NK, experts_NK = (leaf.reshape(-1, leaf.shape[-1]) for leaf in routing)
-    y_ND = experts(x_BTD.reshape(-1, x_BTD.shape[-1]), weights_NK, experts_NK, expert_weights)
-    return jnp.reshape(y_ND, x_BTD.shape)
+    assigned = {"weight": weights_NK}
+    if low_BTEr is not None:
+        low_NEr = low_BTEr.reshape(-1, *low_BTEr.shape[2:])
+        tokens_N1 = jnp.arange(len(low_NEr))[:, None]
+        assigned["low"] = low_NEr.at[tokens_N1, experts_NK].get(mode="fill", fill_value=0)
+    results = run(x_BTD.reshape(-1, x_BTD.shape[-1]), assigned, experts_NK, matrices)
+    return jax.tree.map(lambda leaf: leaf.reshape(*x_BTD.shape[:2], *leaf.shape[1:]), results)

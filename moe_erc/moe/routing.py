@@ -1,8 +1,15 @@
-"""Routing: which K of the E experts a token meets, and with what weight; one function per router.
+"""Routing: which experts a token meets, and with what weight. What a router is; the routers are in `routers/`.
 
-probs = softmax(scores_E) in float32,   experts = top K of probs,   y = sum_k probs[k] expert_k(x)
+A router scores every expert for every token; the K most preferred are chosen and weighed by their probability:
+
+    probs = softmax(scores_E) in float32,   experts = top K of probs + bias,   y = sum_k probs[k] expert_k(x)
+
+The bias is that of loss-free balancing (arXiv 2408.15664). With top_p < 1 (arXiv 2403.07652) only the smallest prefix of
+the K whose probabilities sum to more than top_p is kept; a slot left empty has expert id E and weight 0.
 """
 
+import dataclasses
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -10,36 +17,72 @@ import jax.numpy as jnp
 from jax import lax
 
 
+class Scores(NamedTuple):
+    """What a router says of every token and expert, float32."""
+
+    logits_BTE: jax.Array  # before the normalisation; the router z-loss keeps these small
+    probabilities_BTE: jax.Array  # choose and weigh
+    balance_BTE: jax.Array  # what the load-balancing loss reads: the probabilities, but for X-MoE
+    low_BTEr: jax.Array | None = None  # what an expert with a factorised gate goes on from
+
+
 class Routing(NamedTuple):
-    """The experts chosen for every token, most probable first, and their weights."""
+    """The experts chosen for every token, most preferred first, and their weights."""
 
     weights_BTK: jax.Array  # float32
-    experts_BTK: jax.Array  # int32
+    experts_BTK: jax.Array  # int32; E in an empty slot
 
 
 class RoutingStats(NamedTuple):
-    """What the losses need of a layer's routing, reduced before layers are stacked."""
+    """What losses and measures need of a layer's routing, reduced before layers are stacked."""
 
     load_E: jax.Array  # share of all assignments that went to expert e; sums to 1
+    active: jax.Array  # mean number of experts of a token
     probability_E: jax.Array  # mean router probability of expert e; sums to 1
-    logsumexp2: jax.Array  # mean squared logsumexp of the scores
+    logsumexp2: jax.Array  # mean squared logsumexp of the logits
 
 
-def top_k(scores_BTE, experts_per_token, renormalize):
-    """The K most probable experts weighed by their probability over all E, or over the chosen K if `renormalize`."""
-    weights_BTK, experts_BTK = lax.top_k(jax.nn.softmax(scores_BTE, axis=-1), experts_per_token)
-    if renormalize:
+def top(probabilities_BTE, preference_BTE, config):
+    """The most preferred experts, weighed by their probability over all E, or over the chosen if `renormalize`."""
+    experts = probabilities_BTE.shape[-1]
+    experts_BTK = lax.top_k(lax.stop_gradient(preference_BTE), config.experts_per_token)[1]
+    weights_BTK = jnp.take_along_axis(probabilities_BTE, experts_BTK, axis=-1)
+    if config.top_p < 1:
+        before_BTK = jnp.cumsum(weights_BTK, axis=-1) - weights_BTK
+        needed_BTK = before_BTK <= config.top_p
+        weights_BTK, experts_BTK = jnp.where(needed_BTK, weights_BTK, 0), jnp.where(needed_BTK, experts_BTK, experts)
+    if config.renormalize:
         weights_BTK /= jnp.sum(weights_BTK, axis=-1, keepdims=True)
     return Routing(weights_BTK, experts_BTK)
 
 
-def statistics(scores_BTE, routing, mask_BT):
+@dataclasses.dataclass(frozen=True)
+class Router:
+    """How tokens choose experts. Its parameters are {name: float32 array}, named as in `sharding.py`.
+
+    declare(config) -> {name: (initializer, shape)}; score(config, mesh, parameters, x_BTD) -> Scores;
+    choose(probabilities_BTE, preference_BTE, config) -> Routing, token by token;
+    rows(config, parameters) -> (E, D), one direction in token space for every expert; None: there are none;
+    work(config) -> multiply-adds a token.
+    """
+
+    declare: Callable
+    score: Callable
+    work: Callable
+    rows: Callable | None
+    choose: Callable = top
+
+
+def statistics(scores, routing, mask_BT):
     """Means over the unmasked tokens of the whole batch (all devices: this is called outside `shard_map`)."""
-    experts, experts_per_token = scores_BTE.shape[-1], routing.experts_BTK.shape[-1]
+    experts = scores.balance_BTE.shape[-1]
     share_BT = mask_BT / jnp.maximum(jnp.sum(mask_BT), 1)
-    share_BTK = jnp.broadcast_to(share_BT[..., None] / experts_per_token, routing.experts_BTK.shape)
+    full_BTK = (routing.experts_BTK < experts) & mask_BT[..., None]
+    assignments = jnp.sum(full_BTK, dtype=jnp.float32)
+    share_BTK = full_BTK / jnp.maximum(assignments, 1)
     return RoutingStats(
-        load_E=jnp.zeros(experts).at[routing.experts_BTK].add(share_BTK),
-        probability_E=jnp.einsum("bte,bt->e", jax.nn.softmax(scores_BTE, axis=-1), share_BT),
-        logsumexp2=jnp.sum(jax.nn.logsumexp(scores_BTE, axis=-1) ** 2 * share_BT),
+        load_E=jnp.zeros(experts).at[routing.experts_BTK].add(share_BTK, mode="drop"),
+        active=assignments / jnp.maximum(jnp.sum(mask_BT), 1),
+        probability_E=jnp.einsum("bte,bt->e", scores.balance_BTE, share_BT),
+        logsumexp2=jnp.sum(jax.nn.logsumexp(scores.logits_BTE, axis=-1) ** 2 * share_BT),
     )

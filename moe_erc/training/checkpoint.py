@@ -55,10 +55,11 @@ class Checkpoints:
         restored = self._manager.restore(self._existing(step), args=items)
         return restored.state, restored.meta
 
-    def restore_params(self, abstract_params, step=None):
-        """`state.params` alone: moments, two thirds of a checkpoint, are not read."""
-        items = ocp.args.Composite(state=_restore_args({"params": abstract_params}, partial_restore=True))
-        return self._manager.restore(self._existing(step), args=items).state["params"]
+    def restore_weights(self, abstract, step=None):
+        """`params` and `router` of a state alone: moments, two thirds of a checkpoint, are not read."""
+        wanted = {"params": abstract.params, "router": abstract.router}
+        items = ocp.args.Composite(state=_restore_args(wanted, partial_restore=True))
+        return abstract.replace(**self._manager.restore(self._existing(step), args=items).state)
 
     def read_meta(self, step=None) -> dict:
         """The JSON saved with a step, without touching its arrays."""

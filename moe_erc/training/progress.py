@@ -51,7 +51,7 @@ class Progress:
             if step % self._every == 0:
                 metrics = metrics | self._speed()
                 self._writer.write(step, metrics)
-                shown = {short: f"{float(metrics[name]):.4g}" for name, short in SHOWN.items() if name in metrics}
+                shown = {short: f"{np.max(metrics[name]):.4g}" for name, short in SHOWN.items() if name in metrics}
                 self._bar.set_postfix(shown)
 
     def _speed(self):

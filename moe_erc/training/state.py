@@ -7,6 +7,14 @@ import jax.numpy as jnp
 from flax import struct
 
 from moe_erc.sharding import shard_state
+from moe_erc.training import router_state
+
+
+class Weights(struct.PyTreeNode):
+    """The part of a TrainState that a model is evaluated with."""
+
+    params: Any
+    router: Any  # what routing carries from step to step beside its parameters: `router_state.py`
 
 
 class TrainState(struct.PyTreeNode):
@@ -16,12 +24,20 @@ class TrainState(struct.PyTreeNode):
     params: Any
     opt_state: Any
     rng: jax.Array  # typed key; step s draws from fold_in(rng, s)
+    router: Any
+    loss_scales: Any  # {loss: factor of its weight}
+
+    @property
+    def weights(self):
+        """What the model is evaluated with."""
+        return Weights(self.params, self.router)
 
 
-def init_params(model, rng):
+def init_weights(model, rng):
     """The model's initial parameters, float32, the same on any mesh."""
     tokens_BT = jnp.zeros((model.mesh.size, 1), jnp.int32)  # the least that every device gets a share of
-    return model.init(rng, tokens_BT, jnp.ones_like(tokens_BT, bool))["params"]
+    router, _ = router_state.initial(model.config)
+    return Weights(model.init(rng, tokens_BT, jnp.ones_like(tokens_BT, bool), router)["params"], router)
 
 
 def initializer(model, optimizer, seed):
@@ -29,8 +45,9 @@ def initializer(model, optimizer, seed):
 
     def init():
         params_rng, rng = jax.random.split(jax.random.key(seed))
-        params = init_params(model, params_rng)
-        return TrainState(jnp.int32(0), params, optimizer.init(params), rng)
+        weights, (_, loss_scales) = init_weights(model, params_rng), router_state.initial(model.config)
+        opt_state = optimizer.init(weights.params)
+        return TrainState(jnp.int32(0), weights.params, opt_state, rng, weights.router, loss_scales)
 
     return init
 

@@ -9,27 +9,36 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from moe_erc.losses.load_balance import load_measures
 from moe_erc.sharding import replicate, shard_batch
+from moe_erc.training import router_state
 
 
 def make_train_step(model, objective, optimizer, micro_batches, state_shardings):
     """The jitted (state, batch) -> (state, metrics); the state is donated, the batch holds a step's micro-batches."""
+    model = model.clone(observers=objective.observers)
 
     def train_step(state, batch):
         rng = jax.random.fold_in(state.rng, state.step)
-        gradients, terms, load_LE = batch_gradients(model, objective, state.params, split(batch, micro_batches))
-        parameter_terms, parameter_gradients = parameter_only(objective, state.params, rng)
+        router = router_state.for_step(model.config, state.router, jax.random.fold_in(rng, 0))
+        of_batch = functools.partial(micro_batch_gradients, model, objective, state, router)
+        gradients, terms, (load_LE, active_L) = batch_gradients(of_batch, split(batch, micro_batches))
+        parameter_terms, parameter_gradients = parameter_only(objective, state.params, rng, state.loss_scales)
         terms |= parameter_terms
         gradients = jax.tree.map(jnp.add, gradients, parameter_gradients)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        metrics = {f"loss/{name}": value for name, value in terms.items()} | {
-            "loss/total": objective.total(terms),
-            "router/max_load": jnp.max(load_LE) * load_LE.shape[-1],
+        params = objective.decouple(optax.apply_updates(state.params, updates))
+        router, scales = router_state.after_step(model.config, state.router, state.loss_scales, load_LE, active_L)
+        metrics = {f"loss/{name}": value for name, value in terms.items()} | load_measures(load_LE)
+        metrics |= {f"scale/{name}": value for name, value in scales.items()}
+        metrics |= {
+            "loss/total": objective.total(terms, state.loss_scales),
+            "router/experts_per_token": active_L,
             "norm/gradient": optax.tree.norm(gradients),
             "norm/parameters": optax.tree.norm(params),
         }
-        return state.replace(step=state.step + 1, params=params, opt_state=opt_state), metrics
+        changed = {"params": params, "opt_state": opt_state, "router": router, "loss_scales": scales}
+        return state.replace(step=state.step + 1, **changed), metrics
 
     batch_shardings = shard_batch(model.mesh)
     return jax.jit(
@@ -40,12 +49,12 @@ def make_train_step(model, objective, optimizer, micro_batches, state_shardings)
     )
 
 
-def parameter_only(objective, params, rng):
+def parameter_only(objective, params, rng, scales):
     """(terms, gradients) of the losses on parameters alone."""
 
     def loss(params):
         terms = objective.of_parameters(params, rng)
-        return objective.total(terms), terms
+        return objective.total(terms, scales), terms
 
     (_, terms), gradients = jax.value_and_grad(loss, has_aux=True)(params)
     return terms, gradients
@@ -56,38 +65,38 @@ def split(batch, micro_batches):
     return jax.tree.map(lambda leaf: leaf.reshape(-1, micro_batches, *leaf.shape[1:]).swapaxes(0, 1), batch)
 
 
-def batch_gradients(model, objective, params, micro_batches):
-    """(gradients, terms, mean load) over micro-batches, each weighed by its share of the unmasked tokens.
+def batch_gradients(of_batch, micro_batches):
+    """(gradients, terms, (mean load, experts a token)) over micro-batches, weighed by their shares of unmasked tokens.
 
     So the language-model loss and its gradient are those of the whole batch, whatever the number of micro-batches.
+    `of_batch(batch, earlier)` takes the sum of the loads and experts a token of the earlier ones, None for the first.
     """
     first = jax.tree.map(lambda leaf: leaf[0], micro_batches)
-    no_load_LE = jnp.zeros((model.config.layers, model.config.experts))
-    one = functools.partial(micro_batch_gradients, model, objective, params)
     if len(micro_batches["mask_BT"]) == 1:  # spares two passes over memory as large as the parameters
-        return one(first, no_load_LE)
+        return of_batch(first, None)
     tokens_M = jnp.sum(micro_batches["mask_BT"], axis=(1, 2))
     shares_M = tokens_M / jnp.maximum(jnp.sum(tokens_M), 1)
 
     def accumulate(carry, share_and_batch):
         share, batch = share_and_batch
-        gradients, terms, load_LE = carry
-        *extra, extra_load_LE = one(batch, load_LE)
+        gradients, terms, earlier = carry
+        *extra, routing = of_batch(batch, earlier)
         total = jax.tree.map(lambda so_far, term: so_far + share * term, (gradients, terms), tuple(extra))
-        return (*total, load_LE + extra_load_LE), None
+        return (*total, jax.tree.map(jnp.add, earlier, routing)), None
 
-    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(one, first, no_load_LE))
-    (gradients, terms, load_LE), _ = jax.lax.scan(accumulate, zeros, (shares_M, micro_batches))
-    return gradients, terms, load_LE / len(shares_M)
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(of_batch, first, None))
+    (gradients, terms, routing), _ = jax.lax.scan(accumulate, zeros, (shares_M, micro_batches))
+    return gradients, terms, jax.tree.map(lambda total: total / len(shares_M), routing)
 
 
-def micro_batch_gradients(model, objective, params, batch, earlier_load_LE):
-    """(gradients, terms, load) of one micro-batch."""
+def micro_batch_gradients(model, objective, state, router, batch, earlier):
+    """(gradients, terms, (load, experts a token)) of one micro-batch."""
 
     def loss(params):
-        output = model.apply({"params": params}, batch["inputs_BT"], batch["mask_BT"])
-        terms = objective.of_batch(output, batch, earlier_load_LE)
-        return objective.total(terms), (terms, output.routing.load_E)
+        output = model.apply({"params": params}, batch["inputs_BT"], batch["mask_BT"], router)
+        terms = objective.of_batch(output, batch, earlier and earlier[0])
+        routing = output.routing.load_E, output.routing.active
+        return objective.total(terms, state.loss_scales), (terms, routing)
 
-    (_, (terms, load_LE)), gradients = jax.value_and_grad(loss, has_aux=True)(params)
-    return gradients, terms, load_LE
+    (_, (terms, routing)), gradients = jax.value_and_grad(loss, has_aux=True)(state.params)
+    return gradients, terms, routing

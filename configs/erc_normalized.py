@@ -1,6 +1,6 @@
 """Scale-invariant ERC: shrinking router or gate no longer lowers the loss.
 
-python train.py --config=configs/ablations/normalize.py:tiny
+python train.py --config=configs/erc_normalized.py:tiny
 """
 
 from configs import erc

@@ -1,6 +1,6 @@
 """ERC with the noise integrated out: the same expected squares, no draw.
 
-python train.py --config=configs/ablations/expected_noise.py:tiny
+python train.py --config=configs/erc_expected.py:tiny
 """
 
 from configs import erc

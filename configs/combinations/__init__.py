@@ -1,0 +1,1 @@
+"""Two methods at once; any other pair that makes sense is a flag away."""

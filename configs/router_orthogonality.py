@@ -1,0 +1,16 @@
+"""Router orthogonality (ERNIE 4.5; Figure 6c of the ERC paper): router rows are drawn apart, whatever the experts do.
+
+    python train.py --config=configs/router_orthogonality.py:tiny
+
+Claim of the ERC paper: it helps a vanilla router and adds nothing to ERC, which is not about the rows alone.
+--config.losses.router_orthogonality.decoupled=True is ERNIE's recipe: router -= weight * gradient after the update.
+"""
+
+from configs import vanilla
+
+
+def get_config(size=""):
+    """Weight 1e-2."""
+    config = vanilla.get_config(size)
+    config.losses.router_orthogonality.weight = 1e-2
+    return config

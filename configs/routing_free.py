@@ -1,0 +1,16 @@
+"""Routing-free MoE (arXiv 2604.00801): no router, no top K; an expert runs where its own gate passes a threshold.
+
+    python train.py --config=configs/routing_free.py:tiny
+
+A controller moves the weight of the balance loss until K experts run on a token, on average. Rank as in `aoe.py`; one
+threshold an expert more.
+"""
+
+from configs import aoe
+
+
+def get_config(size=""):
+    """Gates in place of probabilities."""
+    config = aoe.get_config(size)
+    config.model.router = "routing_free"
+    return config

@@ -54,7 +54,9 @@ def build_ours(method, model, batch_size, length):
     init = initializer(network, optimizer, config.seed)
     abstract = abstract_state(init, mesh)
     state = create_state(init, abstract)
-    train_step = make_train_step(network, Objective(config.losses.to_dict(), network), optimizer, 1, shardings(abstract))
+    train_step = make_train_step(
+        network, Objective(config.losses.to_dict(), network), optimizer, 1, shardings(abstract)
+    )
     generator = np.random.default_rng(0)
 
     def batch():

@@ -1,4 +1,5 @@
-"""CompeteSMoE (v2, arXiv 2505.13380): on some steps all experts run, the strongest answers win, and the router learns it.
+"""CompeteSMoE (v2, arXiv 2505.13380): on some steps all experts run and the strongest answers win;
+the router learns who they are.
 
     python train.py --config=configs/competesmoe.py:tiny
 

@@ -1,6 +1,6 @@
 """Loss-free balancing and ERC.
 
-    python train.py --config=configs/combinations/erc_loss_free.py:tiny
+python train.py --config=configs/combinations/erc_loss_free.py:tiny
 """
 
 from configs import loss_free

@@ -1,6 +1,6 @@
 """Router orthogonality and ERC.
 
-    python train.py --config=configs/combinations/erc_router_orthogonality.py:tiny
+python train.py --config=configs/combinations/erc_router_orthogonality.py:tiny
 """
 
 from configs import router_orthogonality

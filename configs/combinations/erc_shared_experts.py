@@ -1,6 +1,6 @@
 """Shared experts and ERC.
 
-    python train.py --config=configs/combinations/erc_shared_experts.py:tiny
+python train.py --config=configs/combinations/erc_shared_experts.py:tiny
 """
 
 from configs import shared_experts

@@ -137,7 +137,7 @@ class Objective:
         return tuple((name, *LAYER_TERMS[name][:2]) for name, _ in self._active(LAYER_TERMS))
 
     def of_batch(self, output, batch, earlier_load_LE):
-        """Terms of one micro-batch; `earlier_load_LE` sums the loads of the step's earlier ones, None: it is the first."""
+        """Terms of one micro-batch; `earlier_load_LE` sums the loads of the step's earlier ones, None for the first."""
         return {
             name: BATCH_TERMS[name](output, batch, earlier_load_LE, **options)
             for name, options in self._active(BATCH_TERMS)
@@ -168,7 +168,7 @@ class Objective:
 
     @property
     def _decoupled(self):
-        return [name for name, options in self._active(PARAMETER_TERMS) if options.get("decoupled", False)]
+        return [name for name, options in self._active(PARAMETER_TERMS) if ("decoupled", True) in options.items()]
 
     def _active(self, terms):
         for name, options in self.losses.items():

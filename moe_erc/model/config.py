@@ -1,6 +1,6 @@
-"""The model's sizes, frozen, with exact counts of parameters and FLOPs.
+"""The model's sizes and method, frozen, with exact counts of parameters and FLOPs.
 
-A size that cannot be built is refused here, before anything is compiled.
+What cannot be built is refused (`check.py`) before anything is compiled.
 """
 
 import dataclasses
@@ -8,6 +8,7 @@ import math
 
 import jax
 
+from moe_erc.model.check import check_routing, check_sizes
 from moe_erc.moe.experts import FACTORIZED, GATED
 from moe_erc.moe.layer import declare
 from moe_erc.moe.routers import ROUTERS
@@ -49,59 +50,8 @@ class ModelConfig:
     experts_implementation: str
 
     def __post_init__(self):
-        for field in dataclasses.fields(self):
-            lowest = 0 if field.name in MAY_BE_ZERO else 1
-            if field.type is int and getattr(self, field.name) < lowest:
-                raise ValueError(f"model.{field.name}: {getattr(self, field.name)} is below {lowest}")
-        for name, known in CHOICES.items():
-            if getattr(self, name) not in known:
-                raise ValueError(f"model.{name}: {getattr(self, name)!r} is not one of {', '.join(known)}")
-        if self.experts_per_token > self.experts:
-            raise ValueError(
-                f"model.experts_per_token: {self.experts_per_token} is more than the {self.experts} experts there are"
-            )
-        if self.width % self.heads:
-            raise ValueError(
-                f"model.width: {self.width} cannot be split over {self.heads} heads; use a multiple of model.heads"
-            )
-        if self.head_width % 2:
-            raise ValueError(
-                f"model.width: {self.width} over {self.heads} heads is {self.head_width} each; RoPE needs an even one"
-            )
-        if self.heads % self.kv_heads:
-            raise ValueError(
-                f"model.kv_heads: {self.heads} heads cannot share {self.kv_heads} key/value heads; use a divisor"
-            )
-        self._check_routing()
-
-    def _check_routing(self):
-        """Refuses what no router can do, and what this one cannot."""
-        for name, (holds, limit) in {
-            "top_p": (0 < self.top_p <= 1, "above 0 and at most 1 (1 keeps all K)"),
-            "bias_rate": (0 <= self.bias_rate < math.inf, "at least 0 and finite"),
-            "mpi_scale": (0 < self.mpi_scale < math.inf, "positive and finite"),
-            "competition_rate": (0 <= self.competition_rate <= 1, "from 0 to 1"),
-            "theta": (0 < self.theta < math.inf, "positive and finite"),
-            "controller_rate": (0 <= self.controller_rate < math.inf, "at least 0 and finite"),
-        }.items():
-            if not holds:
-                raise ValueError(f"model.{name}: {getattr(self, name)} must be {limit}")
-        rank = self.width * self.expert_width // (self.width + self.expert_width)
-        for refused, key, reason in (
-            (self.factorizes and not self.gate_rank, "gate_rank", f"scores by a factorised gate; {rank} keeps its size"),
-            (self.gate_rank and not self.factorizes, "gate_rank", "reads whole gates; set it to 0"),
-            (self.router_init == "orthogonal" and not self.is_linear, "router_init", "has no rows to be orthogonal"),
-            (self.renormalize and not self.chooses_top, "renormalize", "has gates, not probabilities; set it to False"),
-            (self.top_p < 1 and not self.chooses_top, "top_p", "chooses by other means than probability; set it to 1"),
-            (self.bias_rate and not self.chooses_top, "bias_rate", "has no top K that a bias could turn; set it to 0"),
-        ):
-            if refused:
-                raise ValueError(f"model.{key}: {getattr(self, key)}, but router {self.router!r} {reason}")
-        if self.bias_rate and self.top_p < 1:
-            raise ValueError(
-                f"model.bias_rate: {self.bias_rate} beside top_p {self.top_p}: a prefix of the most probable experts "
-                "is not one of the most preferred; use one of the two"
-            )
+        check_sizes(self)
+        check_routing(self)
 
     @property
     def factorizes(self):
@@ -184,13 +134,4 @@ class ModelConfig:
         return 2 * (self.layers * (attention + moe) + self.vocab_size * self.width)
 
 
-CHOICES = {
-    "router": tuple(ROUTERS),
-    "router_init": ("normal", "orthogonal"),
-    "dtype": ("float32", "bfloat16"),
-    "remat": ("none", "block"),
-    "attention_implementation": ("auto", "xla", "cudnn"),
-    "experts_implementation": ("auto", "dense", "block_loop", "ragged"),
-}
-MAY_BE_ZERO = ("shared_experts", "gate_rank")
 HOW = ("dtype", "remat", "attention_implementation", "experts_implementation", "scan_unroll")

@@ -91,7 +91,7 @@ class MoE(nn.Module):
         chosen = choose(scores.probabilities_BTE, preference_BTE)
         competing = None
         if "competing" in router_state:
-            chosen, competing = _compete(config, router_state["competing"], run_all, chosen, scores)
+            chosen, competing = _compete(config, mesh, router_state["competing"], run_all, chosen, scores)
 
         keep = tuple(sorted({name for _, _, needed in self.observers for name in needed}))
         y_BTD, kept = run(partial(experts.weighed, keep=keep), chosen)
@@ -108,11 +108,12 @@ def shared_experts(x_BTD, parameters, dtype):
     return (jax.nn.silu(x_BTD @ w_gate) * (x_BTD @ w_up)) @ w_down
 
 
-def _compete(config, competing, run_all, chosen, scores):
+def _compete(config, mesh, competing, run_all, chosen, scores):
     """(Routing, Competition): to the winners where the layer competes, as chosen elsewhere."""
 
     def compete():
-        return competition.winners(run_all(experts.affinity)[1], config.experts_per_token)
+        winners = parallel.by_token(partial(competition.winners, experts_per_token=config.experts_per_token), mesh)
+        return winners(run_all(experts.affinity)[1])
 
     def rest():
         return chosen, jnp.zeros_like(scores.probabilities_BTE)

@@ -18,6 +18,7 @@ import optax
 OPTIMIZERS = ("adamw", "muon")
 SCHEDULES = ("constant", "cosine", "linear", "wsd")
 MUON_MOMENTUM = 0.95  # the published value, so that naming muon is all it takes
+ROUTERS = {"router", "projection", "expert_embedding"}  # parameters that are compared with tokens
 ADAM_RMS = 0.2  # what Adam's direction measures in practice; an orthogonal (m, n) matrix has 1 / sqrt(max(m, n))
 
 
@@ -113,11 +114,11 @@ def decay_mask(params):
 def directions(params):
     """Who turns each gradient into a direction under Muon: "muon" for the hidden matrices, "adam" for the rest.
 
-    The router is no hidden map: its rows are compared one by one with tokens and experts, so it keeps Adam.
+    A router is no hidden map: its rows are compared one by one with tokens and experts, so it keeps Adam.
     """
 
     def label(path, leaf):
-        hidden = "layers" in _names(path) and "router" not in _names(path)
+        hidden = "layers" in _names(path) and ROUTERS.isdisjoint(_names(path))
         return "muon" if hidden and _is_matrix(path, leaf) else "adam"
 
     return jax.tree_util.tree_map_with_path(label, params)

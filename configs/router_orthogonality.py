@@ -3,7 +3,7 @@
     python train.py --config=configs/router_orthogonality.py:tiny
 
 Claim of the ERC paper: it helps a vanilla router and adds nothing to ERC, which is not about the rows alone.
---config.losses.router_orthogonality.decoupled=True is ERNIE's recipe: router -= weight * gradient after the update.
+`router_orthogonality_decoupled.py` is ERNIE's own recipe.
 """
 
 from configs import vanilla

@@ -1,0 +1,15 @@
+"""Router orthogonality as ERNIE 4.5 was trained with it: a step of its own, no learning rate, no moments.
+
+    python train.py --config=configs/router_orthogonality_decoupled.py:tiny
+
+After the optimizer's update: router -= weight * gradient of the loss there.
+"""
+
+from configs import router_orthogonality
+
+
+def get_config(size=""):
+    """Outside the optimizer."""
+    config = router_orthogonality.get_config(size)
+    config.losses.router_orthogonality.decoupled = True
+    return config

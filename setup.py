@@ -29,7 +29,7 @@ REQUIRES = [
     "rich",
 ]
 
-TEST = ["pytest", "ruff", "hypothesis", "tokenizers"]
+TEST = ["pytest", "pytest-xdist>=3.8", "ruff", "hypothesis", "tokenizers"]
 
 EXTRAS = {
     "test": TEST,

@@ -1,5 +1,7 @@
 """Eight virtual CPU devices for every test, so that sharded code runs anywhere; a small corpus and model to share."""
 
+import pathlib
+
 import jax
 
 jax.config.update("jax_num_cpu_devices", 8)
@@ -10,13 +12,33 @@ import pytest  # noqa: E402
 from configs import base  # noqa: E402
 from moe_erc.model.config import ModelConfig  # noqa: E402
 
+# The longest first, so that the workers end together: a long file that starts last has a worker to itself.
+FIRST = (
+    "training/test_step.py",
+    "test_compile_ahead.py",
+    "losses/test_erc.py",
+    "test_configs.py",
+    "test_resume.py",
+    "test_processes.py",
+    "moe/test_parallel.py",
+    "model/test_transformer.py",
+    "losses/test_sharded_erc.py",
+    "moe/test_experts.py",
+)
+TESTS = pathlib.Path(__file__).parent
 WORDS = ("the", "router", "sends", "every", "token", "to", "experts", "that", "know", "what", "it", "means")
 
 
-@pytest.fixture(scope="module")
-def quick_compilation():
+def pytest_collection_modifyitems(items):
+    """Stable: other files stay in their order, behind."""
+    places = {TESTS / name: place for place, name in enumerate(FIRST)}
+    items.sort(key=lambda item: places.get(item.path, len(FIRST)))
+
+
+@pytest.fixture
+def quick_compilation(request):
     """For tests of what is computed, not of how fast or in how much memory: compiling is most of what they cost."""
-    jax.config.update("jax_disable_most_optimizations", True)
+    jax.config.update("jax_disable_most_optimizations", request.node.get_closest_marker("optimized") is None)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
 

@@ -19,7 +19,8 @@ SERVER.set_forkserver_preload(
 
 def start(name, arguments, output, environment=None):
     """A running script; what it prints goes to the file `output`."""
-    everything = (str(name), [str(argument) for argument in arguments], str(output), environment or {})
+    environment = dict(os.environ) | (environment or {})  # the server's is as old as the server
+    everything = (str(name), [str(argument) for argument in arguments], str(output), environment)
     process = SERVER.Process(target=_run, args=everything)
     process.start()
     return process
@@ -58,7 +59,7 @@ def join(processes, timeout):
 def _run(name, arguments, output, environment):
     os.chdir(ROOT)
     os.environ |= {variable: str(value) for variable, value in environment.items()}
-    for option in ("jax_num_cpu_devices", "jax_disable_most_optimizations"):
+    for option in ("jax_num_cpu_devices", "jax_disable_most_optimizations", "jax_compilation_cache_dir"):
         if option.upper() in environment:  # jax, imported by now, reads none of them again
             jax.config.update(option, environment[option.upper()])
     with open(output, "wb", buffering=0) as file:

@@ -73,7 +73,7 @@ def hit(process, workdir, step, number):
             os.kill(process.pid, number)
             break
         time.sleep(0.001)
-    process.join(60)
+    process.join(240)
     return process.exitcode
 
 

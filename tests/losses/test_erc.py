@@ -9,6 +9,7 @@ import pytest
 
 from moe_erc import coupling_matrix, coupling_penalty, erc_loss, noise_bound, perturb
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 GOLDEN = sorted((pathlib.Path(__file__).parent / "golden").glob("erc_*.npz"))
 # One float32 unit in the last place of the largest M: a small difference of large norms is not known any better.
 ULP = 2.0**-23
@@ -254,6 +255,7 @@ def test_bfloat16_weights_are_summed_in_float32():
 
 
 # ---------------------------------------------------------------------------------------------------- cost
+@pytest.mark.optimized
 def test_an_expert_with_no_active_hinge_gets_exactly_no_gradient_and_its_backward_is_a_branch():
     # Orthogonal rows, and each gate sees its own row alone, so nothing is foreign; expert 3 also answers to row 0.
     router_ED = np.eye(4, 6, dtype=np.float32)
@@ -271,6 +273,7 @@ def test_an_expert_with_no_active_hinge_gets_exactly_no_gradient_and_its_backwar
     assert "conditional(" in program
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("layers", [None, 2])
 def test_memory_stays_below_20_mb_at_the_papers_size(layers):
     stack = () if layers is None else (layers,)

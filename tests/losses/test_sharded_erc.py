@@ -84,6 +84,7 @@ def test_alpha_may_be_traced(params):
     assert slope(over_mesh) == pytest.approx(float(slope(erc_loss)), rel=1e-5)
 
 
+@functools.cache
 def program(loss, shape, sizes=(L, E, D, F)):
     """Compiled for parameters that lie as the trainer keeps them, its gradients where the parameters are."""
     mesh, (layers, experts, width, hidden) = sharding.make_mesh(*shape), sizes

@@ -1,24 +1,31 @@
 """The stack: causal, the same with recomputation and on any mesh, with statistics by layer."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from moe_erc import sharding
 from moe_erc.model.transformer import Transformer
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 def logits(output):
     return jnp.einsum("btd,vd->btv", output.x_BTD, output.head_VD)
 
 
-def setup(config, batch):
-    model = Transformer(config)
-    return model, model.init(jax.random.key(0), batch["inputs_BT"], batch["mask_BT"])
+@functools.cache
+def setup(config):
+    """(model, its initial variables, which no batch changes)."""
+    model, tokens = Transformer(config), jnp.zeros((2, 4), jnp.int32)
+    return model, jax.jit(model.init)(jax.random.key(0), tokens, tokens > -1)
 
 
-def test_initial_parameters_are_cut_at_three_sigma_and_norms_are_one(model_config, token_batch):
-    _, variables = setup(model_config(), token_batch(2, 8))
+def test_initial_parameters_are_cut_at_three_sigma_and_norms_are_one(model_config):
+    _, variables = setup(model_config())
     params = variables["params"]
     for name, leaf in (("embed", params["embed"]), ("w_gate", params["layers"]["moe"]["w_gate"])):
         assert np.abs(leaf).max() <= 0.06 and 0.018 < leaf.std() < 0.022, name
@@ -29,7 +36,7 @@ def test_initial_parameters_are_cut_at_three_sigma_and_norms_are_one(model_confi
 
 def test_a_token_sees_only_what_came_before(model_config, token_batch):
     batch = token_batch(2, 12)
-    model, variables = setup(model_config(), batch)
+    model, variables = setup(model_config())
     changed = batch["inputs_BT"].copy()
     changed[:, 8] += 1
     before, after = (
@@ -41,7 +48,7 @@ def test_a_token_sees_only_what_came_before(model_config, token_batch):
 
 def test_statistics_are_by_layer_and_ignore_masked_tokens(model_config, token_batch):
     batch, config = token_batch(2, 12), model_config()
-    model, variables = setup(config, batch)
+    model, variables = setup(config)
     routing = model.apply(variables, batch["inputs_BT"], batch["mask_BT"]).routing
     assert routing.load_E.shape == (config.layers, config.experts)
     np.testing.assert_allclose(routing.load_E.sum(axis=-1), 1, rtol=1e-6)
@@ -52,18 +59,21 @@ def test_statistics_are_by_layer_and_ignore_masked_tokens(model_config, token_ba
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), routing, again)
 
 
+@pytest.mark.optimized
 def test_recomputation_changes_no_gradient_and_saves_memory(model_config, token_batch):
     batch = token_batch(4, 64)
 
+    _, variables = setup(model_config(layers=6))
+
     def compiled(remat):
-        model, variables = setup(model_config(remat=remat, layers=6), batch)
+        model = Transformer(model_config(remat=remat, layers=6))
 
         def loss(variables):
             return jnp.mean(jnp.sin(logits(model.apply(variables, batch["inputs_BT"], batch["mask_BT"]))))
 
-        return jax.jit(jax.grad(loss)).lower(variables).compile(), variables
+        return jax.jit(jax.grad(loss)).lower(variables).compile()
 
-    (kept, variables), (recomputed, _) = compiled("none"), compiled("block")
+    kept, recomputed = compiled("none"), compiled("block")
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-7), kept(variables), recomputed(variables)
     )
@@ -72,7 +82,7 @@ def test_recomputation_changes_no_gradient_and_saves_memory(model_config, token_
 
 def test_tied_embeddings_share_one_matrix(model_config, token_batch):
     batch = token_batch(1, 4)
-    model, variables = setup(model_config(tie_embeddings=True), batch)
+    model, variables = setup(model_config(tie_embeddings=True))
     assert "head" not in variables["params"]
     output = model.apply(variables, batch["inputs_BT"], batch["mask_BT"])
     np.testing.assert_array_equal(output.head_VD, variables["params"]["embed"])
@@ -80,18 +90,18 @@ def test_tied_embeddings_share_one_matrix(model_config, token_batch):
 
 def test_bfloat16_computes_in_bfloat16_and_routes_in_float32(model_config, token_batch):
     batch = token_batch(2, 8)
-    model, variables = setup(model_config(dtype="bfloat16"), batch)
+    model, variables = setup(model_config(dtype="bfloat16"))
     output = model.apply(variables, batch["inputs_BT"], batch["mask_BT"])
     assert output.x_BTD.dtype == jnp.bfloat16
     assert {leaf.dtype for leaf in jax.tree.leaves(output.routing)} == {jnp.dtype("float32")}
-    reference = setup(model_config(), batch)[0].apply(variables, batch["inputs_BT"], batch["mask_BT"])
+    reference = setup(model_config())[0].apply(variables, batch["inputs_BT"], batch["mask_BT"])
     difference = np.linalg.norm(output.x_BTD.astype(jnp.float32) - reference.x_BTD)
     assert difference < 0.05 * np.linalg.norm(reference.x_BTD)  # 8 bits of mantissa through two layers
 
 
 def test_a_mesh_gives_the_oracles_outputs(model_config, token_batch):
     batch = token_batch(8, 12)
-    oracle, variables = setup(model_config(experts_implementation="dense"), batch)
+    oracle, variables = setup(model_config(experts_implementation="dense"))
     expected = oracle.apply(variables, batch["inputs_BT"], batch["mask_BT"])
     model = Transformer(model_config(), sharding.make_mesh(2, 4))
     found = jax.jit(model.apply)(variables, batch["inputs_BT"], batch["mask_BT"])

@@ -1,5 +1,7 @@
 """The experts of a mesh compute what one device computes: outputs and every gradient, also when all meet one expert."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +14,7 @@ from moe_erc.moe import parallel
 from moe_erc.moe.experts import IMPLEMENTATIONS, ExpertWeights, dense
 from moe_erc.moe.routing import Routing
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 B, T, K, E, D, F = 8, 6, 2, 8, 16, 8
 
 
@@ -24,6 +27,7 @@ def arguments(spread):
     return jax.random.normal(keys[4], (B, T, D)), Routing(weights_BTK, experts_BTK), ExpertWeights(*matrices)
 
 
+@functools.cache
 def run(mesh, experts, spread):
     x_BTD, routing, expert_weights = arguments(spread)
 
@@ -44,6 +48,7 @@ def test_any_mesh_equals_the_oracle_on_one_device(shape, spread):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(b, a, rtol=1e-4, atol=1e-4), expected, found)
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("shape", [(1, 8), (2, 4)], ids=str)
 def test_memory_is_bounded_by_a_groups_tokens_and_knows_no_routing(shape):
     mesh, (rows, length, chosen), (experts, width, hidden) = sharding.make_mesh(*shape), (8, 64, 4), (16, 64, 32)

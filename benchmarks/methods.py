@@ -111,11 +111,16 @@ def explain_aoe(aoe, vanilla, tokens, matmul):
     )
 
 
+def experts_run(row):
+    """Experts a token: the mean of all steps since the warm-up, and their range where they differ."""
+    low, high = row["experts_per_token_range"]
+    return f"{row['router/experts_per_token']:.1f}" + (f" ({low:.1f}-{high:.1f})" if high - low > 0.05 else "")
+
+
 def show(rows, tokens, matmul):
     """The table, and what does not fit into it."""
-    table = Table("method", *(
-        f"{title}" for title in ("x time", "min-max", "ms/step", "x memory", "MB", "parameters", "active")
-    ), "MFLOP/token", "experts/token")  # fmt: skip
+    sizes = ("x memory", "MB", "parameters", "active", "MFLOP/token", "experts/token")
+    table = Table("method", "x time", "min-max", "ms/step", *sizes)
     for row in rows:
         over = row["over_vanilla"]
         low, high = over["time_range"]
@@ -123,7 +128,7 @@ def show(rows, tokens, matmul):
             row["method"], f"{over['time']:.2f}", f"{low:.2f}-{high:.2f}", f"{row['median_step_s'] * 1e3:,.0f}",
             f"{over['memory']:.2f}", f"{row['allocated_bytes'] / 1e6:,.1f}",
             f"{row['parameters']:,}", f"{row['active_parameters']:,}",
-            f"{row['flops_per_token'] / 1e6:.2f}", f"{row['router/experts_per_token']:.1f}",
+            f"{row['flops_per_token'] / 1e6:.2f}", experts_run(row),
         )  # fmt: skip
     console = Console(width=140)  # a narrower one would cut the numbers
     console.print(table)

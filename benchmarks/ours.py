@@ -43,7 +43,7 @@ def build(method, model, batch_size, length, changes=(), warm_up=0):
     optimizer = make_optimizer(OptimizerConfig(**config.optimizer), config.train.steps)
     init = initializer(network, optimizer, config.seed)
     abstract = abstract_state(init, mesh)
-    state, metrics = create_state(init, abstract), {}
+    state, active = create_state(init, abstract), []
     train_step = make_train_step(
         network, Objective(config.losses.to_dict(), network), optimizer, 1, shardings(abstract)
     )
@@ -52,13 +52,16 @@ def build(method, model, batch_size, length, changes=(), warm_up=0):
     )
 
     def step():
-        nonlocal state, metrics
+        nonlocal state
         state, metrics = compiled(state, batch())
         jax.block_until_ready((state, metrics))
+        active.append(metrics["router/experts_per_token"])
 
     def run(steps):
         seconds = timed(step)(steps)
-        facts["router/experts_per_token"] = float(metrics["router/experts_per_token"].mean())  # of the last step
+        of_steps = np.mean(active, axis=1)  # since the warm-up
+        facts["router/experts_per_token"] = float(of_steps.mean())
+        facts["experts_per_token_range"] = (float(of_steps.min()), float(of_steps.max()))
         return seconds
 
     start = time.perf_counter()
@@ -70,6 +73,7 @@ def build(method, model, batch_size, length, changes=(), warm_up=0):
     }  # fmt: skip
     if warm_up:
         run(warm_up)
+        active.clear()
     return run, facts
 
 

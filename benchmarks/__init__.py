@@ -18,7 +18,8 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "torch", "transformers")
 class Subject:
     """`build` is "module:function"; in the new process, called with `options`, it returns (run, facts).
 
-    run(steps) -> seconds of each step, waited for to its end; facts: what else is to be said, in plain values.
+    run(steps) -> seconds of each step, waited for to its end; facts: what else is to be said, in plain values, which a
+    run may renew.
     """
 
     def __init__(self, build, **options):
@@ -30,9 +31,10 @@ class Subject:
         self.facts = self._connection.recv()
 
     def run(self, steps):
-        """Seconds of each of so many steps."""
+        """Seconds of each of so many steps; `facts` are then those after the last."""
         self._connection.send(steps)
-        return self._connection.recv()
+        seconds, self.facts = self._connection.recv()
+        return seconds
 
     def close(self):
         """Ends the process."""
@@ -45,7 +47,8 @@ def _serve(connection, build, options):
     run, facts = getattr(importlib.import_module(module), function)(**options)
     connection.send(facts)
     while steps := connection.recv():
-        connection.send(run(steps))
+        seconds = run(steps)
+        connection.send((seconds, facts))
 
 
 def timed(step):

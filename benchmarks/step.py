@@ -2,7 +2,8 @@
 
     python -m benchmarks.step [--shape=peer] [--peer] [--json=FILE]
 
-Rows are E and K with ERC, without (vanilla) and, with --peer, PyTorch's OLMoE and naive ERC (`benchmarks/peer.py`).
+Rows are E and K with ERC, without (vanilla; `benchmarks/ours.py`) and, with --peer, PyTorch's OLMoE and naive ERC
+(`benchmarks/peer.py`).
 Every row lives in a process of its own and they take turns (`benchmarks/__init__.py`), a matmul of the machine's among
 them: its best rate is the limit. Tokens are random, fresh every step: routing stays near balance, nothing is learned.
 FLOPs are matmuls alone, backward counted twice the forward, recomputation not at all, ERC with all hinges active.
@@ -13,7 +14,6 @@ import functools
 import json
 import pathlib
 import statistics
-import time
 
 from rich.console import Console
 from rich.table import Table
@@ -27,59 +27,6 @@ SHAPES = {  # model block, (sequences, length) of a step, (E, K) of the rows
               (2, 16), ((4, 2), (8, 2))),
 }  # fmt: skip
 MATMUL = 2048  # rows and columns: large enough for the full rate, short enough to take its turn
-
-
-def build_ours(method, model, batch_size, length):
-    """(run, facts) of `configs/METHOD.py` for `benchmarks.Subject`: what `train.py` makes, without its loop."""
-    import jax
-    import numpy as np
-
-    from configs import erc, vanilla
-    from moe_erc import sharding
-    from moe_erc.losses.objective import Objective
-    from moe_erc.model.config import ModelConfig
-    from moe_erc.model.transformer import Transformer
-    from moe_erc.training.optimizer import OptimizerConfig, make_optimizer
-    from moe_erc.training.state import abstract_state, create_state, initializer, shardings
-    from moe_erc.training.step import make_train_step
-
-    config = {"erc": erc, "vanilla": vanilla}[method].get_config("tiny")
-    config.model.update(model)
-    sizes = ModelConfig(**config.model)
-    sharding.use_cpu_cores(batch_size, sizes.experts)
-    mesh = sharding.make_mesh(config.mesh.data, config.mesh.expert)
-    sharding.check(mesh, sizes, batch_size, 1, batch_size)
-    network = Transformer(sizes, mesh)
-    optimizer = make_optimizer(OptimizerConfig(**config.optimizer), config.train.steps)
-    init = initializer(network, optimizer, config.seed)
-    abstract = abstract_state(init, mesh)
-    state = create_state(init, abstract)
-    train_step = make_train_step(
-        network, Objective(config.losses.to_dict(), network), optimizer, 1, shardings(abstract)
-    )
-    generator = np.random.default_rng(0)
-
-    def batch():
-        tokens = generator.integers(sizes.vocab_size, size=(batch_size, length + 1), dtype=np.int32)
-        mask_BT = np.ones((batch_size, length), bool)
-        return sharding.put_batch(mesh, {"inputs_BT": tokens[:, :-1], "targets_BT": tokens[:, 1:], "mask_BT": mask_BT})
-
-    def step():
-        nonlocal state
-        state, metrics = compiled(state, batch())
-        jax.block_until_ready((state, metrics))
-
-    start = time.perf_counter()
-    compiled = train_step.lower(state, batch()).compile()
-    facts = {
-        "compile_s": time.perf_counter() - start,
-        "flops_per_token": 3 * sizes.flops_per_token(length),
-        "temp_bytes": compiled.memory_analysis().temp_size_in_bytes,  # of one device
-        "parameters": sizes.parameters(),
-        "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
-    }
-
-    return timed(step), facts
 
 
 def build_matmul(size):
@@ -109,7 +56,7 @@ def start(shape, with_peer):
         options = {"model": model, "batch_size": batch_size, "length": length}
         row = (experts, experts_per_token)
         for method in ("erc", "vanilla"):
-            subjects[*row, method] = Subject("benchmarks.step:build_ours", method=method, **options)
+            subjects[*row, method] = Subject("benchmarks.ours:build", method=method, **options)
         if with_peer:
             subjects[*row, "peer"] = Subject("benchmarks.peer:build", threads=cores(), **options)
     return subjects

@@ -1,0 +1,95 @@
+"""What the benchmarks measure of this code base: the compiled train step of a config, as `train.py` makes it.
+
+The config is that of size `tiny` with the benchmark's sizes in place of its own, so that what a config derives from
+sizes (AoE's rank, the K of shared experts and of top-p) is derived from these.
+"""
+
+import dataclasses
+import functools
+import importlib
+import time
+from unittest import mock
+
+import jax
+import numpy as np
+
+from benchmarks import timed
+from configs import sizes
+from moe_erc import sharding
+from moe_erc.analysis.compiled import memory
+from moe_erc.losses.objective import Objective
+from moe_erc.model.config import ModelConfig
+from moe_erc.model.transformer import Transformer
+from moe_erc.training.optimizer import OptimizerConfig, make_optimizer
+from moe_erc.training.state import abstract_state, create_state, initializer, shardings
+from moe_erc.training.step import make_train_step
+
+
+def configure(method, model):
+    """The config of `configs/METHOD.py` (a dot for a folder), of the sizes `model`."""
+    with mock.patch.dict(sizes.MODELS, tiny=tuple(model[field] for field in sizes.MODEL_FIELDS)):
+        return importlib.import_module(f"configs.{method}").get_config("tiny")
+
+
+def build(method, model, batch_size, length, changes=(), warm_up=0):
+    """(run, facts) for `benchmarks.Subject`; `changes` of the model block come last, `warm_up` steps are done first."""
+    config = configure(method, model)
+    config.model.update(dict(changes))
+    model_config = ModelConfig(**config.model)
+    sharding.use_cpu_cores(batch_size, model_config.experts)
+    mesh = sharding.make_mesh(config.mesh.data, config.mesh.expert)
+    sharding.check(mesh, model_config, batch_size, 1, batch_size)
+    network = Transformer(model_config, mesh)
+    optimizer = make_optimizer(OptimizerConfig(**config.optimizer), config.train.steps)
+    init = initializer(network, optimizer, config.seed)
+    abstract = abstract_state(init, mesh)
+    state, active = create_state(init, abstract), []
+    train_step = make_train_step(
+        network, Objective(config.losses.to_dict(), network), optimizer, 1, shardings(abstract)
+    )
+    batch = functools.partial(
+        random_batch, mesh, np.random.default_rng(0), model_config.vocab_size, (batch_size, length)
+    )
+
+    def step():
+        nonlocal state
+        state, metrics = compiled(state, batch())
+        jax.block_until_ready((state, metrics))
+        active.append(metrics["router/experts_per_token"])
+
+    def run(steps):
+        seconds = timed(step)(steps)
+        of_steps = np.mean(active, axis=1)  # since the warm-up
+        facts["router/experts_per_token"] = float(of_steps.mean())
+        facts["experts_per_token_range"] = (float(of_steps.min()), float(of_steps.max()))
+        return seconds
+
+    start = time.perf_counter()
+    compiled = train_step.lower(state, batch()).compile()
+    facts = {"compile_s": time.perf_counter() - start} | describe(model_config, length) | {
+        "temp_bytes": memory(compiled).temporaries,  # of one device, as the next
+        "allocated_bytes": memory(compiled).allocated,
+        "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+    }  # fmt: skip
+    if warm_up:
+        run(warm_up)
+        active.clear()
+    return run, facts
+
+
+def random_batch(mesh, generator, vocabulary, shape):
+    """Random tokens on their devices, of (sequences, length); nothing is masked."""
+    batch_size, length = shape
+    tokens = generator.integers(vocabulary, size=(batch_size, length + 1), dtype=np.int32)
+    mask_BT = np.ones(shape, bool)
+    return sharding.put_batch(mesh, {"inputs_BT": tokens[:, :-1], "targets_BT": tokens[:, 1:], "mask_BT": mask_BT})
+
+
+def describe(model_config, length):
+    """The sizes, and what follows from them; the FLOPs are of a token, forward and backward."""
+    return {
+        "model": dataclasses.asdict(model_config),
+        "parameters": model_config.parameters(),
+        "active_parameters": model_config.active_parameters(),
+        "flops_per_token": 3 * model_config.flops_per_token(length),
+    }

@@ -33,7 +33,9 @@ def block_loop(expert, x_ND, assigned, experts_NK, matrices):
         return lax.fori_loop(0, _blocks(group), block, totals), None
 
     of_expert = jax.tree.map(lambda leaf: leaf[0], matrices)
-    summed, kept = jax.eval_shape(lambda *of: expert(*of, MATMUL), x_ND, _take(assigned, jnp.arange(len(x_ND))), of_expert)
+    summed, kept = jax.eval_shape(
+        lambda *of: expert(*of, MATMUL), x_ND, _take(assigned, jnp.arange(len(x_ND))), of_expert
+    )
 
     def zeros(rows, dtype):
         return lambda leaf: jnp.zeros_like(x_ND, dtype or leaf.dtype, shape=(rows, *leaf.shape[1:]))
@@ -112,4 +114,3 @@ def _take(tree, indices):
 
 def _add(totals, indices, rows):
     return jax.tree.map(lambda total, leaf: total.at[indices].add(leaf, mode="drop"), totals, rows)
-

@@ -4,8 +4,8 @@ A router scores every expert for every token; the K most preferred are chosen an
 
     probs = softmax(scores_E) in float32,   experts = top K of probs + bias,   y = sum_k probs[k] expert_k(x)
 
-The bias is that of loss-free balancing (arXiv 2408.15664). With top_p < 1 (arXiv 2403.07652) only the smallest prefix of
-the K whose probabilities sum to more than top_p is kept; a slot left empty has expert id E and weight 0.
+The bias is that of loss-free balancing (arXiv 2408.15664). With top_p < 1 (arXiv 2403.07652) only the smallest prefix
+of the K whose probabilities sum to more than top_p is kept; a slot left empty has expert id E and weight 0.
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""What happens to a row, run by every implementation, against the formulas on gathered matrices; where gradients stop."""
+"""What happens to a row, by every implementation, against the formulas on gathered matrices; where gradients stop."""
 
 from functools import partial
 
@@ -13,8 +13,8 @@ from moe_erc.moe.experts import IMPLEMENTATIONS, affinity, unit_output, weighed
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 N, K, E, D, F, RANK = 70, 3, 4, 6, 5, 3  # 70 rows for one expert are more than a block
-GATES = ("whole", "factorised")
-KEEPS = ((), ("hidden",), ("output",), ("hidden", "output"))
+KEEPS = (("whole", ("hidden",)), ("whole", ("output",)), ("factorised", ("hidden", "output")))
+EVERY_WAY = pytest.mark.parametrize("name", sorted(IMPLEMENTATIONS))
 
 
 def inputs(gate, every=False):
@@ -81,63 +81,53 @@ def assert_equal(expected, found):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(b, a, rtol=1e-4, atol=1e-5), expected, found)
 
 
-@pytest.mark.parametrize("keep", KEEPS, ids="+".join)
-@pytest.mark.parametrize("gate", GATES)
-@pytest.mark.parametrize("name", sorted(IMPLEMENTATIONS))
+@pytest.mark.parametrize("gate, keep", KEEPS, ids=str)
+@EVERY_WAY
 def test_weighed_outputs_and_what_is_kept(name, gate, keep):
     arguments = inputs(gate)
     expected = value_and_gradients(partial(weighed_by_formula, keep), arguments)
     assert_equal(expected, value_and_gradients(partial(IMPLEMENTATIONS[name], partial(weighed, keep=keep)), arguments))
 
 
-@pytest.mark.parametrize("gate", GATES)
-@pytest.mark.parametrize("name", sorted(IMPLEMENTATIONS))
-def test_affinity_of_all_experts(name, gate):
-    arguments = inputs(gate, every=True)
+@EVERY_WAY
+def test_affinity_of_all_experts(name):
+    arguments = inputs("whole", every=True)
     expected = value_and_gradients(affinity_by_formula, arguments)
     assert_equal(expected, value_and_gradients(partial(IMPLEMENTATIONS[name], affinity), arguments))
 
 
-@pytest.mark.parametrize("gate", GATES)
-@pytest.mark.parametrize("name", sorted(IMPLEMENTATIONS))
-def test_directions_of_outputs_are_weighed_and_summed(name, gate):
-    arguments = inputs(gate)
+@EVERY_WAY
+def test_directions_of_outputs_are_weighed_and_summed(name):
+    arguments = inputs("factorised")
     expected = value_and_gradients(unit_output_by_formula, arguments)
     assert_equal(expected, value_and_gradients(partial(IMPLEMENTATIONS[name], unit_output), arguments))
 
 
-@pytest.mark.parametrize("name", sorted(IMPLEMENTATIONS))
+@EVERY_WAY
 def test_an_output_of_zero_has_no_direction_and_no_gradient(name):
     x_ND, assigned, experts_NK, matrices = inputs("whole")
     found = value_and_gradients(partial(IMPLEMENTATIONS[name], unit_output), (0 * x_ND, assigned, experts_NK, matrices))
     assert not any(leaf.any() for leaf in jax.tree.leaves(found))  # NaN would be any
 
 
-@pytest.mark.parametrize("gate", GATES)
-@pytest.mark.parametrize("name", sorted(IMPLEMENTATIONS))
-def test_a_loss_on_kept_outputs_trains_the_experts_alone(name, gate):
+@EVERY_WAY
+def test_a_loss_on_kept_outputs_trains_the_experts_alone(name):
     def kept_output(*arguments):
         return IMPLEMENTATIONS[name](partial(weighed, keep=("output",)), *arguments)[1]
 
-    _, (dx_ND, dassigned, dmatrices) = value_and_gradients(kept_output, inputs(gate))
+    _, (dx_ND, dassigned, dmatrices) = value_and_gradients(kept_output, inputs("factorised"))
     assert not dx_ND.any() and not any(leaf.any() for leaf in dassigned.values())
     assert all(leaf.any() for leaf in dmatrices.values())
 
 
-@pytest.mark.parametrize("gate", GATES)
-@pytest.mark.parametrize("name", sorted(IMPLEMENTATIONS))
-def test_mixed_precision_keeps_dtypes_and_stays_near_float32(name, gate):
-    exact = inputs(gate)
-    low = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16) if leaf.dtype == jnp.float32 else leaf, exact)
-    low[1]["weight"] = exact[1]["weight"]  # routing weights stay float32
+@EVERY_WAY
+def test_mixed_precision_keeps_dtypes(name):
+    x_ND, assigned, experts_NK, matrices = inputs("factorised")
+    x_ND, low, matrices = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), (x_ND, assigned["low"], matrices))
+    assigned["low"] = low  # routing weights stay float32
     run = partial(IMPLEMENTATIONS[name], partial(weighed, keep=("hidden", "output")))
-    (_, found), gradients = value_and_gradients(run, low)
-    assert {leaf.dtype for leaf in jax.tree.leaves(found)} == {jnp.dtype(jnp.bfloat16)}
-    inputs_of_gradients = (low[0], low[1], low[3])
-    jax.tree.map(lambda leaf, gradient: np.testing.assert_equal(gradient.dtype, leaf.dtype), inputs_of_gradients, gradients)
-    expected = value_and_gradients(run, exact)
-
-    def near(a, b):
-        assert np.linalg.norm(b.astype(jnp.float32) - a) < 0.03 * np.linalg.norm(a)  # 8 bits of mantissa
-
-    jax.tree.map(near, expected, ((_, found), gradients))
+    (_, results), gradients = value_and_gradients(run, (x_ND, assigned, experts_NK, matrices))
+    assert {leaf.dtype for leaf in jax.tree.leaves(results)} == {jnp.dtype(jnp.bfloat16)}
+    types = jax.tree.map(lambda leaf: leaf.dtype, ((x_ND, assigned, matrices), gradients))
+    assert types[0] == types[1]
+    assert all(jnp.isfinite(leaf).all() and leaf.any() for leaf in jax.tree.leaves((results, gradients)))

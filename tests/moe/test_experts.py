@@ -48,6 +48,21 @@ def value_and_gradients(implementation, routing):
     return jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))(x_ND, weights_NK, matrices)
 
 
+def test_memory_of_the_block_loop_is_that_of_its_outputs():
+    tokens, E, D, F = 4096, 64, 256, 128
+    shapes = ((tokens, D), (tokens, 8), (tokens, 8), (E, D, F), (E, D, F), (E, F, D))
+    x, weights, ids, *of_experts = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)
+    ids = jax.ShapeDtypeStruct(ids.shape, jnp.int32)
+
+    def loss(x_ND, weights_NK, experts_NK, matrices):
+        return jnp.sum(apply(block_loop.block_loop, x_ND, weights_NK, experts_NK, matrices) ** 2)
+
+    gradient = jax.jit(jax.grad(loss, argnums=(0, 1, 3)))
+    compiled = gradient.lower(x, weights, ids, dict(zip(GATED, of_experts, strict=True))).compile()
+    # y, dy and dx are 4.2 MB each; one (N K, F) buffer alone would be 16.8 MB, one (N K, D) 33.6 MB
+    assert compiled.memory_analysis().temp_size_in_bytes < 4 * tokens * D * 4
+
+
 def test_the_oracle_by_hand():
     # one token x = 2, D = F = 1: expert 0 is silu(2 * 1) * (2 * 3) * 1, expert 1 silu(2 * -1) * (2 * 1) * 2
     values = {"w_gate": [1.0, -1.0], "w_up": [3.0, 1.0], "w_down": [1.0, 2.0]}
@@ -58,6 +73,7 @@ def test_the_oracle_by_hand():
     np.testing.assert_allclose(y_ND, [[0.75 * outputs[1] + 0.25 * outputs[0]]], rtol=1e-6)
 
 
+@pytest.mark.usefixtures("quick_compilation")  # after the test of memory
 @pytest.mark.parametrize("routing", ["balanced", "random", "one expert", "two experts", "some another device's"])
 @pytest.mark.parametrize("name", FAST)
 def test_values_and_gradients_equal_the_oracles(name, routing):
@@ -86,21 +102,6 @@ def test_block_loop_at_the_edges_of_a_block(rows):
     experts_NK = jnp.where(jnp.arange(N) < rows, 1, 3)[:, None]
     arguments = (x_ND, weights_NK[:, :1], experts_NK, matrices)
     np.testing.assert_allclose(apply(block_loop.block_loop, *arguments), apply(dense, *arguments), rtol=1e-5, atol=1e-5)
-
-
-def test_memory_of_the_block_loop_is_that_of_its_outputs():
-    tokens, E, D, F = 4096, 64, 256, 128
-    shapes = ((tokens, D), (tokens, 8), (tokens, 8), (E, D, F), (E, D, F), (E, F, D))
-    x, weights, ids, *of_experts = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)
-    ids = jax.ShapeDtypeStruct(ids.shape, jnp.int32)
-
-    def loss(x_ND, weights_NK, experts_NK, matrices):
-        return jnp.sum(apply(block_loop.block_loop, x_ND, weights_NK, experts_NK, matrices) ** 2)
-
-    gradient = jax.jit(jax.grad(loss, argnums=(0, 1, 3)))
-    compiled = gradient.lower(x, weights, ids, dict(zip(GATED, of_experts, strict=True))).compile()
-    # y, dy and dx are 4.2 MB each; one (N K, F) buffer alone would be 16.8 MB, one (N K, D) 33.6 MB
-    assert compiled.memory_analysis().temp_size_in_bytes < 4 * tokens * D * 4
 
 
 @pytest.mark.parametrize("name", sorted(IMPLEMENTATIONS))

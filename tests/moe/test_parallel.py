@@ -47,26 +47,6 @@ def run(mesh, implementation, spread, names, keep):
     return jax.device_get(gradients(x_BTD, routing.weights_BTK, matrices, w_low_EDr))
 
 
-@pytest.mark.parametrize("spread", ["random", "one expert"])
-@pytest.mark.parametrize("shape", [(1, 1), (2, 1), (1, 4), (2, 2), (4, 2), (1, 8)], ids=str)
-def test_any_mesh_equals_the_oracle_on_one_device(shape, spread):
-    expected = run(None, dense, spread, GATED, ())
-    found = run(sharding.make_mesh(*shape), IMPLEMENTATIONS["block_loop"], spread, GATED, ())
-    # float32 sums over tokens in another order
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(b, a, rtol=1e-4, atol=1e-4), expected, found)
-
-
-@pytest.mark.parametrize("name", ["block_loop", "ragged"])
-@pytest.mark.parametrize("shape", [(2, 2), (1, 8)], ids=str)
-def test_factorised_gates_empty_slots_and_what_is_kept_on_any_mesh(shape, name):
-    expected = run(None, dense, "empty slots", FACTORIZED, KEEP)
-    found = run(sharding.make_mesh(*shape), IMPLEMENTATIONS[name], "empty slots", FACTORIZED, KEEP)
-    (_, (_, kept)), (*_, dw_low_EDr) = found
-    assert kept["hidden"].shape == (B, T, K, F) and kept["output"].shape == (B, T, K, D)
-    assert dw_low_EDr.any()
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(b, a, rtol=1e-4, atol=1e-4), expected, found)
-
-
 @pytest.mark.parametrize("shape", [(1, 8), (2, 4)], ids=str)
 def test_memory_is_bounded_by_a_groups_tokens_and_knows_no_routing(shape):
     mesh, (rows, length, chosen), (experts, width, hidden) = sharding.make_mesh(*shape), (8, 64, 4), (16, 64, 32)
@@ -88,3 +68,24 @@ def test_memory_is_bounded_by_a_groups_tokens_and_knows_no_routing(shape):
     # every token at each of the device's 2 or 4 experts would be so many times the tokens more.
     of_group, of_experts = 4 * rows * length * width // shape[0], 4 * 3 * experts * width * hidden // shape[1]
     assert gradients.memory_analysis().temp_size_in_bytes < 5 * of_group + 2 * of_experts
+
+
+@pytest.mark.usefixtures("quick_compilation")  # after the tests of memory
+@pytest.mark.parametrize("spread", ["random", "one expert"])
+@pytest.mark.parametrize("shape", [(1, 1), (2, 1), (1, 4), (2, 2), (4, 2), (1, 8)], ids=str)
+def test_any_mesh_equals_the_oracle_on_one_device(shape, spread):
+    expected = run(None, dense, spread, GATED, ())
+    found = run(sharding.make_mesh(*shape), IMPLEMENTATIONS["block_loop"], spread, GATED, ())
+    # float32 sums over tokens in another order
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(b, a, rtol=1e-4, atol=1e-4), expected, found)
+
+
+@pytest.mark.usefixtures("quick_compilation")
+@pytest.mark.parametrize("shape, name", [((2, 2), "block_loop"), ((1, 4), "ragged")], ids=str)
+def test_factorised_gates_empty_slots_and_what_is_kept_on_any_mesh(shape, name):
+    expected = run(None, dense, "empty slots", FACTORIZED, KEEP)
+    found = run(sharding.make_mesh(*shape), IMPLEMENTATIONS[name], "empty slots", FACTORIZED, KEEP)
+    (_, (_, kept)), (*_, dw_low_EDr) = found
+    assert kept["hidden"].shape == (B, T, K, F) and kept["output"].shape == (B, T, K, D)
+    assert dw_low_EDr.any()
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(b, a, rtol=1e-4, atol=1e-4), expected, found)

@@ -16,7 +16,7 @@ def declare(config):
 
 
 def linear_scores(x_BTD, router_ED):
-    """Scores of rows. The choice of experts is discrete: a rounded score is another model, and E columns cost nothing."""
+    """Scores of rows. The choice of experts is discrete: a rounded score is another model; E columns cost nothing."""
     logits_BTE = jnp.einsum("btd,ed->bte", x_BTD.astype(jnp.float32), router_ED, precision=lax.Precision.HIGHEST)
     probabilities_BTE = jax.nn.softmax(logits_BTE, axis=-1)
     return Scores(logits_BTE, probabilities_BTE, probabilities_BTE)

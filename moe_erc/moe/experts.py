@@ -55,10 +55,11 @@ def affinity(x, assigned, matrices, matmul):
 
 
 def unit_output(x, assigned, matrices, matmul):
-    """The direction of an expert's output, weighed and summed by token."""
+    """The direction of an expert's output, weighed and summed by token; 0, as its gradient, for an output of 0."""
     out_RD = output(x, assigned, matrices, matmul).astype(jnp.float32)
-    length_R1 = jnp.linalg.norm(out_RD, axis=-1, keepdims=True)
-    return assigned["weight"][:, None] * out_RD / jnp.where(length_R1 > 0, length_R1, 1), ()
+    square_R1 = jnp.sum(jnp.square(out_RD), axis=-1, keepdims=True)
+    inverse_R1 = jnp.where(square_R1 > 0, lax.rsqrt(jnp.where(square_R1 > 0, square_R1, 1)), 0)
+    return assigned["weight"][:, None] * out_RD * inverse_R1, ()
 
 
 def dense(expert, x_ND, assigned, experts_NK, matrices):

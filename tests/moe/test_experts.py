@@ -1,6 +1,6 @@
 """Every implementation against the dense oracle, values and gradients, however tokens spread; the oracle by hand."""
 
-import functools
+from functools import cache
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from moe_erc.moe import block_loop, experts
-from moe_erc.moe.experts import IMPLEMENTATIONS, ExpertWeights, dense
+from moe_erc.moe.experts import GATED, IMPLEMENTATIONS, dense, weighed
 
 FAST = sorted(set(IMPLEMENTATIONS) - {"dense"})
 N, K, E, D, F = 300, 3, 5, 16, 8
@@ -27,37 +27,64 @@ def inputs(routing):
     }[routing]
     shapes = ((E, D, F), (E, D, F), (E, F, D))
     matrices = (0.3 * jax.random.normal(key, shape) for key, shape in zip(keys[3:], shapes, strict=True))
-    return x_ND, weights_NK, experts_NK, ExpertWeights(*matrices)
+    return x_ND, weights_NK, experts_NK, dict(zip(GATED, matrices, strict=True))
 
 
 def lax_top_k(scores_NE):
     return jax.lax.top_k(scores_NE, K)[1]
 
 
-@functools.cache
-def value_and_gradients(implementation, routing):
-    x_ND, weights_NK, experts_NK, expert_weights = inputs(routing)
+def apply(implementation, x_ND, weights_NK, experts_NK, matrices):
+    y_ND, kept = implementation(weighed, x_ND, {"weight": weights_NK}, experts_NK, matrices)
+    assert kept == {}
+    return y_ND
 
-    def loss(x_ND, weights_NK, expert_weights):
-        y_ND = implementation(x_ND, weights_NK, experts_NK, expert_weights)
+
+def value_and_gradients(implementation, routing):
+    x_ND, weights_NK, experts_NK, matrices = inputs(routing)
+
+    def loss(x_ND, weights_NK, matrices):
+        y_ND = apply(implementation, x_ND, weights_NK, experts_NK, matrices)
         return jnp.sum(jnp.sin(y_ND)), y_ND
 
-    return jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))(x_ND, weights_NK, expert_weights)
+    return jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))(x_ND, weights_NK, matrices)
+
+
+@cache
+def oracle(routing):
+    return value_and_gradients(dense, routing)
+
+
+def test_memory_of_the_block_loop_is_that_of_its_outputs():
+    tokens, E, D, F = 4096, 64, 256, 128
+    shapes = ((tokens, D), (tokens, 8), (tokens, 8), (E, D, F), (E, D, F), (E, F, D))
+    x, weights, ids, *of_experts = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)
+    ids = jax.ShapeDtypeStruct(ids.shape, jnp.int32)
+
+    def loss(x_ND, weights_NK, experts_NK, matrices):
+        return jnp.sum(apply(block_loop.block_loop, x_ND, weights_NK, experts_NK, matrices) ** 2)
+
+    gradient = jax.jit(jax.grad(loss, argnums=(0, 1, 3)))
+    compiled = gradient.lower(x, weights, ids, dict(zip(GATED, of_experts, strict=True))).compile()
+    # y, dy and dx are 4.2 MB each; one (N K, F) buffer alone would be 16.8 MB, one (N K, D) 33.6 MB
+    assert compiled.memory_analysis().temp_size_in_bytes < 4 * tokens * D * 4
 
 
 def test_the_oracle_by_hand():
     # one token x = 2, D = F = 1: expert 0 is silu(2 * 1) * (2 * 3) * 1, expert 1 silu(2 * -1) * (2 * 1) * 2
-    weights = ExpertWeights(*(jnp.array(values).reshape(2, 1, 1) for values in ([1.0, -1.0], [3.0, 1.0], [1.0, 2.0])))
+    values = {"w_gate": [1.0, -1.0], "w_up": [3.0, 1.0], "w_down": [1.0, 2.0]}
+    matrices = {name: jnp.array(of_experts).reshape(2, 1, 1) for name, of_experts in values.items()}
     silu = lambda x: x / (1 + np.exp(-x))  # noqa: E731
     outputs = [silu(2.0) * 6, silu(-2.0) * 2 * 2]
-    y_ND = dense(jnp.array([[2.0]]), jnp.array([[0.75, 0.25]]), jnp.array([[1, 0]]), weights)
+    y_ND = apply(dense, jnp.array([[2.0]]), jnp.array([[0.75, 0.25]]), jnp.array([[1, 0]]), matrices)
     np.testing.assert_allclose(y_ND, [[0.75 * outputs[1] + 0.25 * outputs[0]]], rtol=1e-6)
 
 
+@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize("routing", ["balanced", "random", "one expert", "two experts", "some another device's"])
 @pytest.mark.parametrize("name", FAST)
 def test_values_and_gradients_equal_the_oracles(name, routing):
-    expected, found = (value_and_gradients(function, routing) for function in (dense, IMPLEMENTATIONS[name]))
+    expected, found = oracle(routing), value_and_gradients(IMPLEMENTATIONS[name], routing)
     # float32 sums of up to 900 rows in another order
     jax.tree.map(lambda a, b: np.testing.assert_allclose(b, a, rtol=1e-4, atol=1e-4), expected, found)
 
@@ -72,39 +99,24 @@ def test_tokens_of_other_devices_give_exactly_nothing(name):
 @pytest.mark.parametrize("name", FAST)
 def test_an_empty_expert_gets_exactly_no_gradient(name):
     gradients = value_and_gradients(IMPLEMENTATIONS[name], "two experts")[1][2]
-    assert not any(leaf[1:4].any() for leaf in gradients)
-    assert all(leaf[0].any() and leaf[4].any() for leaf in gradients)
+    assert not any(leaf[1:4].any() for leaf in gradients.values())
+    assert all(leaf[0].any() and leaf[4].any() for leaf in gradients.values())
 
 
 @pytest.mark.parametrize("rows", [1, block_loop.BLOCK - 1, block_loop.BLOCK, block_loop.BLOCK + 1])
 def test_block_loop_at_the_edges_of_a_block(rows):
-    x_ND, weights_NK, _, expert_weights = inputs("random")
+    x_ND, weights_NK, _, matrices = inputs("random")
     experts_NK = jnp.where(jnp.arange(N) < rows, 1, 3)[:, None]
-    arguments = (x_ND, weights_NK[:, :1], experts_NK, expert_weights)
-    np.testing.assert_allclose(block_loop.block_loop(*arguments), dense(*arguments), rtol=1e-5, atol=1e-5)
-
-
-def test_memory_of_the_block_loop_is_that_of_its_outputs():
-    tokens, E, D, F = 4096, 64, 256, 128
-    shapes = ((tokens, D), (tokens, 8), (tokens, 8), (E, D, F), (E, D, F), (E, F, D))
-    x, weights, ids, *matrices = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)
-    ids = jax.ShapeDtypeStruct(ids.shape, jnp.int32)
-
-    def loss(x_ND, weights_NK, experts_NK, expert_weights):
-        return jnp.sum(block_loop.block_loop(x_ND, weights_NK, experts_NK, expert_weights) ** 2)
-
-    gradient = jax.jit(jax.grad(loss, argnums=(0, 1, 3)))
-    compiled = gradient.lower(x, weights, ids, ExpertWeights(*matrices)).compile()
-    # y, dy and dx are 4.2 MB each; one (N K, F) buffer alone would be 16.8 MB, one (N K, D) 33.6 MB
-    assert compiled.memory_analysis().temp_size_in_bytes < 4 * tokens * D * 4
+    arguments = (x_ND, weights_NK[:, :1], experts_NK, matrices)
+    np.testing.assert_allclose(apply(block_loop.block_loop, *arguments), apply(dense, *arguments), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", sorted(IMPLEMENTATIONS))
 def test_bfloat16_stays_near_float32(name):
-    x_ND, weights_NK, experts_NK, expert_weights = inputs("random")
-    low = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), (x_ND, expert_weights))
-    found = IMPLEMENTATIONS[name](low[0], weights_NK, experts_NK, low[1])
-    expected = dense(x_ND, weights_NK, experts_NK, expert_weights)
+    x_ND, weights_NK, experts_NK, matrices = inputs("random")
+    low = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), (x_ND, matrices))
+    found = apply(IMPLEMENTATIONS[name], low[0], weights_NK, experts_NK, low[1])
+    expected = apply(dense, x_ND, weights_NK, experts_NK, matrices)
     assert found.dtype == jnp.bfloat16
     assert np.linalg.norm(found.astype(jnp.float32) - expected) < 0.02 * np.linalg.norm(expected)  # 8 bits of mantissa
 

@@ -1,6 +1,6 @@
 """The experts of a mesh compute what one device computes: outputs and every gradient, also when all meet one expert."""
 
-import functools
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -11,44 +11,47 @@ from jax.sharding import PartitionSpec as P
 
 from moe_erc import sharding
 from moe_erc.moe import parallel
-from moe_erc.moe.experts import IMPLEMENTATIONS, ExpertWeights, dense
+from moe_erc.moe.experts import FACTORIZED, GATED, IMPLEMENTATIONS, dense, weighed
 from moe_erc.moe.routing import Routing
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-B, T, K, E, D, F = 8, 6, 2, 8, 16, 8
+B, T, K, E, D, F, RANK = 8, 6, 2, 8, 16, 8, 4
+KEEP = ("hidden", "output")
 
 
-def arguments(spread):
+def arguments(spread, names):
+    """x, routing, matrices and, beside a factorised gate, its first factor."""
     keys = jax.random.split(jax.random.key(0), 6)
     weights_BTK, experts_BTK = jax.lax.top_k(jax.random.uniform(keys[0], (B, T, E)), K)
-    experts_BTK = experts_BTK if spread == "random" else jnp.full_like(experts_BTK, 5)
-    shapes = ((E, D, F), (E, D, F), (E, F, D))
-    matrices = (0.3 * jax.random.normal(key, shape) for key, shape in zip(keys[1:4], shapes, strict=True))
-    return jax.random.normal(keys[4], (B, T, D)), Routing(weights_BTK, experts_BTK), ExpertWeights(*matrices)
+    experts_BTK = {
+        "random": experts_BTK,
+        "one expert": jnp.full_like(experts_BTK, 5),
+        "empty slots": jnp.where(weights_BTK > 0.8, experts_BTK, E),
+    }[spread]
+    shapes = {"w_gate": (E, D, F), "w_high": (E, RANK, F), "w_up": (E, D, F), "w_down": (E, F, D)}
+    matrices = {name: 0.3 * jax.random.normal(key, shapes[name]) for name, key in zip(names, keys[1:4], strict=True)}
+    w_low_EDr = jax.random.normal(keys[5], (E, D, RANK)) if "w_high" in names else None
+    return jax.random.normal(keys[4], (B, T, D)), Routing(weights_BTK, experts_BTK), matrices, w_low_EDr
 
 
-@functools.cache
-def run(mesh, experts, spread):
-    x_BTD, routing, expert_weights = arguments(spread)
+def run(mesh, implementation, spread, names, keep):
+    x_BTD, routing, matrices, w_low_EDr = arguments(spread, names)
 
-    def loss(x_BTD, weights_BTK, expert_weights):
-        y_BTD = parallel.apply(experts, mesh, x_BTD, routing._replace(weights_BTK=weights_BTK), expert_weights)
-        return jnp.sum(jnp.sin(y_BTD)), y_BTD
+    def loss(x_BTD, weights_BTK, matrices, w_low_EDr):
+        low_BTEr = None if w_low_EDr is None else parallel.project(mesh, x_BTD, w_low_EDr)
+        of_experts = partial(implementation, partial(weighed, keep=keep))
+        chosen = routing._replace(weights_BTK=weights_BTK)
+        results = parallel.apply(of_experts, mesh, x_BTD, chosen, matrices, low_BTEr)
+        return sum(jnp.sum(jnp.sin(leaf)) for leaf in jax.tree.leaves(results)), results
 
-    gradients = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))
-    return jax.device_get(gradients(x_BTD, routing.weights_BTK, expert_weights))
-
-
-@pytest.mark.parametrize("spread", ["random", "one expert"])
-@pytest.mark.parametrize("shape", [(1, 1), (2, 1), (1, 4), (2, 2), (4, 2), (1, 8)], ids=str)
-def test_any_mesh_equals_the_oracle_on_one_device(shape, spread):
-    expected = run(None, dense, spread)
-    found = run(sharding.make_mesh(*shape), IMPLEMENTATIONS["block_loop"], spread)
-    # float32 sums over tokens in another order
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(b, a, rtol=1e-4, atol=1e-4), expected, found)
+    gradients = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2, 3), has_aux=True))
+    return jax.device_get(gradients(x_BTD, routing.weights_BTK, matrices, w_low_EDr))
 
 
-@pytest.mark.optimized
+@cache
+def oracle(spread, names, keep):
+    return run(None, dense, spread, names, keep)
+
+
 @pytest.mark.parametrize("shape", [(1, 8), (2, 4)], ids=str)
 def test_memory_is_bounded_by_a_groups_tokens_and_knows_no_routing(shape):
     mesh, (rows, length, chosen), (experts, width, hidden) = sharding.make_mesh(*shape), (8, 64, 4), (16, 64, 32)
@@ -56,16 +59,38 @@ def test_memory_is_bounded_by_a_groups_tokens_and_knows_no_routing(shape):
     def abstract(of, spec, dtype=jnp.float32):
         return jax.ShapeDtypeStruct(of, dtype, sharding=NamedSharding(mesh, spec))
 
-    def loss(x_BTD, routing, weights):
-        return jnp.sum(parallel.apply(IMPLEMENTATIONS["block_loop"], mesh, x_BTD, routing, weights) ** 2)
+    def loss(x_BTD, routing, matrices):
+        of_experts = partial(IMPLEMENTATIONS["block_loop"], weighed)
+        return jnp.sum(parallel.apply(of_experts, mesh, x_BTD, routing, matrices)[0] ** 2)
 
     x_BTD = abstract((rows, length, width), P(sharding.BATCH))
     routing = Routing(*(abstract((rows, length, chosen), P(sharding.BATCH), of) for of in (jnp.float32, jnp.int32)))
     up, down = (experts, width, hidden), (experts, hidden, width)
-    specs = (sharding.PARAMETERS[name] for name in ("w_gate", "w_up", "w_down"))
-    weights = ExpertWeights(*(abstract(of, spec) for of, spec in zip((up, up, down), specs, strict=True)))
-    gradients = jax.jit(jax.grad(loss, argnums=(0, 2))).lower(x_BTD, routing, weights).compile()
+    shapes = {"w_gate": up, "w_up": up, "w_down": down}
+    matrices = {name: abstract(of, sharding.PARAMETERS[name]) for name, of in shapes.items()}
+    gradients = jax.jit(jax.grad(loss, argnums=(0, 2))).lower(x_BTD, routing, matrices).compile()
     # Tokens, outputs and their gradients, gathered; the device's experts and their gradients. Buffers large enough for
     # every token at each of the device's 2 or 4 experts would be so many times the tokens more.
     of_group, of_experts = 4 * rows * length * width // shape[0], 4 * 3 * experts * width * hidden // shape[1]
     assert gradients.memory_analysis().temp_size_in_bytes < 5 * of_group + 2 * of_experts
+
+
+@pytest.mark.usefixtures("quick_compilation")
+@pytest.mark.parametrize("spread", ["random", "one expert"])
+@pytest.mark.parametrize("shape", [(1, 1), (2, 1), (1, 4), (2, 2), (4, 2), (1, 8)], ids=str)
+def test_any_mesh_equals_the_oracle_on_one_device(shape, spread):
+    expected = oracle(spread, GATED, ())
+    found = run(sharding.make_mesh(*shape), IMPLEMENTATIONS["block_loop"], spread, GATED, ())
+    # float32 sums over tokens in another order
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(b, a, rtol=1e-4, atol=1e-4), expected, found)
+
+
+@pytest.mark.usefixtures("quick_compilation")
+@pytest.mark.parametrize("shape, name", [((2, 2), "block_loop"), ((1, 4), "ragged")], ids=str)
+def test_factorised_gates_empty_slots_and_what_is_kept_on_any_mesh(shape, name):
+    expected = oracle("empty slots", FACTORIZED, KEEP)
+    found = run(sharding.make_mesh(*shape), IMPLEMENTATIONS[name], "empty slots", FACTORIZED, KEEP)
+    (_, (_, kept)), (*_, dw_low_EDr) = found
+    assert kept["hidden"].shape == (B, T, K, F) and kept["output"].shape == (B, T, K, D)
+    assert dw_low_EDr.any()
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(b, a, rtol=1e-4, atol=1e-4), expected, found)

@@ -1,42 +1,114 @@
 """Routing by hand: who is chosen, with what weight, and the means that the losses read."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_erc.moe.routing import Routing, statistics, top_k
+from moe_erc.moe.routing import Routing, Scores, statistics, top
 
-# softmax(ln p) = p, so these are the probabilities themselves
-SCORES_BTE = jnp.log(jnp.array([[[0.5, 0.3, 0.2], [0.1, 0.2, 0.7]]]))
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+PROBABILITIES_BTE = jnp.array([[[0.5, 0.3, 0.2], [0.1, 0.2, 0.7]]])
 MASK_BT = jnp.array([[True, True]])
 
 
-def test_top_k_takes_the_most_probable_and_keeps_their_probabilities():
-    routing = top_k(SCORES_BTE, 2, renormalize=False)
+@pytest.fixture
+def choose(model_config):
+    def run(probabilities_BTE=PROBABILITIES_BTE, bias_E=0.0, **changes):
+        experts = probabilities_BTE.shape[-1]
+        config = model_config(**{"experts": experts, "experts_per_token": 2} | changes)
+        return top(probabilities_BTE, probabilities_BTE + bias_E, config)
+
+    return run
+
+
+def scores(logits_BTE):
+    return Scores(logits_BTE, PROBABILITIES_BTE, PROBABILITIES_BTE)
+
+
+def test_the_most_probable_are_taken_with_their_probabilities(choose):
+    routing = choose()
     np.testing.assert_array_equal(routing.experts_BTK, [[[0, 1], [2, 1]]])
     np.testing.assert_allclose(routing.weights_BTK, [[[0.5, 0.3], [0.7, 0.2]]], rtol=1e-6)
 
 
-def test_renormalized_weights_sum_to_one():
-    routing = top_k(SCORES_BTE, 2, renormalize=True)
+def test_renormalized_weights_sum_to_one(choose):
+    routing = choose(renormalize=True)
     np.testing.assert_allclose(routing.weights_BTK, [[[0.5 / 0.8, 0.3 / 0.8], [0.7 / 0.9, 0.2 / 0.9]]], rtol=1e-6)
 
 
-def test_ties_go_to_the_lower_expert():
-    np.testing.assert_array_equal(top_k(jnp.zeros((1, 1, 4)), 2, renormalize=False).experts_BTK, [[[0, 1]]])
+def test_ties_go_to_the_lower_expert(choose):
+    np.testing.assert_array_equal(choose(jnp.full((1, 1, 4), 0.25)).experts_BTK, [[[0, 1]]])
 
 
-def test_statistics_by_hand():
-    stats = statistics(SCORES_BTE, top_k(SCORES_BTE, 2, renormalize=False), MASK_BT)
+def test_a_bias_turns_the_choice_and_not_the_weight(choose):
+    routing = choose(bias_E=jnp.array([0.0, -0.2, 0.5]))
+    # preferences 0.5, 0.1, 0.7 and 0.1, 0.0, 1.2
+    np.testing.assert_array_equal(routing.experts_BTK, [[[2, 0], [2, 0]]])
+    np.testing.assert_allclose(routing.weights_BTK, [[[0.2, 0.5], [0.7, 0.1]]], rtol=1e-6)
+
+
+def test_the_gradient_of_the_chosen_does_not_know_the_bias(choose):
+    def loss(probabilities_BTE, bias_E):
+        return jnp.sum(jnp.array([3.0, 5.0]) * choose(probabilities_BTE, bias_E).weights_BTK)
+
+    to_probabilities, to_bias = jax.grad(loss, (0, 1))(PROBABILITIES_BTE, jnp.array([0.0, -0.2, 0.5]))
+    np.testing.assert_array_equal(to_probabilities, [[[5, 0, 3], [5, 0, 3]]])  # expert 2 comes first, then 0
+    assert not to_bias.any()
+
+
+def test_top_p_keeps_the_smallest_prefix_whose_sum_exceeds_it(choose):
+    # 0.5 and 0.7 exceed 0.49 alone; 0.51 takes 0.5 + 0.3 and still 0.7; 0.81 takes 0.5 + 0.3 + 0.2 and 0.7 + 0.2
+    for top_p, experts, weights in (
+        (0.49, [[0, 3, 3], [2, 3, 3]], [[0.5, 0, 0], [0.7, 0, 0]]),
+        (0.51, [[0, 1, 3], [2, 3, 3]], [[0.5, 0.3, 0], [0.7, 0, 0]]),
+        (0.81, [[0, 1, 2], [2, 1, 3]], [[0.5, 0.3, 0.2], [0.7, 0.2, 0]]),
+        (1.0, [[0, 1, 2], [2, 1, 0]], [[0.5, 0.3, 0.2], [0.7, 0.2, 0.1]]),
+    ):
+        routing = choose(top_p=top_p, experts_per_token=3)
+        np.testing.assert_array_equal(routing.experts_BTK, [experts])
+        np.testing.assert_allclose(routing.weights_BTK, [weights], rtol=1e-6)
+
+
+def test_top_p_keeps_no_more_than_k_and_a_sum_that_equals_it_does_not_exceed_it(choose):
+    routing = choose(jnp.array([[[0.25, 0.5, 0.25]]]), top_p=0.5, experts_per_token=3)
+    np.testing.assert_array_equal(routing.experts_BTK, [[[1, 0, 3]]])
+    assert (choose(jnp.full((1, 1, 4), 0.25), top_p=0.9).experts_BTK < 4).sum() == 2
+
+
+def test_renormalized_top_p_weights_sum_to_one_over_the_prefix(choose):
+    routing = choose(top_p=0.51, renormalize=True)
+    np.testing.assert_allclose(routing.weights_BTK, [[[0.5 / 0.8, 0.3 / 0.8], [1, 0]]], rtol=1e-6)
+
+
+def test_statistics_by_hand(choose):
+    stats = statistics(scores(jnp.log(PROBABILITIES_BTE)), choose(), MASK_BT)
     np.testing.assert_allclose(stats.load_E, [1 / 4, 2 / 4, 1 / 4])  # assignments 0 1 2 1
     np.testing.assert_allclose(stats.probability_E, [0.3, 0.25, 0.45], rtol=1e-6)
+    assert stats.active == 2
     assert stats.logsumexp2 == pytest.approx(0.0, abs=1e-10)  # ln(0.5 + 0.3 + 0.2) = 0
 
 
-def test_statistics_do_not_count_masked_tokens():
-    stats = statistics(SCORES_BTE + 2.0, top_k(SCORES_BTE, 2, renormalize=False), jnp.array([[True, False]]))
+def test_statistics_do_not_count_masked_tokens(choose):
+    stats = statistics(scores(jnp.log(PROBABILITIES_BTE) + 2.0), choose(), jnp.array([[True, False]]))
     np.testing.assert_allclose(stats.load_E, [1 / 2, 1 / 2, 0])
     np.testing.assert_allclose(stats.probability_E, [0.5, 0.3, 0.2], rtol=1e-6)
+    assert stats.active == 2
     assert stats.logsumexp2 == pytest.approx(4.0, rel=1e-6)  # (2 + ln 1)^2
-    nothing = statistics(SCORES_BTE, Routing(*top_k(SCORES_BTE, 2, False)), jnp.zeros((1, 2), bool))
-    assert not nothing.load_E.any()
+    nothing = statistics(scores(PROBABILITIES_BTE), choose(), jnp.zeros((1, 2), bool))
+    assert not nothing.load_E.any() and nothing.active == 0
+
+
+def test_statistics_do_not_count_empty_slots():
+    routing = Routing(jnp.array([[[0.5, 0.3], [0.7, 0.0]]]), jnp.array([[[0, 1], [2, 3]]]))
+    stats = statistics(scores(jnp.log(PROBABILITIES_BTE)), routing, MASK_BT)
+    np.testing.assert_allclose(stats.load_E, [1 / 3, 1 / 3, 1 / 3])
+    assert stats.active == 1.5  # three experts of two tokens
+
+
+def test_balance_reads_what_the_router_says_it_should():
+    balance_BTE = PROBABILITIES_BTE[..., ::-1]
+    of = Scores(jnp.log(PROBABILITIES_BTE), PROBABILITIES_BTE, balance_BTE)
+    stats = statistics(of, Routing(jnp.ones((1, 2, 1)), jnp.zeros((1, 2, 1), jnp.int32)), MASK_BT)
+    np.testing.assert_allclose(stats.probability_E, [0.45, 0.25, 0.3], rtol=1e-6)

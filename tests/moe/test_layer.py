@@ -1,0 +1,186 @@
+"""The layer as a whole: what is added to the routed experts, who competes, what is observed, where gradients go."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe_erc.losses.objective import LAYER_TERMS
+from moe_erc.moe.layer import MoE, declare
+from moe_erc.moe.routers import competition
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+B, T, D, F, E, K = 2, 5, 8, 6, 4, 2
+EXPERTS = ("w_gate", "w_up", "w_down")
+
+
+@pytest.fixture(scope="module")
+def tiny(model_config):
+    def make(**changes):
+        sizes = {"width": D, "expert_width": F, "experts": E, "experts_per_token": K}
+        return model_config(**sizes | changes)
+
+    return make
+
+
+def parameters(config):
+    declared, rng = declare(config), np.random.default_rng(0)
+    return {name: jnp.asarray(0.7 * rng.normal(size=shape), jnp.float32) for name, (_, shape) in declared.items()}
+
+
+def tokens():
+    return jnp.asarray(np.random.default_rng(1).normal(size=(B, T, D)), jnp.float32)
+
+
+MASK_BT = jnp.ones((B, T), bool).at[1, 3:].set(False)
+
+
+def apply(config, params, router_state, observe=None):
+    """(y, statistics, what `observe` returns, with everything kept)."""
+    observers = (("it", observe, ("output", "hidden")),) if observe else ()
+    run = jax.jit(MoE(config, observers=observers).apply)
+    y_BTD, stats, observed = run({"params": params}, tokens(), MASK_BT, router_state)
+    return y_BTD, stats, observed.get("it")
+
+
+def all_experts(params):
+    """(hidden (B, T, E, F), output (B, T, E, D)) of every expert on every token."""
+    gate_BTEF, up_BTEF = (jnp.einsum("btd,edf->btef", tokens(), params[name]) for name in ("w_gate", "w_up"))
+    hidden_BTEF = jax.nn.silu(gate_BTEF) * up_BTEF
+    return hidden_BTEF, jnp.einsum("btef,efd->bted", hidden_BTEF, params["w_down"])
+
+
+def mixture(params, weights_BTK, experts_BTK):
+    output_BTKD = jnp.take_along_axis(all_experts(params)[1], experts_BTK[..., None], axis=2)
+    return jnp.sum(weights_BTK[..., None] * output_BTKD, axis=2)
+
+
+def assert_close(found, expected):
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_most_probable_experts_are_mixed(tiny):
+    params = parameters(tiny())
+    y_BTD, stats, _ = apply(tiny(), params, {})
+    assert_close(y_BTD, mixture(params, *jax.lax.top_k(jax.nn.softmax(tokens() @ params["router"].T), K)))
+    assert stats.active == K and stats.load_E.sum() == pytest.approx(1)
+
+
+def test_all_experts_and_a_threshold_of_one_are_the_dense_mixture(tiny):
+    config = tiny(top_p=1.0, experts_per_token=E)
+    params = parameters(config)
+    probabilities_BTE = jax.nn.softmax(tokens() @ params["router"].T)
+    every_BTE = jnp.broadcast_to(jnp.arange(E), (B, T, E))
+    assert_close(apply(config, params, {})[0], mixture(params, probabilities_BTE, every_BTE))
+
+
+def test_a_bias_chooses_and_does_not_weigh(tiny):
+    params = parameters(tiny())
+    state = {"bias": jnp.array([0.0, 2.0, 0.0, 1.0])}  # experts 1 and 3 of all tokens
+    y_BTD, stats, _ = apply(tiny(bias_rate=1e-3), params, state)
+    chosen_BTK = jnp.broadcast_to(jnp.array([1, 3]), (B, T, K))
+    weights_BTK = jax.nn.softmax(tokens() @ params["router"].T)[..., jnp.array([1, 3])]
+    assert_close(y_BTD, mixture(params, weights_BTK, chosen_BTK))
+    np.testing.assert_allclose(stats.load_E, [0, 0.5, 0, 0.5])
+
+
+def test_shared_experts_add_one_swiglu_of_their_width_together(tiny):
+    config = tiny(shared_experts=2)
+    params = parameters(config)
+    assert params["shared_gate"].shape == params["shared_up"].shape == (D, 2 * F)
+    routed = {name: leaf for name, leaf in params.items() if not name.startswith("shared")}
+    shared_BTF = jax.nn.silu(tokens() @ params["shared_gate"]) * (tokens() @ params["shared_up"])
+    difference_BTD = apply(config, params, {})[0] - apply(tiny(), routed, {})[0]
+    assert_close(difference_BTD, shared_BTF @ params["shared_down"])
+
+
+def test_where_experts_compete_the_winners_run(tiny):
+    config = tiny(router="competition")
+    params = parameters(config)
+
+    def observe(layer):
+        return layer.routing, layer.competition
+
+    y_BTD, _, (routing, competing) = apply(config, params, {"competing": jnp.array(True)}, observe)
+    affinity_BTE = jnp.mean(jnp.log1p(jnp.exp(all_experts(params)[1])), axis=-1)
+    expected, q_BTE = competition.winners(affinity_BTE, K)
+    np.testing.assert_array_equal(routing.experts_BTK, expected.experts_BTK)
+    assert_close(routing.weights_BTK, expected.weights_BTK)
+    assert_close(competing.winners_BTE, q_BTE)
+    assert_close(y_BTD, mixture(params, *expected))
+    assert competing.active
+
+    y_BTD, _, (routing, competing) = apply(config, params, {"competing": jnp.array(False)}, observe)
+    vanilla_BTD, _, vanilla = apply(tiny(), params, {}, lambda layer: layer.routing)
+    jax.tree.map(np.testing.assert_array_equal, (y_BTD, routing), (vanilla_BTD, vanilla))
+    assert (routing.experts_BTK != expected.experts_BTK).any()
+    assert not competing.active and not competing.winners_BTE.any()
+
+
+def test_a_layer_can_be_observed(tiny):
+    config = tiny(top_p=0.6)
+
+    def observe(layer):
+        assert layer.competition is None
+        again = layer.score(layer.x_BTD).probabilities_BTE
+        return layer.x_BTD, layer.mask_BT, layer.scores, again, layer.routing, layer.chosen_BTK, layer.kept
+
+    params = parameters(config)
+    _, stats, (x_BTD, mask_BT, scores, again, routing, chosen_BTK, kept) = apply(config, params, {}, observe)
+    np.testing.assert_array_equal(x_BTD, tokens())
+    np.testing.assert_array_equal(mask_BT, MASK_BT)
+    np.testing.assert_array_equal(again, scores.probabilities_BTE)
+    full_BTK = routing.experts_BTK < E
+    assert not full_BTK.all() and full_BTK[..., 0].all()  # a prefix: some second slots are empty
+    np.testing.assert_array_equal(chosen_BTK, full_BTK & MASK_BT[..., None])
+    assert stats.active == pytest.approx(chosen_BTK.sum() / MASK_BT.sum())
+    for name, every in zip(("hidden", "output"), all_experts(params), strict=True):
+        chosen = jnp.take_along_axis(every, routing.experts_BTK[..., None], axis=2, mode="fill", fill_value=0)
+        assert_close(kept[name], chosen)
+
+
+def test_the_sum_of_directions_is_over_all_experts(tiny):
+    params = parameters(tiny())
+    _, _, found_BTD = apply(tiny(), params, {}, lambda layer: layer.unit_sum_BTD())
+    output_BTED = all_experts(params)[1]
+    assert_close(found_BTD, jnp.sum(output_BTED / jnp.linalg.norm(output_BTED, axis=-1, keepdims=True), axis=2))
+
+
+ROUTES = {  # term: (what it trains, what it does not touch)
+    "output_overlap": (EXPERTS, ("router", "x")),
+    "routing_variance": (("router",), (*EXPERTS, "x")),
+    "competition": (("router", "x"), EXPERTS),
+    "specialization": (("w_gate", "w_up", "x"), ("router", "w_down")),
+    "routing_entropy": (("router", "x"), EXPERTS),
+    "path_coupling": (("router", "x"), EXPERTS),
+}
+
+
+def largest_gradients(config, names, router_state):
+    """{term: {parameter or "x": the largest gradient}}, through the module in one backward."""
+    module = MoE(config, observers=tuple((name, LAYER_TERMS[name].observe, LAYER_TERMS[name].keep) for name in names))
+
+    def terms(inputs):
+        of = {name: leaf for name, leaf in inputs.items() if name != "x"}
+        observed = module.apply({"params": of}, inputs["x"], MASK_BT, router_state)[2]
+        return {name: jnp.sum(value) for name, value in observed.items()}
+
+    jacobian = jax.jit(jax.jacrev(terms))(parameters(config) | {"x": tokens()})
+    return jax.tree.map(lambda leaf: float(jnp.abs(leaf).max()), jacobian)
+
+
+def assert_routes(found):
+    for term, gradients in found.items():
+        trained, untouched = ROUTES[term]
+        assert {name for name, gradient in gradients.items() if gradient > 1e-5} == set(trained), term
+        assert {name for name, gradient in gradients.items() if gradient == 0} == set(untouched), term
+
+
+def test_a_term_trains_what_its_paper_says(tiny):
+    assert ROUTES.keys() == LAYER_TERMS.keys()
+    assert_routes(largest_gradients(tiny(), tuple(ROUTES.keys() - {"competition"}), {}))
+
+
+def test_competition_trains_the_router_alone(tiny):
+    assert_routes(largest_gradients(tiny(router="competition"), ("competition",), {"competing": jnp.array(True)}))

@@ -3,7 +3,9 @@
     g_e = relu(|x @ w_low[e]| - threshold[e]),   active where g_e >= theta,   y = sum_active g_e expert_e(x)
 
 How many experts a token meets is not fixed: the weight of the balance loss is raised while more than K of them do, and
-lowered while fewer (`training/state.py`). The gate of an expert is factorised as in AoE, and w_low is its first factor.
+lowered while fewer (`training/router_state.py`). That loss reads g times the token's number of experts over K, a
+constant: where many run they are pushed most, or one layer's experts would run for all. The gate of an expert is
+factorised as in AoE, and w_low is its first factor.
 """
 
 import jax
@@ -25,7 +27,8 @@ def score(config, mesh, parameters, x_BTD):
     low_BTEr, length_BTE = aoe.low_and_length(config, mesh, parameters, x_BTD)
     excess_BTE = length_BTE - parameters["threshold"]
     gate_BTE = jax.nn.relu(excess_BTE)
-    return Scores(excess_BTE, gate_BTE, gate_BTE, low_BTEr)
+    active_BT1 = jnp.sum(gate_BTE >= config.theta, axis=-1, keepdims=True)
+    return Scores(excess_BTE, gate_BTE, gate_BTE * active_BT1 / config.experts_per_token, low_BTEr)
 
 
 def choose(gate_BTE, _, config):

@@ -14,7 +14,7 @@ from moe_erc.model.transformer import Transformer
 )
 def test_parameters_are_counted_exactly(model_config, changes):
     config, tokens = model_config(**changes), jnp.zeros((1, 4), jnp.int32)
-    params = jax.eval_shape(Transformer(config).init, jax.random.key(0), tokens, tokens > 0)
+    params = jax.eval_shape(Transformer(config).init, jax.random.key(0), tokens, tokens > 0, {})
     assert sum(leaf.size for leaf in jax.tree.leaves(params)) == config.parameters()
 
 

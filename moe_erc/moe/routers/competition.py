@@ -3,7 +3,7 @@
     a_e = mean softplus(expert_e(x)),   q = softmax(a),   experts = top K of q,   weights = a[experts] / sum
 
 On other steps the router is a softmax router. `losses/competition.py` draws it towards q; in which layers experts
-compete is drawn step by step (`training/router_state.py`). Dense while it lasts: the price is the point of the comparison.
+compete is drawn step by step (`router_state.py`). Dense while it lasts: the price is the point of the comparison.
 """
 
 import dataclasses

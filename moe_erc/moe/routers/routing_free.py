@@ -3,7 +3,7 @@
     g_e = relu(|x @ w_low[e]| - threshold[e]),   active where g_e >= theta,   y = sum_active g_e expert_e(x)
 
 How many experts a token meets is not fixed: the weight of the balance loss is raised while more than K of them do, and
-lowered while fewer (`training/router_state.py`). The gate of an expert is factorised as in AoE, and w_low is its first factor.
+lowered while fewer (`router_state.py`). The gate of an expert is factorised as in AoE, and w_low is its first factor.
 """
 
 import jax

@@ -113,11 +113,12 @@ def decay_mask(params):
 def directions(params):
     """Who turns each gradient into a direction under Muon: "muon" for the hidden matrices, "adam" for the rest.
 
-    The router is no hidden map: its rows are compared one by one with tokens and experts, so it keeps Adam.
+    The router is no hidden map: its rows are compared one by one with tokens and experts, so it keeps Adam; as do the
+    rows of X-MoE.
     """
 
     def label(path, leaf):
-        hidden = "layers" in _names(path) and "router" not in _names(path)
+        hidden = "layers" in _names(path) and _names(path)[-1] not in ("router", "expert_embedding")
         return "muon" if hidden and _is_matrix(path, leaf) else "adam"
 
     return jax.tree_util.tree_map_with_path(label, params)

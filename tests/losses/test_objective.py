@@ -33,7 +33,6 @@ def model(model_config):
     return lambda **changes: Transformer(model_config(**changes))
 
 
-
 ERC = {
     "weight": 1.0,
     "alpha": 1.0,
@@ -105,7 +104,7 @@ def test_erc_of_mpi_is_that_of_the_turned_rows(model):
     params, rng, turning = random_moe(), jax.random.key(0), model(router="mpi")
     moe = params["layers"]["moe"]
     found = Objective({"erc": ERC}, turning).of_parameters(params, rng)["erc"]
-    turned_LED = jnp.stack([mpi.rows(turning.config, jax.tree.map(lambda leaf: leaf[i], moe)) for i in range(2)])
+    turned_LED = jax.vmap(lambda of_layer: mpi.rows(turning.config, of_layer))(moe)
     assert found == pytest.approx(float(erc_loss(moe | {"router": turned_LED}, rng)), rel=1e-6)
     assert abs(found - erc_loss(moe, rng)) > 0.1  # not that of the rows as they are
 
@@ -185,5 +184,6 @@ def test_a_loss_is_refused_beside_every_router_that_lacks_what_it_reads(loss, ro
             continue
         with pytest.raises(ValueError) as refusal:
             Objective({loss: options | {"weight": 1.0}}, goal)
-        assert all(word in str(refusal.value) for word in (f"losses.{loss}.weight", reason, repr(router), "set it to 0"))
+        words = f"losses.{loss}.weight", reason, repr(router), "set it to 0"
+        assert all(word in str(refusal.value) for word in words)
         assert "\n" not in str(refusal.value)

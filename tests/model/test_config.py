@@ -8,7 +8,6 @@ from configs import base
 from moe_erc.model.config import ModelConfig
 from moe_erc.model.transformer import Transformer
 
-
 TINY = {"layers": 1, "width": 8, "heads": 2, "kv_heads": 2, "experts": 4, "experts_per_token": 2, "expert_width": 6}
 TINY |= {"vocab_size": 16}
 

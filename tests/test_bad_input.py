@@ -18,6 +18,8 @@ from tests import script
     (["--config.train.batch_size=6", "--config.train.micro_batches=4"], ["train.batch_size", "6", "4"]),
     (["--config.losses.erc.noise=gaussian"], ["losses.erc", "noise", "gaussian"]),
     (["--config.losses.erc.weight=-1.0"], ["losses.erc.weight", "-1.0"]),
+    (["--config.model.router=aoe", "--config.model.gate_rank=8"], ["losses.erc.weight", "1.0", "'aoe'"]),
+    (["--config.model.gate_rank=8"], ["model.gate_rank", "8", "'softmax'", "0"]),
     (["--config.optimizer.name=adamx"], ["optimizer.name", "adamx", "adamw"]),
     (["--config.eval.every=0"], ["eval.every", "0", "steps"]),
     (["--config.optimizer.warmup_steps=6"], ["optimizer.warmup_steps", "6"]),

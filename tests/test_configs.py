@@ -1,9 +1,13 @@
-"""Every config builds at every size, and runs two steps at :debug with the loss it is named for."""
+"""Every config builds at every size, and runs two steps at :debug with the losses it names, the same on any mesh."""
 
+import functools
 import importlib
 import pathlib
 
 import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
 import pytest
 
 from configs import base, sizes
@@ -23,6 +27,15 @@ NAMES = sorted(
     for path in (ROOT / "configs").rglob("*.py")
     if path.stem not in ("__init__", "base", "sizes")
 )
+SAME_SIZE_AS_VANILLA = (
+    "competesmoe", "erc", "erc_expected", "erc_normalized", "expert_orthogonality", "loss_free", "mpi",
+    "router_orthogonality", "simbal", "synergistic", "top_p",
+)  # fmt: skip
+SAME_SIZE_COMBINATIONS = ("erc_loss_free", "erc_mpi", "erc_router_orthogonality")
+
+
+def get_config(name, size):
+    return importlib.import_module(name).get_config(size)
 
 
 def keys(config, prefix=""):
@@ -33,12 +46,29 @@ def keys(config, prefix=""):
 @pytest.mark.parametrize("size", sizes.MODELS)
 @pytest.mark.parametrize("name", NAMES)
 def test_a_config_is_whole_at_every_size_and_adds_no_key(name, size):
-    config = importlib.import_module(name).get_config(size)
+    config = get_config(name, size)
     assert set(keys(config)) == set(keys(base.get_config(size)))
-    ModelConfig(**config.model), DataConfig(**config.data), OptimizerConfig(**config.optimizer)
-    Objective(config.losses.to_dict())
+    model = Transformer(ModelConfig(**config.model))
+    DataConfig(**config.data), OptimizerConfig(**config.optimizer)
+    Objective(config.losses.to_dict(), model)
     assert config.train.batch_size % config.train.micro_batches == 0
     assert config.model.experts % config.mesh.expert == 0
+
+
+@pytest.mark.parametrize("size", sizes.MODELS)
+def test_methods_are_compared_at_the_sizes_they_claim(size):
+    vanilla = ModelConfig(**base.get_config(size).model)
+    counts = {name: ModelConfig(**get_config(name, size).model).parameters() for name in NAMES}
+    for name in (*SAME_SIZE_AS_VANILLA, *(f"combinations.{pair}" for pair in SAME_SIZE_COMBINATIONS)):
+        assert counts[f"configs.{name}"] == vanilla.parameters(), name
+    assert 0.99 * vanilla.parameters() < counts["configs.aoe"] <= vanilla.parameters()
+    assert counts["configs.routing_free"] == counts["configs.aoe"] + vanilla.layers * vanilla.experts
+    experts, width = vanilla.experts, vanilla.width
+    fewer = experts * width - (experts * width // 2 + experts**2 // 2 + 1)
+    assert counts["configs.xmoe"] == vanilla.parameters() - vanilla.layers * fewer
+    shared = ModelConfig(**get_config("configs.shared_experts", size).model)
+    assert shared.active_parameters() == vanilla.active_parameters()
+    assert shared.flops_per_token(8) == vanilla.flops_per_token(8)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -53,21 +83,77 @@ def test_no_size_is_tiny_and_an_unknown_one_is_refused():
         base.get_config("huge")
 
 
+@functools.cache
+def initial_state(model_config):
+    """On the host, under gradient descent; one program for all configs of the same model."""
+    mesh = sharding.make_mesh(1, 1)
+    init = initializer(Transformer(model_config, mesh), optax.sgd(1.0), 0)
+    state = create_state(init, abstract_state(init, mesh))
+    return jax.device_get(state.replace(rng=jax.random.key_data(state.rng)))
+
+
+def take_steps(config, mesh_shape, batch, steps):
+    """(metrics of every step, state) on the host: descent by the gradient itself, in two micro-batches."""
+    model_config, mesh, optimizer = ModelConfig(**config.model), sharding.make_mesh(*mesh_shape), optax.sgd(1.0)
+    model = Transformer(model_config, mesh)
+    shapes = abstract_state(initializer(model, optimizer, 0), mesh)
+    start = initial_state(model_config)
+    state = jax.device_put(start.replace(rng=jax.random.wrap_key_data(start.rng)), shardings(shapes))
+    step = make_train_step(model, Objective(config.losses.to_dict(), model), optimizer, 2, shardings(shapes))
+    history = []
+    for _ in range(steps):
+        state, metrics = step(state, sharding.put_batch(mesh, batch))
+        history.append(jax.device_get(metrics))
+    return history, jax.device_get(state.replace(rng=jax.random.key_data(state.rng)))
+
+
+def finite(tree):
+    return all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(tree))
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_two_steps_at_debug(name, token_batch):
-    config = importlib.import_module(name).get_config("debug")
-    mesh = sharding.make_mesh(1, 1)
-    model, objective = Transformer(ModelConfig(**config.model), mesh), Objective(config.losses.to_dict(), mesh)
-    optimizer = make_optimizer(OptimizerConfig(**config.optimizer), config.train.steps)
-    init = initializer(model, optimizer, config.seed)
-    shapes = abstract_state(init, mesh)
-    state = create_state(init, shapes)
-    step = make_train_step(model, objective, optimizer, config.train.micro_batches, shardings(shapes))
-    batch = sharding.put_batch(mesh, token_batch(config.train.batch_size, config.data.sequence_length))
-    state, first = step(state, batch)
-    state, second = step(state, batch)
+    config = get_config(name, "debug")
+    batch = token_batch(16, config.data.sequence_length)  # a row for each of 8 devices and 2 micro-batches
+    (first, second), state = take_steps(config, (1, 1), batch, 2)
     expected = {f"loss/{term}" for term, options in config.losses.items() if options.weight > 0} | {"loss/total"}
     assert {metric for metric in first if metric.startswith("loss/")} == expected
-    assert all(jax.numpy.isfinite(value) for value in second.values())
+    assert finite(first) and finite(second) and finite(state)
     assert second["loss/lm"] < first["loss/lm"]  # the same batch twice
-    assert ("loss/erc" in first) == (name != "configs.vanilla")
+    model_config = ModelConfig(**config.model)
+    assert sum(leaf.size for leaf in jax.tree.leaves(state.params)) == model_config.parameters()
+    assert all(first[f"router/{measure}"].shape == (2,) for measure in ("max_load", "experts_per_token"))
+    moved = jax.tree.map(lambda a, b: bool((a != b).any()), initial_state(model_config).params, state.params)
+    assert all(jax.tree.leaves(moved)), moved  # nothing is out of reach of the gradient
+    if "ablations" not in name:
+        history, elsewhere = take_steps(config, (2, 4), batch, 2)
+        for here, there in (([first, second], history), (state, elsewhere)):
+            jax.tree.map(lambda a, b: np.testing.assert_allclose(b, a, rtol=1e-5, atol=1e-5), here, there)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("name", ["aoe", "routing_free", "shared_experts", "xmoe"])
+def test_the_optimizers_take_every_routers_parameters(name, optimizer):
+    config = get_config(f"configs.{name}", "debug")
+    config.optimizer.name = optimizer
+    model = Transformer(ModelConfig(**config.model), sharding.make_mesh(1, 1))
+    chain = make_optimizer(OptimizerConfig(**config.optimizer), config.train.steps)
+    state = jax.eval_shape(initializer(model, chain, 0))
+    updates, _ = jax.eval_shape(chain.update, state.params, state.opt_state, state.params)
+    assert jax.tree.map(lambda leaf: leaf.shape, updates) == jax.tree.map(lambda leaf: leaf.shape, state.params)
+
+
+LAYER_LOSSES = ("output_overlap", "routing_variance", "specialization", "path_coupling", "routing_entropy")
+
+
+@pytest.mark.parametrize("name", ["vanilla", "aoe", "mpi", "xmoe", "competesmoe", "routing_free"])
+def test_bfloat16_keeps_parameters_in_float32(name, token_batch):
+    config = get_config(f"configs.{name}", "debug")
+    config.model.dtype = "bfloat16"
+    for loss in LAYER_LOSSES if name == "vanilla" else ():
+        config.losses[loss].weight = 1e-3
+    config.model.competition_rate = 1.0  # where there is a competition, it takes place
+    (metrics,), state = take_steps(config, (1, 2), token_batch(8, config.data.sequence_length), 1)
+    assert finite(metrics) and finite(state)
+    leaves = jax.tree.leaves((state.params, state.router, state.loss_scales))
+    assert {leaf.dtype for leaf in leaves} == {jnp.dtype("float32")}

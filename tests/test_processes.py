@@ -64,7 +64,9 @@ def metrics(workdir):
 def assert_same_curve(found, expected):
     assert [line["step"] for line in found] == [line["step"] for line in expected]
     for mine, theirs in zip(found, expected, strict=True):
-        assert mine == pytest.approx(theirs, rel=1e-5, abs=1e-6)
+        assert mine.keys() == theirs.keys()
+        for name, value in theirs.items():
+            np.testing.assert_allclose(mine[name], value, rtol=1e-5, atol=1e-6, err_msg=name)
 
 
 @pytest.fixture(scope="module")

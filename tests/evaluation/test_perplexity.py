@@ -14,6 +14,7 @@ from moe_erc.evaluation.generate import Sampler
 from moe_erc.evaluation.perplexity import Perplexity
 from moe_erc.losses.language_model import token_losses
 from moe_erc.model.transformer import Transformer
+from moe_erc.training.state import init_weights
 
 LENGTH = 32
 
@@ -27,38 +28,37 @@ def corpus(text_directory, tmp_path_factory):
 
 @functools.cache
 def jitted_logits(model):
-    def logits(params, ids_T):
+    def logits(weights, ids_T):
         pair_BT = jnp.stack([ids_T, ids_T])  # two devices want two rows
-        output = model.apply({"params": params}, pair_BT, jnp.ones_like(pair_BT, bool))
+        output = model.apply({"params": weights.params}, pair_BT, jnp.ones_like(pair_BT, bool), weights.router)
         return output.x_BTD[0] @ output.head_VD.T
 
     return jax.jit(logits)
 
 
-def logits_of(model, params, ids):
+def logits_of(model, weights, ids):
     """Logits of a sequence of at most LENGTH tokens, padded to one shape: the model is causal."""
     padded = np.zeros(LENGTH, np.int32)
     padded[: len(ids)] = ids
-    return jitted_logits(model)(params, padded)[: len(ids)]
+    return jitted_logits(model)(weights, padded)[: len(ids)]
 
 
 @pytest.fixture(scope="module")
-def model_and_params(model_config):
+def model_and_weights(model_config):
     model = Transformer(model_config(init_std=0.3), sharding.make_mesh(2, 1))
-    tokens = jnp.zeros((2, 4), jnp.int32)
-    return model, model.init(jax.random.key(0), tokens, tokens > -1)["params"]
+    return model, init_weights(model, jax.random.key(0))
 
 
-def test_loss_is_the_mean_over_every_validation_token(corpus, model_and_params):
-    model, params = model_and_params
+def test_loss_is_the_mean_over_every_validation_token(corpus, model_and_weights):
+    model, weights = model_and_weights
     put = functools.partial(sharding.put_whole_batch, model.mesh)
     losses = functools.partial(token_losses, chunk=16)
-    found = Perplexity(model, corpus, losses, put, (4, LENGTH)).run(params)
+    found = Perplexity(model, corpus, losses, put, (4, LENGTH)).run(weights)
     (domain, stream), = corpus.streams["validation"].items()  # fmt: skip
     tokens_N, total = np.asarray(stream.tokens_N, np.int32), 0.0
     for start in range(0, len(tokens_N) - 1, LENGTH):  # the last window is shorter
         window = tokens_N[start : start + LENGTH + 1]
-        log_probs = jax.nn.log_softmax(logits_of(model, params, window[:-1]))
+        log_probs = jax.nn.log_softmax(logits_of(model, weights, window[:-1]))
         total -= float(log_probs[np.arange(len(window) - 1), window[1:]].sum())
     values = found["domains"][domain]
     assert values["tokens"] == len(tokens_N) - 1
@@ -67,13 +67,13 @@ def test_loss_is_the_mean_over_every_validation_token(corpus, model_and_params):
     np.testing.assert_allclose(found["load_LE"].sum(axis=1), 1, rtol=1e-6)
 
 
-def test_sampling_continues_the_prompt_by_the_models_distribution(corpus, model_and_params):
-    model, params = model_and_params
+def test_sampling_continues_the_prompt_by_the_models_distribution(corpus, model_and_weights):
+    model, weights = model_and_weights
     sampler = Sampler(model, corpus.tokenizer, new_tokens=5, temperature=1e-4)  # so cold that it is greedy
-    text = sampler.run(params, "the rou", jax.random.key(0))
+    text = sampler.run(weights, "the rou", jax.random.key(0))
     ids = list(b"the rou")
     for _ in range(5):
-        ids.append(int(jnp.argmax(logits_of(model, params, ids)[-1, : corpus.tokenizer.vocab_size])))
+        ids.append(int(jnp.argmax(logits_of(model, weights, ids)[-1, : corpus.tokenizer.vocab_size])))
     assert text == corpus.tokenizer.decode(np.array(ids))
     warm = Sampler(model, corpus.tokenizer, new_tokens=20, temperature=1.0)
-    assert warm.run(params, "the rou", jax.random.key(0)) != warm.run(params, "the rou", jax.random.key(1))
+    assert warm.run(weights, "the rou", jax.random.key(0)) != warm.run(weights, "the rou", jax.random.key(1))

@@ -4,17 +4,33 @@ import types
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from moe_erc.losses import objective
+from moe_erc.losses.erc import erc_loss
 from moe_erc.losses.objective import Objective
+from moe_erc.model.transformer import Transformer
+from moe_erc.moe.routers import mpi
+from moe_erc.training.step import parameter_only
 
 
 def output():
     routing = types.SimpleNamespace(
         load_E=jnp.array([[0.5, 0.5]]), probability_E=jnp.array([[0.75, 0.25]]), logsumexp2=jnp.array([3.0])
     )
-    return types.SimpleNamespace(x_BTD=jnp.ones((1, 1, 1)), head_VD=jnp.zeros((4, 1)), routing=routing)
+    return types.SimpleNamespace(
+        x_BTD=jnp.ones((1, 1, 1)),
+        head_VD=jnp.zeros((4, 1)),
+        routing=routing,
+        observed={"routing_variance": jnp.array([-0.5, -0.25]), "path_coupling": jnp.full((2, 1, 1), 0.5)},
+    )
+
+
+@pytest.fixture(scope="module")
+def model(model_config):
+    """Makes a Transformer without a mesh, some fields of its config changed."""
+    return lambda **changes: Transformer(model_config(**changes))
 
 
 ERC = {
@@ -28,36 +44,105 @@ ERC = {
 BATCH = {"targets_BT": jnp.zeros((1, 1), jnp.int32), "mask_BT": jnp.ones((1, 1), bool)}
 
 
-def test_terms_are_unweighted_and_the_total_is_weighted():
+def test_terms_are_unweighted_and_the_total_is_weighted(model):
     losses = {
         "lm": {"weight": 1.0, "chunk": 8},
         "load_balance": {"weight": 0.5, "scope": "micro_batch"},
         "router_z": {"weight": 2.0},
+        "routing_variance": {"weight": 4.0},
+        "path_coupling": {"weight": 8.0},
     }
-    terms = Objective(losses).of_batch(output(), BATCH, jnp.zeros((1, 2)))
-    # uniform over 4 tokens: ln 4;  2 * (0.5 * 0.75 + 0.5 * 0.25) = 1;  3
+    terms = Objective(losses, model()).of_batch(output(), BATCH, None)
+    # uniform over 4 tokens: ln 4;  2 * (0.5 * 0.75 + 0.5 * 0.25) = 1;  3;  mean of two layers;  - 0.5 * 0.5, one token
     assert {name: float(value) for name, value in terms.items()} == pytest.approx(
-        {"lm": 1.386294, "load_balance": 1.0, "router_z": 3.0}
+        {"lm": 1.386294, "load_balance": 1.0, "router_z": 3.0, "routing_variance": -0.375, "path_coupling": -0.25}
     )
-    assert Objective(losses).total(terms) == pytest.approx(1.386294 + 0.5 + 6.0)
+    assert Objective(losses, model()).total(terms, {}) == pytest.approx(1.386294 + 0.5 + 6.0 - 1.5 - 2.0)
 
 
-def test_balance_over_the_step_counts_earlier_micro_batches():
+def test_scales_multiply_the_weights_of_their_terms_alone(model):
+    losses = {"lm": {"weight": 2.0, "chunk": 8}, "load_balance": {"weight": 0.5, "scope": "micro_batch"}}
+    # 2 * 3 + 0.5 * 1.5 * 4
+    assert Objective(losses, model()).total({"lm": 3.0, "load_balance": 4.0}, {"load_balance": 1.5}) == 9.0
+
+
+def test_balance_over_the_step_counts_earlier_micro_batches(model):
     losses = {"load_balance": {"weight": 1.0, "scope": "step"}}
     # earlier load (1, 0) and ours (0.5, 0.5) average to (0.75, 0.25): 2 * (0.75 * 0.75 + 0.25 * 0.25) = 1.25
-    terms = Objective(losses).of_batch(output(), BATCH, jnp.array([[1.0, 0.0]]))
+    terms = Objective(losses, model()).of_batch(output(), BATCH, jnp.array([[1.0, 0.0]]))
     assert terms["load_balance"] == pytest.approx(1.25)
 
 
-def test_a_loss_of_weight_zero_is_not_computed(monkeypatch):
+def test_a_loss_of_weight_zero_is_not_computed(model, monkeypatch):
     monkeypatch.setitem(objective.PARAMETER_TERMS, "erc", lambda *_: pytest.fail("computed"))
-    assert Objective({"erc": ERC | {"weight": 0.0}}).of_parameters({}, jax.random.key(0)) == {}
+    nothing = Objective({"erc": ERC | {"weight": 0.0}, "output_overlap": {"weight": 0.0}}, model())
+    assert nothing.of_parameters({}, jax.random.key(0)) == {} and nothing.observers == ()
 
 
-def test_erc_reads_the_stacked_moe_parameters():
+def test_observers_are_the_active_terms_of_single_layers_with_what_they_keep(model):
+    losses = {"lm": {"weight": 1.0, "chunk": 8}, "output_overlap": {"weight": 1.0}, "routing_entropy": {"weight": 1.0}}
+    observers = Objective(losses, model()).observers
+    assert [(name, keep) for name, _, keep in observers] == [("output_overlap", ("output",)), ("routing_entropy", ())]
+
+
+def test_erc_reads_the_stacked_moe_parameters(model):
     moe = {"router": jnp.ones((2, 1, 3)), "w_gate": jnp.ones((2, 1, 3, 2))}
-    terms = Objective({"erc": ERC}).of_parameters({"layers": {"moe": moe}}, jax.random.key(0))
+    terms = Objective({"erc": ERC}, model()).of_parameters({"layers": {"moe": moe}}, jax.random.key(0))
     assert terms == {"erc": 0.0}  # one expert has no foreign pair
+
+
+def random_moe(layers=2, experts=4, width=8, hidden=4):
+    keys = jax.random.split(jax.random.key(1), 2)
+    moe = {
+        "router": jax.random.normal(keys[0], (layers, experts, width)),
+        "w_gate": jax.random.normal(keys[1], (layers, experts, width, hidden)),
+    }
+    return {"layers": {"moe": moe}, "embed": jnp.ones((3, width))}
+
+
+def test_erc_of_mpi_is_that_of_the_turned_rows(model):
+    params, rng, turning = random_moe(), jax.random.key(0), model(router="mpi")
+    moe = params["layers"]["moe"]
+    found = Objective({"erc": ERC}, turning).of_parameters(params, rng)["erc"]
+    turned_LED = jax.vmap(lambda of_layer: mpi.rows(turning.config, of_layer))(moe)
+    assert found == pytest.approx(float(erc_loss(moe | {"router": turned_LED}, rng)), rel=1e-6)
+    assert abs(found - erc_loss(moe, rng)) > 0.1  # not that of the rows as they are
+
+
+def orthogonality(decoupled):
+    return {"router_orthogonality": {"weight": 0.5, "decoupled": decoupled}}
+
+
+def two_rows():
+    """One layer, two experts with rows (2, 0) and (1, 1), and other parameters."""
+    params = random_moe(1, 2, 2)
+    params["layers"]["moe"]["router"] = jnp.array([[[2.0, 0.0], [1.0, 1.0]]])
+    return params
+
+
+def test_a_decoupled_loss_is_logged_but_no_part_of_total_and_gradient(model):
+    params = two_rows()
+    for decoupled in (True, False):
+        goal = Objective(orthogonality(decoupled), model())
+        terms, gradients = parameter_only(goal, params, None, {})
+        # cosine 1/sqrt 2 twice: 2 * 1/2 / 2^2
+        assert terms["router_orthogonality"] == pytest.approx(0.25)
+        assert goal.total(terms, {}) == pytest.approx(0.0 if decoupled else 0.125)
+        assert all((leaf == 0).all() for leaf in jax.tree.leaves(gradients)) == decoupled
+
+
+def test_decoupling_subtracts_weight_times_gradient_from_the_router_alone(model):
+    params = two_rows()
+    # loss = 2 c^2 / 4 with c = a.b / |a||b|, a = (2, 0), b = (1, 1): dloss/dc = c = 1/sqrt 2
+    # dc/da = (b^ - c a^) / |a| = ((1/sqrt 2, 1/sqrt 2) - (1/sqrt 2, 0)) / 2 = (0, 1/sqrt 8):       gradient (0, 1/4)
+    # dc/db = (a^ - c b^) / |b| = ((1, 0) - (1/2, 1/2)) / sqrt 2 = (1/sqrt 8, -1/sqrt 8):       gradient (1/4, -1/4)
+    found = Objective(orthogonality(True), model()).decouple(params)
+    router_LED = found["layers"]["moe"].pop("router")
+    np.testing.assert_allclose(router_LED, [[[2, -0.125], [0.875, 1.125]]], rtol=1e-6)
+    del params["layers"]["moe"]["router"]
+    jax.tree.map(np.testing.assert_array_equal, found, params)
+    coupled = Objective(orthogonality(False), model()).decouple(two_rows())
+    jax.tree.map(np.testing.assert_array_equal, coupled, two_rows())
 
 
 @pytest.mark.parametrize("losses, words", [
@@ -69,8 +154,36 @@ def test_erc_reads_the_stacked_moe_parameters():
     ({"erc": ERC | {"activation": "swiglu", "normalize": True}}, ["losses.erc", "normalize", "swiglu"]),
     ({"load_balance": {"weight": 1.0, "scope": "epoch"}}, ["losses.load_balance", "scope", "epoch"]),
 ])  # fmt: skip
-def test_what_means_nothing_is_refused_at_once(losses, words):
+def test_what_means_nothing_is_refused_at_once(losses, words, model):
     with pytest.raises(ValueError) as refusal:
-        Objective(losses)
+        Objective(losses, model())
     assert all(word in str(refusal.value) for word in words)
     assert "\n" not in str(refusal.value)
+
+
+FACTORISED = {"aoe": {"gate_rank": 8}, "routing_free": {"gate_rank": 8}}
+
+
+@pytest.mark.parametrize("loss, routers, reason", [
+    ("erc", ("aoe", "routing_free"), "couples router rows with experts"),
+    ("router_orthogonality", ("xmoe", "aoe", "routing_free"), "one router row of the model's width for every expert"),
+    ("simbal", ("xmoe", "aoe", "routing_free"), "one router row of the model's width for every expert"),
+    ("routing_entropy", ("routing_free",), "probabilities"),
+    ("path_coupling", ("routing_free",), "probabilities"),
+    ("routing_variance", ("routing_free",), "probabilities"),
+    ("router_z", ("routing_free",), "logits of probabilities"),
+    ("competition", ("softmax", "aoe", "mpi", "xmoe", "routing_free"), "experts that compete"),
+])  # fmt: skip
+def test_a_loss_is_refused_beside_every_router_that_lacks_what_it_reads(loss, routers, reason, model):
+    options = {"erc": ERC, "router_orthogonality": {"decoupled": False}}.get(loss, {})
+    for router in ("softmax", "aoe", "competition", "mpi", "routing_free", "xmoe"):
+        goal = model(router=router, **FACTORISED.get(router, {}))
+        Objective({loss: options | {"weight": 0.0}}, goal)
+        if router not in routers:
+            Objective({loss: options | {"weight": 1.0}}, goal)
+            continue
+        with pytest.raises(ValueError) as refusal:
+            Objective({loss: options | {"weight": 1.0}}, goal)
+        words = f"losses.{loss}.weight", reason, repr(router), "set it to 0"
+        assert all(word in str(refusal.value) for word in words)
+        assert "\n" not in str(refusal.value)

@@ -21,7 +21,7 @@ def logits(output):
 def setup(config):
     """(model, its initial variables, which no batch changes)."""
     model, tokens = Transformer(config), jnp.zeros((2, 4), jnp.int32)
-    return model, jax.jit(model.init)(jax.random.key(0), tokens, tokens > -1)
+    return model, jax.jit(model.init)(jax.random.key(0), tokens, tokens > -1, {})
 
 
 def test_initial_parameters_are_cut_at_three_sigma_and_norms_are_one(model_config):
@@ -49,7 +49,7 @@ def test_a_token_sees_only_what_came_before(model_config, token_batch):
 def test_statistics_are_by_layer_and_ignore_masked_tokens(model_config, token_batch):
     batch, config = token_batch(2, 12), model_config()
     model, variables = setup(config)
-    routing = model.apply(variables, batch["inputs_BT"], batch["mask_BT"]).routing
+    routing = model.apply(variables, batch["inputs_BT"], batch["mask_BT"], {}).routing
     assert routing.load_E.shape == (config.layers, config.experts)
     np.testing.assert_allclose(routing.load_E.sum(axis=-1), 1, rtol=1e-6)
     np.testing.assert_allclose(routing.probability_E.sum(axis=-1), 1, rtol=1e-6)
@@ -69,7 +69,7 @@ def test_recomputation_changes_no_gradient_and_saves_memory(model_config, token_
         model = Transformer(model_config(remat=remat, layers=6))
 
         def loss(variables):
-            return jnp.mean(jnp.sin(logits(model.apply(variables, batch["inputs_BT"], batch["mask_BT"]))))
+            return jnp.mean(jnp.sin(logits(model.apply(variables, batch["inputs_BT"], batch["mask_BT"], {}))))
 
         return jax.jit(jax.grad(loss)).lower(variables).compile()
 
@@ -84,17 +84,17 @@ def test_tied_embeddings_share_one_matrix(model_config, token_batch):
     batch = token_batch(1, 4)
     model, variables = setup(model_config(tie_embeddings=True))
     assert "head" not in variables["params"]
-    output = model.apply(variables, batch["inputs_BT"], batch["mask_BT"])
+    output = model.apply(variables, batch["inputs_BT"], batch["mask_BT"], {})
     np.testing.assert_array_equal(output.head_VD, variables["params"]["embed"])
 
 
 def test_bfloat16_computes_in_bfloat16_and_routes_in_float32(model_config, token_batch):
     batch = token_batch(2, 8)
     model, variables = setup(model_config(dtype="bfloat16"))
-    output = model.apply(variables, batch["inputs_BT"], batch["mask_BT"])
+    output = model.apply(variables, batch["inputs_BT"], batch["mask_BT"], {})
     assert output.x_BTD.dtype == jnp.bfloat16
     assert {leaf.dtype for leaf in jax.tree.leaves(output.routing)} == {jnp.dtype("float32")}
-    reference = setup(model_config())[0].apply(variables, batch["inputs_BT"], batch["mask_BT"])
+    reference = setup(model_config())[0].apply(variables, batch["inputs_BT"], batch["mask_BT"], {})
     difference = np.linalg.norm(output.x_BTD.astype(jnp.float32) - reference.x_BTD)
     assert difference < 0.05 * np.linalg.norm(reference.x_BTD)  # 8 bits of mantissa through two layers
 
@@ -102,7 +102,7 @@ def test_bfloat16_computes_in_bfloat16_and_routes_in_float32(model_config, token
 def test_a_mesh_gives_the_oracles_outputs(model_config, token_batch):
     batch = token_batch(8, 12)
     oracle, variables = setup(model_config(experts_implementation="dense"))
-    expected = oracle.apply(variables, batch["inputs_BT"], batch["mask_BT"])
+    expected = oracle.apply(variables, batch["inputs_BT"], batch["mask_BT"], {})
     model = Transformer(model_config(), sharding.make_mesh(2, 4))
-    found = jax.jit(model.apply)(variables, batch["inputs_BT"], batch["mask_BT"])
+    found = jax.jit(model.apply)(variables, batch["inputs_BT"], batch["mask_BT"], {})
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), expected, jax.device_get(found))

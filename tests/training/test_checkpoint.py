@@ -13,12 +13,14 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from moe_erc.training.checkpoint import Checkpoints, check_same_run, prepare_directory
+from moe_erc.training.state import Weights
 
 
 @struct.dataclass
 class State:
     step: jax.Array
     params: dict
+    router: dict
     rng: jax.Array
 
 
@@ -36,7 +38,8 @@ def abstract(state, mesh_shape, spec):
 @pytest.fixture
 def state():
     weights = jax.random.normal(jax.random.key(1), (64, 32))
-    state = State(jnp.int32(3), {"w": weights, "scale": jnp.full(5, jnp.pi)}, jax.random.key(7))
+    router = {"bias": jnp.linspace(-1, 1, 7)}
+    state = State(jnp.int32(3), {"w": weights, "scale": jnp.full(5, jnp.pi)}, router, jax.random.key(7))
     return jax.device_put(state, place(state, (4, 2), P("data", "expert")))
 
 
@@ -77,7 +80,7 @@ def test_a_key_returns_with_its_algorithm(tmp_path, state, implementation):
 
 
 def test_buffers_may_be_donated_while_the_save_is_running(tmp_path):
-    state = State(jnp.int32(0), {"w": jax.random.normal(jax.random.key(0), (2048, 2048))}, jax.random.key(7))
+    state = State(jnp.int32(0), {"w": jax.random.normal(jax.random.key(0), (2048, 2048))}, {}, jax.random.key(7))
     state = jax.device_put(state, place(state, (4, 2), P("data", "expert")))
     overwrite = jax.jit(lambda s: jax.tree.map(lambda x: x if x.ndim == 0 else -x, s), donate_argnums=0)
     spare = jax.tree.map(jnp.copy, state)
@@ -104,13 +107,17 @@ def test_the_newest_steps_are_kept_and_an_old_one_is_not_rewritten(tmp_path, sta
         assert sorted(path.name for path in tmp_path.iterdir()) == ["10", "15"]
 
 
-def test_parameters_are_restored_without_the_rest(tmp_path, state):
+@pytest.mark.parametrize("router", [True, False], ids=["with a bias", "without"])
+def test_weights_are_restored_without_the_rest(tmp_path, state, router):
+    state = state if router else state.replace(router={})
     with Checkpoints(tmp_path, keep=1) as checkpoints:
         checkpoints.save(1, state, {})
+    like = abstract(state, (2, 4), P("expert"))
     with Checkpoints(tmp_path) as checkpoints:
-        params = checkpoints.restore_params(abstract(state, (2, 4), P("expert")).params)
-    assert params["w"].sharding.shard_shape((64, 32)) == (16, 32)
-    assert_same_bits(params, state.params)
+        weights = checkpoints.restore_weights(Weights(like.params, like.router))
+    assert isinstance(weights, Weights)
+    assert weights.params["w"].sharding.shard_shape((64, 32)) == (16, 32)
+    assert_same_bits(weights, Weights(state.params, state.router))
 
 
 def test_a_writer_removes_what_a_killed_run_left_and_a_reader_does_not(tmp_path):

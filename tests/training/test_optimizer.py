@@ -123,6 +123,17 @@ def test_muon_takes_the_hidden_matrices_and_adam_the_rest():
     assert muon == attention | {f"['layers']['moe']['{name}']" for name in ("w_gate", "w_up", "w_down")}
 
 
+def test_what_other_routers_add_is_taken_by_what_it_is():
+    # By layer: rows, scalars and vectors of experts are Adam's, and only matrices decay.
+    shapes = {"projection": (L, D, 2), "expert_embedding": (L, E, 2), "temperature": (L,), "threshold": (L, E)}
+    shapes |= {"w_low": (L, E, D, 2), "w_high": (L, E, 2, F), "shared_up": (L, D, F)}
+    params = {"layers": {"moe": {name: jnp.zeros(shape) for name, shape in shapes.items()}}}
+    muon = {name for name, who in directions(params)["layers"]["moe"].items() if who == "muon"}
+    assert muon == {"projection", "w_low", "w_high", "shared_up"}
+    kept = {name for name, decays in decay_mask(params)["layers"]["moe"].items() if not decays}
+    assert kept == {"temperature", "threshold"}
+
+
 def test_muon_orthogonalises_every_expert_of_every_layer_alone():
     params, grads = random_params(0), random_params(1)
     # A loud expert must not change the direction of a quiet one.

@@ -35,7 +35,7 @@ def trainer(model_config):
         model = Transformer(model_config(init_std=0.3, experts_implementation=implementation, **sizes), mesh)
         init = initializer(model, optimizer, 0)
         shapes = abstract_state(init, mesh)
-        step = step_module.make_train_step(model, Objective(losses, mesh), optimizer, micro_batches, shardings(shapes))
+        step = step_module.make_train_step(model, Objective(losses, model), optimizer, micro_batches, shardings(shapes))
         return jax.jit(init, out_shardings=shardings(shapes)), lambda state, batch: step(
             state, sharding.put_batch(mesh, batch)
         )
@@ -94,7 +94,7 @@ def test_parameter_losses_are_computed_once_however_many_micro_batches(trainer, 
     monkeypatch.setitem(
         objective_module.PARAMETER_TERMS,
         "erc",
-        lambda params, rng, mesh, **_: calls.append(1) or jnp.sum(params["final_norm"]),
+        lambda params, rng, model, **_: calls.append(1) or jnp.sum(params["final_norm"]),
     )
     # "ragged" is no other test's, so both programs are traced here, with the stand-in
     plain, _ = run(trainer(implementation="ragged"), token_batch(BATCH, LENGTH))
@@ -147,8 +147,9 @@ def five_steps(trainer, token_batch):
 @pytest.mark.parametrize("mesh_shape", [(1, 1), (8, 1), (1, 8), (2, 4), (4, 2)], ids=str)
 def test_any_mesh_takes_the_steps_of_the_oracle_on_one_device(five_steps, mesh_shape):
     expected, found = five_steps((1, 1), "dense"), five_steps(mesh_shape, "block_loop")
-    highest = {routing: float(last[0]["router/max_load"]) for routing, (_, last) in found.items()}
-    assert highest["balanced"] < 4 and highest["one expert"] > 7.99 and 2 <= highest["empty experts"] < 7
+    highest_L = {routing: last[0]["router/max_load"] for routing, (_, last) in found.items()}
+    assert max(highest_L["balanced"]) < 4 and min(highest_L["one expert"]) > 7.99
+    assert min(highest_L["empty experts"]) >= 2 and max(highest_L["empty experts"]) < 7
     for routing in expected:
         (first, last), (first_found, last_found) = expected[routing], found[routing]
         # Descent by 0.1 times the gradient: after one step the parameters are the gradients. Sums over up to 256 tokens

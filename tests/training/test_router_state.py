@@ -1,0 +1,188 @@
+"""What routing carries from step to step: moved by hand-checked rules, in real steps, and restored bit for bit."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from configs import base
+from moe_erc import sharding
+from moe_erc.losses.objective import Objective
+from moe_erc.model.transformer import Transformer
+from moe_erc.training import router_state
+from moe_erc.training.checkpoint import Checkpoints
+from moe_erc.training.state import Weights, abstract_state, create_state, init_weights, initializer, shardings
+from moe_erc.training.step import make_train_step
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+RATE = 0.25
+ROUTERS = {
+    "loss_free": {"bias_rate": RATE},
+    "competition": {"router": "competition", "competition_rate": 0.9},
+    "routing_free": {"router": "routing_free", "gate_rank": 8},
+}
+
+
+@pytest.fixture(scope="module")
+def trainer(model_config):
+    """Makes (model, fresh state, its abstract state, step function) under Adam; each kind is compiled once."""
+
+    @functools.cache
+    def compiled(name, micro_batches):
+        losses = base.get_config("debug").losses.to_dict()
+        losses["competition"] |= {"weight": 0.1 if name == "competition" else 0.0}
+        mesh, optimizer = sharding.make_mesh(1, 1), optax.adam(1e-2)
+        model = Transformer(model_config(init_std=0.3, **ROUTERS[name]), mesh)
+        init = initializer(model, optimizer, 0)
+        shapes = abstract_state(init, mesh)
+        step = make_train_step(model, Objective(losses, model), optimizer, micro_batches, shardings(shapes))
+        return model, jax.device_get(bits(create_state(init, shapes))), shapes, step
+
+    def make(name, micro_batches=2):
+        model, start, shapes, step = compiled(name, micro_batches)
+        start = jax.device_put(start.replace(rng=jax.random.wrap_key_data(start.rng)), shardings(shapes))
+        return model, start, shapes, step
+
+    return make
+
+
+def bits(state):
+    """The state with its key as integers."""
+    return state.replace(rng=jax.random.key_data(state.rng))
+
+
+def assert_same_bits(a, b):
+    jax.tree.map(np.testing.assert_array_equal, *(jax.device_get(bits(state)) for state in (a, b)))
+
+
+def take(step, state, batches):
+    """(state, metrics of every step)."""
+    history = []
+    for batch in batches:
+        state, metrics = step(state, batch)
+        history.append(jax.device_get(metrics))
+    return state, history
+
+
+def batches(token_batch, count):
+    """Different ones, of the same shape."""
+    batch = token_batch(4, 16)
+    return [batch | {"inputs_BT": (batch["inputs_BT"] + 17 * number) % 512} for number in range(count)]
+
+
+def test_a_bias_moves_by_the_sign_of_the_load_of_the_whole_step(trainer, token_batch):
+    model, state, _, step = trainer("loss_free")
+    np.testing.assert_array_equal(state.router["bias"], np.zeros((2, 4)))
+    assert state.loss_scales == {}
+    # Of two micro-batches one has a single unmasked token: its load is a mean like the other's.
+    batch = token_batch(4, 16)
+    batch["mask_BT"] = np.array([[True] * 16, [True] + [False] * 15] * 2)
+    batch["mask_BT"][3] = False
+
+    @jax.jit
+    def seen(weights, batch):
+        output = model.apply({"params": weights.params}, batch["inputs_BT"], batch["mask_BT"], weights.router)
+        return output.routing.load_E
+
+    for _ in range(2):
+        halves = [jax.tree.map(lambda leaf: leaf[part::2], batch) for part in (0, 1)]  # noqa: B023
+        load_LE = np.mean([seen(state.weights, half) for half in halves], axis=0)
+        before = np.asarray(state.router["bias"])
+        state, metrics = step(state, batch)
+        change_LE = np.asarray(state.router["bias"]) - before
+        assert set(np.abs(change_LE).ravel()) <= {0, RATE}
+        np.testing.assert_array_equal(change_LE, RATE * np.sign(0.25 - load_LE))
+        assert change_LE.any()
+        np.testing.assert_allclose(metrics["router/max_load"], 4 * load_LE.max(axis=-1), rtol=1e-6)
+
+
+def test_a_bias_stands_still_at_equal_load():
+    config = type("config", (), {"bias_rate": RATE, "experts_per_token": 2})
+    load_LE = jnp.array([[0.25, 0.25, 0.25, 0.25], [0.5, 0.25, 0.125, 0.125]])
+    router, scales = router_state.after_step(config, {"bias": jnp.ones((2, 4))}, {}, load_LE, jnp.full(2, 2.0))
+    np.testing.assert_array_equal(router["bias"], [[1, 1, 1, 1], [0.75, 1, 1.25, 1.25]])
+    assert scales == {}
+
+
+def test_the_controller_weighs_balance_more_while_too_many_experts_run(model_config):
+    config = model_config(**ROUTERS["routing_free"] | {"controller_rate": 0.5})  # K is 2
+    router, scales = router_state.initial(config)
+    assert router == {} and scales == {"load_balance": 1.0}
+    # mean of layers 3 > 2: times 1.5;  2: as it is;  1 < 2: over 1.5
+    for active_L, expected in (([2.0, 4.0], 1.5), ([1.0, 3.0], 1.0), ([2.0, 0.0], 1 / 1.5)):
+        router, found = router_state.after_step(config, {}, scales, jnp.full((2, 4), 0.25), jnp.array(active_L))
+        assert router == {} and found["load_balance"] == pytest.approx(expected)
+
+
+def test_the_controller_moves_in_real_steps_and_its_scale_is_in_the_total(trainer, token_batch):
+    _, state, _, step = trainer("routing_free")
+    state, (first, second) = take(step, state, batches(token_batch, 2))
+    for before, metrics in ((1.0, first), (float(first["scale/load_balance"]), second)):
+        direction = np.sign(metrics["router/experts_per_token"].mean() - 2)
+        assert direction and metrics["scale/load_balance"] == pytest.approx(before * 1.02**direction)
+        total = metrics["loss/lm"] + 0.01 * before * metrics["loss/load_balance"]
+        assert metrics["loss/total"] == pytest.approx(float(total), rel=1e-6)
+    assert state.loss_scales["load_balance"] == second["scale/load_balance"]
+
+
+@pytest.mark.parametrize("layers, rate, most", [(4, 0.3, 3), (6, 0.8, 2), (3, 1.0, 3), (2, 0.0, 3)])
+def test_layers_compete_with_the_probability_but_no_more_than_so_many(model_config, layers, rate, most):
+    changes = {"layers": layers, "competition_rate": rate, "competition_layers": most}
+    config, draws = model_config(router="competition", **changes), 20_000
+    keys = jax.random.split(jax.random.key(0), draws)
+    competing = jax.jit(jax.vmap(functools.partial(router_state.competing_layers, config)))(keys)
+    counts = np.sum(competing, axis=1)
+    assert counts.max() <= most
+    # Uncut, the count is binomial, and the mean of its minimum with `most` is the share of every layer alike.
+    uncut = np.random.default_rng(0).binomial(layers, rate, 1_000_000)
+    share = np.minimum(uncut, most).mean() / layers
+    sigma = (share * (1 - share) / draws) ** 0.5
+    np.testing.assert_allclose(np.mean(competing, axis=0), share, atol=4 * sigma + 1e-9)  # the worst of six layers
+    if most >= layers:
+        assert share == pytest.approx(rate, abs=2e-3)
+    np.testing.assert_array_equal(competing[7], router_state.competing_layers(config, keys[7]))
+
+
+def test_competition_is_of_training_alone(trainer, token_batch):
+    model, state, _, step = trainer("competition")
+    assert set(router_state.for_step(model.config, state.router, state.rng)) == {"competing"}
+    state, metrics = take(step, state, batches(token_batch, 2))
+    assert state.router == state.weights.router == {}
+    assert max(line["loss/competition"] for line in metrics) > 0  # and it did take place
+    for name in ("loss_free", "routing_free"):
+        model, state, _, _ = trainer(name)
+        assert router_state.for_step(model.config, state.router, state.rng) == state.router
+
+
+@pytest.mark.parametrize("name", ROUTERS)
+def test_a_run_goes_on_where_it_was_saved_bit_for_bit(name, trainer, token_batch, tmp_path):
+    model, start, shapes, step = trainer(name)
+    data = batches(token_batch, 4)
+    straight, history = take(step, start, data)
+    half, before = take(step, trainer(name)[1], data[:2])
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        checkpoints.save(2, half, {})
+    with Checkpoints(tmp_path) as checkpoints:
+        restored, _ = checkpoints.restore(shapes)
+        like = abstract_state(lambda: init_weights(model, jax.random.key(1)), model.mesh)
+        weights = checkpoints.restore_weights(like)
+    assert_same_bits(restored, half)
+    assert isinstance(weights, Weights)
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(weights), jax.device_get(half.weights))
+    if name == "loss_free":  # the bias is read
+
+        @jax.jit
+        def hidden(params, router):
+            return model.apply({"params": params}, data[0]["inputs_BT"], data[0]["mask_BT"], router).x_BTD
+
+        found = hidden(weights.params, weights.router)
+        np.testing.assert_array_equal(found, hidden(half.params, half.router))
+        assert (found != hidden(weights.params, {"bias": jnp.zeros((2, 4))})).any()
+    resumed, after = take(step, restored, data[2:])
+    assert_same_bits(resumed, straight)
+    jax.tree.map(np.testing.assert_array_equal, [*before, *after], history)
+    carried = {"loss_free": resumed.router, "routing_free": resumed.loss_scales}.get(name, {"": jnp.ones(())})
+    assert all(leaf.any() for leaf in jax.tree.leaves(carried))

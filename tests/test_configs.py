@@ -1,4 +1,7 @@
-"""Every config builds at every size, and runs two steps at :debug with the losses it names, the same on any mesh."""
+"""Every config builds at every size and runs two steps at :debug with the losses it names, the same on another mesh.
+
+Every kind of method is compared over meshes here; `pytest -m exhaustive` compares every config, in some minutes more.
+"""
 
 import functools
 import importlib
@@ -31,6 +34,7 @@ SAME_SIZE_AS_VANILLA = (
     "competesmoe", "erc", "erc_expected", "erc_normalized", "expert_orthogonality", "loss_free", "mpi",
     "router_orthogonality", "simbal", "synergistic", "top_p",
 )  # fmt: skip
+LAYER_LOSSES = ("output_overlap", "routing_variance", "specialization", "path_coupling", "routing_entropy")
 SAME_SIZE_COMBINATIONS = ("erc_loss_free", "erc_mpi", "erc_router_orthogonality")
 
 
@@ -125,10 +129,32 @@ def test_two_steps_at_debug(name, token_batch):
     assert all(first[f"router/{measure}"].shape == (2,) for measure in ("max_load", "experts_per_token"))
     moved = jax.tree.map(lambda a, b: bool((a != b).any()), initial_state(model_config).params, state.params)
     assert all(jax.tree.leaves(moved)), moved  # nothing is out of reach of the gradient
-    if "ablations" not in name:
-        history, elsewhere = take_steps(config, (2, 4), batch, 2)
-        for here, there in (([first, second], history), (state, elsewhere)):
-            jax.tree.map(lambda a, b: np.testing.assert_allclose(b, a, rtol=1e-5, atol=1e-5), here, there)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if "ablations" not in name])
+@pytest.mark.exhaustive
+def test_two_steps_on_another_mesh_are_the_same(name, token_batch):
+    config = get_config(name, "debug")
+    batch = token_batch(16, config.data.sequence_length)
+    here, there = (take_steps(config, mesh_shape, batch, 2) for mesh_shape in ((1, 1), (2, 4)))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(b, a, rtol=1e-5, atol=1e-5), here, there)
+
+
+def every_loss():
+    """A softmax router with every loss that it can have."""
+    config = get_config("configs.combinations.erc_shared_experts", "debug")
+    for loss in (*LAYER_LOSSES, "router_z", "router_orthogonality", "simbal"):
+        config.losses[loss].weight = 0.01
+    return config
+
+
+@pytest.mark.parametrize("name", ["every loss", "aoe", "combinations.erc_mpi", "xmoe", "competesmoe", "routing_free"])
+def test_every_kind_of_method_takes_the_same_steps_on_another_mesh(name, token_batch):
+    config = every_loss() if name == "every loss" else get_config(f"configs.{name}", "debug")
+    config.model.update(competition_rate=1.0, init_std=0.1)  # so that experts compete, and outputs overlap
+    batch = token_batch(16, config.data.sequence_length)
+    here, there = (take_steps(config, mesh_shape, batch, 1) for mesh_shape in ((1, 1), (2, 4)))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(b, a, rtol=1e-5, atol=1e-5), here, there)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
@@ -141,9 +167,6 @@ def test_the_optimizers_take_every_routers_parameters(name, optimizer):
     state = jax.eval_shape(initializer(model, chain, 0))
     updates, _ = jax.eval_shape(chain.update, state.params, state.opt_state, state.params)
     assert jax.tree.map(lambda leaf: leaf.shape, updates) == jax.tree.map(lambda leaf: leaf.shape, state.params)
-
-
-LAYER_LOSSES = ("output_overlap", "routing_variance", "specialization", "path_coupling", "routing_entropy")
 
 
 @pytest.mark.parametrize("name", ["vanilla", "aoe", "mpi", "xmoe", "competesmoe", "routing_free"])

@@ -14,6 +14,9 @@ from moe_erc.data.text import validation_batches
 from moe_erc.sharding import replicate
 
 
+PROBE_ROWS = 8
+
+
 class Perplexity:
     """Measures the model of `run(weights)` on every target of every validation stream, or on `windows` of each domain.
 
@@ -57,12 +60,12 @@ class Perplexity:
         mean = float(np.mean([values["loss"] for values in domains.values()]))
         return {"loss": mean, "domains": domains, "load_LE": load_LE / load_LE.sum(axis=-1, keepdims=True)}
 
-    def probe(self, rows):
-        """The first rows of the first domain, on the devices: the same tokens for every model."""
-        batch_size, length = self._shape_BT
-        domain = next(iter(self._corpus.streams["validation"]))
-        batch = next(iter(validation_batches(self._corpus, domain, length, batch_size, None)))
-        return self._put(jax.tree.map(lambda leaf: leaf[:rows], batch))
+    def probe(self, devices):
+        """The first rows of the first domain, on the devices: the same tokens for every model and mesh."""
+        rows, domain = -(-PROBE_ROWS // devices) * devices, next(iter(self._corpus.streams["validation"]))
+        batch = next(iter(validation_batches(self._corpus, domain, self._shape_BT[1], rows, None)))
+        counted_B1 = np.arange(rows)[:, None] < PROBE_ROWS  # the others give every device its share
+        return self._put(batch | {"mask_BT": batch["mask_BT"] & counted_B1})
 
     def _total(self, weights, domain, windows):
         batch_size, length = self._shape_BT

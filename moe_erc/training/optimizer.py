@@ -18,7 +18,7 @@ import optax
 OPTIMIZERS = ("adamw", "muon")
 SCHEDULES = ("constant", "cosine", "linear", "wsd")
 MUON_MOMENTUM = 0.95  # the published value, so that naming muon is all it takes
-ROUTERS = {"router", "projection", "expert_embedding"}  # parameters that are compared with tokens
+ROWS = {"router", "expert_embedding"}  # parameters that are compared with tokens row by row
 ADAM_RMS = 0.2  # what Adam's direction measures in practice; an orthogonal (m, n) matrix has 1 / sqrt(max(m, n))
 
 
@@ -118,7 +118,7 @@ def directions(params):
     """
 
     def label(path, leaf):
-        hidden = "layers" in _names(path) and ROUTERS.isdisjoint(_names(path))
+        hidden = "layers" in _names(path) and ROWS.isdisjoint(_names(path))
         return "muon" if hidden and _is_matrix(path, leaf) else "adam"
 
     return jax.tree_util.tree_map_with_path(label, params)

@@ -40,7 +40,7 @@ def test_a_token_sees_only_what_came_before(model_config, token_batch):
     changed = batch["inputs_BT"].copy()
     changed[:, 8] += 1
     before, after = (
-        logits(model.apply(variables, tokens, batch["mask_BT"])) for tokens in (batch["inputs_BT"], changed)
+        logits(model.apply(variables, tokens, batch["mask_BT"], {})) for tokens in (batch["inputs_BT"], changed)
     )
     np.testing.assert_allclose(before[:, :8], after[:, :8], atol=1e-6)
     assert np.abs(before[:, 8:] - after[:, 8:]).max() > 1e-3
@@ -55,7 +55,7 @@ def test_statistics_are_by_layer_and_ignore_masked_tokens(model_config, token_ba
     np.testing.assert_allclose(routing.probability_E.sum(axis=-1), 1, rtol=1e-6)
     tokens = batch["inputs_BT"].copy()
     tokens[-1, -1] = (tokens[-1, -1] + 7) % 512  # a masked position, which no other sees
-    again = model.apply(variables, tokens, batch["mask_BT"]).routing
+    again = model.apply(variables, tokens, batch["mask_BT"], {}).routing
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), routing, again)
 
 

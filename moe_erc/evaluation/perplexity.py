@@ -13,7 +13,6 @@ import numpy as np
 from moe_erc.data.text import validation_batches
 from moe_erc.sharding import replicate
 
-
 PROBE_ROWS = 8
 
 

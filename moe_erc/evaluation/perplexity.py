@@ -13,7 +13,7 @@ import numpy as np
 from moe_erc.data.text import validation_batches
 from moe_erc.sharding import replicate
 
-PROBE_ROWS = 8
+PROBE_ROWS = 8  # sequences on which the outputs of all experts are compared
 
 
 class Perplexity:

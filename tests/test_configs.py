@@ -1,6 +1,6 @@
 """Every config builds at every size and runs two steps at :debug with the losses it names, the same on another mesh.
 
-Every kind of method is compared over meshes here; `pytest -m exhaustive` compares every config, in some minutes more.
+Every kind of router and every loss are compared over meshes here; `pytest -m exhaustive` compares every config.
 """
 
 import functools
@@ -111,15 +111,27 @@ def take_steps(config, mesh_shape, batch, steps):
     return history, jax.device_get(state.replace(rng=jax.random.key_data(state.rng)))
 
 
+def debug_config(name):
+    """At :debug, with experts that compete wherever they may."""
+    config = get_config(name, "debug")
+    config.model.competition_rate = 1.0
+    return config
+
+
+@functools.cache
+def two_steps(name, mesh_shape, token_batch):
+    """Of a config, with a row for each of 8 devices and 2 micro-batches."""
+    config = debug_config(name)
+    return take_steps(config, mesh_shape, token_batch(16, config.data.sequence_length), 2)
+
+
 def finite(tree):
     return all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(tree))
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_two_steps_at_debug(name, token_batch):
-    config = get_config(name, "debug")
-    batch = token_batch(16, config.data.sequence_length)  # a row for each of 8 devices and 2 micro-batches
-    (first, second), state = take_steps(config, (1, 1), batch, 2)
+    config, ((first, second), state) = debug_config(name), two_steps(name, (1, 1), token_batch)
     expected = {f"loss/{term}" for term, options in config.losses.items() if options.weight > 0} | {"loss/total"}
     assert {metric for metric in first if metric.startswith("loss/")} == expected
     assert finite(first) and finite(second) and finite(state)
@@ -131,30 +143,29 @@ def test_two_steps_at_debug(name, token_batch):
     assert all(jax.tree.leaves(moved)), moved  # nothing is out of reach of the gradient
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if "ablations" not in name])
+def assert_close(expected, found):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(b, a, rtol=1e-5, atol=1e-5), expected, found)
+
+
+@pytest.mark.parametrize("name", ["aoe", "combinations.erc_mpi", "competesmoe", "routing_free", "xmoe"])
+def test_every_kind_of_router_takes_the_same_steps_on_another_mesh(name, token_batch):
+    assert_close(*(two_steps(f"configs.{name}", mesh_shape, token_batch) for mesh_shape in ((1, 1), (2, 4))))
+
+
 @pytest.mark.exhaustive
-def test_two_steps_on_another_mesh_are_the_same(name, token_batch):
-    config = get_config(name, "debug")
-    batch = token_batch(16, config.data.sequence_length)
-    here, there = (take_steps(config, mesh_shape, batch, 2) for mesh_shape in ((1, 1), (2, 4)))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(b, a, rtol=1e-5, atol=1e-5), here, there)
+@pytest.mark.parametrize("name", [name for name in NAMES if "ablations" not in name])
+def test_every_config_takes_the_same_steps_on_another_mesh(name, token_batch):
+    assert_close(*(two_steps(name, mesh_shape, token_batch) for mesh_shape in ((1, 1), (2, 4))))
 
 
-def every_loss():
-    """A softmax router with every loss that it can have."""
+def test_every_loss_is_the_same_on_another_mesh(token_batch):
     config = get_config("configs.combinations.erc_shared_experts", "debug")
+    config.model.init_std = 0.1  # so that outputs overlap
+    config.model.experts_per_token = 2  # so that there are pairs
     for loss in (*LAYER_LOSSES, "router_z", "router_orthogonality", "simbal"):
         config.losses[loss].weight = 0.01
-    return config
-
-
-@pytest.mark.parametrize("name", ["every loss", "aoe", "combinations.erc_mpi", "xmoe", "competesmoe", "routing_free"])
-def test_every_kind_of_method_takes_the_same_steps_on_another_mesh(name, token_batch):
-    config = every_loss() if name == "every loss" else get_config(f"configs.{name}", "debug")
-    config.model.update(competition_rate=1.0, init_std=0.1)  # so that experts compete, and outputs overlap
     batch = token_batch(16, config.data.sequence_length)
-    here, there = (take_steps(config, mesh_shape, batch, 1) for mesh_shape in ((1, 1), (2, 4)))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(b, a, rtol=1e-5, atol=1e-5), here, there)
+    assert_close(*(take_steps(config, mesh_shape, batch, 1) for mesh_shape in ((1, 1), (2, 4))))
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
@@ -169,7 +180,7 @@ def test_the_optimizers_take_every_routers_parameters(name, optimizer):
     assert jax.tree.map(lambda leaf: leaf.shape, updates) == jax.tree.map(lambda leaf: leaf.shape, state.params)
 
 
-@pytest.mark.parametrize("name", ["vanilla", "aoe", "mpi", "xmoe", "competesmoe", "routing_free"])
+@pytest.mark.parametrize("name", ["vanilla", "aoe", "xmoe", "competesmoe", "routing_free"])
 def test_bfloat16_keeps_parameters_in_float32(name, token_batch):
     config = get_config(f"configs.{name}", "debug")
     config.model.dtype = "bfloat16"

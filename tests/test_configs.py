@@ -1,6 +1,6 @@
 """Every config builds at every size and runs two steps at :debug with the losses it names, the same on another mesh.
 
-Every kind of router and every loss are compared over meshes here; `pytest -m exhaustive` compares every config.
+Routers and losses are compared over meshes here, variants only traced; `pytest -m exhaustive` runs them all.
 """
 
 import functools
@@ -129,7 +129,13 @@ def finite(tree):
     return all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(tree))
 
 
-@pytest.mark.parametrize("name", NAMES)
+VARIANTS = ("ablations", "combinations", "erc_", "_decoupled")  # of configs whose steps are taken
+
+
+@pytest.mark.parametrize("name", [
+    pytest.param(name, marks=pytest.mark.exhaustive) if any(part in name for part in VARIANTS) else name
+    for name in NAMES
+])  # fmt: skip
 def test_two_steps_at_debug(name, token_batch):
     config, ((first, second), state) = debug_config(name), two_steps(name, (1, 1), token_batch)
     expected = {f"loss/{term}" for term, options in config.losses.items() if options.weight > 0} | {"loss/total"}
@@ -150,6 +156,17 @@ def assert_close(expected, found):
 @pytest.mark.parametrize("name", ["aoe", "combinations.erc_mpi", "competesmoe", "routing_free", "xmoe"])
 def test_every_kind_of_router_takes_the_same_steps_on_another_mesh(name, token_batch):
     assert_close(*(two_steps(f"configs.{name}", mesh_shape, token_batch) for mesh_shape in ((1, 1), (2, 4))))
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if any(part in name for part in VARIANTS)])
+def test_the_step_of_a_variant_is_traced(name, token_batch):
+    config, mesh = debug_config(name), sharding.make_mesh(2, 4)
+    model, optimizer = Transformer(ModelConfig(**config.model), mesh), optax.sgd(1.0)
+    shapes = abstract_state(initializer(model, optimizer, 0), mesh)
+    step = make_train_step(model, Objective(config.losses.to_dict(), model), optimizer, 2, shardings(shapes))
+    _, metrics = jax.eval_shape(step, shapes, token_batch(16, config.data.sequence_length))
+    expected = {f"loss/{term}" for term, options in config.losses.items() if options.weight > 0} | {"loss/total"}
+    assert {metric for metric in metrics if metric.startswith("loss/")} == expected
 
 
 @pytest.mark.exhaustive

@@ -118,7 +118,6 @@ FREE = {"router": "routing_free", "gate_rank": 8}
     (FREE | {"renormalize": True}, ["renormalize", "routing_free", "set it to False"]),
     ({"router": "competition", "top_p": 0.4}, ["top_p", "0.4", "competition", "set it to 1"]),
     ({"router": "competition", "bias_rate": 1e-3}, ["bias_rate", "competition", "set it to 0"]),
-    ({"router": "competition", "renormalize": True}, ["renormalize", "competition", "set it to False"]),
     (FREE | {"router_init": "orthogonal"}, ["router_init", "orthogonal", "routing_free", "rows"]),
     ({"router": "xmoe", "router_init": "orthogonal"}, ["router_init", "orthogonal", "xmoe", "rows"]),
     ({"top_p": 0.0}, ["top_p", "0.0", "above 0"]),

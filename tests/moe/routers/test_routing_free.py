@@ -30,7 +30,10 @@ def test_gates_by_hand(config):
     # 5 - 3, 0 - 1, 1 - 0.75; below its threshold an expert's gate is 0
     np.testing.assert_allclose(scores.logits_BTE, [[[2, -1, 0.25]]], rtol=1e-6)
     np.testing.assert_allclose(scores.probabilities_BTE, [[[2, 0, 0.25]]], rtol=1e-6)
-    np.testing.assert_array_equal(scores.balance_BTE, scores.probabilities_BTE)
+    # two experts run where K is 1: 2 * 2 / 1, 0, 0.25 * 2 / 1; with theta above 0.25 one of them
+    np.testing.assert_allclose(scores.balance_BTE, [[[4, 0, 0.5]]], rtol=1e-6)
+    fewer = score(config(0.3), None, parameters, X_BTD)
+    np.testing.assert_allclose(fewer.balance_BTE, [[[2, 0, 0.25]]], rtol=1e-6)
     np.testing.assert_allclose(scores.low_BTEr, [[[[3, 4], [0, 0], [0.6, 0.8]]]], rtol=1e-6)
 
 

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from moe_erc.analysis.coupling import ALPHAS
+from moe_erc.losses.load_balance import load_measures
 
 # row of the layers table -> measure by layer
 ROWS = {
@@ -89,16 +90,9 @@ def _layers(measures, load_LE):
     for name, key in ROWS.items():
         if key in measures:
             table.add_row(name, *(f"{value:.3f}" for value in measures[key]))
-    highest_L, lowest_L = load_LE.max(axis=1) * experts, load_LE.min(axis=1) * experts
-    table.add_row("highest load", *(f"{value:.2f}x" for value in highest_L))
-    table.add_row("lowest load", *(f"{value:.2f}x" for value in lowest_L))
-    table.add_row("load entropy", *(f"{value:.3f}" for value in _relative_entropy(load_LE)))
-    table.add_row("MaxVio", *(f"{value:.2f}" for value in highest_L - 1))
+    load = load_measures(load_LE)
+    table.add_row("highest load", *(f"{value:.2f}x" for value in load["router/max_load"]))
+    table.add_row("lowest load", *(f"{value:.2f}x" for value in load_LE.min(axis=1) * experts))
+    table.add_row("load entropy", *(f"{value:.3f}" for value in load["router/load_entropy"]))
+    table.add_row("MaxVio", *(f"{value:.2f}" for value in load["router/max_violation"]))
     return table
-
-
-def _relative_entropy(load_LE):
-    """Entropy over log E: 1 where all experts have the same load, 0 where one has all; 1 for E = 1."""
-    experts = load_LE.shape[1]
-    surprise_LE = np.log(1 / np.where(load_LE > 0, load_LE, 1))  # 0 log 0 is 0
-    return np.sum(load_LE * surprise_LE, axis=1) / np.log(experts) if experts > 1 else np.ones(len(load_LE))

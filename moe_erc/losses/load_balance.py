@@ -25,7 +25,7 @@ def load_measures(load_LE):
     experts, total_L1 = load_LE.shape[-1], jnp.sum(load_LE, axis=-1, keepdims=True)
     share_LE = jnp.where(total_L1 > 0, load_LE / jnp.where(total_L1 > 0, total_L1, 1), 1 / experts)
     max_load_L = experts * jnp.max(share_LE, axis=-1)
-    entropy_L = -jnp.sum(share_LE * jnp.log(jnp.where(share_LE > 0, share_LE, 1)), axis=-1)
+    entropy_L = jnp.sum(share_LE * jnp.log(1 / jnp.where(share_LE > 0, share_LE, 1)), axis=-1)  # 0 log 0 is 0
     return {
         "router/max_load": max_load_L,
         "router/load_entropy": entropy_L / math.log(experts) if experts > 1 else jnp.ones_like(entropy_L),

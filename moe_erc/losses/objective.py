@@ -50,8 +50,8 @@ def _erc(params, rng, model, **options):
 
 
 def _competition(layer):
-    active, winners_BTE = layer.competition
-    chosen = layer.scores.probabilities_BTE, winners_BTE, layer.routing.experts_BTK, layer.mask_BT
+    active, competitors_BTE = layer.competition
+    chosen = layer.scores.probabilities_BTE, competitors_BTE, layer.routing.experts_BTK, layer.mask_BT
     return jnp.where(active, competition(*chosen), 0)
 
 

@@ -16,8 +16,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from moe_erc.moe.block_loop import block_loop
+from moe_erc.moe.block_loop import MATMUL, block_loop
 from moe_erc.moe.grouped_matmul import grouped_matmul
+from moe_erc.moe.routing import unit
 
 GATED = ("w_gate", "w_up", "w_down")
 FACTORIZED = ("w_high", "w_up", "w_down")
@@ -56,15 +57,11 @@ def affinity(x, assigned, matrices, matmul):
 
 def unit_output(x, assigned, matrices, matmul):
     """The direction of an expert's output, weighed and summed by token; 0, as its gradient, for an output of 0."""
-    out_RD = output(x, assigned, matrices, matmul).astype(jnp.float32)
-    square_R1 = jnp.sum(jnp.square(out_RD), axis=-1, keepdims=True)
-    inverse_R1 = jnp.where(square_R1 > 0, lax.rsqrt(jnp.where(square_R1 > 0, square_R1, 1)), 0)
-    return assigned["weight"][:, None] * out_RD * inverse_R1, ()
+    return assigned["weight"][:, None] * unit(output(x, assigned, matrices, matmul).astype(jnp.float32)), ()
 
 
 def dense(expert, x_ND, assigned, experts_NK, matrices):
     """Every expert on every token, weighed by 0 where it was not chosen: E / K times the work, nothing to get wrong."""
-    matmul = partial(jnp.matmul, preferred_element_type=jnp.float32)
 
     def choose(chosen_NK, leaf):
         return jnp.where(chosen_NK.reshape(*chosen_NK.shape, *(1,) * (leaf.ndim - 2)), leaf, 0)
@@ -73,13 +70,13 @@ def dense(expert, x_ND, assigned, experts_NK, matrices):
         number, of_expert = expert_and_matrices
         chosen_NK = experts_NK == number
         own = jax.tree.map(lambda leaf: jnp.sum(choose(chosen_NK, leaf), axis=1), assigned)
-        summed, kept = expert(x_ND, own, of_expert, matmul)
+        summed, kept = expert(x_ND, own, of_expert, MATMUL)
         return summed, jax.tree.map(lambda leaf: choose(chosen_NK, leaf[:, None]), kept)
 
     def add(total, expert_and_matrices):
         return jax.tree.map(lambda so_far, leaf: so_far + leaf, total, run(expert_and_matrices)), None
 
-    numbered = (jnp.arange(len(experts_of(matrices))), matrices)
+    numbered = (jnp.arange(len(matrices["w_down"])), matrices)
     shapes = jax.eval_shape(run, jax.tree.map(lambda leaf: leaf[0], numbered))
     start = jax.tree.map(lambda leaf: jnp.zeros_like(x_ND, leaf.dtype, shape=leaf.shape), shapes)
     summed, kept = lax.scan(add, start, numbered)[0]
@@ -88,7 +85,7 @@ def dense(expert, x_ND, assigned, experts_NK, matrices):
 
 def ragged(expert, x_ND, assigned, experts_NK, matrices):
     """Assignments sorted by expert, then grouped matmuls; groups may be empty, nothing is padded or dropped."""
-    experts, experts_per_token = len(experts_of(matrices)), experts_NK.shape[-1]
+    experts, experts_per_token = len(matrices["w_down"]), experts_NK.shape[-1]
     experts_M = experts_NK.reshape(-1)
     local_M = (experts_M >= 0) & (experts_M < experts)
     order_M = jnp.argsort(jnp.where(local_M, experts_M, experts), stable=True)
@@ -108,11 +105,6 @@ def ragged(expert, x_ND, assigned, experts_NK, matrices):
         return jnp.zeros_like(leaf).at[order_M].set(leaf).reshape(*experts_NK.shape, *leaf.shape[1:])
 
     return _in_dtype_of(x_ND, jax.tree.map(by_token, summed)), jax.tree.map(by_assignment, kept)
-
-
-def experts_of(matrices):
-    """Any of the matrices: their leading axis counts the experts."""
-    return matrices["w_down"]
 
 
 def _in_dtype_of(x, tree):

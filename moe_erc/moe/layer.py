@@ -15,10 +15,10 @@ from moe_erc.moe.routers import ROUTERS, competition
 
 
 class Competition(NamedTuple):
-    """Whether the layer's experts compete on this step, and how strongly each answered (zeros if not)."""
+    """Whether the layer's experts compete on this step, and the softmax of their answers (zeros if not)."""
 
     active: jax.Array  # bool
-    winners_BTE: jax.Array
+    competitors_BTE: jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,8 +37,7 @@ class Observation:
     @property
     def chosen_BTK(self):
         """The slots that hold an expert, of unmasked tokens."""
-        full_BTK = self.routing.experts_BTK < self.scores.probabilities_BTE.shape[-1]
-        return full_BTK & self.mask_BT[..., None]
+        return routing.full_slots(self.routing, self.scores.probabilities_BTE.shape[-1], self.mask_BT)
 
     def unit_sum_BTD(self):
         """For every token the sum of the directions in which all experts answer."""
@@ -118,5 +117,5 @@ def _compete(config, mesh, competing, run_all, chosen, scores):
     def rest():
         return chosen, jnp.zeros_like(scores.probabilities_BTE)
 
-    chosen, winners_BTE = lax.cond(competing, compete, rest)
-    return chosen, Competition(competing, winners_BTE)
+    chosen, competitors_BTE = lax.cond(competing, compete, rest)
+    return chosen, Competition(competing, competitors_BTE)

@@ -73,11 +73,22 @@ class Router:
     choose: Callable = top
 
 
+def unit(x):
+    """x / |x| along the last axis; 0, with gradient 0, for zeros."""
+    square = jnp.sum(jnp.square(x), axis=-1, keepdims=True)
+    return x * jnp.where(square > 0, lax.rsqrt(jnp.where(square > 0, square, 1)), 0)
+
+
+def full_slots(routing, experts, mask_BT):
+    """The slots that hold an expert, of unmasked tokens, (B, T, K) bool."""
+    return (routing.experts_BTK < experts) & mask_BT[..., None]
+
+
 def statistics(scores, routing, mask_BT):
     """Means over the unmasked tokens of the whole batch (all devices: this is called outside `shard_map`)."""
     experts = scores.balance_BTE.shape[-1]
     share_BT = mask_BT / jnp.maximum(jnp.sum(mask_BT), 1)
-    full_BTK = (routing.experts_BTK < experts) & mask_BT[..., None]
+    full_BTK = full_slots(routing, experts, mask_BT)
     assignments = jnp.sum(full_BTK, dtype=jnp.float32)
     share_BTK = full_BTK / jnp.maximum(assignments, 1)
     return RoutingStats(

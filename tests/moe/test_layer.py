@@ -107,7 +107,7 @@ def test_where_experts_compete_the_winners_run(tiny):
     expected, q_BTE = competition.winners(affinity_BTE, K)
     np.testing.assert_array_equal(routing.experts_BTK, expected.experts_BTK)
     assert_close(routing.weights_BTK, expected.weights_BTK)
-    assert_close(competing.winners_BTE, q_BTE)
+    assert_close(competing.competitors_BTE, q_BTE)
     assert_close(y_BTD, mixture(params, *expected))
     assert competing.active
 
@@ -115,7 +115,7 @@ def test_where_experts_compete_the_winners_run(tiny):
     vanilla_BTD, _, vanilla = apply(tiny(), params, {}, lambda layer: layer.routing)
     jax.tree.map(np.testing.assert_array_equal, (y_BTD, routing), (vanilla_BTD, vanilla))
     assert (routing.experts_BTK != expected.experts_BTK).any()
-    assert not competing.active and not competing.winners_BTE.any()
+    assert not competing.active and not competing.competitors_BTE.any()
 
 
 def test_a_layer_can_be_observed(tiny):

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from moe_erc.moe.routers import softmax
-from moe_erc.moe.routing import Router
+from moe_erc.moe.routing import Router, unit
 
 
 def rows(config, parameters):
@@ -19,12 +19,6 @@ def rows(config, parameters):
     excited_EF = jnp.einsum("ed,edf->ef", router_ED, w_gate_EDF, precision=lax.Precision.HIGHEST)
     turned_ED = jnp.einsum("ef,edf->ed", excited_EF, w_gate_EDF, precision=lax.Precision.HIGHEST)
     return config.mpi_scale / config.experts**0.5 * unit(turned_ED)
-
-
-def unit(x):
-    """x / |x| along the last axis; 0, with gradient 0, for zeros."""
-    square = jnp.sum(jnp.square(x), axis=-1, keepdims=True)
-    return x * jnp.where(square > 0, lax.rsqrt(jnp.where(square > 0, square, 1)), 0)
 
 
 def score(config, mesh, parameters, x_BTD):

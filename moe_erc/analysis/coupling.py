@@ -1,5 +1,7 @@
 """Is the router of a trained MoE coupled to its experts? Read off the parameters alone, with the clean router.
 
+What a run measures as it trains, wherever its parameters lie; `survey.py` asks more, of any model, on the host.
+
 ERC(alpha)       the loss of `losses/erc.py` by layer; a vanilla MoE falls to 0 only at alpha 3 to 5 (paper, Table 2)
 vanishing alpha  max_{i != j} max(M[i, j] / M[i, i], M[i, j] / M[j, j]), the smallest alpha at which ERC is 0
 diagonal share   rows and columns of M whose largest entry is the diagonal's
@@ -33,23 +35,38 @@ def measure_coupling(router_LED, w_gate_LEDF, mesh=None):
     else:
         everywhere = NamedSharding(mesh, P())
         M_LEE = lax.with_sharding_constraint(sharded_coupling_matrix(router_LED, w_gate_LEDF, mesh), everywhere)
-    gate_norm_LE = jnp.sqrt(jnp.sum(jnp.square(w_gate_LEDF.astype(jnp.float32)), axis=(-2, -1)))
-    measures = lax.map(_measure_layer, (M_LEE, router_LED, gate_norm_LE))
+    measures = lax.map(_measure_layer, (M_LEE, router_LED, gate_norms(w_gate_LEDF)))
     measures["alignment_L"] = jnp.mean(alignment(router_LED, w_gate_LEDF, mesh), axis=1)
     return measures if mesh is None else lax.with_sharding_constraint(measures, everywhere)
 
 
 def _measure_layer(matrix_router_and_norms):
     M_EE, router_ED, gate_norm_E = matrix_router_and_norms
+    return measure_matrix(M_EE) | measure_weights(router_ED, gate_norm_E)
+
+
+def measure_matrix(M_EE):
+    """What a coupling matrix says by itself; of one layer."""
     diagonal_E = jnp.diagonal(M_EE)
     foreign_EE = jnp.where(jnp.eye(len(M_EE), dtype=bool), 0, M_EE)
     lowest_EE = jnp.minimum(diagonal_E[:, None], diagonal_E[None, :])
-    router_norm_E = jnp.linalg.norm(router_ED.astype(jnp.float32), axis=-1)
     return {
-        "erc_LA": jnp.stack([coupling_penalty(M_EE, alpha) for alpha in ALPHAS]),
+        "erc_LA": erc_by_alpha(M_EE),
         "vanishing_alpha_L": jnp.max(jnp.where(foreign_EE > 0, foreign_EE / lowest_EE, 0)),
         "diagonal_rows_L": jnp.mean(diagonal_E >= jnp.max(foreign_EE, axis=1)),
         "diagonal_columns_L": jnp.mean(diagonal_E >= jnp.max(foreign_EE, axis=0)),
+    }
+
+
+def erc_by_alpha(M_EE):
+    """(A,), an entry per `ALPHAS`."""
+    return jnp.stack([coupling_penalty(M_EE, alpha) for alpha in ALPHAS])
+
+
+def measure_weights(router_ED, gate_norm_E):
+    """Norms of rows and gates, mean and spread, and how the rows lie to one another; of one layer."""
+    router_norm_E = jnp.linalg.norm(router_ED.astype(jnp.float32), axis=-1)
+    return {
         "noise_bound_L": jnp.mean(noise_bound(router_ED)),
         "row_cosine_L": _mean_cosine(router_ED),
         "router_norm_L": jnp.mean(router_norm_E),
@@ -57,6 +74,11 @@ def _measure_layer(matrix_router_and_norms):
         "gate_norm_L": jnp.mean(gate_norm_E),
         "gate_spread_L": jnp.std(gate_norm_E),
     }
+
+
+def gate_norms(w_gate_EDF):
+    """Frobenius norms in float32; leading axes stay."""
+    return jnp.sqrt(jnp.sum(jnp.square(w_gate_EDF.astype(jnp.float32)), axis=(-2, -1)))
 
 
 def _mean_cosine(rows_ED):

@@ -37,16 +37,15 @@ class Moe:
         return len(self._layers)
 
     def __iter__(self):
-        for router, gates in self._layers.values():
-            yield np.array(router.read(), np.float32), _read_gates(gates)
+        for layer in self._layers.values():
+            yield np.array(layer.router.read(), np.float32), _read_gates(layer)
 
 
-def _read_gates(gates):
+def _read_gates(layer):
     """Expert after expert into an array (E, F, D), as torch has them, seen as (E, D, F): a layer is in memory once."""
-    first_FD = gates[0].read()
-    w_gate_EFD = np.empty((len(gates), *first_FD.shape), np.float32)
-    for expert, gate in enumerate(gates):
-        w_gate_EFD[expert] = gate.read()
+    w_gate_EFD = np.empty(layer.gates_shape, np.float32)
+    for gate_FD, gate in zip(w_gate_EFD, layer.gates, strict=True):
+        gate_FD[:] = gate.read()
     return w_gate_EFD.swapaxes(1, 2)
 
 

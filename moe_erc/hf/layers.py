@@ -25,6 +25,7 @@ class Layer(NamedTuple):
 
     router: Stored
     gates: list[Stored]  # by expert
+    gates_shape: tuple[int, int, int]  # (E, F, D)
 
 
 def locate_layers(config, family: Family, tensors) -> dict[int, Layer]:
@@ -36,7 +37,7 @@ def locate_layers(config, family: Family, tensors) -> dict[int, Layer]:
     )
     layers = _announced(config)
     _check_routers(layers, config, family, tensors)
-    return {layer: _locate_layer(f"model.layers.{layer}.", family, tensors, sizes) for layer in layers}
+    return {layer: _locate_layer(f"model.layers.{layer}.", family, tensors, sizes) for layer in sorted(layers)}
 
 
 def _announced(config):
@@ -44,10 +45,10 @@ def _announced(config):
     first = _number(config, "first_k_dense_replace", least=0, default=0)
     step = _number(config, "decoder_sparse_step", default=1)
     dense = config.get("mlp_only_layers", [])
-    if not isinstance(dense, list):
-        raise ValueError(f"config.json: mlp_only_layers is {dense!r}; it must be a list of layers")
+    if not isinstance(dense, list) or not all(type(layer) is int for layer in dense):
+        raise ValueError(f"config.json: mlp_only_layers is {dense!r}; it must be a list of whole numbers")
     layers = range(first, _number(config, "num_hidden_layers"))
-    return [layer for layer in layers if (layer + 1) % step == 0 and layer not in dense]
+    return {layer for layer in layers if (layer + 1) % step == 0}.difference(dense)
 
 
 def _check_routers(layers, config, family, tensors):
@@ -56,24 +57,26 @@ def _check_routers(layers, config, family, tensors):
     further = range(end, end + _number(config, "num_nextn_predict_layers", least=0, default=0))
     names = (re.fullmatch(r"model\.layers\.(\d{1,7})\.(.+)", name) for name in tensors)
     found = {int(name[1]) for name in names if name and name[2] in family.routers}.difference(further)
-    if found != set(layers):
+    differing = sorted(found ^ layers)
+    if differing:
         raise ValueError(
-            f"layers {sorted(found)} have a router in the shards, by config.json layers {layers} do; "
-            "take both from one model"
+            f"layers {str(differing[:8])[1:-1]}, {len(differing)} in all, have a router in the shards and none by "
+            "config.json, or the reverse; take both from one model"
         )
+    if not layers:
+        raise ValueError(f"config.json makes none of {end} layers an MoE layer; its model has no router to read")
 
 
 def _locate_layer(prefix, family, tensors, sizes):
     routers = [(prefix + name, ROUTER) for name in family.routers]
     gates = [(prefix + name, layout) for name, layout in family.gates]
+    E, D, F = sizes
     for name, _ in gates:
-        surplus = name.format(expert=sizes[0])
+        surplus = name.format(expert=E)
         if surplus != name and surplus in tensors:
-            raise ValueError(
-                f"{surplus!r} is in the shards, config.json has {sizes[0]} experts; take both from one model"
-            )
-    experts = range(sizes[0])
-    return Layer(_locate(routers, 0, tensors, sizes), [_locate(gates, e, tensors, sizes) for e in experts])
+            raise ValueError(f"{surplus!r} is in the shards, config.json has {E} experts; take both from one model")
+    router = _locate(routers, 0, tensors, sizes)
+    return Layer(router, [_locate(gates, expert, tensors, sizes) for expert in range(E)], (E, F, D))
 
 
 def _locate(candidates, expert, tensors, sizes):

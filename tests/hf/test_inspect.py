@@ -185,12 +185,14 @@ def test_two_layers_are_in_memory_at_most(tmp_path):
     ({"hidden_size": 17}, ["gate.weight", "(4, 16)", "(4, 17)"]),
     ({"intermediate_size": 13}, ["experts.0.gate_proj.weight", "(12, 16)", "(13, 16)"]),
     ({"num_hidden_layers": True}, ["num_hidden_layers", "True"]),
-    ({"num_hidden_layers": 1}, ["[0, 1]", "[0]"]),
-    ({"num_hidden_layers": 3}, ["[0, 1]", "[0, 1, 2]"]),
-    ({"first_k_dense_replace": 1}, ["[0, 1]", "[1]"]),
+    ({"num_hidden_layers": 1}, ["layers 1,", "router"]),
+    ({"num_hidden_layers": 3}, ["layers 2,", "router"]),
+    ({"num_hidden_layers": 2**20}, ["layers 2, 3, 4, 5, 6, 7, 8, 9, 1048574 in all"]),
+    ({"first_k_dense_replace": 1}, ["layers 0,", "router"]),
     ({"first_k_dense_replace": -1}, ["first_k_dense_replace", "-1"]),
     ({"decoder_sparse_step": 0}, ["decoder_sparse_step", "0"]),
     ({"mlp_only_layers": 1}, ["mlp_only_layers", "1", "list"]),
+    ({"mlp_only_layers": [[1]]}, ["mlp_only_layers", "[[1]]", "list"]),
 ])  # fmt: skip
 def test_a_config_that_is_not_the_shards(changes, words, tmp_path):
     config, tensors = checkpoint.load("olmoe")
@@ -198,7 +200,7 @@ def test_a_config_that_is_not_the_shards(changes, words, tmp_path):
 
 
 @pytest.mark.parametrize("name, array, words", [
-    ("mlp.gate.weight", None, ["[0]", "[0, 1]"]),
+    ("mlp.gate.weight", None, ["layers 1,", "router"]),
     ("mlp.gate.weight", np.zeros((4, 17), np.float32), ["mlp.gate.weight", "(4, 17)", "(4, 16)"]),
     ("mlp.gate.weight", np.zeros((4, 16), np.uint8), ["mlp.gate.weight", "BF16/F16/F32"]),
     ("mlp.experts.2.gate_proj.weight", None, ["model.layers.1.mlp.experts.2.gate_proj.weight", "gate_up_proj"]),
@@ -212,6 +214,12 @@ def test_tensors_that_are_not_the_config_s(name, array, words, tmp_path):
     tensors["model.layers.1." + name] = array
     tensors = {name: array for name, array in tensors.items() if array is not None}
     refuses(checkpoint.write(tmp_path, config, tensors), words)
+
+
+def test_a_model_without_moe_layers(tmp_path):
+    config, tensors = checkpoint.load("qwen2_moe")
+    tensors.pop("model.layers.1.mlp.gate.weight")
+    refuses(checkpoint.write(tmp_path, config | {"mlp_only_layers": [1]}, tensors), ["none of 3 layers"])
 
 
 def test_two_routers_in_a_layer(tmp_path):

@@ -79,6 +79,13 @@ def test_a_file_that_has_no_header(raw, words, tmp_path):
     refuses(tmp_path, words)
 
 
+def test_a_header_has_a_limit(tmp_path):
+    with open(tmp_path / "model.safetensors", "wb") as file:
+        file.write((JSON_LIMIT + 1).to_bytes(8, "little"))
+        file.truncate(2 * JSON_LIMIT)  # of zeros, and sparse
+    refuses(tmp_path, [f"{JSON_LIMIT + 1} bytes", f"may have {JSON_LIMIT} ", str(2 * JSON_LIMIT)])
+
+
 def test_a_truncated_shard(tmp_path):
     checkpoint.write_shard(tmp_path / "model.safetensors", {"x": np.zeros((2, 3), np.float32)})
     whole = (tmp_path / "model.safetensors").read_bytes()

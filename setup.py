@@ -22,6 +22,7 @@ REQUIRES = [
     "etils[epath]",
     "importlib_resources",  # tensorflow-datasets uses it without declaring it
     "numpy>=2.0",
+    "ml_dtypes>=0.5",  # float4_e2m1fn
     "scipy>=1.13",
     "absl-py>=2.1",
     "tensorboardX",

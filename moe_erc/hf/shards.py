@@ -1,0 +1,136 @@
+"""The tensors of a directory of safetensors, mapped into memory as they are asked for.
+
+A shard is 8 bytes, the length N of the header; N bytes of JSON, {name: {"dtype", "shape", "data_offsets"}}; numbers.
+Nothing of a checkpoint is run, and what it claims of itself is checked before a number is read. The format is parsed
+here since the NumPy side of the `safetensors` package knows no float8 and does not tell where a tensor lies.
+"""
+
+import json
+import math
+from pathlib import Path
+from typing import NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+DTYPES = {
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "U8": np.dtype(np.uint8),
+}
+JSON_LIMIT = 100_000_000  # bytes; the format's own limit for a header
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+
+class Tensor(NamedTuple):
+    """Where a tensor lies."""
+
+    path: Path
+    offset: int
+    dtype: str
+    shape: tuple[int, ...]
+
+    def map(self):
+        """The tensor as an array that reads what is indexed; the file is closed with the last reference to it."""
+        return np.memmap(self.path, DTYPES[self.dtype], "r", self.offset, self.shape)
+
+
+def find_tensors(directory: Path) -> dict[str, Tensor]:
+    """Every tensor of a checkpoint by name, from the headers of its shards alone."""
+    tensors = {}
+    for path in _shards(directory):
+        for name, tensor in _header(path):
+            if name in tensors:
+                raise ValueError(f"tensor {name!r} is in {tensors[name].path} and in {path}; delete the stale shard")
+            tensors[name] = tensor
+    return tensors
+
+
+def read_json(path: Path) -> dict:
+    """The object in a JSON file; ValueError of one line if there is none, or if it is too large to be honest."""
+    size = path.stat().st_size
+    if size > JSON_LIMIT:
+        raise ValueError(f"{path} has {size} bytes, more than {JSON_LIMIT}; download it again")
+    return _parse_json(path.read_bytes(), path)
+
+
+def _shards(directory):
+    single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
+    if single.is_file():
+        return [single]
+    if index.is_file():
+        return [_listed(directory, name) for name in _names_in(index)]
+    pickles = sorted(path.name for path in directory.iterdir() if path.suffix in PICKLES)
+    if pickles:
+        raise ValueError(
+            f"{directory} holds {pickles[0]}, a pickle, which may run code when it is opened; "
+            "save the model as safetensors (save_pretrained of transformers does)"
+        )
+    raise FileNotFoundError(f"no {single.name} and no {index.name} in {directory}; download the weights too")
+
+
+def _names_in(index):
+    weight_map = read_json(index).get("weight_map")
+    names = list(weight_map.values()) if isinstance(weight_map, dict) else []
+    if not names or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"{index}: weight_map must give the shard of every tensor; download it again")
+    return sorted(set(names))
+
+
+def _listed(directory, name):
+    path = directory / name
+    if path.parent != directory or path.suffix != ".safetensors":
+        raise ValueError(f"the index in {directory} lists {name!r}, which is no .safetensors file beside it; refused")
+    if not path.is_file():
+        raise FileNotFoundError(f"{directory} has no shard {name!r}, which its index lists; download it too")
+    return path
+
+
+def _header(path):
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if length > min(size - 8, JSON_LIMIT):
+            raise ValueError(
+                f"{path} announces a header of {length} bytes; it may have {JSON_LIMIT} and the file has {size}; "
+                "download it again"
+            )
+        header = _parse_json(file.read(length), f"the header of {path}")
+    header.pop("__metadata__", None)
+    for name, entry in header.items():
+        yield name, _tensor(path, name, entry, start=8 + length, size=size)
+
+
+def _tensor(path, name, entry, start, size):
+    try:
+        dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+        sound = isinstance(dtype, str) and all(type(n) is int and n >= 0 for n in (*shape, begin, end - begin))
+        if sound and dtype in DTYPES:
+            sound = math.prod(shape) * DTYPES[dtype].itemsize == end - begin
+    except (KeyError, TypeError, ValueError):
+        sound = False
+    if not sound:
+        raise ValueError(f"{path}: dtype, shape and data_offsets of {name!r} do not agree; download it again")
+    if start + end > size:
+        raise ValueError(f"{path} has {size} bytes, but {name!r} ends at byte {start + end}; download it again")
+    return Tensor(path, start + begin, dtype, shape)
+
+
+def _parse_json(raw, place):
+    try:
+        value = json.loads(raw, object_pairs_hook=_without_twins)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{place} is not JSON ({error}); download it again") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{place} is a JSON {type(value).__name__}, not an object; download it again")
+    return value
+
+
+def _without_twins(pairs):
+    names = [name for name, _ in pairs]
+    if len(set(names)) < len(names):
+        twin = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{twin!r} is in it twice")
+    return dict(pairs)

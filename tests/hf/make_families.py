@@ -1,0 +1,89 @@
+"""Writes tests/hf/families: of every family a small random model as transformers saves it, and its coupling matrices.
+
+    pip install -e ".[hf]" && python -m tests.hf.make_families
+
+Needed again only when a family is added or transformers changes what it writes. coupling.npz holds M[i, j] =
+|router_i @ w_gate_j| by layer, in float64: where the experts have an activation to listen to, from what the model's own
+code hands to it when the router's rows are the tokens.
+"""
+
+import pathlib
+import shutil
+
+import numpy as np
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+HERE = pathlib.Path(__file__).parent / "families"
+MODEL = {
+    "vocab_size": 32,
+    "hidden_size": 16,
+    "intermediate_size": 12,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "num_experts_per_tok": 2,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 2,
+}
+LATENT = {"q_lora_rank": 4, "kv_lora_rank": 4, "qk_nope_head_dim": 4, "qk_rope_head_dim": 4, "v_head_dim": 4}
+DEEPSEEK = {"num_hidden_layers": 3, "moe_intermediate_size": 8, "n_routed_experts": 4, "n_shared_experts": 1, **LATENT}
+QWEN = {"num_hidden_layers": 3, "moe_intermediate_size": 8, "num_experts": 4, "head_dim": 8}
+FAMILIES = {
+    "olmoe": {"num_experts": 4},
+    "mixtral": {"num_local_experts": 4},
+    "qwen2_moe": {**QWEN, "decoder_sparse_step": 2, "shared_expert_intermediate_size": 8},
+    "qwen3_moe": {**QWEN, "mlp_only_layers": [1]},
+    "deepseek_v2": {**DEEPSEEK, "first_k_dense_replace": 1},
+    "deepseek_v3": {**DEEPSEEK, "first_k_dense_replace": 2, "n_group": 2, "topk_group": 1},
+    "gpt_oss": {"num_local_experts": 4, "head_dim": 8},
+    "granitemoe": {"num_local_experts": 4},
+    "phimoe": {"num_local_experts": 4},
+}
+OPTIONS = {  # of `save`; the others are float32 in one file, in the layout of the family's release
+    "olmoe": {"dtype": torch.bfloat16},
+    "mixtral": {"max_shard_size": "10KB"},
+    "qwen3_moe": {"save_original_format": False},
+    "deepseek_v3": {"dtype": torch.bfloat16},
+    "granitemoe": {"save_original_format": False},
+    "phimoe": {"dtype": torch.float16},
+}
+
+
+def save(family, directory, dtype=torch.float32, **options):
+    """A model of weights of any size, as after training, saved by transformers, and coupling.npz beside it."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **MODEL | FAMILIES[family])).to(dtype)
+    with torch.no_grad():
+        for weights in model.parameters():
+            weights.normal_()
+        model.save_pretrained(directory, **options)
+        np.savez(directory / "coupling.npz", **dict(coupling(model.double())))
+
+
+def coupling(model):
+    """(number of the layer, M (E, E)) of every MoE layer."""
+    for number, layer in enumerate(model.model.layers):
+        block = layer.block_sparse_moe if hasattr(layer, "block_sparse_moe") else layer.mlp
+        if hasattr(block, "experts"):
+            router = block.router if hasattr(block, "router") else block.gate
+            yield str(number), gate_responses(router.weight, block.experts).norm(dim=-1).numpy()
+
+
+def gate_responses(router_ED, experts):
+    """router_i @ w_gate_j, (E, E, F)."""
+    if not hasattr(experts, "act_fn"):  # gpt-oss: the activation is not a module, and hears a bias
+        return torch.einsum("id,jdf->ijf", router_ED, experts.gate_up_proj[..., ::2])
+    heard, alone = [], torch.ones(len(router_ED), 1)  # every row goes to one expert
+    experts.config._experts_implementation = "eager"
+    experts.act_fn.register_forward_hook(lambda module, inputs, output: heard.append(inputs[0]))
+    for expert in range(len(router_ED)):
+        experts(router_ED, torch.full(alone.shape, expert), alone)
+    return torch.stack(heard, dim=1)
+
+
+if __name__ == "__main__":
+    for family in FAMILIES:
+        shutil.rmtree(HERE / family, ignore_errors=True)
+        save(family, HERE / family, **OPTIONS.get(family, {}))

@@ -30,14 +30,15 @@ REQUIRES = [
     "rich",
 ]
 
-TEST = ["pytest", "pytest-xdist>=3.8", "ruff", "hypothesis", "tokenizers"]
+PLOT = ["matplotlib", "scikit-learn"]
+TEST = ["pytest", "pytest-xdist>=3.8", "ruff", "hypothesis", "tokenizers", *PLOT]
 
 EXTRAS = {
     "test": TEST,
     "dev": [*TEST, "build"],
     "tokenizers": ["tokenizers"],
     "wandb": ["wandb"],
-    "plot": ["matplotlib", "scikit-learn"],
+    "plot": PLOT,
     "notebook": ["nbclient", "ipykernel", "matplotlib"],
     "eval": ["lm-eval>=0.4.13"],
     "hf": ["transformers>=5.23", "safetensors", "torch", "tokenizers"],

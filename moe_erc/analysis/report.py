@@ -27,13 +27,18 @@ ROWS = {
 
 
 def write_report(path, report):
-    """`report` as JSON, null for None and what is not finite; a reader sees the old file or the new one, never a part.
+    """`report` as JSON, null for None and what is not finite."""
+    write_text(path, json.dumps(_plain(report), indent=1))
+
+
+def write_text(path, text):
+    """A reader sees the old file or the new one, never a part.
 
     On a pod process 0 writes; `path` is an `etils.epath.Path`, local or in a bucket.
     """
     if jax.process_index() == 0:
         temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text(json.dumps(_plain(report), indent=1))
+        temporary.write_text(text)
         temporary.replace(path)
 
 

@@ -1,72 +1,101 @@
-"""Evaluates a run: validation loss by domain, load by layer, and how coupled its router and experts are.
+"""Evaluates a run, or several, and tells whether the router of any MoE is coupled to its experts.
 
-    python eval.py --workdir=runs/erc-tiny                      all tables, and runs/erc-tiny/eval.json
-    python eval.py --workdir=runs/erc-tiny --windows=64         on 64 windows of each domain; 0 reads all
+    python eval.py --workdir=runs/erc-tiny                loss, load and coupling as tables, and in eval.json
+    python eval.py --workdir=runs/erc-tiny --coupling     all of its coupling: coupling.json, coupling.md, figures/
+    python eval.py --checkpoint=OLMoE-1B-7B --coupling    that of a Hugging Face MoE, into coupling/OLMoE-1B-7B
+    python eval.py --workdir=runs/erc-tiny --figures      figures/ and report.html; of runs A,B, into comparison
 
-The model is the newest checkpoint's. The workdir may be gs://bucket/path; on several processes (docs/launch.md) the
+The model is the newest checkpoint's. A workdir may be gs://bucket/path; on several processes (docs/launch.md) the
 first one prints and writes. Wrong input is one line and exit code 2.
 """
 
-import functools
-
-import jax
 from absl import flags
 from etils import epath
 
 from moe_erc import command_line, processes, sharding
-from moe_erc.analysis.diagnosis import Diagnosis
+from moe_erc.analysis.curves import read_metrics
 from moe_erc.analysis.report import print_report, write_report
-from moe_erc.data import text
-from moe_erc.evaluation.ngram import ngram_losses
-from moe_erc.evaluation.perplexity import Perplexity
-from moe_erc.losses.language_model import token_losses
-from moe_erc.model.config import ModelConfig
-from moe_erc.model.transformer import Transformer
-from moe_erc.training.checkpoint import Checkpoints
-from moe_erc.training.state import abstract_state, init_weights
+from moe_erc.analysis.survey import survey
+from moe_erc.analysis.survey_report import print_survey, write_survey
+from moe_erc.hf.inspect import open_moe
+from moe_erc.runs import open_run
 
-WORKDIR = flags.DEFINE_string("workdir", None, "the directory of a run of train.py", required=True)
-WINDOWS = flags.DEFINE_integer(
-    "windows", None, "windows of each domain; 0 is all; the run's eval.report_windows if unset"
-)
+WORKDIR = flags.DEFINE_list("workdir", [], "directories of runs of train.py")
+CHECKPOINT = flags.DEFINE_string("checkpoint", None, "a local directory of a Hugging Face MoE; with --coupling")
+COUPLING = flags.DEFINE_bool("coupling", False, "all there is to know of router rows and gates")
+FIGURES = flags.DEFINE_bool("figures", False, "figures of the run, or of several side by side")
+OUTPUT = flags.DEFINE_string("output", None, "where --coupling and --figures write; see above for the default")
+WINDOWS = flags.DEFINE_integer("windows", None, "windows of each domain, 0 is all; by default the run's own number")
 
 
 def main(_):
-    workdir = epath.Path(WORKDIR.value)
-
     with command_line.refusing_bad_input(), processes.ending_together():
+        check_flags()
+        if CHECKPOINT.value:
+            moe = open_moe(CHECKPOINT.value)
+            report_coupling(moe.name, moe, moe.layers, f"coupling/{moe.name}")
+            return
         processes.initialize()
         sharding.use_cpu_cores()
         processes.mute_all_but_first()
-        checkpoints = Checkpoints(workdir / "checkpoints")
-        processes.agree({"checkpoint": checkpoints.latest_step()})
-        meta = checkpoints.read_meta()
-        config = meta["config"]
-        with processes.first():
-            corpus = text.prepare(text.DataConfig(**config["data"]))
-        processes.agree({"data": corpus.identity})
-        if corpus.tokenizer.identity != meta["data"]["tokenizer"]:
-            raise ValueError(f"data.tokenizer: {config['data']['tokenizer']!r} is not the one the run was trained with")
-        model_config = ModelConfig(**config["model"])
-        mesh = sharding.fit_mesh(model_config)
+        evaluated = {}
+        for workdir in WORKDIR.value:
+            run = open_run(epath.Path(workdir))
+            print(f"{workdir}: step {run.step}")
+            if COUPLING.value:
+                report_coupling(workdir, run.router_and_gates(), range(run.model.config.layers), workdir)
+            if FIGURES.value or not COUPLING.value:
+                evaluated[workdir] = evaluate(run, epath.Path(workdir))
+        if FIGURES.value:
+            drawing().write_run_report(output("comparison" if len(evaluated) > 1 else workdir), evaluated)
 
-    # The machine need not be the one it was trained on.
-    batch_size = -(-config["eval"]["batch_size"] // mesh.size) * mesh.size
-    model = Transformer(model_config, mesh)
-    weights = checkpoints.restore_weights(abstract_state(lambda: init_weights(model, jax.random.key(0)), mesh))
-    print(f"{workdir}: step {checkpoints.latest_step()}")
 
-    losses = functools.partial(token_losses, chunk=config["losses"]["lm"]["chunk"])
-    put = functools.partial(sharding.put_whole_batch, mesh)
-    perplexity = Perplexity(model, corpus, losses, put, (batch_size, config["data"]["sequence_length"]))
-    windows = config["eval"]["report_windows"] if WINDOWS.value is None else WINDOWS.value
-    report = {
-        "step": checkpoints.latest_step(),
-        "validation": perplexity.run(weights, windows),
-        "baselines": ngram_losses(corpus),
-    } | Diagnosis(model, perplexity.probe(mesh.size)).run(weights)
-    print_report(report)
-    write_report(workdir / "eval.json", report)
+def check_flags():
+    if bool(WORKDIR.value) == bool(CHECKPOINT.value):
+        raise ValueError("--workdir, --checkpoint: give one of them, the directory of a run or of a Hugging Face MoE")
+    if CHECKPOINT.value and (FIGURES.value or not COUPLING.value):
+        raise ValueError(
+            f"--checkpoint={CHECKPOINT.value}: of a Hugging Face MoE there is --coupling, and nothing else"
+        )
+    if OUTPUT.value and COUPLING.value and len(WORKDIR.value) > 1:
+        raise ValueError(f"--output={OUTPUT.value}: --coupling writes one run there; leave it out, or name one workdir")
+    if FIGURES.value or COUPLING.value:
+        drawing()
+
+
+def drawing():
+    """The module that draws; refuses if its extra is not installed."""
+    from moe_erc.analysis import run_report
+
+    return run_report
+
+
+def output(default):
+    return epath.Path(OUTPUT.value or default)
+
+
+def report_coupling(name, layers, numbers, default_output):
+    directory, (measures, matrices) = output(default_output), survey(layers)
+    print_survey(name, measures, numbers)
+    drawn = {"report": {"coupling": measures}, "coupling": {"layers": numbers, "matrix_LEE": matrices["raw"]}}
+    pictures = drawing().write_figures(directory, {name: drawn})
+    write_survey(directory, name, measures, numbers, {path: caption for path, (_, caption) in pictures.items()})
+
+
+def evaluate(run, workdir):
+    """Prints and writes the report; returns what --figures draws."""
+    windows = run.config["eval"]["report_windows"] if WINDOWS.value is None else WINDOWS.value
+    found = {"report": run.report(windows)}
+    print_report(found["report"])
+    write_report(workdir / "eval.json", found["report"])
+    if FIGURES.value:
+        found |= {"metrics": read_metrics(workdir / "metrics.jsonl"), "use": run.expert_use(windows)}
+        if found["report"]["coupling"]:
+            matrices = survey(run.router_and_gates(), draws=1)[1]
+            found["coupling"] = {"layers": range(run.model.config.layers), "matrix_LEE": matrices["raw"]}
+        if run.config["losses"]["erc"]["weight"]:
+            found["alpha"] = run.config["losses"]["erc"]["alpha"]
+    return found
 
 
 if __name__ == "__main__":

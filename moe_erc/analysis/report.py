@@ -27,18 +27,24 @@ ROWS = {
 
 
 def write_report(path, report):
-    """`report` as JSON, null for None and what is not finite."""
+    """`report` as JSON, null for None and numbers that are not finite."""
     write_text(path, json.dumps(_plain(report), indent=1))
 
 
 def write_text(path, text):
-    """A reader sees the old file or the new one, never a part.
+    """As `write_bytes`, in UTF-8."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path, content):
+    """A reader sees the old file or the new one, never a part; its directory is made.
 
     On a pod process 0 writes; `path` is an `etils.epath.Path`, local or in a bucket.
     """
     if jax.process_index() == 0:
+        path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text(text)
+        temporary.write_bytes(content)
         temporary.replace(path)
 
 
@@ -50,7 +56,7 @@ def _plain(value):
         return None
     if isinstance(value, list):
         return [_plain(item) for item in value]
-    return value if math.isfinite(value) else None
+    return value if isinstance(value, str) or math.isfinite(value) else None
 
 
 def print_report(report):

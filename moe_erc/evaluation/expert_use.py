@@ -14,7 +14,7 @@ from moe_erc.sharding import replicate
 
 
 class ExpertUse:
-    """Counts for the model of `run(weights, windows)`, on so many windows of each domain; `put` places whole batches."""
+    """Counts for the model of `run(weights, windows)`, on windows of each domain; `put` places whole batches."""
 
     def __init__(self, model, corpus, put, shape_BT):
         self._corpus, self._put, self._shape_BT = corpus, put, shape_BT

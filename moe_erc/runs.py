@@ -1,0 +1,79 @@
+"""A run of train.py, read back: its model as of the newest checkpoint, on the devices that are there."""
+
+import functools
+from typing import NamedTuple
+
+import jax
+
+from moe_erc import processes, sharding
+from moe_erc.analysis.diagnosis import Diagnosis
+from moe_erc.data import text
+from moe_erc.evaluation.expert_use import ExpertUse
+from moe_erc.evaluation.ngram import ngram_losses
+from moe_erc.evaluation.perplexity import Perplexity
+from moe_erc.losses.language_model import token_losses
+from moe_erc.model.config import ModelConfig
+from moe_erc.model.transformer import Transformer
+from moe_erc.training.checkpoint import Checkpoints
+from moe_erc.training.state import Weights, abstract_state, init_weights
+
+
+class Run(NamedTuple):
+    """What an evaluation needs of a run."""
+
+    step: int
+    config: dict  # as in configs/base.py
+    corpus: text.Corpus
+    model: Transformer
+    weights: Weights
+
+    def report(self, windows):
+        """Validation on so many windows of each domain (0: all), baselines, coupling and specialisation."""
+        losses = functools.partial(token_losses, chunk=self.config["losses"]["lm"]["chunk"])
+        perplexity = Perplexity(self.model, self.corpus, losses, *self._batches())
+        return {
+            "step": self.step,
+            "validation": perplexity.run(self.weights, windows),
+            "baselines": ngram_losses(self.corpus),
+        } | Diagnosis(self.model, perplexity.probe(self.model.mesh.size)).run(self.weights)
+
+    def expert_use(self, windows):
+        """Which experts the tokens of those windows meet."""
+        return ExpertUse(self.model, self.corpus, *self._batches()).run(self.weights, windows)
+
+    def _batches(self):
+        """How a batch is placed, and its shape: the run's, filled up to a row for every device."""
+        mesh = self.model.mesh
+        rows = -(-self.config["eval"]["batch_size"] // mesh.size) * mesh.size
+        return functools.partial(sharding.put_whole_batch, mesh), (rows, self.config["data"]["sequence_length"])
+
+    def router_and_gates(self):
+        """(router_ED, w_gate_EDF) by layer, on the host; ValueError for a router without rows."""
+        rows_LED = self.model.router_rows(self.weights.params)
+        if rows_LED is None:
+            raise ValueError(f"model.router is {self.model.config.router!r}, which has no router rows to be coupled")
+        arrays = rows_LED, self.weights.params["layers"]["moe"]["w_gate"]
+        everywhere = sharding.replicate(self.model.mesh)
+        take = jax.jit(lambda arrays, layer: [array[layer] for array in arrays], out_shardings=everywhere)
+        return (jax.device_get(take(arrays, layer)) for layer in range(len(rows_LED)))
+
+
+def open_run(workdir) -> Run:
+    """Of a directory or bucket (`etils.epath.Path`). Of several processes all open it, and the first fills the cache.
+
+    ValueError or OSError of one line, before anything is compiled, where there is no such run or its data are gone.
+    """
+    checkpoints = Checkpoints(workdir / "checkpoints")
+    processes.agree({"checkpoint": checkpoints.latest_step()})
+    meta = checkpoints.read_meta()
+    config = meta["config"]
+    with processes.first():
+        corpus = text.prepare(text.DataConfig(**config["data"]))
+    processes.agree({"data": corpus.identity})
+    if corpus.tokenizer.identity != meta["data"]["tokenizer"]:
+        raise ValueError(f"data.tokenizer: {config['data']['tokenizer']!r} is not the one the run was trained with")
+    model_config = ModelConfig(**config["model"])
+    mesh = sharding.fit_mesh(model_config)  # the machine need not be the one it was trained on
+    model = Transformer(model_config, mesh)
+    weights = checkpoints.restore_weights(abstract_state(lambda: init_weights(model, jax.random.key(0)), mesh))
+    return Run(checkpoints.latest_step(), config, corpus, model, weights)

@@ -29,15 +29,16 @@ REQUIRES = [
     "rich",
 ]
 
-TEST = ["pytest", "pytest-xdist>=3.8", "ruff", "hypothesis", "tokenizers"]
+NOTEBOOK = ["nbclient", "ipykernel", "matplotlib"]
+TEST = ["pytest", "pytest-xdist>=3.8", "ruff", "hypothesis", "tokenizers", *NOTEBOOK]
 
 EXTRAS = {
     "test": TEST,
-    "dev": [*TEST, "build"],
+    "dev": [*TEST, "build", "nbconvert"],
     "tokenizers": ["tokenizers"],
     "wandb": ["wandb"],
     "plot": ["matplotlib", "scikit-learn"],
-    "notebook": ["nbclient", "ipykernel", "matplotlib"],
+    "notebook": NOTEBOOK,
     "eval": ["lm-eval>=0.4.13"],
     "hf": ["transformers>=5.23", "safetensors", "torch", "tokenizers"],
     "gcs": ["gcsfs"],  # gs:// paths; brings google-cloud-storage, which TensorBoard curves there need

@@ -31,15 +31,16 @@ REQUIRES = [
 ]
 
 PLOT = ["matplotlib", "scikit-learn"]
-TEST = ["pytest", "pytest-xdist>=3.8", "ruff", "hypothesis", "tokenizers", *PLOT]
+NOTEBOOK = [*PLOT, "nbclient", "ipykernel"]
+TEST = [*NOTEBOOK, "pytest", "pytest-xdist>=3.8", "ruff", "hypothesis", "tokenizers"]
 
 EXTRAS = {
     "test": TEST,
-    "dev": [*TEST, "build"],
+    "dev": [*TEST, "build", "nbconvert"],
     "tokenizers": ["tokenizers"],
     "wandb": ["wandb"],
     "plot": PLOT,
-    "notebook": ["nbclient", "ipykernel", "matplotlib"],
+    "notebook": NOTEBOOK,
     "eval": ["lm-eval>=0.4.13"],
     "hf": ["transformers>=5.23", "safetensors", "torch", "tokenizers"],
     "gcs": ["gcsfs"],  # gs:// paths; brings google-cloud-storage, which TensorBoard curves there need

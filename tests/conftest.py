@@ -19,6 +19,7 @@ FIRST = (
     "losses/test_erc.py",
     "test_configs.py",
     "test_resume.py",
+    "test_notebooks.py",
     "test_processes.py",
     "moe/test_parallel.py",
     "model/test_transformer.py",

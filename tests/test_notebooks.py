@@ -1,0 +1,118 @@
+"""Every notebook is stored without its output, opens on Colab, and runs from top to bottom in any directory."""
+
+import os
+import pathlib
+import sys
+
+import nbformat
+import pytest
+from jupyter_client import AsyncKernelManager
+from jupyter_client.kernelspec import KernelSpecManager
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError
+
+ROOT = pathlib.Path(__file__).parents[1]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+STRIP = "pip install nbconvert && jupyter nbconvert --clear-output --inplace notebooks/*.ipynb"
+GUARD = 'if importlib.util.find_spec("moe_erc") is None:'
+
+
+def each(*, slow=lambda path: False):
+    marks = [pytest.mark.slow if slow(path) else () for path in NOTEBOOKS]
+    parameters = [pytest.param(path, id=path.name, marks=mark) for path, mark in zip(NOTEBOOKS, marks, strict=True)]
+    return pytest.mark.parametrize("path", parameters)
+
+
+def read(path):
+    return nbformat.read(path, as_version=nbformat.NO_CONVERT)
+
+
+def code_cells(notebook):
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+@each()
+def test_a_notebook_is_valid_and_stripped(path):
+    notebook = read(path)
+    nbformat.validate(notebook)
+    assert (notebook.nbformat, notebook.nbformat_minor) >= (4, 5), "older notebooks have no cell ids"
+    dirty = [cell.id for cell in code_cells(notebook) if cell.outputs or cell.execution_count is not None]
+    assert not dirty, f"{path.name} holds the output of {', '.join(dirty)}; strip it: {STRIP}"
+
+
+@each()
+def test_a_notebook_begins_with_its_question_and_a_badge(path):
+    title, *rest = read(path).cells[0].source.splitlines()
+    assert title.startswith("# ") and title.endswith("?"), title
+    opens = f"(https://colab.research.google.com/github/OWNER/moe_erc/blob/main/notebooks/{path.name})"
+    assert any(line.startswith("[![Open In Colab](") and line.endswith(opens) for line in rest), opens
+
+
+@each()
+def test_a_notebook_asks_for_a_gpu_and_for_no_more_than_python(path):
+    metadata = read(path).metadata
+    assert metadata.accelerator == "GPU" and metadata.colab.gpuType
+    assert metadata.kernelspec.name == "python3"
+
+
+@each()
+def test_a_notebook_installs_where_nothing_is_installed_and_nowhere_else(path):
+    first, *others = code_cells(read(path))
+    before, guard, guarded = first.source.partition(GUARD)
+    assert guard and "%pip install" in guarded, f"the first code cell of {path.name} does not install under {GUARD}"
+    assert all(not line or line.startswith("    ") for line in guarded.splitlines()[1:]), "a line outside the guard"
+    assert "jax" not in "".join(line for line in guarded.splitlines() if "%pip" in line), "Colab has a jax that works"
+    for source in (before, *(cell.source for cell in others)):
+        assert not any(line.lstrip().startswith(("%", "!")) for line in source.splitlines()), source
+
+
+@pytest.fixture(scope="module")
+def environment(text_directory, tmp_path_factory):
+    """Of a kernel that trains, if at all, for seconds: small models, few words, programs compiled once and fast."""
+    flags = (
+        f"--config.data.sources=('{text_directory}',)",
+        "--config.data.validation_fraction=0.1",
+        "--config.train.steps=4",
+        "--config.eval.every=2",
+        "--config.eval.report_windows=4",
+        "--config.eval.prompt=",
+        "--config.log.tensorboard=False",
+    )
+    return dict(os.environ) | {
+        "MOE_ERC_NOTEBOOK_SIZE": "debug",
+        "MOE_ERC_NOTEBOOK_FLAGS": " ".join(flags),
+        "MOE_ERC_CACHE": str(tmp_path_factory.mktemp("cache")),
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("xla")),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": str(ROOT),
+        "IPYTHONDIR": str(tmp_path_factory.mktemp("ipython")),  # no start-up files and no history of the user
+        "MPLBACKEND": "module://matplotlib_inline.backend_inline",
+    }
+
+
+def execute(notebook, directory, environment):
+    """Runs it in a kernel of this very interpreter, whatever kernels are installed; fails where a cell does."""
+    manager = AsyncKernelManager(kernel_spec_manager=KernelSpecManager(kernel_dirs=[]))
+    client = NotebookClient(notebook, km=manager, timeout=300, allow_errors=False)
+    return client.execute(cwd=str(directory), env=environment)
+
+
+@each(slow=lambda path: "train.py" in path.read_text(encoding="utf-8"))
+def test_a_notebook_runs(path, tmp_path, environment):
+    notebook = read(path)
+    assert not any("raises-exception" in cell.metadata.get("tags", ()) for cell in notebook.cells)
+    execute(notebook, tmp_path, environment)
+    assert all(cell.execution_count for cell in code_cells(notebook) if cell.source)
+
+
+def test_the_kernel_is_this_interpreter_on_this_checkout_and_an_error_is_one(tmp_path, environment):
+    what = "import os, sys, moe_erc\nprint(sys.executable, moe_erc.__file__, os.getcwd(), sep='\\n')"
+    cells = [nbformat.v4.new_code_cell(source) for source in (what, "assert 0, 'a cell that fails'", "1")]
+    notebook = nbformat.v4.new_notebook(cells=cells)
+    with pytest.raises(CellExecutionError, match="a cell that fails"):
+        execute(notebook, tmp_path, environment)
+    printed = "".join(output.text for output in notebook.cells[0].outputs).split("\n")
+    assert printed[:3] == [sys.executable, str(ROOT / "moe_erc" / "__init__.py"), str(tmp_path)]
+    assert not notebook.cells[2].execution_count

@@ -13,7 +13,6 @@ from absl import flags
 from etils import epath
 
 from moe_erc import command_line, processes, sharding
-from moe_erc.analysis.curves import read_metrics
 from moe_erc.analysis.report import print_report, write_report
 from moe_erc.analysis.survey import survey
 from moe_erc.analysis.survey_report import print_survey, write_survey
@@ -31,32 +30,32 @@ WINDOWS = flags.DEFINE_integer("windows", None, "windows of each domain, 0 is al
 def main(_):
     with command_line.refusing_bad_input(), processes.ending_together():
         check_flags()
-        if CHECKPOINT.value:
-            moe = open_moe(CHECKPOINT.value)
-            report_coupling(moe.name, moe, moe.layers, f"coupling/{moe.name}")
-            return
+        moe = CHECKPOINT.value and open_moe(CHECKPOINT.value)
         processes.initialize()
         sharding.use_cpu_cores()
         processes.mute_all_but_first()
-        evaluated = {}
-        for workdir in WORKDIR.value:
+    if moe:
+        report_coupling(moe.name, moe, moe.layers, f"coupling/{moe.name}")
+        return
+    evaluated = {}
+    for workdir in WORKDIR.value:
+        with command_line.refusing_bad_input(), processes.ending_together():
             run = open_run(epath.Path(workdir))
-            print(f"{workdir}: step {run.step}")
-            if COUPLING.value:
-                report_coupling(workdir, run.router_and_gates(), range(run.model.config.layers), workdir)
-            if FIGURES.value or not COUPLING.value:
-                evaluated[workdir] = evaluate(run, epath.Path(workdir))
-        if FIGURES.value:
-            drawing().write_run_report(output("comparison" if len(evaluated) > 1 else workdir), evaluated)
+            layers = run.router_and_gates() if COUPLING.value else None
+        print(f"{workdir}: step {run.step}")
+        if COUPLING.value:
+            report_coupling(workdir, layers, range(run.model.config.layers), workdir)
+        if FIGURES.value or not COUPLING.value:
+            evaluated[workdir] = evaluate(run)
+    if FIGURES.value:
+        drawing().write_run_report(output("comparison" if len(evaluated) > 1 else workdir), evaluated)
 
 
 def check_flags():
     if bool(WORKDIR.value) == bool(CHECKPOINT.value):
         raise ValueError("--workdir, --checkpoint: give one of them, the directory of a run or of a Hugging Face MoE")
     if CHECKPOINT.value and (FIGURES.value or not COUPLING.value):
-        raise ValueError(
-            f"--checkpoint={CHECKPOINT.value}: of a Hugging Face MoE there is --coupling, and nothing else"
-        )
+        raise ValueError(f"--checkpoint={CHECKPOINT.value}: a Hugging Face MoE has --coupling, and nothing else")
     if OUTPUT.value and COUPLING.value and len(WORKDIR.value) > 1:
         raise ValueError(f"--output={OUTPUT.value}: --coupling writes one run there; leave it out, or name one workdir")
     if FIGURES.value or COUPLING.value:
@@ -82,20 +81,13 @@ def report_coupling(name, layers, numbers, default_output):
     write_survey(directory, name, measures, numbers, {path: caption for path, (_, caption) in pictures.items()})
 
 
-def evaluate(run, workdir):
+def evaluate(run):
     """Prints and writes the report; returns what --figures draws."""
     windows = run.config["eval"]["report_windows"] if WINDOWS.value is None else WINDOWS.value
-    found = {"report": run.report(windows)}
-    print_report(found["report"])
-    write_report(workdir / "eval.json", found["report"])
-    if FIGURES.value:
-        found |= {"metrics": read_metrics(workdir / "metrics.jsonl"), "use": run.expert_use(windows)}
-        if found["report"]["coupling"]:
-            matrices = survey(run.router_and_gates(), draws=1)[1]
-            found["coupling"] = {"layers": range(run.model.config.layers), "matrix_LEE": matrices["raw"]}
-        if run.config["losses"]["erc"]["weight"]:
-            found["alpha"] = run.config["losses"]["erc"]["alpha"]
-    return found
+    report = run.report(windows)
+    print_report(report)
+    write_report(run.workdir / "eval.json", report)
+    return run.to_draw(report, windows) if FIGURES.value else None
 
 
 if __name__ == "__main__":

@@ -4,9 +4,12 @@ import functools
 from typing import NamedTuple
 
 import jax
+from etils import epath
 
 from moe_erc import processes, sharding
+from moe_erc.analysis.curves import read_metrics
 from moe_erc.analysis.diagnosis import Diagnosis
+from moe_erc.analysis.survey import survey
 from moe_erc.data import text
 from moe_erc.evaluation.expert_use import ExpertUse
 from moe_erc.evaluation.ngram import ngram_losses
@@ -21,6 +24,7 @@ from moe_erc.training.state import Weights, abstract_state, init_weights
 class Run(NamedTuple):
     """What an evaluation needs of a run."""
 
+    workdir: epath.Path
     step: int
     config: dict  # as in configs/base.py
     corpus: text.Corpus
@@ -37,9 +41,16 @@ class Run(NamedTuple):
             "baselines": ngram_losses(self.corpus),
         } | Diagnosis(self.model, perplexity.probe(self.model.mesh.size)).run(self.weights)
 
-    def expert_use(self, windows):
-        """Which experts the tokens of those windows meet."""
-        return ExpertUse(self.model, self.corpus, *self._batches()).run(self.weights, windows)
+    def to_draw(self, report, windows):
+        """What `run_figures` takes of a run, with its report: maps are of the clean router and of those windows."""
+        use = ExpertUse(self.model, self.corpus, *self._batches()).run(self.weights, windows)
+        found = {"report": report, "metrics": read_metrics(self.workdir / "metrics.jsonl"), "use": use}
+        if report["coupling"]:
+            layers = range(self.model.config.layers)
+            found["coupling"] = {"layers": layers, "matrix_LEE": survey(self.router_and_gates(), draws=1)[1]["raw"]}
+        if self.config["losses"]["erc"]["weight"]:
+            found["alpha"] = self.config["losses"]["erc"]["alpha"]
+        return found
 
     def _batches(self):
         """How a batch is placed, and its shape: the run's, filled up to a row for every device."""
@@ -76,4 +87,4 @@ def open_run(workdir) -> Run:
     mesh = sharding.fit_mesh(model_config)  # the machine need not be the one it was trained on
     model = Transformer(model_config, mesh)
     weights = checkpoints.restore_weights(abstract_state(lambda: init_weights(model, jax.random.key(0)), mesh))
-    return Run(checkpoints.latest_step(), config, corpus, model, weights)
+    return Run(workdir, checkpoints.latest_step(), config, corpus, model, weights)

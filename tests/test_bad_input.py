@@ -65,8 +65,24 @@ def test_a_config_that_does_not_exist(arguments, words, tmp_path):
     assert code == 2 and all(word in printed.splitlines()[-1] for word in words), printed
 
 
-@pytest.mark.parametrize("arguments, words", [([], ["workdir"]), (["--workdir=/no/run"], ["/no/run", "checkpoint"])])
+@pytest.mark.parametrize("arguments, words", [
+    ([], ["--workdir", "--checkpoint"]),
+    (["--workdir=/no/run"], ["/no/run", "checkpoint"]),
+    (["--workdir=/no/run", "--checkpoint=/no/model", "--coupling"], ["--workdir", "--checkpoint", "one of them"]),
+    (["--checkpoint=/no/model"], ["/no/model", "--coupling"]),
+    (["--checkpoint=/no/model", "--coupling", "--figures"], ["/no/model", "--coupling"]),
+    (["--checkpoint=/no/model", "--coupling"], ["/no/model", "config.json"]),
+    (["--workdir=a,b", "--coupling", "--output=c"], ["--output=c", "one workdir"]),
+])  # fmt: skip
 def test_evaluation_refuses(arguments, words, tmp_path):
     code, printed = script.run("eval.py", arguments, tmp_path / "out")
     assert code == 2 and all(word in printed.splitlines()[-1] for word in words), printed
     assert not os.path.exists("/no")
+
+
+def test_the_coupling_of_a_hugging_face_model(tmp_path):
+    directory = script.ROOT / "tests" / "hf" / "families" / "olmoe"
+    arguments = [f"--checkpoint={directory}", "--coupling", f"--output={tmp_path / 'found'}"]
+    code, printed = script.run("eval.py", arguments, tmp_path / "out")
+    assert code == 0 and "olmoe: " in printed and "layers are coupled" in printed, printed
+    assert {path.name for path in (tmp_path / "found").iterdir()} == {"coupling.json", "coupling.md", "figures"}

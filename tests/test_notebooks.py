@@ -81,6 +81,7 @@ def environment(text_directory, tmp_path_factory):
     return dict(os.environ) | {
         "MOE_ERC_NOTEBOOK_SIZE": "debug",
         "MOE_ERC_NOTEBOOK_FLAGS": " ".join(flags),
+        "MOE_ERC_NOTEBOOK_CHECKPOINT": str(ROOT / "tests" / "hf" / "families" / "olmoe"),
         "MOE_ERC_CACHE": str(tmp_path_factory.mktemp("cache")),
         "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("xla")),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",

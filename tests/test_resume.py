@@ -114,6 +114,21 @@ def test_eval_reads_the_run(undisturbed):
     assert found["coupling"] == report["coupling"] and found["baselines"] == report["baselines"]
 
 
+def test_eval_tells_all_of_its_coupling_and_draws_it(undisturbed, tmp_path):
+    flags = [f"--workdir={undisturbed}", "--coupling", "--figures", "--windows=2", f"--output={tmp_path}"]
+    code, printed = script.run("eval.py", flags, undisturbed / "eval")
+    assert code == 0, printed
+    assert all(words in printed for words in ("ERC by alpha", "without the norms", "layers are coupled", "Validation"))
+    report, found = (json.loads(path.read_text()) for path in (undisturbed / "report.json", tmp_path / "coupling.json"))
+    np.testing.assert_allclose(found["erc_LA"], report["coupling"]["erc_LA"], rtol=1e-4, atol=1e-7)
+    named = {
+        line.split("](")[1].rstrip(")") for line in (tmp_path / "coupling.md").read_text().splitlines() if "](" in line
+    }
+    assert named <= {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.png")} and len(named) == 4
+    html = (tmp_path / "report.html").read_text()
+    assert html.count("<img") == len(list(tmp_path.rglob("*.png"))) > 8 and f">{undisturbed}<" in html
+
+
 def test_another_models_directory_is_refused(arguments, undisturbed):
     for change, words in (
         ("--config.model.experts=8", ["model.experts = 4", "8", "--workdir"]),

@@ -69,12 +69,13 @@ def print_survey(name, measures, layers):
 def write_survey(directory, name, measures, layers, pictures):
     """coupling.json and coupling.md, which shows the `pictures`, {path below the directory: caption}."""
     write_report(directory / "coupling.json", {"layers": layers, "alphas": ALPHAS} | measures)
-    parts = [f"# Coupling of {name}", verdict(measures), *map(_markdown, tables(measures, layers))]
+    parts = [f"# Coupling of {name}", verdict(measures), *map(markdown, tables(measures, layers))]
     parts += [f"![{caption}]({path})\n\n{caption}" for path, caption in pictures.items()]
     write_text(directory / "coupling.md", "\n\n".join(parts) + "\n")
 
 
-def _markdown(table):
+def markdown(table):
+    """A `Table` in Markdown."""
     rule = ["---"] * len(table.columns)
     rows = ("| " + " | ".join(map(str, row)) + " |" for row in (table.columns, rule, *table.rows))
     return f"**{table.caption}**\n\n" + "\n".join(rows)

@@ -1,0 +1,123 @@
+"""The survey on matrices small enough to work by hand, and against what a run measures of itself."""
+
+import weakref
+
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from etils import epath
+
+from moe_erc import coupling_penalty
+from moe_erc.analysis.alignment import alignment
+from moe_erc.analysis.coupling import ALPHAS, measure_coupling
+from moe_erc.analysis.survey import survey
+from moe_erc.analysis.survey_report import tables, verdict, write_survey
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+
+def layer_with_matrix(M_EE):
+    """Router rows are unit vectors and gates diagonal, so that M is the matrix given: |e_i @ diag(m)| = m_i."""
+    return np.eye(len(M_EE)), np.stack([np.diag(column) for column in np.array(M_EE).T])
+
+
+def test_the_best_matching_and_what_it_gains_by_hand():
+    # trace 1 + 1 + 2 = 4; rows 0 and 1 exchanged: 3 + 2 + 2 = 7, three quarters more; row 2 stays
+    swapped = layer_with_matrix([[1.0, 3.0, 0.0], [2.0, 1.0, 0.0], [0.0, 1.0, 2.0]])
+    coupled = layer_with_matrix([[2.0, 0.5, 1.0], [0.5, 2.0, 0.0], [1.0, 0.0, 2.0]])
+    dead = layer_with_matrix([[0.0, 1.0], [1.0, 0.0]])
+    measures, matrices = survey([swapped, coupled])
+    np.testing.assert_allclose(measures["displaced_L"], [2 / 3, 0])
+    np.testing.assert_allclose(measures["matching_gain_L"], [3 / 4, 0], rtol=1e-6)
+    np.testing.assert_allclose(matrices["raw"][0], [[1, 3, 0], [2, 1, 0], [0, 1, 2]], rtol=1e-6)
+    # sqrt(D) M / (|e_i| |column j|): columns of swapped are of length sqrt(5), sqrt(11), 2
+    lengths_E = np.sqrt([5, 11, 4])
+    np.testing.assert_allclose(matrices["normalized"][0], 3**0.5 * matrices["raw"][0] / lengths_E, rtol=1e-6)
+    assert np.isinf(survey([dead])[0]["matching_gain_L"][0])
+
+
+def random_layers(count=2, experts=5, width=40, hidden=36):
+    rng = np.random.default_rng(0)
+    return [(rng.normal(size=(experts, width)), rng.normal(size=(experts, width, hidden))) for _ in range(count)]
+
+
+def test_it_agrees_with_what_a_run_measures_of_itself():
+    layers = random_layers()
+    measures, _ = survey(layers)
+    for name, value_L in measure_coupling(*map(jnp.stack, zip(*layers, strict=True))).items():
+        # alignment: sigma_max by other roads, here by Lanczos steps and there by squarings (to 1e-3 at this size)
+        np.testing.assert_allclose(measures[name], value_L, rtol=2e-3 if name == "alignment_L" else 1e-5, err_msg=name)
+
+
+def test_alignment_is_that_of_all_singular_values():
+    router_ED, w_gate_EDF = random_layers(1)[0]
+    w_gate_EDF[1] *= 1e-25  # its squares are below the range of float32
+    w_gate_EDF[2] = 0
+    sigma_E = np.linalg.svd(w_gate_EDF, compute_uv=False)[:, 0]
+    response_E = np.linalg.norm(np.einsum("ed,edf->ef", router_ED, w_gate_EDF), axis=1)
+    expected_E = response_E / (np.linalg.norm(router_ED, axis=1) * np.where(sigma_E, sigma_E, 1))
+    expected_E[1] = 0  # as a float32 norm the response is 0
+    found = survey([(router_ED, w_gate_EDF)])[0]["alignment_L"]
+    np.testing.assert_allclose(found, [expected_E.mean()], rtol=1e-5)
+    small = survey([(router_ED[:, :8], w_gate_EDF[:, :8, :6])])[0]["alignment_L"]
+    exact = alignment(jnp.array(router_ED[None, :, :8]), jnp.array(w_gate_EDF[None, :, :8, :6]))
+    np.testing.assert_allclose(small, exact.mean(axis=1), rtol=2e-3)
+
+
+def test_noise_is_drawn_by_seed_and_averaged():
+    layers = random_layers(1)
+    (one, matrices), (same, _), (other, _) = (survey(layers, draws=8, seed=seed) for seed in (0, 0, 1))
+    assert (one["noisy_erc_LA"] == same["noisy_erc_LA"]).all() and (one["noisy_erc_LA"] != other["noisy_erc_LA"]).any()
+    # The clean matrix is what the noise, of mean 1, scatters about; a penalty is convex, so noise adds to it.
+    np.testing.assert_allclose(matrices["noisy"], matrices["raw"], rtol=0.2)
+    assert (matrices["noisy"] != matrices["raw"]).all()
+    averaged = [float(coupling_penalty(matrices["noisy"][0], alpha)) for alpha in ALPHAS]
+    assert (one["noisy_erc_LA"][0] >= np.array(averaged) - 1e-6).all() and one["noisy_erc_LA"][0, 0] > averaged[0]
+
+
+def test_norms_change_the_raw_measures_alone():
+    [(router_ED, w_gate_EDF)] = random_layers(1)
+    scaled = router_ED * np.array([1, 2, 4, 8, 16])[:, None], w_gate_EDF * np.array([9, 1, 5, 1, 2])[:, None, None]
+    (plain, _), (loud, _) = survey([(router_ED, w_gate_EDF)], draws=1), survey([scaled], draws=1)
+    for name in set(plain["normalized"]) - {"noisy_erc_LA"}:  # the noise bound knows the lengths of rows
+        np.testing.assert_allclose(loud["normalized"][name], plain["normalized"][name], rtol=1e-4, atol=1e-6)
+    assert loud["vanishing_alpha_L"] > 2 * plain["vanishing_alpha_L"]
+
+
+def test_a_layer_is_let_go_before_the_next_is_read():
+    before = []
+
+    def layers():
+        for router_ED, w_gate_EDF in random_layers(3):
+            assert not before or before.pop()() is None
+            gates = w_gate_EDF.astype(np.float32)
+            before.append(weakref.ref(gates))
+            yield router_ED, gates
+            del gates
+
+    assert len(survey(layers(), draws=1)[0]["erc_LA"]) == 3
+
+
+def test_low_precision_is_computed_in_float32():
+    router_ED, w_gate_EDF = random_layers(1)[0]
+    stored = router_ED.astype(np.float16), w_gate_EDF.astype(ml_dtypes.bfloat16)
+    whole = tuple(array.astype(np.float32) for array in stored)
+    (found, _), (expected, _) = survey([stored]), survey([whole])
+    np.testing.assert_allclose(found["erc_LA"], expected["erc_LA"], rtol=1e-5)
+    np.testing.assert_allclose(found["alignment_L"], expected["alignment_L"], rtol=1e-5)
+
+
+def test_the_verdict_and_the_tables_say_what_was_measured(tmp_path):
+    # ERC at alpha 1 of the second: M01 = 3 over bars 2 and 2, as row and as column: 2 / 4
+    layers = layer_with_matrix([[2.0, 1.0], [0.0, 2.0]]), layer_with_matrix([[2.0, 3.0], [0.0, 2.0]])
+    measures, _ = survey(layers)
+    said = verdict(measures)
+    assert said.startswith("1 of 2 layers are coupled") and "at alpha 1.5." in said and "75% of the router rows" in said
+    by_alpha = tables(measures, [3, 5])[0]
+    assert by_alpha.columns[:2] == ("layer", "1") and by_alpha.columns[-1] == "vanishes at"
+    assert [row[:3] for row in by_alpha.rows] == [(3, "0.000", "0.000"), (5, "0.500", "0.000")]
+    write_survey(epath.Path(tmp_path), "a model", measures, [3, 5], {"figures/m.png": "A matrix."})
+    written = (tmp_path / "coupling.md").read_text()
+    assert written.startswith("# Coupling of a model") and said in written and "![A matrix.](figures/m.png)" in written
+    assert "| 5 | 0.500 | 0.000 |" in written and (tmp_path / "coupling.json").exists()

@@ -6,20 +6,11 @@ import numpy as np
 
 from moe_erc.analysis.figures import png
 from moe_erc.analysis.html import Picture, Section, Table, page
-from moe_erc.analysis.report import write_bytes
+from moe_erc.analysis.report import ROWS, write_bytes
 from moe_erc.analysis.run_figures import run_figures
 from moe_erc.losses.load_balance import load_measures
 
-# column -> measure by layer in the coupling or the specialization of a report; the mean is shown
-COLUMNS = {
-    "vanishing alpha": "vanishing_alpha_L",
-    "diagonal rows": "diagonal_rows_L",
-    "alignment": "alignment_L",
-    "row cosine": "row_cosine_L",
-    "router norm": "router_norm_L",
-    "gate norm": "gate_norm_L",
-    "output cosine": "output_cosine_L",
-}
+MEASURES = ("diagonal rows", "alignment", "row cosine", "router norm", "gate norm", "output cosine")  # of `ROWS`
 
 
 def write_figures(directory, runs):
@@ -38,7 +29,7 @@ def write_run_report(directory, runs):
         Picture(image, text.split(".")[0], text) for image, text in write_figures(directory, runs).values()
     )
     rows = [(name, *_row(run["report"])) for name, run in runs.items()]
-    columns = ("run", "step", "validation loss", "ERC at alpha 1", *COLUMNS, "MaxVio")
+    columns = ("run", "step", "validation loss", "ERC at alpha 1", *MEASURES, "MaxVio")
     table = Table(columns, rows, "Loss in nats a token, mean of the domains; all else is a mean over layers.")
     sections = [Section("What was reached", tables=(table,)), Section("Figures", pictures=pictures)]
     write_bytes(directory / "report.html", page(", ".join(runs), sections).encode())
@@ -48,6 +39,6 @@ def _row(report):
     coupling, load = report["coupling"] or {}, load_measures(np.asarray(report["validation"]["load_LE"]))
     erc = [f"{np.mean(coupling['erc_LA'], axis=0)[0]:.3f}"] if coupling else ["-"]
     measures = coupling | report["specialization"]
-    means = [f"{np.mean(measures[key]):.3f}" if key in measures else "-" for key in COLUMNS.values()]
+    means = [f"{np.mean(measures[key]):.3f}" if key in measures else "-" for key in map(ROWS.get, MEASURES)]
     validation = f"{report['validation']['loss']:.3f}"
     return report["step"], validation, *erc, *means, f"{np.mean(load['router/max_violation']):.3f}"

@@ -6,24 +6,11 @@ from rich.console import Console
 
 from moe_erc.analysis.coupling import ALPHAS
 from moe_erc.analysis.html import Table
-from moe_erc.analysis.report import write_report, write_text
+from moe_erc.analysis.report import ROWS, write_report, write_text
 
-# heading of a column -> measure by layer; of a coupling matrix, and of the weights behind it
-OF_MATRIX = {
-    "diagonal rows": "diagonal_rows_L",
-    "diagonal columns": "diagonal_columns_L",
-    "displaced": "displaced_L",
-    "matching gain": "matching_gain_L",
-}
-OF_WEIGHTS = {
-    "noise bound": "noise_bound_L",
-    "alignment": "alignment_L",
-    "row cosine": "row_cosine_L",
-    "router norm": "router_norm_L",
-    "router spread": "router_spread_L",
-    "gate norm": "gate_norm_L",
-    "gate spread": "gate_spread_L",
-}
+HEADINGS = ROWS | {"displaced": "displaced_L", "matching gain": "matching_gain_L"}  # heading -> measure by layer
+OWN_EXPERTS = ("diagonal rows", "diagonal columns", "displaced", "matching gain")
+WEIGHTS = ("noise bound", "alignment", "row cosine", "router norm", "router spread", "gate norm", "gate spread")
 
 
 def verdict(measures):
@@ -45,8 +32,10 @@ def tables(measures, layers):
         by_alpha = {f"{alpha:g}": erc_L for alpha, erc_L in zip(ALPHAS, found["erc_LA"].T, strict=True)}
         noisy = {"1, noisy": found["noisy_erc_LA"][:, 0], "vanishes at": found["vanishing_alpha_L"]}
         made.append(_table(f"ERC by alpha{form}", layers, by_alpha | noisy))
-        made.append(_table(f"Own experts{form}", layers, {heading: found[name] for heading, name in OF_MATRIX.items()}))
-    weights = {heading: measures[name] for heading, name in OF_WEIGHTS.items()}
+        made.append(
+            _table(f"Own experts{form}", layers, {heading: found[HEADINGS[heading]] for heading in OWN_EXPERTS})
+        )
+    weights = {heading: measures[HEADINGS[heading]] for heading in WEIGHTS}
     return [*made, _table("Router rows and gates", layers, weights)]
 
 

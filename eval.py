@@ -30,11 +30,13 @@ WINDOWS = flags.DEFINE_integer("windows", None, "windows of each domain, 0 is al
 def main(_):
     with command_line.refusing_bad_input(), processes.ending_together():
         check_flags()
-        moe = CHECKPOINT.value and open_moe(CHECKPOINT.value)
-        processes.initialize()
-        sharding.use_cpu_cores()
-        processes.mute_all_but_first()
-    if moe:
+        if CHECKPOINT.value:
+            moe = open_moe(CHECKPOINT.value)
+        else:
+            processes.initialize()
+            sharding.use_cpu_cores()
+            processes.mute_all_but_first()
+    if CHECKPOINT.value:
         report_coupling(moe.name, moe, moe.layers, f"coupling/{moe.name}")
         return
     evaluated = {}

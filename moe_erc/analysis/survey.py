@@ -9,6 +9,7 @@ matching gain  how much more than the diagonal it collects: sum_i M[i, s(i)] / t
     normalized M[i, j] = sqrt(D) M[i, j] / (|proxy_i| |w_j|_F)          1 for an isotropic matrix, whatever the norms
 """
 
+import gc
 import itertools
 
 import jax
@@ -38,6 +39,7 @@ def survey(layers, draws=16, seed=0):
         for form, of_form in (("raw", measures), ("normalized", measures["normalized"])):
             of_form |= _matching(matrices[form])
         measures["alignment_L"] = _alignment(*layer, np.diagonal(matrices["raw"]))
+        gc.collect()  # until then jax keeps what it read in place
         return measures, matrices
 
     by_layer = map(survey_layer, itertools.count(), layers)

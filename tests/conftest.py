@@ -14,15 +14,15 @@ from moe_erc.model.config import ModelConfig  # noqa: E402
 
 # The longest first, so that the workers end together: a long file that starts last has a worker to itself.
 FIRST = (
-    "training/test_step.py",
-    "test_compile_ahead.py",
-    "losses/test_erc.py",
     "test_configs.py",
+    "training/test_step.py",
+    "test_processes.py",
     "test_resume.py",
     "test_notebooks.py",
-    "test_processes.py",
-    "moe/test_parallel.py",
+    "losses/test_erc.py",
     "model/test_transformer.py",
+    "test_compile_ahead.py",
+    "moe/test_parallel.py",
     "losses/test_sharded_erc.py",
     "moe/test_experts.py",
 )

@@ -1,9 +1,10 @@
-"""Evaluates a run, or several, and tells whether the router of any MoE is coupled to its experts.
+"""Evaluates a run, or several, has it write, and tells whether the router of any MoE is coupled to its experts.
 
     python eval.py --workdir=runs/erc-tiny                loss, load and coupling as tables, and in eval.json
     python eval.py --workdir=runs/erc-tiny --coupling     all of its coupling: coupling.json, coupling.md, figures/
     python eval.py --checkpoint=OLMoE-1B-7B --coupling    that of a Hugging Face MoE, into coupling/OLMoE-1B-7B
     python eval.py --workdir=runs/erc-tiny --figures      figures/ and report.html; of runs A,B, into comparison
+    python eval.py --workdir=runs/erc-tiny --generate="def main("      how the run goes on, token by token
 
 The model is the newest checkpoint's. A workdir may be gs://bucket/path; on several processes (docs/launch.md) the
 first one prints and writes. Wrong input is one line and exit code 2.
@@ -14,14 +15,20 @@ from etils import epath
 
 from moe_erc import command_line, processes, sharding
 from moe_erc.analysis.report import print_report, write_report
-from moe_erc.analysis.survey import survey
-from moe_erc.analysis.survey_report import print_survey, write_survey
+from moe_erc.analysis.survey_report import report_survey
+from moe_erc.evaluation.generate import Generator, Sampling
 from moe_erc.hf.inspect import open_moe
 from moe_erc.runs import open_run
 
 WORKDIR = flags.DEFINE_list("workdir", [], "directories of runs of train.py")
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "a local directory of a Hugging Face MoE; with --coupling")
 COUPLING = flags.DEFINE_bool("coupling", False, "all there is to know of router rows and gates")
+GENERATE = flags.DEFINE_string("generate", None, "a prompt, and the run continues it")
+NEW_TOKENS = flags.DEFINE_integer("new_tokens", Sampling.new_tokens, "of --generate, at most")
+TEMPERATURE = flags.DEFINE_float("temperature", Sampling.temperature, "of --generate; 0 is greedy")
+TOP_K = flags.DEFINE_integer("top_k", Sampling.top_k, "--generate draws from so many tokens; 0 is all")
+TOP_P = flags.DEFINE_float("top_p", Sampling.top_p, "--generate draws from tokens that sum to so much; 1 is all")
+SEED = flags.DEFINE_integer("seed", Sampling.seed, "of --generate")
 FIGURES = flags.DEFINE_bool("figures", False, "figures of the run, or of several side by side")
 OUTPUT = flags.DEFINE_string("output", None, "where --coupling and --figures write; see above for the default")
 WINDOWS = flags.DEFINE_integer("windows", None, "windows of each domain, 0 is all; by default the run's own number")
@@ -30,12 +37,13 @@ WINDOWS = flags.DEFINE_integer("windows", None, "windows of each domain, 0 is al
 def main(_):
     with command_line.refusing_bad_input(), processes.ending_together():
         check_flags()
+        sampling = Sampling(NEW_TOKENS.value, TEMPERATURE.value, TOP_K.value, TOP_P.value, SEED.value)
         moe = CHECKPOINT.value and open_moe(CHECKPOINT.value)
         processes.initialize()
         sharding.use_cpu_cores()
         processes.mute_all_but_first()
     if moe:
-        report_coupling(moe.name, moe, moe.layers, f"coupling/{moe.name}")
+        report_survey(output(f"coupling/{moe.name}"), moe.name, moe, moe.layers, drawing().write_figures)
         return
     evaluated = {}
     for workdir in WORKDIR.value:
@@ -44,8 +52,14 @@ def main(_):
             layers = run.router_and_gates() if COUPLING.value else None
         print(f"{workdir}: step {run.step}")
         if COUPLING.value:
-            report_coupling(workdir, layers, range(run.model.config.layers), workdir)
-        if FIGURES.value or not COUPLING.value:
+            report_survey(output(workdir), workdir, layers, range(run.model.config.layers), drawing().write_figures)
+        if GENERATE.value is not None:
+            print(GENERATE.value, end="", flush=True)
+            with command_line.refusing_bad_input():
+                for piece in Generator(run.model, run.corpus.tokenizer).stream(run.weights, GENERATE.value, sampling):
+                    print(piece, end="", flush=True)
+            print()
+        if FIGURES.value or not (COUPLING.value or GENERATE.value is not None):
             evaluated[workdir] = evaluate(run)
     if FIGURES.value:
         drawing().write_run_report(output("comparison" if len(evaluated) > 1 else workdir), evaluated)
@@ -54,7 +68,7 @@ def main(_):
 def check_flags():
     if bool(WORKDIR.value) == bool(CHECKPOINT.value):
         raise ValueError("--workdir, --checkpoint: give one of them, the directory of a run or of a Hugging Face MoE")
-    if CHECKPOINT.value and (FIGURES.value or not COUPLING.value):
+    if CHECKPOINT.value and (FIGURES.value or not COUPLING.value or GENERATE.value is not None):
         raise ValueError(f"--checkpoint={CHECKPOINT.value}: a Hugging Face MoE has --coupling, and nothing else")
     if OUTPUT.value and COUPLING.value and len(WORKDIR.value) > 1:
         raise ValueError(f"--output={OUTPUT.value}: --coupling writes one run there; leave it out, or name one workdir")
@@ -71,14 +85,6 @@ def drawing():
 
 def output(default):
     return epath.Path(OUTPUT.value or default)
-
-
-def report_coupling(name, layers, numbers, default_output):
-    directory, (measures, matrices) = output(default_output), survey(layers)
-    print_survey(name, measures, numbers)
-    drawn = {"report": {"coupling": measures}, "coupling": {"layers": numbers, "matrix_LEE": matrices["raw"]}}
-    pictures = drawing().write_figures(directory, {name: drawn})
-    write_survey(directory, name, measures, numbers, {path: caption for path, (_, caption) in pictures.items()})
 
 
 def evaluate(run):

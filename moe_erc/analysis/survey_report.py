@@ -7,6 +7,7 @@ from rich.console import Console
 from moe_erc.analysis.coupling import ALPHAS
 from moe_erc.analysis.html import Table
 from moe_erc.analysis.report import write_report, write_text
+from moe_erc.analysis.survey import survey
 
 # heading of a column -> measure by layer; of a coupling matrix, and of the weights behind it
 OF_MATRIX = {
@@ -36,6 +37,15 @@ def verdict(measures):
         f"excite their own expert most; the best one-to-one matching would give {displaced:.0%} of them another one. "
         f"A row excites its gate with {held:.0%} of what the gate's strongest direction would."
     )
+
+
+def report_survey(directory, name, layers, numbers, write_figures):
+    """Surveys (router_ED, w_gate_EDF) by layer, and prints and writes what there is to say of these `numbers`."""
+    measures, matrices = survey(layers)
+    print_survey(name, measures, numbers)
+    drawn = {"report": {"coupling": measures}, "coupling": {"layers": numbers, "matrix_LEE": matrices["raw"]}}
+    pictures = write_figures(directory, {name: drawn})
+    write_survey(directory, name, measures, numbers, {path: caption for path, (_, caption) in pictures.items()})
 
 
 def tables(measures, layers):

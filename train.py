@@ -8,10 +8,10 @@ number of processes (docs/launch.md). SIGTERM and Ctrl-C save before leaving, wi
 is one line and exit code 2, a non-finite number 3.
 """
 
+import dataclasses
 import functools
 import sys
 
-import jax
 from absl import flags
 from etils import epath
 
@@ -19,7 +19,7 @@ from moe_erc import command_line, processes, sharding
 from moe_erc.analysis.diagnosis import Diagnosis, headline, summarize
 from moe_erc.analysis.report import print_report, write_report
 from moe_erc.data import text
-from moe_erc.evaluation.generate import Sampler
+from moe_erc.evaluation.generate import Generator, Sampling
 from moe_erc.evaluation.ngram import ngram_losses
 from moe_erc.evaluation.perplexity import Perplexity
 from moe_erc.losses.language_model import token_losses
@@ -69,7 +69,8 @@ def main(_):
         losses = functools.partial(token_losses, chunk=config.losses.lm.chunk)
         perplexity = Perplexity(model, corpus, losses, put_whole, (config.eval.batch_size, length))
         diagnosis = Diagnosis(model, perplexity.probe(mesh.size))
-        sampler = Sampler(model, corpus.tokenizer, config.eval.sample_tokens, config.eval.temperature)
+        generator = Generator(model, corpus.tokenizer)
+        sampling = Sampling(config.eval.sample_tokens, config.eval.temperature)
 
         # ---------------------------------------------------------------- what the run is, and where it stopped
         identity = {
@@ -99,8 +100,8 @@ def main(_):
         validation = {f"validation/{name}": values["loss"] for name, values in found["domains"].items()}
         writer.write(step, validation | {"validation/mean": found["loss"]} | summarize(measured))
         print(f"step {step}: validation {found['loss']:.3f}, {headline(measured)}")
-        if config.eval.prompt:
-            print(repr(sampler.run(weights, config.eval.prompt, jax.random.key(step))))
+        if prompt := config.eval.prompt:
+            print(repr(prompt + generator.run(weights, [prompt], dataclasses.replace(sampling, seed=step))[0]))
 
     # -------------------------------------------------------------------- loop
     step_size = (batch_size * length, 3 * model_config.flops_per_token(length) * batch_size * length)

@@ -48,6 +48,7 @@ def _model():
     model.controller_rate = 0.02  # routing_free: by how much a step may change the weight of the balance loss
     model.rope_theta = 1e4
     model.norm_eps = 1e-5
+    model.clip_qkv = 0.0  # queries, keys and values are clipped to [-c, c]; 0 clips nothing
     model.init_std = 0.02  # truncated normal, cut at 3 sigma
     model.tie_embeddings = False  # head = embedding
     model.dtype = "float32"  # of matmuls: float32 or bfloat16; parameters, losses and norms are float32

@@ -2,7 +2,7 @@
 
 Shapes live in names, in the letters of the einsum strings; scalars and configs carry none:
 
-    B batch · T time · N rows (B T) · D width · H heads · V vocabulary
+    B batch · T time · S slots of a cache · N rows (B T) · D width · H heads · V vocabulary
     L layers · E experts · K experts per token · F expert width
 
 `x_BTD` is (batch, time, width), `router_ED` one row per expert, `w_gate_EDF` the gate matrix of every expert.

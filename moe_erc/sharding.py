@@ -136,6 +136,11 @@ def shard_batch(mesh):
     return NamedSharding(mesh, P(BATCH))
 
 
+def shard_cache(mesh):
+    """Keys and values lie with their sequences, behind the axis of layers."""
+    return NamedSharding(mesh, P(None, BATCH))
+
+
 def replicate(mesh):
     """All of it on every device, so that every process can fetch it."""
     return NamedSharding(mesh, P())

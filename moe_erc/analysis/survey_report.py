@@ -7,10 +7,22 @@ from rich.console import Console
 from moe_erc.analysis.coupling import ALPHAS
 from moe_erc.analysis.html import Table
 from moe_erc.analysis.report import ROWS, write_report, write_text
+from moe_erc.analysis.survey import survey
 
 HEADINGS = ROWS | {"displaced": "displaced_L", "matching gain": "matching_gain_L"}  # heading -> measure by layer
 OWN_EXPERTS = ("diagonal rows", "diagonal columns", "displaced", "matching gain")
 WEIGHTS = ("noise bound", "alignment", "row cosine", "router norm", "router spread", "gate norm", "gate spread")
+
+
+def report_survey(directory, name, layers, numbers):
+    """Surveys (router_ED, w_gate_EDF) by layer, numbered so; prints what is found and writes it into the directory."""
+    from moe_erc.analysis.run_report import write_figures  # needs the extra `plot`
+
+    measures, matrices = survey(layers)
+    print_survey(name, measures, numbers)
+    drawn = {"report": {"coupling": measures}, "coupling": {"layers": numbers, "matrix_LEE": matrices["raw"]}}
+    pictures = write_figures(directory, {name: drawn})
+    write_survey(directory, name, measures, numbers, {path: caption for path, (_, caption) in pictures.items()})
 
 
 def verdict(measures):

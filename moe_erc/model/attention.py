@@ -15,23 +15,28 @@ def rms_norm(x, scale, eps):
     return normed.astype(x.dtype) * scale.astype(x.dtype)
 
 
-def rope(x_BTHD, theta):
+def rope(x_BTHD, theta, context=None):
     """Rotary embedding, half-split: coordinates d and d + D/2 of position t turn by t theta^(-2 d / D)."""
-    time, half = x_BTHD.shape[1], x_BTHD.shape[-1] // 2
+    positions, half = x_BTHD.shape[1] if context is None else context.attends_BTS.shape[-1], x_BTHD.shape[-1] // 2
     # Constants of the program: as traced values they are computed again for every element they are multiplied with.
-    angle_T1D = np.arange(time)[:, None, None] * theta ** (-np.arange(half) / half)
+    angle_T1D = np.arange(positions)[:, None, None] * theta ** (-np.arange(half) / half)
     sin, cos = np.sin(angle_T1D).astype(np.float32), np.cos(angle_T1D).astype(np.float32)
+    if context is not None:
+        sin, cos = (jnp.asarray(of).at[context.positions_BT].get(mode="fill") for of in (sin, cos))
     first, second = jnp.split(x_BTHD.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_BTHD.dtype)
 
 
 class Attention(nn.Module):
-    """x_BTD -> y_BTD with `kv_heads` key/value heads shared by groups of query heads."""
+    """x_BTD -> (y_BTD, cache), with `kv_heads` key/value heads shared by groups of query heads.
+
+    Without a `Context` every token attends to all before it, and there is no cache.
+    """
 
     config: Any  # ModelConfig
 
     @nn.compact
-    def __call__(self, x_BTD):
+    def __call__(self, x_BTD, context=None):
         config, init = self.config, self.config.initializer
         B, T, D = x_BTD.shape
 
@@ -44,13 +49,16 @@ class Attention(nn.Module):
         query = normalize("query_norm", project("query", x_BTD, D))
         key = normalize("key_norm", project("key", x_BTD, config.kv_width))
         value = project("value", x_BTD, config.kv_width)
+        if config.clip_qkv:
+            query, key, value = (jnp.clip(leaf, -config.clip_qkv, config.clip_qkv) for leaf in (query, key, value))
         query, key, value = (leaf.reshape(B, T, -1, config.head_width) for leaf in (query, key, value))
-        implementation = None if config.attention_implementation == "auto" else config.attention_implementation
-        y_BTHD = jax.nn.dot_product_attention(
-            rope(query, config.rope_theta),
-            rope(key, config.rope_theta),
-            value,
-            is_causal=True,
-            implementation=implementation,
-        )
-        return project("output", y_BTHD.reshape(B, T, D), D)
+        query, key = (rope(leaf, config.rope_theta, context) for leaf in (query, key))
+        implementation, cache = config.attention_implementation, None
+        if context is None:
+            which = {"is_causal": True, "implementation": None if implementation == "auto" else implementation}
+        else:
+            which = {"mask": context.attends_BTS[:, None], "implementation": "xla"}  # others want training's shapes
+            if context.cache is not None:
+                key, value = cache = context.write(key, value)
+        y_BTHD = jax.nn.dot_product_attention(query, key, value, **which)
+        return project("output", y_BTHD.reshape(B, T, D), D), cache

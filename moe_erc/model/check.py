@@ -41,6 +41,8 @@ def check_sizes(config):
         raise ValueError(
             f"model.kv_heads: {config.heads} heads cannot share {config.kv_heads} key/value heads; use a divisor"
         )
+    if not 0 <= config.clip_qkv < math.inf:
+        raise ValueError(f"model.clip_qkv: {config.clip_qkv} must be at least 0 and finite")
 
 
 def check_routing(config):

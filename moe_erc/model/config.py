@@ -41,6 +41,7 @@ class ModelConfig:
     controller_rate: float
     rope_theta: float
     norm_eps: float
+    clip_qkv: float
     init_std: float
     tie_embeddings: bool
     dtype: str

@@ -13,10 +13,14 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from moe_erc.model.attention import Attention, rms_norm
+from moe_erc.model.context import Cache, Context
 from moe_erc.moe.layer import MoE
 from moe_erc.moe.routers import ROUTERS
 from moe_erc.moe.routing import RoutingStats
 from moe_erc.sharding import BATCH
+
+# What of a context is every layer's, and what has an axis of layers.
+BY_LAYER = Context(nn.broadcast, nn.broadcast, cache=0, slot=nn.broadcast)
 
 
 class Output(NamedTuple):
@@ -26,6 +30,7 @@ class Output(NamedTuple):
     head_VD: jax.Array
     routing: RoutingStats  # every leaf with a leading layer axis
     observed: dict  # by observer, stacked over layers
+    cache: Cache | None = None  # that of the context, with these tokens in it
 
 
 class Block(nn.Module):
@@ -36,21 +41,24 @@ class Block(nn.Module):
     observers: tuple = ()  # of `MoE`
 
     @nn.compact
-    def __call__(self, x_BTD, mask_BT, router_state):
+    def __call__(self, x_BTD, mask_BT, router_state, context):
         def normalize(name, x):
             return rms_norm(x, self.param(name, nn.initializers.ones, x.shape[-1:]), self.config.norm_eps)
 
-        x_BTD += Attention(self.config, name="attention")(normalize("attention_norm", x_BTD))
+        attention = Attention(self.config, name="attention")
+        y_BTD, cache = attention(normalize("attention_norm", x_BTD), context)
+        x_BTD += y_BTD
         moe = MoE(self.config, self.mesh, self.observers, name="moe")
         y_BTD, *observed = moe(normalize("moe_norm", x_BTD), mask_BT, router_state)
-        return x_BTD + y_BTD, tuple(observed)
+        return x_BTD + y_BTD, (*observed, cache)
 
 
 class Transformer(nn.Module):
     """tokens_BT, mask_BT, router_state -> Output; `mask_BT` says which tokens the routing statistics count.
 
     `router_state` is what a router reads beside its parameters, every leaf with a leading layer axis: {"bias": (L, E)}
-    of loss-free balancing; {"competing": (L,)} while experts compete; {} for most.
+    of loss-free balancing; {"competing": (L,)} while experts compete; {} for most. A `context` says where tokens stand
+    and what they attend to, and may bring a cache; without it they attend to all before them.
     """
 
     config: Any  # ModelConfig
@@ -58,7 +66,7 @@ class Transformer(nn.Module):
     observers: tuple = ()  # of `MoE`
 
     @nn.compact
-    def __call__(self, tokens_BT, mask_BT, router_state):
+    def __call__(self, tokens_BT, mask_BT, router_state, context=None):
         config, init = self.config, self.config.initializer
         embed_VD = self.param("embed", init, (config.vocab_size, config.width))
         head_VD = embed_VD if config.tie_embeddings else self.param("head", init, (config.vocab_size, config.width))
@@ -69,14 +77,14 @@ class Transformer(nn.Module):
             block,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=(nn.broadcast, 0),
+            in_axes=(nn.broadcast, 0, context and BY_LAYER),
             length=config.layers,
             unroll=config.scan_unroll,
         )
         layers = stack(config, self.mesh, self.observers, name="layers")
-        x_BTD, (stats, observed) = layers(x_BTD, mask_BT, router_state)
+        x_BTD, (stats, observed, cache) = layers(x_BTD, mask_BT, router_state, context)
         final_norm_D = self.param("final_norm", nn.initializers.ones, (config.width,))
-        return Output(rms_norm(x_BTD, final_norm_D, config.norm_eps), head_VD, stats, observed)
+        return Output(rms_norm(x_BTD, final_norm_D, config.norm_eps), head_VD, stats, observed, cache)
 
     def router_rows(self, params):
         """(L, E, D): for every expert the direction in token space that its router attracts. None: it has no rows."""

@@ -1,4 +1,4 @@
-"""Perplexity and sampling against the model's own logits, on a corpus of known tokens."""
+"""Perplexity against the model's own logits, on a corpus of known tokens."""
 
 import functools
 import math
@@ -10,7 +10,6 @@ import pytest
 
 from moe_erc import sharding
 from moe_erc.data.text import DataConfig, prepare
-from moe_erc.evaluation.generate import Sampler
 from moe_erc.evaluation.perplexity import Perplexity
 from moe_erc.losses.language_model import token_losses
 from moe_erc.model.transformer import Transformer
@@ -65,15 +64,3 @@ def test_loss_is_the_mean_over_every_validation_token(corpus, model_and_weights)
     assert values["loss"] == pytest.approx(total / (len(tokens_N) - 1), rel=1e-5)
     assert values["bits_per_byte"] == pytest.approx(total / math.log(2) / stream.bytes, rel=1e-5)
     np.testing.assert_allclose(found["load_LE"].sum(axis=1), 1, rtol=1e-6)
-
-
-def test_sampling_continues_the_prompt_by_the_models_distribution(corpus, model_and_weights):
-    model, weights = model_and_weights
-    sampler = Sampler(model, corpus.tokenizer, new_tokens=5, temperature=1e-4)  # so cold that it is greedy
-    text = sampler.run(weights, "the rou", jax.random.key(0))
-    ids = list(b"the rou")
-    for _ in range(5):
-        ids.append(int(jnp.argmax(logits_of(model, weights, ids)[-1, : corpus.tokenizer.vocab_size])))
-    assert text == corpus.tokenizer.decode(np.array(ids))
-    warm = Sampler(model, corpus.tokenizer, new_tokens=20, temperature=1.0)
-    assert warm.run(weights, "the rou", jax.random.key(0)) != warm.run(weights, "the rou", jax.random.key(1))

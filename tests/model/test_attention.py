@@ -55,4 +55,6 @@ def test_attention_is_the_definition(model_config, kv_heads):
                 weights = np.exp(scores - scores.max())
                 expected[b, t, h] = weights / weights.sum() @ value[b, : t + 1, shared]
     expected = expected.reshape(B, T, D) @ params["output"]
-    np.testing.assert_allclose(module.apply({"params": params}, x_BTD), expected, rtol=1e-4, atol=1e-4)
+    found_BTD, cache = module.apply({"params": params}, x_BTD)
+    np.testing.assert_allclose(found_BTD, expected, rtol=1e-4, atol=1e-4)
+    assert cache is None

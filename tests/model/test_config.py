@@ -129,6 +129,7 @@ FREE = {"router": "routing_free", "gate_rank": 8}
     ({"competition_layers": 0}, ["competition_layers", "0"]),
     ({"theta": 0.0}, ["theta", "0.0", "positive"]),
     ({"controller_rate": -0.1}, ["controller_rate", "-0.1", "at least 0"]),
+    ({"clip_qkv": -8.0}, ["clip_qkv", "-8.0", "at least 0"]),
 ])  # fmt: skip
 def test_a_model_that_cannot_be_built_is_refused(model_config, changes, words):
     with pytest.raises(ValueError) as refusal:

@@ -1,0 +1,62 @@
+"""Where tokens stand and what they attend to, where that is not simply: each in its place, to all before it.
+
+    packed    several sequences in a row; padding, left or right, is a sequence of its own
+    cached    the next T tokens of every row, which attend to the S slots of a key/value cache
+
+Nobody attends to nothing: padding attends to padding, and no row of a softmax is empty.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+
+class Cache(NamedTuple):
+    """Keys, turned by RoPE, and values of the tokens so far: of all layers, (L, …), or inside a layer its own."""
+
+    key_BSHD: jax.Array
+    value_BSHD: jax.Array
+
+
+class Context(NamedTuple):
+    """What attention is told beside the tokens."""
+
+    positions_BT: jax.Array  # below S; RoPE turns by them
+    attends_BTS: jax.Array  # bool; S is T without a cache
+    cache: Cache | None = None
+    slot: Any = 0  # of the cache, where the keys and values of the T tokens go
+
+    def write(self, key_BTHD, value_BTHD):
+        """The layer's cache with these in their slots."""
+        new = Cache(key_BTHD, value_BTHD)
+        return jax.tree.map(lambda old, leaf: lax.dynamic_update_slice_in_dim(old, leaf, self.slot, 1), self.cache, new)
+
+
+def packed(segments_BT):
+    """Context of sequences side by side: neighbours of one number are a sequence, whose positions start at 0."""
+    slots_T = jnp.arange(segments_BT.shape[1])
+    starts_BT = jnp.diff(segments_BT, axis=1, prepend=segments_BT[:, :1]) != 0
+    sequence_BT, first_BT = jnp.cumsum(starts_BT, axis=1), lax.cummax(jnp.where(starts_BT, slots_T, 0), axis=1)
+    return Context(slots_T - first_BT, _attends(slots_T, sequence_BT, sequence_BT))
+
+
+def cached(cache, first_B, slot, length):
+    """Context of the `length` tokens from `slot` on, in rows whose sequence begins at slot `first_B`."""
+    slots_S, slots_T = jnp.arange(cache.key_BSHD.shape[2]), slot + jnp.arange(length)
+    inside_BS, inside_BT = (slots >= first_B[:, None] for slots in (slots_S, slots_T))
+    positions_BT = jnp.maximum(slots_T - first_B[:, None], 0)
+    return Context(positions_BT, _attends(slots_T, inside_BT, inside_BS), cache, slot)
+
+
+def empty_cache(config, rows, slots):
+    """Of all layers, in the dtype of the model."""
+    shape = config.layers, rows, slots, config.kv_heads, config.head_width
+    return Cache(*(jnp.zeros(shape, config.dtype) for _ in Cache._fields))
+
+
+def _attends(slots_T, sequence_BT, sequence_BS):
+    """To the tokens of its own sequence that are not behind it."""
+    slots_S = jnp.arange(sequence_BS.shape[1])
+    return (slots_S <= slots_T[:, None]) & (sequence_BT[..., None] == sequence_BS[:, None])

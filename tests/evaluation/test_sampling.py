@@ -1,0 +1,64 @@
+"""Which tokens may be drawn, by hand; how often they are; what cannot be asked for."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe_erc.evaluation.sampling import Sampling, draw, likely
+
+LOGITS_BV = jnp.log(jnp.array([[0.1, 0.4, 0.2, 0.3], [0.7, 0.1, 0.1, 0.1]]))
+
+
+@pytest.mark.parametrize("top_k, top_p, expected", [
+    (0, 1.0, [[1, 1, 1, 1], [1, 1, 1, 1]]),
+    (1, 1.0, [[0, 1, 0, 0], [1, 0, 0, 0]]),
+    (2, 1.0, [[0, 1, 0, 1], [1, 1, 1, 1]]),  # three share the second place
+    (9, 1.0, [[1, 1, 1, 1], [1, 1, 1, 1]]),
+    (0, 0.6, [[0, 1, 0, 1], [1, 0, 0, 0]]),  # 0.4 is not enough, 0.4 + 0.3 is; 0.7 is
+    (0, 0.75, [[0, 1, 1, 1], [1, 1, 1, 1]]),  # 0.4 + 0.3 is not enough; neither is 0.7, and three are next
+    (0, 1e-6, [[0, 1, 0, 0], [1, 0, 0, 0]]),  # one is always kept
+    (2, 0.55, [[0, 1, 0, 0], [1, 0, 0, 0]]),  # of the two, 0.4 is 0.4 / 0.7 = 0.57; 0.7 is 0.7 / 0.8
+    (3, 0.8, [[0, 1, 1, 1], [1, 1, 1, 1]]),  # of the three, 0.4 + 0.3 are 0.7 / 0.9 = 0.78, as is the 0.7
+])  # fmt: skip
+def test_likely_by_hand(top_k, top_p, expected):
+    found = likely(LOGITS_BV, jnp.int32(top_k), jnp.float32(top_p))
+    np.testing.assert_array_equal(found > -jnp.inf, np.array(expected, bool))
+    np.testing.assert_array_equal(found[found > -jnp.inf], LOGITS_BV[found > -jnp.inf])
+
+
+def frequencies(temperature, top_k=0, top_p=1.0, draws=4000):
+    keys_B = jax.random.split(jax.random.key(0), draws)
+    drawn_B = draw(jnp.tile(LOGITS_BV[:1], (draws, 1)), keys_B, temperature, top_k, top_p)
+    return np.bincount(drawn_B, minlength=4) / draws
+
+
+@pytest.mark.parametrize("temperature, top_k, top_p, expected", [
+    (0.0, 0, 1.0, [0, 1, 0, 0]),
+    (1e-30, 0, 1.0, [0, 1, 0, 0]),
+    (1.0, 0, 1.0, [0.1, 0.4, 0.2, 0.3]),
+    (0.5, 0, 1.0, [1 / 30, 16 / 30, 4 / 30, 9 / 30]),  # squares
+    (1.0, 2, 1.0, [0, 4 / 7, 0, 3 / 7]),
+    (1.0, 0, 0.75, [0, 4 / 9, 2 / 9, 3 / 9]),
+    (0.5, 0, 0.6, [0, 16 / 25, 0, 9 / 25]),  # of 16, 9, 4 and 1 thirtieths: the temperature comes first
+])  # fmt: skip
+def test_tokens_are_drawn_as_often_as_they_should(temperature, top_k, top_p, expected):
+    # 4000 draws: a standard deviation is at most 0.008
+    np.testing.assert_allclose(frequencies(temperature, top_k, top_p), expected, atol=0.03)
+
+
+@pytest.mark.parametrize("wrong, words", [
+    ({"new_tokens": 0}, ["new_tokens", "0", "at least 1"]),
+    ({"temperature": -0.5}, ["temperature", "-0.5"]),
+    ({"temperature": float("nan")}, ["temperature", "nan"]),
+    ({"top_k": -1}, ["top_k", "-1"]),
+    ({"top_p": 0.0}, ["top_p", "0.0", "above 0"]),
+    ({"top_p": 1.5}, ["top_p", "1.5"]),
+    ({"seed": 2**32}, ["seed", "4294967296"]),
+    ({"stop": "\n"}, ["stop", "tuple"]),
+    ({"stop": ("",)}, ["stop", "('',)"]),
+])  # fmt: skip
+def test_what_cannot_be_asked_for_is_refused(wrong, words):
+    with pytest.raises(ValueError) as refusal:
+        Sampling(**wrong)
+    assert all(word in str(refusal.value) for word in words) and "\n" not in str(refusal.value)

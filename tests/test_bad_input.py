@@ -22,6 +22,7 @@ from tests import script
     (["--config.model.gate_rank=8"], ["model.gate_rank", "8", "'softmax'", "0"]),
     (["--config.optimizer.name=adamx"], ["optimizer.name", "adamx", "adamw"]),
     (["--config.eval.every=0"], ["eval.every", "0", "steps"]),
+    (["--config.eval.tasks=('sciq',)", "--config.eval.task_dir=/no/tasks"], ["task_dir", "/no/tasks"]),
     (["--config.optimizer.warmup_steps=6"], ["optimizer.warmup_steps", "6"]),
     (["--config.data.sources=('/no/such/place',)"], ["data.sources", "/no/such/place"]),
     (["--config.data.sources=('wiki41b/en',)"], ["wiki41b", "wiki40b"]),
@@ -72,6 +73,8 @@ def test_a_config_that_does_not_exist(arguments, words, tmp_path):
     (["--checkpoint=/no/model"], ["/no/model", "--coupling"]),
     (["--checkpoint=/no/model", "--coupling", "--figures"], ["/no/model", "--coupling"]),
     (["--checkpoint=/no/model", "--coupling"], ["/no/model", "config.json"]),
+    (["--checkpoint=/no/model", "--coupling", "--tasks=sciq"], ["/no/model", "--coupling"]),
+    (["--workdir=/no/run", "--tasks=sciq", "--task_dir=/no/tasks"], ["task_dir", "/no/tasks"]),
     (["--workdir=a,b", "--coupling", "--output=c"], ["--output=c", "one workdir"]),
 ])  # fmt: skip
 def test_evaluation_refuses(arguments, words, tmp_path):

@@ -7,6 +7,7 @@ from rich.console import Console
 from moe_erc.analysis.coupling import ALPHAS
 from moe_erc.analysis.html import Table
 from moe_erc.analysis.report import write_report, write_text
+from moe_erc.analysis.survey import survey
 
 # heading of a column -> measure by layer; of a coupling matrix, and of the weights behind it
 OF_MATRIX = {
@@ -24,6 +25,17 @@ OF_WEIGHTS = {
     "gate norm": "gate_norm_L",
     "gate spread": "gate_spread_L",
 }
+
+
+def report_survey(directory, name, layers, numbers):
+    """Surveys the layers of a model, numbered so; prints what is found and writes all of it into the directory."""
+    from moe_erc.analysis.run_report import write_figures  # needs the extra `plot`
+
+    measures, matrices = survey(layers)
+    print_survey(name, measures, numbers)
+    drawn = {"report": {"coupling": measures}, "coupling": {"layers": numbers, "matrix_LEE": matrices["raw"]}}
+    pictures = write_figures(directory, {name: drawn})
+    write_survey(directory, name, measures, numbers, {path: caption for path, (_, caption) in pictures.items()})
 
 
 def verdict(measures):

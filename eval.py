@@ -1,95 +1,100 @@
-"""Evaluates a run, or several, and tells whether the router of any MoE is coupled to its experts.
+"""Evaluates a run, or several, or a Hugging Face MoE.
 
     python eval.py --workdir=runs/erc-tiny                loss, load and coupling as tables, and in eval.json
     python eval.py --workdir=runs/erc-tiny --coupling     all of its coupling: coupling.json, coupling.md, figures/
     python eval.py --checkpoint=OLMoE-1B-7B --coupling    that of a Hugging Face MoE, into coupling/OLMoE-1B-7B
     python eval.py --workdir=runs/erc-tiny --figures      figures/ and report.html; of runs A,B, into comparison
+    python eval.py --workdir=runs/erc-tiny --tasks=sciq   what it reaches in these, and tasks.json; or --tasks=paper_3b
+    python eval.py --workdir=runs/erc-tiny --generate="def main("      how it goes on, token by token
+    python eval.py --workdir=runs/erc-tiny --export=DIR   the model for transformers and vLLM, an OLMoE
 
-The model is the newest checkpoint's. A workdir may be gs://bucket/path; on several processes (docs/launch.md) the
-first one prints and writes. Wrong input is one line and exit code 2.
+An OLMoE --checkpoint has tasks (into tasks/NAME) and text too. A workdir may be gs://bucket/path; on several processes
+(docs/launch.md) the first one prints and writes. Wrong input is one line and exit code 2.
 """
+
+import dataclasses
 
 from absl import flags
 from etils import epath
+from ml_collections import ConfigDict, config_flags
 
+from configs import base
 from moe_erc import command_line, processes, sharding
 from moe_erc.analysis.report import print_report, write_report
-from moe_erc.analysis.survey import survey
-from moe_erc.analysis.survey_report import print_survey, write_survey
+from moe_erc.analysis.survey_report import report_survey
+from moe_erc.evaluation.sampling import Sampling
+from moe_erc.evaluation.tasks import load_tasks
 from moe_erc.hf.inspect import open_moe
-from moe_erc.runs import open_run
+from moe_erc.runs import open_checkpoint, open_run
 
 WORKDIR = flags.DEFINE_list("workdir", [], "directories of runs of train.py")
-CHECKPOINT = flags.DEFINE_string("checkpoint", None, "a local directory of a Hugging Face MoE; with --coupling")
+CHECKPOINT = flags.DEFINE_string("checkpoint", None, "a local directory of a Hugging Face MoE")
 COUPLING = flags.DEFINE_bool("coupling", False, "all there is to know of router rows and gates")
 FIGURES = flags.DEFINE_bool("figures", False, "figures of the run, or of several side by side")
-OUTPUT = flags.DEFINE_string("output", None, "where --coupling and --figures write; see above for the default")
+EXPORT = flags.DEFINE_string("export", None, "a new local directory for the run's model as an OLMoE")
+OUTPUT = flags.DEFINE_string("output", None, "where --coupling, --figures and --tasks write, if not as above")
 WINDOWS = flags.DEFINE_integer("windows", None, "windows of each domain, 0 is all; by default the run's own number")
+TASKS = flags.DEFINE_list("tasks", [], "of the lm-evaluation-harness; paper_3b and paper_15b are the ERC paper's")
+TASK_DIR = flags.DEFINE_string("task_dir", "", "a directory of YAML files of more tasks")
+NUM_FEWSHOT = flags.DEFINE_integer("num_fewshot", None, "examples shown; by default the task's own number")
+LIMIT = flags.DEFINE_integer("limit", 0, "documents of each task, 0 is all")
+GENERATE = flags.DEFINE_string("generate", None, "a prompt to continue; --sampling.temperature=1 and so on")
+SAMPLING = config_flags.DEFINE_config_dict("sampling", ConfigDict(dataclasses.asdict(Sampling())))
 
 
 def main(_):
     with command_line.refusing_bad_input(), processes.ending_together():
         check_flags()
-        if CHECKPOINT.value:
-            moe = open_moe(CHECKPOINT.value)
-        else:
-            processes.initialize()
-            sharding.use_cpu_cores()
-            processes.mute_all_but_first()
-    if CHECKPOINT.value:
-        report_coupling(moe.name, moe, moe.layers, f"coupling/{moe.name}")
+        sampling = Sampling(**SAMPLING.value)
+        moe = open_moe(CHECKPOINT.value) if CHECKPOINT.value and COUPLING.value else None
+    if moe:
+        report_survey(output(f"coupling/{moe.name}"), moe.name, moe, moe.layers)
         return
+    with command_line.refusing_bad_input(), processes.ending_together():
+        processes.initialize()
+        sharding.use_cpu_cores()
+        processes.mute_all_but_first()
+        tasks = load_tasks(TASKS.value, TASK_DIR.value, NUM_FEWSHOT.value)
     evaluated = {}
-    for workdir in WORKDIR.value:
+    for place in WORKDIR.value or [CHECKPOINT.value]:
         with command_line.refusing_bad_input(), processes.ending_together():
-            run = open_run(epath.Path(workdir))
-            layers = run.router_and_gates() if COUPLING.value else None
-        print(f"{workdir}: step {run.step}")
+            opened = open_run(place) if WORKDIR.value else open_checkpoint(place, base.get_config().model.to_dict())
+            layers = opened.router_and_gates() if COUPLING.value else None
+            if EXPORT.value:
+                opened.export(EXPORT.value)
+        print(opened.title)
         if COUPLING.value:
-            report_coupling(workdir, layers, range(run.model.config.layers), workdir)
-        if FIGURES.value or not COUPLING.value:
-            evaluated[workdir] = evaluate(run)
+            report_survey(output(place), place, layers, range(opened.model.config.layers))
+        with command_line.refusing_bad_input():
+            if TASKS.value:
+                write_report(output(opened.directory) / "tasks.json", opened.print_tasks(tasks, LIMIT.value))
+            if GENERATE.value is not None:
+                opened.print_text(GENERATE.value, sampling)
+        if FIGURES.value or not (COUPLING.value or EXPORT.value or TASKS.value or GENERATE.value is not None):
+            report = opened.report(WINDOWS.value)
+            print_report(report)
+            write_report(opened.directory / "eval.json", report)
+            evaluated[place] = opened.to_draw(report, WINDOWS.value) if FIGURES.value else None
     if FIGURES.value:
-        drawing().write_run_report(output("comparison" if len(evaluated) > 1 else workdir), evaluated)
+        from moe_erc.analysis.run_report import write_run_report
+
+        write_run_report(output("comparison" if len(evaluated) > 1 else place), evaluated)
 
 
 def check_flags():
-    if bool(WORKDIR.value) == bool(CHECKPOINT.value):
+    given, others = CHECKPOINT.value, COUPLING.value or TASKS.value or GENERATE.value is not None
+    if bool(WORKDIR.value) == bool(given):
         raise ValueError("--workdir, --checkpoint: give one of them, the directory of a run or of a Hugging Face MoE")
-    if CHECKPOINT.value and (FIGURES.value or not COUPLING.value):
-        raise ValueError(f"--checkpoint={CHECKPOINT.value}: a Hugging Face MoE has --coupling, and nothing else")
-    if OUTPUT.value and COUPLING.value and len(WORKDIR.value) > 1:
-        raise ValueError(f"--output={OUTPUT.value}: --coupling writes one run there; leave it out, or name one workdir")
+    if given and (FIGURES.value or EXPORT.value or not others):
+        raise ValueError(f"--checkpoint={given}: has --coupling, --tasks and --generate, but no --figures or --export")
+    if len(WORKDIR.value) > 1 and (EXPORT.value or (OUTPUT.value and not FIGURES.value)):
+        raise ValueError(f"--output={OUTPUT.value}, --export={EXPORT.value}: for one run; name one workdir")
     if FIGURES.value or COUPLING.value:
-        drawing()
-
-
-def drawing():
-    """The module that draws; refuses if its extra is not installed."""
-    from moe_erc.analysis import run_report
-
-    return run_report
+        from moe_erc.analysis import figures  # noqa: F401  refuses where the extra `plot` is missing
 
 
 def output(default):
     return epath.Path(OUTPUT.value or default)
-
-
-def report_coupling(name, layers, numbers, default_output):
-    directory, (measures, matrices) = output(default_output), survey(layers)
-    print_survey(name, measures, numbers)
-    drawn = {"report": {"coupling": measures}, "coupling": {"layers": numbers, "matrix_LEE": matrices["raw"]}}
-    pictures = drawing().write_figures(directory, {name: drawn})
-    write_survey(directory, name, measures, numbers, {path: caption for path, (_, caption) in pictures.items()})
-
-
-def evaluate(run):
-    """Prints and writes the report; returns what --figures draws."""
-    windows = run.config["eval"]["report_windows"] if WINDOWS.value is None else WINDOWS.value
-    report = run.report(windows)
-    print_report(report)
-    write_report(run.workdir / "eval.json", report)
-    return run.to_draw(report, windows) if FIGURES.value else None
 
 
 if __name__ == "__main__":

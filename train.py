@@ -22,6 +22,7 @@ from moe_erc.data import text
 from moe_erc.evaluation.generate import Generator, Sampling
 from moe_erc.evaluation.ngram import ngram_losses
 from moe_erc.evaluation.perplexity import Perplexity
+from moe_erc.evaluation.tasks import TaskScores, load_tasks, task_metrics
 from moe_erc.losses.language_model import token_losses
 from moe_erc.losses.objective import Objective
 from moe_erc.model.config import ModelConfig
@@ -54,6 +55,7 @@ def main(_):
         mesh = sharding.make_mesh(config.mesh.data, config.mesh.expert)
         model = Transformer(model_config, mesh)
         objective = Objective(config.losses.to_dict(), model)
+        tasks = load_tasks(config.eval.tasks, config.eval.task_dir)
         sharding.check(mesh, model_config, batch_size, config.train.micro_batches, config.eval.batch_size)
         rows = sharding.local_rows(mesh, batch_size)
         processes.mute_all_but_first()
@@ -71,6 +73,7 @@ def main(_):
         diagnosis = Diagnosis(model, perplexity.probe(mesh.size))
         generator = Generator(model, corpus.tokenizer)
         sampling = Sampling(config.eval.sample_tokens, config.eval.temperature)
+        task_scores = TaskScores(tasks, model, corpus.tokenizer, (config.eval.batch_size, length))
 
         # ---------------------------------------------------------------- what the run is, and where it stopped
         identity = {
@@ -98,7 +101,8 @@ def main(_):
     def evaluate(step, weights):
         found, measured = perplexity.run(weights, config.eval.windows), diagnosis.run(weights)
         validation = {f"validation/{name}": values["loss"] for name, values in found["domains"].items()}
-        writer.write(step, validation | {"validation/mean": found["loss"]} | summarize(measured))
+        reached = task_metrics(task_scores.run(weights, config.eval.task_limit))
+        writer.write(step, validation | {"validation/mean": found["loss"]} | summarize(measured) | reached)
         print(f"step {step}: validation {found['loss']:.3f}, {headline(measured)}")
         if prompt := config.eval.prompt:
             print(repr(prompt + generator.run(weights, [prompt], dataclasses.replace(sampling, seed=step))[0]))

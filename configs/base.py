@@ -151,6 +151,9 @@ def _evaluation():
     evaluation.prompt = "def "  # continued after every evaluation; "" samples nothing
     evaluation.sample_tokens = 32
     evaluation.temperature = 0.8  # of the sample
+    evaluation.tasks = ()  # of the lm-evaluation-harness, by name; needs the extra `eval`
+    evaluation.task_dir = ""  # YAML files of more tasks
+    evaluation.task_limit = 100  # documents of each task; 0 takes all
     return evaluation
 
 

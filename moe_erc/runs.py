@@ -14,6 +14,7 @@ from moe_erc.data import text
 from moe_erc.evaluation.expert_use import ExpertUse
 from moe_erc.evaluation.ngram import ngram_losses
 from moe_erc.evaluation.perplexity import Perplexity
+from moe_erc.evaluation.tasks import TaskScores
 from moe_erc.losses.language_model import token_losses
 from moe_erc.model.config import ModelConfig
 from moe_erc.model.transformer import Transformer
@@ -51,6 +52,12 @@ class Run(NamedTuple):
         if self.config["losses"]["erc"]["weight"]:
             found["alpha"] = self.config["losses"]["erc"]["alpha"]
         return found
+
+    def in_tasks(self, tasks, limit):
+        """What it reaches in tasks of `load_tasks`, on so many documents of each (0: all); `TaskScores.run`."""
+        _, shape_BT = self._batches()
+        scores = TaskScores(tasks, self.model, self.corpus.tokenizer, shape_BT)
+        return {"step": self.step} | scores.run(self.weights, limit)
 
     def _batches(self):
         """How a batch is placed, and its shape: the run's, filled up to a row for every device."""

@@ -23,6 +23,7 @@ from tests import script
     (["--config.optimizer.name=adamx"], ["optimizer.name", "adamx", "adamw"]),
     (["--config.eval.every=0"], ["eval.every", "0", "steps"]),
     (["--config.eval.temperature=-0.5"], ["temperature", "-0.5"]),
+    (["--config.eval.tasks=('sciq',)", "--config.eval.task_dir=/no/tasks"], ["task_dir", "/no/tasks"]),
     (["--config.optimizer.warmup_steps=6"], ["optimizer.warmup_steps", "6"]),
     (["--config.data.sources=('/no/such/place',)"], ["data.sources", "/no/such/place"]),
     (["--config.data.sources=('wiki41b/en',)"], ["wiki41b", "wiki40b"]),
@@ -70,11 +71,12 @@ def test_a_config_that_does_not_exist(arguments, words, tmp_path):
     ([], ["--workdir", "--checkpoint"]),
     (["--workdir=/no/run"], ["/no/run", "checkpoint"]),
     (["--workdir=/no/run", "--checkpoint=/no/model", "--coupling"], ["--workdir", "--checkpoint", "one of them"]),
-    (["--checkpoint=/no/model"], ["/no/model", "--coupling"]),
-    (["--checkpoint=/no/model", "--coupling", "--figures"], ["/no/model", "--coupling"]),
+    (["--checkpoint=/no/model"], ["/no/model", "--coupling", "--tasks", "--generate"]),
+    (["--checkpoint=/no/model", "--coupling", "--figures"], ["/no/model", "--figures"]),
     (["--checkpoint=/no/model", "--coupling"], ["/no/model", "config.json"]),
-    (["--checkpoint=/no/model", "--coupling", "--generate=def"], ["/no/model", "--coupling"]),
+    (["--checkpoint=/no/model", "--generate=def"], ["/no/model", "config.json"]),
     (["--workdir=/no/run", "--generate=def", "--temperature=-1"], ["temperature", "-1.0"]),
+    (["--workdir=/no/run", "--tasks=sciq", "--task_dir=/no/tasks"], ["task_dir", "/no/tasks"]),
     (["--workdir=a,b", "--coupling", "--output=c"], ["--output=c", "one workdir"]),
 ])  # fmt: skip
 def test_evaluation_refuses(arguments, words, tmp_path):

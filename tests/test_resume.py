@@ -141,6 +141,17 @@ def test_eval_tells_all_of_its_coupling_and_draws_it(undisturbed, tmp_path):
     assert html.count("<img") == len(list(tmp_path.rglob("*.png"))) > 8 and f">{undisturbed}<" in html
 
 
+def test_eval_asks_the_harness(undisturbed, tmp_path):
+    pytest.importorskip("lm_eval")
+    flags = [f"--workdir={undisturbed}", "--tasks=alphabet_choice", "--task_dir=tests/evaluation/tasks", "--limit=2"]
+    environment = {"HF_HOME": tmp_path, "HF_HUB_OFFLINE": 1}
+    code, printed = script.run("eval.py", flags, undisturbed / "eval", environment=environment)
+    assert code == 0 and "|alphabet_choice|" in printed and "Validation" not in printed, printed
+    found = json.loads((undisturbed / "tasks.json").read_text())
+    assert found["step"] == STEPS and found["n-samples"]["alphabet_choice"] == {"original": 3, "effective": 2}
+    assert 0 <= found["results"]["alphabet_choice"]["acc,none"] <= 1
+
+
 def test_another_models_directory_is_refused(arguments, undisturbed):
     for change, words in (
         ("--config.model.experts=8", ["model.experts = 4", "8", "--workdir"]),

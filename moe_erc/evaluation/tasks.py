@@ -1,0 +1,95 @@
+"""Tasks of the lm-evaluation-harness by name: found, loaded, and what a model reaches in them.
+
+Several processes all load and run the same. The `eval` extra is imported where there is a task, and not before.
+"""
+
+import contextlib
+import difflib
+import io
+import pathlib
+
+PAPER = {  # the tasks of the ERC paper's two models
+    "paper_3b": (
+        "arc_challenge", "commonsense_qa", "copa", "boolq", "hellaswag", "openbookqa", "sciq", "social_iqa",
+        "winogrande", "mmlu",
+    ),
+    "paper_15b": ("mmlu", "ceval-valid", "mmlu_pro", "agieval", "bbh", "minerva_math", "gsm8k", "triviaqa"),
+}  # fmt: skip
+SEED = 1234  # of the examples shown; the harness's own
+RESAMPLES = 1000  # for the standard error of a metric that has no formula for it
+KEPT = ("results", "groups", "group_subtasks", "versions", "n-shot", "higher_is_better", "n-samples")
+
+
+def load_tasks(names, directory="", num_fewshot=None):
+    """Tasks with their data, as `TaskScores` takes them; {} of no names.
+
+    A name is a task, group or tag of the YAML files in `directory` or of the harness, or a key of PAPER. To index the
+    harness's takes half a minute: they are left out if the directory has all. `num_fewshot` examples are shown, where a
+    task does not insist on none. ValueError or OSError, of one line, for a name that is unknown or data out of reach.
+    """
+    if not names:
+        return {}
+    if directory and not pathlib.Path(directory).is_dir():
+        raise ValueError(f"task_dir: no such directory '{directory}'; give one that has YAML files of tasks")
+    from moe_erc.evaluation import harness
+
+    names = list(dict.fromkeys(task for name in names for task in PAPER.get(name, (name,))))
+    manager = harness.TaskManager(include_path=directory, include_defaults=False)
+    if not set(names) <= set(manager.all_tasks):
+        manager = harness.TaskManager(include_path=directory or None)
+    for name in names:
+        if name not in manager.all_tasks:
+            nearest = difflib.get_close_matches(name, [*PAPER, *manager.all_tasks], n=3, cutoff=0)
+            raise ValueError(f"tasks: there is no {name!r}; the nearest are {', '.join(nearest)}")
+    loaded = manager.load(names)
+    for task in loaded["tasks"].values():
+        own = task.get_config("num_fewshot")
+        task.set_config(key="num_fewshot", value=own or 0 if num_fewshot is None or own == 0 else num_fewshot)
+    return loaded
+
+
+class TaskScores:
+    """What the model of `run(weights)` reaches in the tasks of `load_tasks`."""
+
+    def __init__(self, tasks, model, tokenizer, shape_BT):
+        self._tasks = tasks
+        if tasks:
+            from moe_erc.evaluation import harness
+
+            self._language_model = harness.LanguageModel(model, None, tokenizer, shape_BT)
+
+    def run(self, weights, limit=0):
+        """The harness's results, {"results": {task: {"metric,filter": number}}, …}, plain JSON; {} of no tasks.
+
+        On the first `limit` documents of each, 0 for all.
+        """
+        if not self._tasks:
+            return {}
+        from moe_erc.evaluation import harness
+
+        self._language_model.weights = weights
+        for task in self._tasks["tasks"].values():
+            task.set_fewshot_seed(SEED)  # every run shows the same
+        options = {"limit": limit or None, "bootstrap_iters": RESAMPLES, "log_samples": False}
+        with contextlib.redirect_stderr(io.StringIO()):  # a progress bar for every task
+            found = harness.evaluate(lm=self._language_model, task_dict=self._tasks, **options)
+        return {key: found[key] for key in KEPT if key in found}
+
+
+def task_metrics(found):
+    """{"tasks/TASK/METRIC": number} of the results of a run, without standard errors; a filter but "none" is added."""
+    return {
+        f"tasks/{task}/{'/'.join(part for part in name.split(',') if part != 'none')}": value
+        for task, values in found.get("results", {}).items()
+        for name, value in values.items()
+        if isinstance(value, int | float) and "," in name and "_stderr," not in name
+    }
+
+
+def print_tasks(found):
+    """The harness's tables, of tasks and of groups."""
+    from moe_erc.evaluation import harness
+
+    for kind in ("results", "groups"):
+        if kind in found:
+            print(harness.make_table(found, kind))

@@ -4,6 +4,7 @@
     python eval.py --workdir=runs/erc-tiny --coupling     all of its coupling: coupling.json, coupling.md, figures/
     python eval.py --checkpoint=OLMoE-1B-7B --coupling    that of a Hugging Face MoE, into coupling/OLMoE-1B-7B
     python eval.py --workdir=runs/erc-tiny --figures      figures/ and report.html; of runs A,B, into comparison
+    python eval.py --workdir=runs/erc-tiny --export=DIR   the model for transformers and vLLM, an OLMoE
 
 The model is the newest checkpoint's. A workdir may be gs://bucket/path; on several processes (docs/launch.md) the
 first one prints and writes. Wrong input is one line and exit code 2.
@@ -23,6 +24,7 @@ WORKDIR = flags.DEFINE_list("workdir", [], "directories of runs of train.py")
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "a local directory of a Hugging Face MoE; with --coupling")
 COUPLING = flags.DEFINE_bool("coupling", False, "all there is to know of router rows and gates")
 FIGURES = flags.DEFINE_bool("figures", False, "figures of the run, or of several side by side")
+EXPORT = flags.DEFINE_string("export", None, "a new local directory for the run's model as an OLMoE")
 OUTPUT = flags.DEFINE_string("output", None, "where --coupling and --figures write; see above for the default")
 WINDOWS = flags.DEFINE_integer("windows", None, "windows of each domain, 0 is all; by default the run's own number")
 
@@ -42,10 +44,12 @@ def main(_):
         with command_line.refusing_bad_input(), processes.ending_together():
             run = open_run(epath.Path(workdir))
             layers = run.router_and_gates() if COUPLING.value else None
+            if EXPORT.value:
+                run.export(EXPORT.value)
         print(f"{workdir}: step {run.step}")
         if COUPLING.value:
             report_coupling(workdir, layers, range(run.model.config.layers), workdir)
-        if FIGURES.value or not COUPLING.value:
+        if FIGURES.value or not (COUPLING.value or EXPORT.value):
             evaluated[workdir] = evaluate(run)
     if FIGURES.value:
         drawing().write_run_report(output("comparison" if len(evaluated) > 1 else workdir), evaluated)
@@ -54,10 +58,12 @@ def main(_):
 def check_flags():
     if bool(WORKDIR.value) == bool(CHECKPOINT.value):
         raise ValueError("--workdir, --checkpoint: give one of them, the directory of a run or of a Hugging Face MoE")
-    if CHECKPOINT.value and (FIGURES.value or not COUPLING.value):
+    if CHECKPOINT.value and (FIGURES.value or EXPORT.value or not COUPLING.value):
         raise ValueError(f"--checkpoint={CHECKPOINT.value}: a Hugging Face MoE has --coupling, and nothing else")
     if OUTPUT.value and COUPLING.value and len(WORKDIR.value) > 1:
         raise ValueError(f"--output={OUTPUT.value}: --coupling writes one run there; leave it out, or name one workdir")
+    if EXPORT.value and len(WORKDIR.value) > 1:
+        raise ValueError(f"--export={EXPORT.value}: a directory holds one model; name one workdir")
     if FIGURES.value or COUPLING.value:
         drawing()
 

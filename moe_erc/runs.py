@@ -1,6 +1,7 @@
 """A run of train.py, read back: its model as of the newest checkpoint, on the devices that are there."""
 
 import functools
+import json
 from typing import NamedTuple
 
 import jax
@@ -14,6 +15,7 @@ from moe_erc.data import text
 from moe_erc.evaluation.expert_use import ExpertUse
 from moe_erc.evaluation.ngram import ngram_losses
 from moe_erc.evaluation.perplexity import Perplexity
+from moe_erc.hf import model_card, olmoe, shard_writer, tokenizer_files
 from moe_erc.losses.language_model import token_losses
 from moe_erc.model.config import ModelConfig
 from moe_erc.model.transformer import Transformer
@@ -67,6 +69,30 @@ class Run(NamedTuple):
         everywhere = sharding.replicate(self.model.mesh)
         take = jax.jit(lambda arrays, layer: [array[layer] for array in arrays], out_shardings=everywhere)
         return (jax.device_get(take(arrays, layer)) for layer in range(len(rows_LED)))
+
+    def export(self, directory):
+        """Writes the model for transformers, with its tokenizer and a card, into a new local directory."""
+        with processes.first():  # nobody waits for a writer that is refused
+            shard_writer.free_path(directory)
+        model, tokenizer, data = self.model.config, self.corpus.tokenizer, self.config["data"]
+        length, balance = data["sequence_length"], self.config["losses"]["load_balance"]["weight"]
+        entries = {
+            "eos_token_id": tokenizer.eos_id,
+            "max_position_embeddings": length,
+            "router_aux_loss_coef": balance / model.experts_per_token,  # of a loss that is K when balanced, not 1
+        }
+        card = model_card.model_card(epath.Path(directory).name, model, self.config, self.step, self._validation())
+        files = tokenizer_files.tokenizer_files(data["tokenizer"], tokenizer.eos, length) | {"README.md": card}
+        olmoe.export_olmoe(directory, self.model, self.weights.params, olmoe.About(entries, files))
+
+    def _validation(self):
+        """The loss that eval.py, or the end of training, wrote down for these weights; None if neither did."""
+        for name, step in (("eval.json", self.step), ("report.json", self.config["train"]["steps"])):
+            path = self.workdir / name
+            report = json.loads(path.read_text()) if path.exists() else {}
+            if report and report.get("step", step) == self.step:
+                return report["validation"]["loss"]
+        return None
 
 
 def open_run(workdir) -> Run:

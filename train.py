@@ -23,6 +23,7 @@ from moe_erc.evaluation.generate import Generator, Sampling
 from moe_erc.evaluation.ngram import ngram_losses
 from moe_erc.evaluation.perplexity import Perplexity
 from moe_erc.evaluation.tasks import TaskScores, load_tasks, task_metrics
+from moe_erc.hf import olmoe, tokenizer_files
 from moe_erc.losses.language_model import token_losses
 from moe_erc.losses.objective import Objective
 from moe_erc.model.config import ModelConfig
@@ -48,6 +49,7 @@ def main(_):
         processes.initialize()
         command_line.check_intervals(config, "log", "eval", "checkpoint")
         steps, length, batch_size = config.train.steps, config.data.sequence_length, config.train.batch_size
+        config.data.tokenizer = tokenizer_files.tokenizer_of(config.init_from, config.data.tokenizer)
         model_config, data_config = ModelConfig(**config.model), text.DataConfig(**config.data)
         optimizer = make_optimizer(OptimizerConfig(**config.optimizer), steps)
         rows_at_a_time = batch_size // max(config.train.micro_batches, 1)
@@ -81,6 +83,7 @@ def main(_):
             "data": {"tokenizer": corpus.tokenizer.identity, "corpus": corpus.identity},
             "optimizer": {"name": config.optimizer.name},
             "seed": config.seed,
+            "init_from": config.init_from,
         }
         with processes.first():  # it clears up what a killed run left
             prepare_directory(workdir / "checkpoints")
@@ -90,12 +93,13 @@ def main(_):
         processes.agree(meta | {"checkpoint": start})
         if start:
             check_same_run(checkpoints.read_meta(), identity)
+        init = initializer(model, optimizer, config.seed)
+        shapes = abstract_state(init, mesh)
+        sharding.print_plan(shapes)
+        given = config.init_from and not start and olmoe.open_olmoe(config.init_from, model_config, shapes.params)
 
     # -------------------------------------------------------------------- state and step
-    init = initializer(model, optimizer, config.seed)
-    shapes = abstract_state(init, mesh)
-    sharding.print_plan(shapes)
-    state = checkpoints.restore(shapes)[0] if start else create_state(init, shapes)
+    state = checkpoints.restore(shapes)[0] if start else create_state(init, shapes, given.read() if given else None)
     train_step = make_train_step(model, objective, optimizer, config.train.micro_batches, shardings(shapes))
 
     def evaluate(step, weights):

@@ -9,6 +9,9 @@ def get_config(size=""):
     """The base config at a size of `sizes.py` ("" is tiny)."""
     config = ConfigDict()
     config.seed = 0  # parameters, router noise and the order of the data
+    # The directory of an OLMoE of the sizes below, as Hugging Face has it: its weights, and its tokenizer.json unless
+    # data.tokenizer names another, are what step 0 starts from. "" draws the weights.
+    config.init_from = ""
 
     config.model = _model()
     config.losses = _losses()

@@ -1,7 +1,9 @@
-"""A run of train.py, read back: its model as of the newest checkpoint, on the devices that are there."""
+"""Models to evaluate, on the devices that are there: that of a run of train.py, read back, and that of an OLMoE."""
 
+import dataclasses
 import functools
-from typing import NamedTuple
+import json
+from typing import Any
 
 import jax
 from etils import epath
@@ -11,41 +13,70 @@ from moe_erc.analysis.curves import read_metrics
 from moe_erc.analysis.diagnosis import Diagnosis
 from moe_erc.analysis.survey import survey
 from moe_erc.data import text
+from moe_erc.data.tokenizer import load as load_tokenizer
 from moe_erc.evaluation.expert_use import ExpertUse
+from moe_erc.evaluation.generate import Generator
 from moe_erc.evaluation.ngram import ngram_losses
 from moe_erc.evaluation.perplexity import Perplexity
-from moe_erc.evaluation.tasks import TaskScores
+from moe_erc.evaluation.tasks import TaskScores, print_tasks
+from moe_erc.hf import model_card, olmoe, olmoe_config, shard_writer, shards, tokenizer_files
 from moe_erc.losses.language_model import token_losses
 from moe_erc.model.config import ModelConfig
 from moe_erc.model.transformer import Transformer
 from moe_erc.training.checkpoint import Checkpoints
 from moe_erc.training.state import Weights, abstract_state, init_weights
 
+ROWS = 8  # of a batch for a checkpoint, which does not say
 
-class Run(NamedTuple):
-    """What an evaluation needs of a run."""
 
-    workdir: epath.Path
+@dataclasses.dataclass(frozen=True)
+class Opened:
+    """A model with its weights and its tokenizer."""
+
+    title: str
+    directory: epath.Path  # where what is found of it is written
+    model: Transformer
+    weights: Weights
+    tokenizer: Any
+    shape_BT: tuple[int, int]  # of a batch: a row for every device, the length it was trained with
+
+    def print_tasks(self, tasks, limit):
+        """Prints and returns what it reaches in tasks of `load_tasks`, on so many documents of each (0: all)."""
+        reached = TaskScores(tasks, self.model, self.tokenizer, self.shape_BT).run(self.weights, limit)
+        print_tasks(reached)
+        return reached
+
+    def print_text(self, prompt, sampling):
+        """Prints the prompt and how the model goes on, piece by piece."""
+        pieces = Generator(self.model, self.tokenizer).stream(self.weights, prompt, sampling)
+        print(prompt, end="", flush=True)
+        for piece in pieces:
+            print(piece, end="", flush=True)
+        print()
+
+
+@dataclasses.dataclass(frozen=True)
+class Run(Opened):
+    """A run, as of its newest checkpoint."""
+
     step: int
     config: dict  # as in configs/base.py
     corpus: text.Corpus
-    model: Transformer
-    weights: Weights
 
-    def report(self, windows):
-        """Validation on so many windows of each domain (0: all), baselines, coupling and specialisation."""
+    def report(self, windows=None):
+        """Validation on so many windows of each domain (0: all, None: the run's own), baselines, coupling and so on."""
         losses = functools.partial(token_losses, chunk=self.config["losses"]["lm"]["chunk"])
-        perplexity = Perplexity(self.model, self.corpus, losses, *self._batches())
+        perplexity = Perplexity(self.model, self.corpus, losses, self._put, self.shape_BT)
         return {
             "step": self.step,
-            "validation": perplexity.run(self.weights, windows),
+            "validation": perplexity.run(self.weights, self._windows(windows)),
             "baselines": ngram_losses(self.corpus),
         } | Diagnosis(self.model, perplexity.probe(self.model.mesh.size)).run(self.weights)
 
-    def to_draw(self, report, windows):
+    def to_draw(self, report, windows=None):
         """What `run_figures` takes of a run, with its report: maps are of the clean router and of those windows."""
-        use = ExpertUse(self.model, self.corpus, *self._batches()).run(self.weights, windows)
-        found = {"report": report, "metrics": read_metrics(self.workdir / "metrics.jsonl"), "use": use}
+        use = ExpertUse(self.model, self.corpus, self._put, self.shape_BT).run(self.weights, self._windows(windows))
+        found = {"report": report, "metrics": read_metrics(self.directory / "metrics.jsonl"), "use": use}
         if report["coupling"]:
             layers = range(self.model.config.layers)
             found["coupling"] = {"layers": layers, "matrix_LEE": survey(self.router_and_gates(), draws=1)[1]["raw"]}
@@ -53,17 +84,12 @@ class Run(NamedTuple):
             found["alpha"] = self.config["losses"]["erc"]["alpha"]
         return found
 
-    def in_tasks(self, tasks, limit):
-        """What it reaches in tasks of `load_tasks`, on so many documents of each (0: all); `TaskScores.run`."""
-        _, shape_BT = self._batches()
-        scores = TaskScores(tasks, self.model, self.corpus.tokenizer, shape_BT)
-        return {"step": self.step} | scores.run(self.weights, limit)
+    def _windows(self, windows):
+        return self.config["eval"]["report_windows"] if windows is None else windows
 
-    def _batches(self):
-        """How a batch is placed, and its shape: the run's, filled up to a row for every device."""
-        mesh = self.model.mesh
-        rows = -(-self.config["eval"]["batch_size"] // mesh.size) * mesh.size
-        return functools.partial(sharding.put_whole_batch, mesh), (rows, self.config["data"]["sequence_length"])
+    @property
+    def _put(self):
+        return functools.partial(sharding.put_whole_batch, self.model.mesh)
 
     def router_and_gates(self):
         """(router_ED, w_gate_EDF) by layer, on the host; ValueError for a router without rows."""
@@ -75,14 +101,40 @@ class Run(NamedTuple):
         take = jax.jit(lambda arrays, layer: [array[layer] for array in arrays], out_shardings=everywhere)
         return (jax.device_get(take(arrays, layer)) for layer in range(len(rows_LED)))
 
+    def export(self, directory):
+        """Writes the model for transformers, with its tokenizer and a card, into a new local directory."""
+        with processes.first():  # nobody waits for a writer that is refused
+            shard_writer.free_path(directory)
+        model, tokenizer, data = self.model.config, self.tokenizer, self.config["data"]
+        length, balance = data["sequence_length"], self.config["losses"]["load_balance"]["weight"]
+        entries = {
+            "eos_token_id": tokenizer.eos_id,
+            "max_position_embeddings": length,
+            "router_aux_loss_coef": balance / model.experts_per_token,  # of a loss that is K when balanced, not 1
+        }
+        card = model_card.model_card(epath.Path(directory).name, model, self.config, self.step, self._validation())
+        files = tokenizer_files.tokenizer_files(data["tokenizer"], tokenizer.eos, length) | {"README.md": card}
+        olmoe.export_olmoe(directory, self.model, self.weights.params, olmoe.About(entries, files))
+
+    def _validation(self):
+        """The loss that eval.py, or the end of training, wrote down for these weights; None if neither did."""
+        for name, step in (("eval.json", self.step), ("report.json", self.config["train"]["steps"])):
+            path = self.directory / name
+            report = json.loads(path.read_text()) if path.exists() else {}
+            if report and report.get("step", step) == self.step:
+                return report["validation"]["loss"]
+        return None
+
 
 def open_run(workdir) -> Run:
-    """Of a directory or bucket (`etils.epath.Path`). Of several processes all open it, and the first fills the cache.
+    """Of a directory or bucket. Of several processes all open it, and the first fills the cache.
 
     ValueError or OSError of one line, before anything is compiled, where there is no such run or its data are gone.
     """
-    checkpoints = Checkpoints(workdir / "checkpoints")
-    processes.agree({"checkpoint": checkpoints.latest_step()})
+    directory = epath.Path(workdir)
+    checkpoints = Checkpoints(directory / "checkpoints")
+    step = checkpoints.latest_step()
+    processes.agree({"checkpoint": step})
     meta = checkpoints.read_meta()
     config = meta["config"]
     with processes.first():
@@ -90,8 +142,35 @@ def open_run(workdir) -> Run:
     processes.agree({"data": corpus.identity})
     if corpus.tokenizer.identity != meta["data"]["tokenizer"]:
         raise ValueError(f"data.tokenizer: {config['data']['tokenizer']!r} is not the one the run was trained with")
-    model_config = ModelConfig(**config["model"])
-    mesh = sharding.fit_mesh(model_config)  # the machine need not be the one it was trained on
+    model, abstract = _lay_out(ModelConfig(**config["model"]))
+    shape_BT = _rows(model, config["eval"]["batch_size"]), config["data"]["sequence_length"]
+    opened = f"{workdir}: step {step}", directory, model, checkpoints.restore_weights(abstract), corpus.tokenizer
+    return Run(*opened, shape_BT, step, config, corpus)
+
+
+def open_checkpoint(directory, model_block) -> Opened:
+    """Of an OLMoE as Hugging Face has it; `model_block`, as in configs/base.py, says what its config.json does not.
+
+    ValueError or OSError of one line for what is none, or has no tokenizer.json.
+    """
+    source = epath.Path(directory).expanduser()
+    config = shards.read_config(source)
+    model_config = ModelConfig(**model_block | olmoe_config.model_fields(config))
+    tokenizer = load_tokenizer(tokenizer_files.tokenizer_of(source, tokenizer_files.BYTES))
+    model_config.check_vocabulary(tokenizer.vocab_size)
+    model, abstract = _lay_out(model_config)
+    weights = Weights(olmoe.import_olmoe(source, model_config, abstract.params), {})
+    shape_BT = _rows(model, ROWS), config.get("max_position_embeddings", 4096)
+    return Opened(str(directory), epath.Path("tasks") / source.name, model, weights, tokenizer, shape_BT)
+
+
+def _lay_out(model_config):
+    """(model, abstract weights) on the devices that are there: not those it was trained on."""
+    mesh = sharding.fit_mesh(model_config)
     model = Transformer(model_config, mesh)
-    weights = checkpoints.restore_weights(abstract_state(lambda: init_weights(model, jax.random.key(0)), mesh))
-    return Run(workdir, checkpoints.latest_step(), config, corpus, model, weights)
+    return model, abstract_state(lambda: init_weights(model, jax.random.key(0)), mesh)
+
+
+def _rows(model, count):
+    """So many, filled up to a row for every device."""
+    return -(-count // model.mesh.size) * model.mesh.size

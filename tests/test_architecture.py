@@ -16,7 +16,7 @@ ALLOWED = {
     "analysis": {"analysis", "model", "losses", "sharding"},
     "hf": {"hf", "model"},
     "sharding": set(),
-    "runs": {"analysis", "data", "evaluation", "losses", "model", "processes", "sharding", "training"},
+    "runs": {"analysis", "data", "evaluation", "hf", "losses", "model", "processes", "sharding", "training"},
     "processes": {"rendezvous"},
     "rendezvous": set(),
     "command_line": set(),

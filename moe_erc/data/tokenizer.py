@@ -1,8 +1,8 @@
 """Text to token ids and back: plain bytes, or a Hugging Face `tokenizer.json`.
 
-Both have `vocab_size`, `eos_id` (the token after every document), `identity` (differs whenever ids could differ),
-`encode_batch`, `encode` and `decode`. Models may have more rows than a tokenizer has ids, so `decode` ignores ids that
-it does not know. `bpe.py` makes such a file from the configured text.
+Both have `vocab_size`, `eos_id` and `eos` (the token after every document, and how it is spelled), `identity` (differs
+whenever ids could differ), `encode_batch`, `encode` and `decode`. Models may have more rows than a tokenizer has ids,
+so `decode` ignores ids that it does not know. `bpe.py` makes such a file from the configured text.
 """
 
 import hashlib
@@ -21,6 +21,7 @@ class Tokenizer(Protocol):
 
     vocab_size: int
     eos_id: int
+    eos: str
     identity: str
 
     def encode_batch(self, texts: Sequence[str | bytes]) -> list[np.ndarray]:
@@ -38,6 +39,7 @@ class ByteTokenizer:
 
     vocab_size = 257
     eos_id = 256
+    eos = END_OF_DOCUMENT[0]
     identity = "bytes"
 
     def encode_batch(self, texts: Sequence[str | bytes]) -> list[np.ndarray]:
@@ -60,12 +62,13 @@ class HuggingFaceTokenizer:
         self._tokenizer.encode_special_tokens = True  # a document about "<|endoftext|>" does not end there
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocabulary.values()) + 1
-        ends = [vocabulary[token] for token in END_OF_DOCUMENT if token in vocabulary]
+        ends = [token for token in END_OF_DOCUMENT if token in vocabulary]
         if not ends:
             raise ValueError(
                 f"data.tokenizer: '{path}' has no end-of-document token; add one of {', '.join(END_OF_DOCUMENT)}"
             )
-        self.eos_id = ends[0]
+        self.eos = ends[0]
+        self.eos_id = vocabulary[self.eos]
 
     def encode_batch(self, texts: Sequence[str | bytes]) -> list[np.ndarray]:
         strings = [text.decode(errors="replace") if isinstance(text, bytes) else text for text in texts]

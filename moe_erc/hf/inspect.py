@@ -13,7 +13,7 @@ import numpy as np
 
 from moe_erc.hf.families import FAMILIES
 from moe_erc.hf.layers import Layer, locate_layers
-from moe_erc.hf.shards import find_tensors, read_json
+from moe_erc.hf.shards import find_tensors, read_config
 
 
 @dataclass(frozen=True)
@@ -56,9 +56,7 @@ def open_moe(directory) -> Moe:
     unknown family, and where names, dtypes, shapes or counts in the shards are not what config.json makes them.
     """
     directory = Path(directory)
-    if not (directory / "config.json").is_file():
-        raise FileNotFoundError(f"no config.json in {directory}; give the local directory of a Hugging Face model")
-    config = {name: value for name, value in read_json(directory / "config.json").items() if value is not None}
+    config = read_config(directory)
     family = config.get("model_type")
     if not isinstance(family, str) or family not in FAMILIES:
         raise ValueError(

@@ -48,6 +48,13 @@ def find_tensors(directory: Path) -> dict[str, Tensor]:
     return tensors
 
 
+def read_config(directory: Path) -> dict:
+    """config.json of a checkpoint, without what is null there."""
+    if not (directory / "config.json").is_file():
+        raise FileNotFoundError(f"no config.json in {directory}; give the local directory of a Hugging Face model")
+    return {name: value for name, value in read_json(directory / "config.json").items() if value is not None}
+
+
 def read_json(path: Path) -> dict:
     """The object in a JSON file; ValueError of one line if there is none, or if it is too large to be honest."""
     size = path.stat().st_size

@@ -62,6 +62,13 @@ def shardings(abstract):
     return jax.tree.map(lambda leaf: leaf.sharding, abstract)
 
 
-def create_state(init, abstract):
-    """The initial state, born on its devices."""
-    return jax.jit(init, out_shardings=shardings(abstract))()
+def create_state(init, abstract, params=None):
+    """The initial state, born on its devices; with `params`, if they are given, for its parameters.
+
+    Those that `init` would draw are then no output of its program, which does not draw them: moments start at zero
+    whatever the parameters are.
+    """
+    if params is None:
+        return jax.jit(init, out_shardings=shardings(abstract))()
+    others = jax.jit(lambda: init().replace(params=None), out_shardings=shardings(abstract.replace(params=None)))
+    return others().replace(params=params)

@@ -1,0 +1,71 @@
+"""The README.md of an exported run: what was trained, how, on what, how far, and how to load it."""
+
+CARD = """\
+---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [olmoe, mixture-of-experts, moe_erc]
+---
+
+# {name}
+
+A Mixture-of-Experts language model of the OLMoE architecture, trained with moe_erc. It has {parameters:,} parameters,
+of which a token meets {active:,}.
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{name}")
+tokenizer = AutoTokenizer.from_pretrained("{name}")
+```
+
+## Method
+
+{router}
+
+| loss | weight | options |
+|---|---|---|
+{losses}
+
+The model was trained on their weighted sum. Nothing of them remains in the checkpoint but what they taught.
+
+## Run
+
+| | |
+|---|---|
+{run}
+"""
+ROUTERS = {
+    "softmax": "Router: softmax, the top {K} of {E} experts.",
+    "competition": "Router: softmax, the top {K} of {E} experts, taught by experts that competed (CompeteSMoE).",
+    "mpi": "Router: softmax, the top {K} of {E} experts, by rows as manifold power iteration (MPI) turned them.",
+}
+
+
+def model_card(name, model, config, step, validation):
+    """Markdown of a run: its name, ModelConfig, configuration (`configs/base.py`), step and validation loss or None."""
+    data, train = config["data"], config["train"]
+    tokens = step * train["batch_size"] * data["sequence_length"]
+    found = "not measured" if validation is None else f"{validation:.4f} nats a token, mean over domains"
+    run = {
+        "step": f"{step:,}",
+        "tokens": f"{tokens:,}, in batches of {train['batch_size']} x {data['sequence_length']}",
+        "validation loss": found,
+        "data": ", ".join(data["sources"]),
+        "optimizer": "{name}, learning rate {learning_rate:g}, {schedule}".format(**config["optimizer"]),
+        "started from": config["init_from"] or "random weights",
+        "seed": config["seed"],
+    }
+    return CARD.format(
+        name=name,
+        parameters=model.parameters(),
+        active=model.active_parameters(),
+        router=ROUTERS[model.router].format(K=model.experts_per_token, E=model.experts),
+        losses="\n".join(_loss(*loss) for loss in config["losses"].items() if loss[1]["weight"]),
+        run="\n".join(f"| {what} | {value} |" for what, value in run.items()),
+    )
+
+
+def _loss(name, options):
+    others = ", ".join(f"{key} {value}" for key, value in options.items() if key != "weight")
+    return f"| {name} | {options['weight']:g} | {others} |"

@@ -1,0 +1,395 @@
+"""OLMoEs of transformers compute here what they compute there, and ours there what they compute here."""
+
+import dataclasses
+import json
+import pathlib
+import shutil
+import tracemalloc
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+from moe_erc import sharding
+from moe_erc.hf.inspect import open_moe
+from moe_erc.hf.olmoe import About, export_olmoe, import_olmoe
+from moe_erc.hf.olmoe_config import model_fields
+from moe_erc.hf.shards import find_tensors, read_config
+from moe_erc.hf.tokenizer_files import BYTE_LEVEL, tokenizer_files, tokenizer_of
+from moe_erc.losses.language_model import language_model, token_losses
+from moe_erc.losses.load_balance import load_balance
+from moe_erc.model.config import ModelConfig
+from moe_erc.model.transformer import Transformer
+from moe_erc.training.state import abstract_state, init_weights
+from tests.hf import checkpoint
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+HERE = pathlib.Path(__file__).parent / "olmoe"
+CLIPS = any(field.name == "clip_qkv" for field in dataclasses.fields(ModelConfig))
+VARIANTS = [
+    "plain", "renormalized", "grouped", "tied", "theta",
+    pytest.param("clipped", marks=pytest.mark.skipif(not CLIPS, reason="model.clip_qkv is not there yet")),
+]  # fmt: skip
+PACKED = "model.layers.0.mlp.experts.gate_up_proj"
+
+
+def abstract(model):
+    return abstract_state(lambda: init_weights(model, jax.random.key(0)), model.mesh).params
+
+
+@pytest.fixture(scope="module")
+def load(model_config):
+    """(model, params) of a checkpoint."""
+
+    def load(directory, mesh=(1, 1), **changes):
+        model = Transformer(model_config(**model_fields(read_config(directory)) | changes), sharding.make_mesh(*mesh))
+        return model, import_olmoe(directory, model.config, abstract(model))
+
+    return load
+
+
+@pytest.fixture(scope="module")
+def trained(model_config):
+    """(model, params) of any size, as after training."""
+
+    def make(**changes):
+        model = Transformer(model_config(**changes), sharding.make_mesh(2, 1))
+        rng = np.random.default_rng(0)
+        return model, jax.tree.map(
+            lambda leaf: jax.device_put(rng.normal(leaf.ndim < 3, 0.3, leaf.shape).astype(np.float32), leaf.sharding),
+            abstract(model),
+        )
+
+    return make
+
+
+def compute(model, params, ids_BT):
+    """(logits, output) with every token counted."""
+
+    @jax.jit
+    def run(params):
+        output = model.apply({"params": params}, ids_BT, jnp.ones_like(ids_BT, bool), {})
+        return output.x_BTD @ output.head_VD.T, output
+
+    return run(params)
+
+
+def contents(directory):
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
+# ------------------------------------------------------------------------------------------------ what transformers has
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_model_of_transformers_computes_the_same_here(load, variant):
+    golden = np.load(HERE / variant / "golden.npz")
+    model, params = load(HERE / variant)
+    logits_BTV, output = compute(model, params, golden["ids"])
+    np.testing.assert_allclose(logits_BTV, golden["logits"], rtol=1e-5, atol=1e-5)
+    losses_BT = token_losses(output.x_BTD[:, :-1], output.head_VD, golden["ids"][:, 1:], chunk=1024)
+    assert language_model(losses_BT, jnp.ones_like(losses_BT)) == pytest.approx(golden["loss"], rel=1e-6)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_its_balance_loss_is_ours_layer_by_layer_and_k_times_that_of_the_mean_layer(load, variant):
+    golden = np.load(HERE / variant / "golden.npz")
+    model, params = load(HERE / variant)
+    load_LE, _, probability_LE, _ = compute(model, params, golden["ids"])[1].routing
+    assert load_balance(load_LE, probability_LE) == pytest.approx(golden["by_layer"], rel=1e-6)
+    pooled = load_balance(load_LE.mean(0, keepdims=True), probability_LE.mean(0, keepdims=True))
+    assert model.config.experts_per_token * pooled == pytest.approx(golden["pooled"], rel=1e-6)
+    assert abs(pooled - golden["by_layer"]) > 1e-3  # the two are not the same loss
+
+
+def test_a_model_is_read_in_bfloat16_as_its_coupling_is(load):
+    _, params = load(checkpoint.FAMILIES / "olmoe")
+    moe = params["layers"]["moe"]
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(params))
+    for layer, (router_ED, w_gate_EDF) in enumerate(open_moe(checkpoint.FAMILIES / "olmoe")):
+        np.testing.assert_array_equal(moe["router"][layer], router_ED)
+        np.testing.assert_array_equal(moe["w_gate"][layer], w_gate_EDF)
+
+
+@pytest.mark.parametrize("variant", ["plain", "grouped", "tied"])
+def test_every_device_has_its_share(load, variant):
+    _, whole = load(HERE / variant)
+    model, split = load(HERE / variant, mesh=(2, 4))
+    for expected, found, wanted in zip(*map(jax.tree.leaves, (whole, split, abstract(model))), strict=True):
+        assert found.sharding == wanted.sharding
+        np.testing.assert_array_equal(found, expected)
+
+
+# ------------------------------------------------------------------------------------------------------------- export
+
+
+@pytest.mark.parametrize("variant", ["plain", "tied"])
+def test_an_import_is_exported_as_transformers_wrote_it(load, variant, tmp_path):
+    model, params = load(HERE / variant, mesh=(2, 4))
+    export_olmoe(tmp_path / "out", model, params)
+    written, original = find_tensors(tmp_path / "out"), find_tensors(HERE / variant)
+    assert written.keys() == original.keys()
+    for name, tensor in written.items():
+        assert tensor.dtype == original[name].dtype
+        np.testing.assert_array_equal(tensor.map(), original[name].map())
+    ours, theirs = (json.loads((place / "config.json").read_text()) for place in (tmp_path / "out", HERE / variant))
+    not_ours = {"transformers_version", "output_router_logits", "max_position_embeddings", "router_aux_loss_coef"}
+    assert theirs.keys() - ours.keys() == not_ours and ours.keys() - theirs.keys() == {"rope_theta"}
+    differing = {name for name in ours.keys() & theirs.keys() if ours[name] != theirs[name]}
+    assert differing <= {"bos_token_id", "eos_token_id", "pad_token_id"}
+
+
+@pytest.mark.parametrize("dtype, shard_bytes", [("float32", 10**9), ("float32", 20_000), ("bfloat16", 10_000)])
+def test_what_was_exported_is_imported_and_exported_to_the_same_bytes(trained, load, dtype, shard_bytes, tmp_path):
+    model, params = trained(tie_embeddings=shard_bytes == 10_000, kv_heads=1)
+    about = About({"eos_token_id": 7}, {"README.md": "é"})
+    for number in range(2):
+        export_olmoe(tmp_path / str(number), model, params, about, dtype, shard_bytes)
+        model, params = load(tmp_path / str(number))
+    first, second = contents(tmp_path / "0"), contents(tmp_path / "1")
+    assert first == second and first["README.md"].decode() == "é"
+    shards = {name: content for name, content in first.items() if name.endswith(".safetensors")}
+    assert (len(shards) > 3) == ("model.safetensors.index.json" in first) == (shard_bytes < 10**9)
+    for name, content in shards.items():
+        header, numbers = 8 + int.from_bytes(content[:8], "little"), len(content)
+        assert header % 8 == 0 and numbers - header <= max(shard_bytes, 512 * 32 * 4), name
+    assert {path.name for path in tmp_path.iterdir()} == {"0", "1"}
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, ml_dtypes.bfloat16, np.float16])
+def test_the_dtype_is_asked_for_or_what_the_model_computes_in(trained, load, dtype, tmp_path):
+    name = np.dtype(dtype).name
+    model, params = trained(**{"dtype": name} if name != "float16" else {})
+    export_olmoe(tmp_path / "out", model, params, **{"dtype": name} if name == "float16" else {})
+    assert read_config(tmp_path / "out")["dtype"] == name
+    rounded = jax.tree.map(lambda leaf: np.asarray(leaf).astype(dtype).astype(np.float32), params)
+    jax.tree.map(np.testing.assert_array_equal, load(tmp_path / "out")[1], rounded)
+
+
+def test_rows_of_power_iteration_are_written_out(trained, load, tmp_path):
+    ids = np.random.default_rng(1).integers(0, 512, (2, 16), np.int32)
+    model, params = trained(router="mpi")
+    export_olmoe(tmp_path / "out", model, params)
+    np.testing.assert_allclose(
+        compute(*load(tmp_path / "out", mesh=(2, 1)), ids)[0], compute(model, params, ids)[0], rtol=1e-4, atol=1e-4
+    )
+    written = find_tensors(tmp_path / "out")["model.layers.1.mlp.gate.weight"].map()
+    assert np.abs(written - params["layers"]["moe"]["router"][1]).max() > 0.1
+    np.testing.assert_allclose(np.linalg.norm(written, axis=-1), model.config.mpi_scale / 2, rtol=1e-6)  # E is 4
+
+
+def test_an_export_takes_the_memory_of_a_layer(trained, tmp_path):
+    model, params = trained(layers=24, expert_width=64)
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    export_olmoe(tmp_path / "warm", model, params)
+    tracemalloc.start()
+    export_olmoe(tmp_path / "out", model, params)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < size / 4, (peak, size)
+
+
+@pytest.mark.parametrize("changes, words", [
+    ({"shared_experts": 1}, ["model.shared_experts", "1"]),
+    ({"top_p": 0.5}, ["model.top_p", "0.5"]),
+    ({"bias_rate": 1e-3}, ["model.bias_rate", "0.001"]),
+    ({"router": "aoe", "gate_rank": 8}, ["model.router", "'aoe'"]),
+    ({"router": "routing_free", "gate_rank": 8}, ["model.router", "'routing_free'"]),
+    ({"router": "xmoe"}, ["model.router", "'xmoe'"]),
+], ids=str)  # fmt: skip
+def test_what_no_olmoe_computes_is_not_exported(model_config, changes, words, tmp_path):
+    with pytest.raises(ValueError) as refusal:
+        export_olmoe(tmp_path / "out", Transformer(model_config(**changes)), {})
+    assert all(word in str(refusal.value) for word in (*words, "cannot be exported")), refusal
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_directory_is_there_whole_or_not_at_all(trained, tmp_path):
+    model, params = trained()
+    (tmp_path / "empty").mkdir()
+    export_olmoe(tmp_path / "empty", model, params)
+    before = contents(tmp_path / "empty")
+    (tmp_path / "file").write_text("")
+    for taken in ("empty", "file"):
+        with pytest.raises(FileExistsError, match="there already"):
+            export_olmoe(tmp_path / taken, model, params)
+    with pytest.raises(ValueError, match="local directory"):
+        export_olmoe("gs://bucket/model", model, params)
+    too_large = params | {"head": params["head"] * 1e6}
+    with pytest.raises(ValueError, match=r"^head .* not finite in float16"):
+        export_olmoe(tmp_path / "large", model, too_large, dtype="float16")
+    assert {path.name for path in tmp_path.iterdir()} == {"empty", "file"} and contents(tmp_path / "empty") == before
+
+
+# -------------------------------------------------------------------------------------------------------- transformers
+
+
+@pytest.mark.parametrize("changes", [
+    {},
+    {"kv_heads": 1, "renormalize": True},
+    {"tie_embeddings": True, "rope_theta": 50.0, "norm_eps": 1e-3},
+    {"router": "mpi"},
+    {"router": "competition", "dtype": "bfloat16"},
+], ids=str)  # fmt: skip
+@pytest.mark.parametrize("shard_bytes", [10**9, 40_000])
+def test_transformers_computes_the_same_with_what_we_export(trained, changes, shard_bytes, tmp_path):
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    model, params = trained(**changes)
+    about = About({"eos_token_id": 256}, tokenizer_files("bytes", "<|endoftext|>", 64))
+    export_olmoe(tmp_path / "out", model, params, about, "float32", shard_bytes)
+    theirs, told = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(told[problem] for problem in told), told
+    assert type(theirs).__name__ == "OlmoeForCausalLM" and theirs.generation_config.eos_token_id == 256
+    assert theirs.model.embed_tokens.padding_idx is None  # no row without a gradient
+    ids = np.random.default_rng(1).integers(0, 512, (2, 16), np.int32)
+    with torch.no_grad():
+        expected = theirs.eval()(torch.tensor(ids)).logits.numpy()
+    float32 = Transformer(dataclasses.replace(model.config, dtype="float32"), model.mesh)
+    np.testing.assert_allclose(compute(float32, params, ids)[0], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_transformers_reads_bytes_as_we_do(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    for name, content in tokenizer_files("bytes", "<|endoftext|>", 64).items():
+        (tmp_path / name).write_text(content)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert (tokenizer.eos_token_id, len(tokenizer), tokenizer.model_max_length) == (256, 257, 64)
+    assert tokenizer(EVERYTHING)["input_ids"] == list(EVERYTHING.encode())
+    assert tokenizer.decode(tokenizer(EVERYTHING)["input_ids"]) == EVERYTHING
+
+
+# ----------------------------------------------------------------------------------------------------------- tokenizer
+
+EVERYTHING = "".join(map(chr, range(1, 0x800))) + " 漢 \U0001f600  \n\n don't  stop"
+
+
+def test_bytes_are_a_tokenizer_json(tmp_path):
+    tokenizers = pytest.importorskip("tokenizers")
+    tokenizer = tokenizers.Tokenizer.from_str(BYTE_LEVEL)
+    assert tokenizer.encode(EVERYTHING).ids == list(EVERYTHING.encode())
+    assert tokenizer.decode(list(EVERYTHING.encode())) == EVERYTHING
+    assert tokenizer.get_vocab_size() == 257 and tokenizer.token_to_id("<|endoftext|>") == 256
+
+
+def test_the_tokenizer_of_a_checkpoint_stands_in_for_bytes(tmp_path):
+    assert tokenizer_of("", "bytes") == "bytes"
+    assert tokenizer_of(tmp_path, "other.json") == "other.json"
+    with pytest.raises(FileNotFoundError, match=r"no tokenizer\.json in .*data\.tokenizer"):
+        tokenizer_of(tmp_path, "bytes")
+    (tmp_path / "tokenizer.json").write_text(tokenizer_files("bytes", "</s>", 4)["tokenizer.json"])
+    assert tokenizer_of(tmp_path, "bytes") == "bytes"  # which it is
+    (tmp_path / "tokenizer.json").write_text("{}")
+    assert tokenizer_of(tmp_path, "bytes") == str(tmp_path / "tokenizer.json")
+    files = tokenizer_files(str(tmp_path / "tokenizer.json"), "</s>", 4)
+    assert files["tokenizer.json"] == "{}" and json.loads(files["tokenizer_config.json"])["eos_token"] == "</s>"
+
+
+# ------------------------------------------------------------------------------------------------- what is not imported
+
+
+@pytest.mark.parametrize("change, words", [
+    ({"model_type": "mixtral"}, ["model_type", "'mixtral'", "'olmoe'"]),
+    ({"model_type": None}, ["model_type", "None", "'olmoe'"]),
+    ({"hidden_act": "gelu"}, ["hidden_act", "'gelu'", "'silu'"]),
+    ({"attention_bias": True}, ["attention_bias", "True", "False"]),
+    ({"sliding_window": 8}, ["sliding_window", "8"]),
+    ({"quantization_config": {"bits": 4}}, ["quantization_config", "bits"]),
+    ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}}, ["rope_parameters", "'yarn'"]),
+    ({"rope_scaling": {"type": "linear", "factor": 2.0}}, ["rope_scaling", "'linear'"]),
+    ({"rope_scaling": "linear"}, ["rope_scaling", "'linear'"]),
+    ({"rope_theta": 5e5}, ["rope_theta", "500000.0", "10000.0"]),
+    ({"hidden_size": None}, ["hidden_size", "None"]),
+    ({"hidden_size": "16"}, ["hidden_size", "'16'"]),
+    ({"num_hidden_layers": 2**40}, ["num_hidden_layers", str(2**40)]),
+    ({"norm_topk_prob": 1}, ["norm_topk_prob", "1", "true"]),
+    ({"rms_norm_eps": "small"}, ["rms_norm_eps", "'small'"]),
+    pytest.param({"clip_qkv": 8.0}, ["clip_qkv", "8.0"], marks=pytest.mark.skipif(CLIPS, reason="is computed now")),
+], ids=str)  # fmt: skip
+def test_a_config_that_is_no_olmoe(change, words):
+    config = json.loads((HERE / "plain" / "config.json").read_text()) | change
+    with pytest.raises(ValueError) as refusal:
+        model_fields({name: value for name, value in config.items() if value is not None})
+    assert all(word in str(refusal.value) for word in ("config.json", *words)), refusal
+
+
+@pytest.mark.parametrize("config", [
+    {"rope_theta": 50.0}, {"rope_theta": 50}, {"rope_parameters": {"rope_theta": 50.0}},
+    {"rope_theta": 50.0, "rope_scaling": {"type": "default"}, "rope_parameters": {"rope_theta": 50.0}},
+], ids=str)  # fmt: skip
+def test_a_release_may_leave_out_what_has_a_default(config):
+    sizes = json.loads((HERE / "plain" / "config.json").read_text())
+    left_out = ("rope_parameters", "num_key_value_heads", "rms_norm_eps", "tie_word_embeddings", "norm_topk_prob")
+    fields = model_fields({name: value for name, value in sizes.items() if name not in left_out and value} | config)
+    assert fields["rope_theta"] == 50.0 and type(fields["rope_theta"]) is float
+    assert (fields["kv_heads"], fields["norm_eps"], fields["tie_embeddings"], fields["renormalize"]) == (
+        2, 1e-5, False, False,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("changes, words", [
+    ({"width": 32}, ["model.width", "32", "16"]),
+    ({"kv_heads": 1}, ["model.kv_heads", "1", "2"]),
+    ({"norm_eps": 1e-6}, ["model.norm_eps", "1e-06", "1e-05"]),
+    ({"router": "mpi"}, ["model.router", "'mpi'", "softmax"]),
+    ({"router": "aoe", "gate_rank": 4}, ["model.router", "'aoe'", "softmax"]),
+    ({"shared_experts": 1}, ["model.shared_experts", "1"]),
+], ids=str)  # fmt: skip
+def test_a_model_that_a_checkpoint_is_not_of(load, changes, words):
+    with pytest.raises(ValueError) as refusal:
+        load(HERE / "plain", **changes)
+    assert all(word in str(refusal.value) for word in words) and "\n" not in str(refusal.value), refusal
+
+
+def drop(name):
+    return lambda tensors: tensors.pop(name)
+
+
+def reshape(name):
+    return lambda tensors: tensors.update({name: tensors[name].reshape(-1, tensors[name].shape[0])})
+
+
+def convert(name):
+    return lambda tensors: tensors.update({name: tensors[name].view(np.uint8)[..., ::4].copy()})
+
+
+def add(name, like):
+    return lambda tensors: tensors.update({name: tensors[like]})
+
+
+@pytest.mark.parametrize("variant, change, words", [
+    ("plain", drop("lm_head.weight"), ["'lm_head.weight'", "no tensor"]),
+    ("plain", drop("model.layers.1.mlp.experts.3.up_proj.weight"), ["layers.1.mlp.experts.3.up_proj", "no tensor"]),
+    ("plain", add("model.layers.2.mlp.gate.weight", "model.norm.weight"), ["layers.2.mlp.gate", "1 in all"]),
+    ("plain", add("model.layers.0.self_attn.q_proj.bias", "model.norm.weight"), ["q_proj.bias", "1 in all"]),
+    ("tied", add("lm_head.weight", "model.embed_tokens.weight"), ["lm_head", "1 in all"]),
+    ("plain", reshape("model.layers.0.mlp.experts.0.down_proj.weight"), ["0.down_proj", "(12, 16)", "(16, 12)"]),
+    ("plain", convert("model.norm.weight"), ["model.norm", "U8", "BF16"]),
+    ("plain", add(PACKED, "model.norm.weight"), [PACKED, "1 in all"]),
+    ("grouped", drop(PACKED), ["layers.0.mlp.experts.0.gate_proj", "no tensor"]),
+    ("grouped", add("model.layers.0.mlp.experts.1.up_proj.weight", "model.norm.weight"), [PACKED, "both"]),
+    ("grouped", reshape("model.layers.1.mlp.experts.down_proj"), ["layers.1.mlp.experts.0.down_proj", "no tensor"]),
+], ids=lambda value: value[0] if isinstance(value, list) else None)  # fmt: skip
+def test_tensors_that_are_not_what_config_json_announces(load, variant, change, words, tmp_path):
+    config, tensors = checkpoint.load(HERE / variant)
+    change(tensors)
+    checkpoint.write(tmp_path / "changed", config, tensors)
+    with pytest.raises(ValueError) as refusal:
+        load(tmp_path / "changed")
+    assert all(word in str(refusal.value) for word in words) and "\n" not in str(refusal.value), refusal
+
+
+def test_files_that_are_not_there_or_cut(load, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no config\.json"):
+        load(tmp_path)
+    directory = shutil.copytree(HERE / "tied", tmp_path / "tied")
+    cut = directory / "model-00002-of-00004.safetensors"
+    whole = cut.read_bytes()
+    cut.write_bytes(whole[:-1])
+    with pytest.raises(ValueError, match=f"{len(whole) - 1} bytes"):
+        load(directory)
+    cut.unlink()
+    with pytest.raises(FileNotFoundError, match=cut.name):
+        load(directory)

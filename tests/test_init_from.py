@@ -1,0 +1,129 @@
+"""A run becomes an OLMoE by eval.py, and train.py goes on from one with its weights and its tokenizer."""
+
+import json
+import os
+import random
+import shutil
+
+import pytest
+
+from moe_erc.data import bpe
+from moe_erc.hf.shards import find_tensors, read_config
+from tests import script
+
+QUICK = {"JAX_DISABLE_MOST_OPTIMIZATIONS": True}
+
+
+def run(name, arguments, output):
+    return script.run(name, arguments, output, environment=QUICK)
+
+
+@pytest.fixture(scope="module")
+def flags(text_directory, tmp_path_factory):
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(tmp_path_factory.mktemp("xla"))
+    yield [
+        "--config=configs/combinations/erc_mpi.py:debug",
+        f"--config.data.sources=('{text_directory}',)",
+        f"--config.data.cache_dir={tmp_path_factory.mktemp('cache')}",
+        "--config.data.validation_fraction=0.1",
+        "--config.log.tensorboard=False",
+    ]
+    del os.environ["JAX_COMPILATION_CACHE_DIR"]
+
+
+@pytest.fixture(scope="module")
+def exported(flags, tmp_path_factory):
+    """(workdir of a run, what eval.py exported of it)."""
+    workdir = tmp_path_factory.mktemp("run")
+    code, printed = run("train.py", [*flags, f"--workdir={workdir}"], workdir / "out")
+    assert code == 0, printed
+    directory = workdir / "export" / "olmoe"
+    code, printed = run("eval.py", [f"--workdir={workdir}", f"--export={directory}"], workdir / "out")
+    assert code == 0, printed
+    return workdir, directory
+
+
+def vanilla(flags):
+    """An exported model has a softmax router, whichever it was trained with."""
+    return [flag.replace("combinations/erc_mpi", "vanilla") for flag in flags]
+
+
+def refuses(words, flags, workdir, tmp_path):
+    code, printed = run("train.py", [*flags, f"--workdir={workdir}"], tmp_path / "out")
+    last = printed.splitlines()[-1]
+    assert code == 2 and last.startswith("error: ") and all(str(word) in last for word in words), printed
+
+
+def test_an_export_says_what_it_is(exported):
+    workdir, directory = exported
+    assert {path.name for path in directory.iterdir()} == {
+        "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
+        "README.md",
+    }  # fmt: skip
+    config = read_config(directory)
+    assert (config["eos_token_id"], config["max_position_embeddings"], config["dtype"]) == (256, 32, "float32")
+    assert config["router_aux_loss_coef"] == 0.01 / 2 and config["rope_theta"] == 1e4
+    assert config["rope_parameters"] == {"rope_type": "default", "rope_theta": 1e4}
+    assert len(find_tensors(directory)) == 3 + 2 * (9 + 3 * 4)
+    card = (directory / "README.md").read_text()
+    loss = json.loads((workdir / "report.json").read_text())["validation"]["loss"]
+    for words in (
+        "# olmoe\n",
+        "(MPI)",
+        "| erc | 1 |",
+        "alpha 1.0",
+        "| step | 6 |",
+        f"{loss:.4f}",
+        "1,536, in batches of 8",
+    ):
+        assert words in card, card
+
+
+def test_a_run_goes_on_from_an_export(flags, exported, tmp_path):
+    workdir, directory = exported
+    source = shutil.copytree(directory, tmp_path / "source")
+    still = ["--config.train.steps=1", "--config.optimizer.warmup_steps=0", "--config.optimizer.learning_rate=1e-12"]
+    going_on = [*vanilla(flags), *still, f"--config.init_from={source}", f"--workdir={tmp_path / 'run'}"]
+    code, printed = run("train.py", going_on, tmp_path / "out")
+    assert code == 0, printed
+    before, after = (json.loads((place / "report.json").read_text()) for place in (workdir, tmp_path / "run"))
+    assert after["validation"]["loss"] == pytest.approx(before["validation"]["loss"], rel=1e-5)
+    (source / "model.safetensors").unlink()  # a resumed run has its own weights
+    code, printed = run("train.py", going_on, tmp_path / "out")
+    assert code == 0 and "Validation" in printed, printed
+    refuses(["init_from", source], [*vanilla(flags), *still], tmp_path / "run", tmp_path)
+
+
+def test_what_a_run_cannot_go_on_from(flags, exported, tmp_path):
+    _, directory = exported
+    start = [*vanilla(flags), f"--config.init_from={directory}"]
+    larger = [flag.replace(":debug", ":tiny") for flag in start]
+    refuses(["model.layers", 4, 2], larger, tmp_path / "run", tmp_path)
+    refuses(["model.router", "'mpi'"], [*flags, f"--config.init_from={directory}"], tmp_path / "run", tmp_path)
+    refuses(["/no/model"], [*vanilla(flags), "--config.init_from=/no/model"], tmp_path / "run", tmp_path)
+    cut = shutil.copytree(directory, tmp_path / "cut")
+    (cut / "model.safetensors").write_bytes((directory / "model.safetensors").read_bytes()[:-1])
+    refuses(["model.safetensors", "bytes"], [*start, f"--config.init_from={cut}"], tmp_path / "run", tmp_path)
+
+
+def test_the_tokenizer_comes_with_the_model(flags, exported, tmp_path):
+    pytest.importorskip("tokenizers")
+    directory, draw = shutil.copytree(exported[1], tmp_path / "source"), random.Random(0)
+    words = ["".join(draw.choices("abcdefghij", k=6)) for _ in range(2000)]
+    start = [*vanilla(flags), f"--config.init_from={directory}"]
+    bpe.save(bpe.train(words, 600), directory / "tokenizer.json")
+    refuses(["model.vocab_size", 512, 600], start, tmp_path / "run", tmp_path)
+    (directory / "tokenizer.json").unlink()
+    refuses(["tokenizer.json", "data.tokenizer"], start, tmp_path / "run", tmp_path)
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_export_is_refused(exported, tmp_path):
+    workdir, directory = exported
+    for arguments, words in (
+        ([f"--workdir={workdir}", f"--export={directory}"], [str(directory), "there already"]),
+        ([f"--workdir={workdir},b", "--export=c"], ["--export=c", "one workdir"]),
+        (["--checkpoint=/no/model", "--coupling", "--export=c"], ["/no/model", "--coupling"]),
+    ):
+        code, printed = run("eval.py", arguments, tmp_path / "out")
+        assert code == 2 and all(word in printed.splitlines()[-1] for word in words), printed

@@ -127,3 +127,12 @@ def test_an_export_is_refused(exported, tmp_path):
     ):
         code, printed = run("eval.py", arguments, tmp_path / "out")
         assert code == 2 and all(word in printed.splitlines()[-1] for word in words), printed
+
+
+def test_two_processes_export_the_same_bytes(exported, tmp_path):
+    workdir, directory = exported
+    arguments = [f"--workdir={workdir}", f"--export={tmp_path / 'both'}"]
+    codes = script.join(script.start_many(2, "eval.py", arguments, tmp_path, **QUICK), 300)
+    assert codes == [0, 0], (tmp_path / "out0").read_text() + (tmp_path / "out1").read_text()
+    for name in ("config.json", "model.safetensors", "tokenizer.json"):
+        assert (tmp_path / "both" / name).read_bytes() == (directory / name).read_bytes()

@@ -128,7 +128,9 @@ def export_olmoe(directory, model, params, about=NOTHING, dtype=None, shard_byte
     """
     check_plain(model.config)
     model, params = as_softmax_router(model, params)
-    dtype = dtype or model.config.dtype
+    dtype, known = dtype or model.config.dtype, [DTYPES[code].name for code in FLOATS]
+    if dtype not in known:
+        raise ValueError(f"an OLMoE in {dtype!r} cannot be written; use one of {', '.join(known)}")
     by_layer = sorted(entries(params), key=lambda entry: entry.index[:1])
     tensors = _gather(model.mesh, params, by_layer, dtype)
     if jax.process_index() > 0:
@@ -146,11 +148,15 @@ def export_olmoe(directory, model, params, about=NOTHING, dtype=None, shard_byte
 def _gather(mesh, params, by_layer, dtype):
     """The tensors one by one on the host."""
     everywhere = None if mesh is None else NamedSharding(mesh, P())
-    take = jax.jit(lambda array, *layer: array[layer].astype(dtype), out_shardings=everywhere)
     leaves = by_path(params)
+
+    @functools.partial(jax.jit, static_argnums=0, out_shardings=everywhere)
+    def take(stored, array, *layer):
+        return stored.orient(array[layer]).astype(dtype)
+
     for (path, layer), group in itertools.groupby(by_layer, lambda entry: (entry.path, entry.index[:1])):
-        taken = jax.device_get(take(leaves[path], *layer))
+        taken = jax.device_get(take(TABLE[path], leaves[path], *layer))
         if not np.isfinite(taken).all():
-            raise ValueError(f"{path} of layer {layer} is not finite in {dtype}; export it in another dtype")
+            raise ValueError(f"{TABLE[path].name.format(*layer, '*')} is not finite in {dtype}; use another dtype")
         for entry in group:
-            yield TABLE[path].orient(taken[entry.index[1:]])
+            yield taken[entry.index[1:]]

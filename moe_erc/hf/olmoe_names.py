@@ -21,9 +21,9 @@ class Stored(NamedTuple):
         """How many of the parameter's axes are in the name."""
         return self.name.count("{}")
 
-    def orient(self, matrix):
-        """One slice of ours as it is stored, and back."""
-        return matrix.T if self.transposed else matrix
+    def orient(self, array):
+        """A matrix or a stack of them, ours as it is stored and stored as it is ours."""
+        return array.swapaxes(-1, -2) if self.transposed else array
 
 
 LAYER = "model.layers.{}."

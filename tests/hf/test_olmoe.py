@@ -218,8 +218,10 @@ def test_a_directory_is_there_whole_or_not_at_all(trained, tmp_path):
     with pytest.raises(ValueError, match="local directory"):
         export_olmoe("gs://bucket/model", model, params)
     too_large = params | {"head": params["head"] * 1e6}
-    with pytest.raises(ValueError, match=r"^head .* not finite in float16"):
+    with pytest.raises(ValueError, match=r"^lm_head\.weight is not finite in float16"):
         export_olmoe(tmp_path / "large", model, too_large, dtype="float16")
+    with pytest.raises(ValueError, match=r"'uint8' .* float32"):
+        export_olmoe(tmp_path / "whole", model, params, dtype="uint8")
     assert {path.name for path in tmp_path.iterdir()} == {"empty", "file"} and contents(tmp_path / "empty") == before
 
 

@@ -114,6 +114,21 @@ def test_stops_end_a_row_and_leave_the_others(run):
     assert run(PROMPTS, stop=(text,)) == [one.split(text)[0] for one in whole] != whole
 
 
+def test_no_token_is_computed_when_all_rows_are_done(run, model_config, monkeypatch):
+    (whole,), generator = run(["the rou"]), generator_of(model_config(), 1, 1)
+    decode, written = generator._decode, []
+
+    def watched(*inputs):
+        cache, tokens_BS = decode(*inputs)
+        written.append(tokens_BS[0, len("the rou") :].tolist())
+        return cache, tokens_BS
+
+    monkeypatch.setattr(generator, "_decode", watched)
+    (text,) = run(["the rou"], stop=(ord(whole[3]),))
+    ids = [*Latin().encode(text), ord(whole[3])]
+    assert written == [ids + [0] * (len(written[0]) - len(ids))]
+
+
 def test_the_end_of_text_token_ends_a_row(model_config):
     config = model_config()
     weights = weights_of(config)

@@ -8,7 +8,6 @@ number of processes (docs/launch.md). SIGTERM and Ctrl-C save before leaving, wi
 is one line and exit code 2, a non-finite number 3.
 """
 
-import dataclasses
 import functools
 import sys
 
@@ -21,7 +20,7 @@ from moe_erc.analysis.report import print_report, write_report
 from moe_erc.data import text
 from moe_erc.evaluation.generate import Generator, Sampling
 from moe_erc.evaluation.ngram import ngram_losses
-from moe_erc.evaluation.perplexity import Perplexity
+from moe_erc.evaluation.perplexity import Perplexity, validation_metrics
 from moe_erc.evaluation.tasks import TaskScores, load_tasks, task_metrics
 from moe_erc.hf import olmoe, tokenizer_files
 from moe_erc.losses.language_model import token_losses
@@ -52,12 +51,10 @@ def main(_):
         config.data.tokenizer = tokenizer_files.tokenizer_of(config.init_from, config.data.tokenizer)
         model_config, data_config = ModelConfig(**config.model), text.DataConfig(**config.data)
         optimizer = make_optimizer(OptimizerConfig(**config.optimizer), steps)
-        rows_at_a_time = batch_size // max(config.train.micro_batches, 1)
-        sharding.use_cpu_cores(rows_at_a_time, config.eval.batch_size, model_config.experts)
+        sharding.use_cpu_cores(batch_size // max(config.train.micro_batches, 1), config.eval.batch_size, model_config.experts)
         mesh = sharding.make_mesh(config.mesh.data, config.mesh.expert)
         model = Transformer(model_config, mesh)
         objective = Objective(config.losses.to_dict(), model)
-        tasks = load_tasks(config.eval.tasks, config.eval.task_dir)
         sharding.check(mesh, model_config, batch_size, config.train.micro_batches, config.eval.batch_size)
         rows = sharding.local_rows(mesh, batch_size)
         processes.mute_all_but_first()
@@ -75,6 +72,7 @@ def main(_):
         diagnosis = Diagnosis(model, perplexity.probe(mesh.size))
         generator = Generator(model, corpus.tokenizer)
         sampling = Sampling(config.eval.sample_tokens, config.eval.temperature)
+        tasks = load_tasks(config.eval.tasks, config.eval.task_dir)
         task_scores = TaskScores(tasks, model, corpus.tokenizer, (config.eval.batch_size, length))
 
         # ---------------------------------------------------------------- what the run is, and where it stopped
@@ -83,7 +81,6 @@ def main(_):
             "data": {"tokenizer": corpus.tokenizer.identity, "corpus": corpus.identity},
             "optimizer": {"name": config.optimizer.name},
             "seed": config.seed,
-            "init_from": config.init_from,
         }
         with processes.first():  # it clears up what a killed run left
             prepare_directory(workdir / "checkpoints")
@@ -104,12 +101,11 @@ def main(_):
 
     def evaluate(step, weights):
         found, measured = perplexity.run(weights, config.eval.windows), diagnosis.run(weights)
-        validation = {f"validation/{name}": values["loss"] for name, values in found["domains"].items()}
-        reached = task_metrics(task_scores.run(weights, config.eval.task_limit))
-        writer.write(step, validation | {"validation/mean": found["loss"]} | summarize(measured) | reached)
+        reached = task_scores.run(weights, config.eval.task_limit)
+        writer.write(step, validation_metrics(found) | summarize(measured) | task_metrics(reached))
         print(f"step {step}: validation {found['loss']:.3f}, {headline(measured)}")
         if prompt := config.eval.prompt:
-            print(repr(prompt + generator.run(weights, [prompt], dataclasses.replace(sampling, seed=step))[0]))
+            print(repr(prompt + generator.run(weights, [prompt], sampling)[0]))
 
     # -------------------------------------------------------------------- loop
     step_size = (batch_size * length, 3 * model_config.flops_per_token(length) * batch_size * length)

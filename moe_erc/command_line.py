@@ -61,7 +61,7 @@ def _parse(argv):
             if not flags.FLAGS["verbosity"].present:
                 logging.set_verbosity(logging.WARNING)  # the libraries tell too much at the default
             return arguments
-        except (flags.Error, TypeError) as error:
+        except (flags.Error, TypeError, AttributeError) as error:
             raise ValueError(str(error).strip().splitlines()[-1]) from error
 
 

@@ -73,3 +73,9 @@ class Perplexity:
             lambda *leaves: np.sum(leaves, axis=0, dtype=np.float64),
             *(jax.device_get(self._sums(weights, self._put(batch))) for batch in batches),
         )
+
+
+def validation_metrics(found):
+    """{"validation/DOMAIN": loss, …, "validation/mean": loss} of the results of a run."""
+    losses = {name: values["loss"] for name, values in found["domains"].items()} | {"mean": found["loss"]}
+    return {f"validation/{name}": loss for name, loss in losses.items()}

@@ -17,10 +17,12 @@ FIELDS = {  # config.json -> ModelConfig
     "norm_topk_prob": "renormalize",
     "rope_theta": "rope_theta",
     "rms_norm_eps": "norm_eps",
+    "clip_qkv": "clip_qkv",
     "tie_word_embeddings": "tie_embeddings",
 }
-DEFAULTS = {"norm_topk_prob": False, "rms_norm_eps": 1e-5, "tie_word_embeddings": False}  # as transformers has them
-FIXED = {"attention_bias": False, "attention_dropout": 0.0, "clip_qkv": None, "hidden_act": "silu"}
+# As transformers has them, whose clip_qkv is null where ours is 0.
+DEFAULTS = {"norm_topk_prob": False, "rms_norm_eps": 1e-5, "clip_qkv": 0.0, "tie_word_embeddings": False}
+FIXED = {"attention_bias": False, "attention_dropout": 0.0, "hidden_act": "silu"}
 ABSENT = ("quantization_config", "sliding_window")
 KINDS = {field.name: field.type for field in dataclasses.fields(ModelConfig)}
 ROUTERS = ("softmax", "competition")  # that compute what the router of an OLMoE does
@@ -97,6 +99,7 @@ def config_json(config: ModelConfig, dtype):
         "model_type": "olmoe",
         **FIXED,
         **fields,
+        "clip_qkv": config.clip_qkv or None,
         # transformers 5 reads rope_parameters; 4 reads rope_theta, and takes 1e4 where there is none.
         "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
         "initializer_range": config.init_std,

@@ -20,18 +20,13 @@ from moe_erc.hf.shards import find_tensors, read_config
 from moe_erc.hf.tokenizer_files import BYTE_LEVEL, tokenizer_files, tokenizer_of
 from moe_erc.losses.language_model import language_model, token_losses
 from moe_erc.losses.load_balance import load_balance
-from moe_erc.model.config import ModelConfig
 from moe_erc.model.transformer import Transformer
 from moe_erc.training.state import abstract_state, init_weights
 from tests.hf import checkpoint
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 HERE = pathlib.Path(__file__).parent / "olmoe"
-CLIPS = any(field.name == "clip_qkv" for field in dataclasses.fields(ModelConfig))
-VARIANTS = [
-    "plain", "renormalized", "grouped", "tied", "theta",
-    pytest.param("clipped", marks=pytest.mark.skipif(not CLIPS, reason="model.clip_qkv is not there yet")),
-]  # fmt: skip
+VARIANTS = ["plain", "renormalized", "grouped", "tied", "theta", "clipped"]
 PACKED = "model.layers.0.mlp.experts.gate_up_proj"
 
 
@@ -308,7 +303,6 @@ def test_the_tokenizer_of_a_checkpoint_stands_in_for_bytes(tmp_path):
     ({"num_hidden_layers": 2**40}, ["num_hidden_layers", str(2**40)]),
     ({"norm_topk_prob": 1}, ["norm_topk_prob", "1", "true"]),
     ({"rms_norm_eps": "small"}, ["rms_norm_eps", "'small'"]),
-    pytest.param({"clip_qkv": 8.0}, ["clip_qkv", "8.0"], marks=pytest.mark.skipif(CLIPS, reason="is computed now")),
 ], ids=str)  # fmt: skip
 def test_a_config_that_is_no_olmoe(change, words):
     config = json.loads((HERE / "plain" / "config.json").read_text()) | change

@@ -12,11 +12,8 @@ An OLMoE --checkpoint has tasks (into tasks/NAME) and text too. A workdir may be
 (docs/launch.md) the first one prints and writes. Wrong input is one line and exit code 2.
 """
 
-import dataclasses
-
 from absl import flags
 from etils import epath
-from ml_collections import ConfigDict, config_flags
 
 from configs import base
 from moe_erc import command_line, processes, sharding
@@ -38,14 +35,14 @@ TASKS = flags.DEFINE_list("tasks", [], "of the lm-evaluation-harness; paper_3b a
 TASK_DIR = flags.DEFINE_string("task_dir", "", "a directory of YAML files of more tasks")
 NUM_FEWSHOT = flags.DEFINE_integer("num_fewshot", None, "examples shown; by default the task's own number")
 LIMIT = flags.DEFINE_integer("limit", 0, "documents of each task, 0 is all")
-GENERATE = flags.DEFINE_string("generate", None, "a prompt to continue; --sampling.temperature=1 and so on")
-SAMPLING = config_flags.DEFINE_config_dict("sampling", ConfigDict(dataclasses.asdict(Sampling())))
+GENERATE = flags.DEFINE_string("generate", None, "a prompt, which the model continues")
+SAMPLING = command_line.define_fields(Sampling, "of --generate; see evaluation/sampling.py")
 
 
 def main(_):
     with command_line.refusing_bad_input(), processes.ending_together():
         check_flags()
-        sampling = Sampling(**SAMPLING.value)
+        sampling = SAMPLING()
         moe = open_moe(CHECKPOINT.value) if CHECKPOINT.value and COUPLING.value else None
     if moe:
         report_survey(output(f"coupling/{moe.name}"), moe.name, moe, moe.layers)

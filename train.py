@@ -51,12 +51,12 @@ def main(_):
         config.data.tokenizer = tokenizer_files.tokenizer_of(config.init_from, config.data.tokenizer)
         model_config, data_config = ModelConfig(**config.model), text.DataConfig(**config.data)
         optimizer = make_optimizer(OptimizerConfig(**config.optimizer), steps)
-        sharding.use_cpu_cores(batch_size // max(config.train.micro_batches, 1), config.eval.batch_size, model_config.experts)
+        rows_at_a_time = batch_size // max(config.train.micro_batches, 1)
+        sharding.use_cpu_cores(rows_at_a_time, config.eval.batch_size, model_config.experts)
         mesh = sharding.make_mesh(config.mesh.data, config.mesh.expert)
         model = Transformer(model_config, mesh)
         objective = Objective(config.losses.to_dict(), model)
         sharding.check(mesh, model_config, batch_size, config.train.micro_batches, config.eval.batch_size)
-        rows = sharding.local_rows(mesh, batch_size)
         processes.mute_all_but_first()
         print(f"{workdir}: {model_config.parameters():,} parameters, {model_config.active_parameters():,} active")
 
@@ -81,11 +81,12 @@ def main(_):
             "data": {"tokenizer": corpus.tokenizer.identity, "corpus": corpus.identity},
             "optimizer": {"name": config.optimizer.name},
             "seed": config.seed,
+            "init_from": config.init_from,
         }
         with processes.first():  # it clears up what a killed run left
             prepare_directory(workdir / "checkpoints")
         checkpoints = Checkpoints(workdir / "checkpoints", config.checkpoint.keep)
-        start = checkpoints.latest_step() or 0
+        start = checkpoints.newest
         meta = identity | {"config": config.to_dict()}
         processes.agree(meta | {"checkpoint": start})
         if start:
@@ -109,11 +110,10 @@ def main(_):
 
     # -------------------------------------------------------------------- loop
     step_size = (batch_size * length, 3 * model_config.flops_per_token(length) * batch_size * length)
-    batches = text.train_batches(corpus, length, batch_size, config.seed, start, rows)
+    batches = text.train_batches(corpus, length, batch_size, config.seed, start, sharding.local_rows(mesh, batch_size))
     writer = MetricWriter(workdir, config.log.tensorboard, config.log.wandb_project, meta["config"], start + 1)
     progress = Progress(writer, config.log.every, (start, steps), step_size)
     trace = Trace(workdir / "profile", config.train.profile_step, (start, steps))
-    saved = start
     try:
         with checkpoints, writer, progress, StopRequest() as stop:
             for step in range(start + 1, steps + 1):
@@ -131,11 +131,10 @@ def main(_):
                 if saving:
                     writer.flush()
                     checkpoints.save(step, state, meta)
-                    saved = step
                 if leaving:
                     break
     except FloatingPointError as error:
-        print(f"error: {error}; the last good checkpoint is of step {saved}", file=sys.stderr)
+        print(f"error: {error}; the last good checkpoint is of step {checkpoints.newest}", file=sys.stderr)
         sys.exit(3)
     if stop and step < steps:
         sys.exit(128 + stop.signal)

@@ -1,6 +1,7 @@
 """What a user got wrong is one line on standard error and exit code 2, before anything is compiled."""
 
 import contextlib
+import dataclasses
 import difflib
 import pathlib
 import re
@@ -39,6 +40,14 @@ def run(main, default_config=None):
     app.run(main, argv=sys.argv, flags_parser=_parse)
 
 
+def define_fields(kind, text):
+    """A flag for every number of a dataclass, so named; returns a function that makes one of their values."""
+    define = {int: flags.DEFINE_integer, float: flags.DEFINE_float}
+    fields = [field for field in dataclasses.fields(kind) if field.type in define]
+    holders = {field.name: define[field.type](field.name, field.default, text) for field in fields}
+    return lambda: kind(**{name: holder.value for name, holder in holders.items()})
+
+
 def config_name():
     """What runs are named after: erc-tiny for --config=configs/erc.py:tiny, and for configs/erc.py."""
     path, _, size = config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")
@@ -61,7 +70,7 @@ def _parse(argv):
             if not flags.FLAGS["verbosity"].present:
                 logging.set_verbosity(logging.WARNING)  # the libraries tell too much at the default
             return arguments
-        except (flags.Error, TypeError, AttributeError) as error:
+        except (flags.Error, TypeError) as error:
             raise ValueError(str(error).strip().splitlines()[-1]) from error
 
 

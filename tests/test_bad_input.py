@@ -75,7 +75,7 @@ def test_a_config_that_does_not_exist(arguments, words, tmp_path):
     (["--checkpoint=/no/model", "--coupling", "--figures"], ["/no/model", "--figures"]),
     (["--checkpoint=/no/model", "--coupling"], ["/no/model", "config.json"]),
     (["--checkpoint=/no/model", "--generate=def"], ["/no/model", "config.json"]),
-    (["--workdir=/no/run", "--generate=def", "--sampling.temperature=-1"], ["temperature", "-1.0"]),
+    (["--workdir=/no/run", "--generate=def", "--temperature=-1"], ["temperature", "-1.0"]),
     (["--workdir=/no/run", "--tasks=sciq", "--task_dir=/no/tasks"], ["task_dir", "/no/tasks"]),
     (["--workdir=a,b", "--coupling", "--output=c"], ["--output=c", "one workdir"]),
 ])  # fmt: skip

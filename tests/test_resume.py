@@ -115,20 +115,14 @@ def test_eval_reads_the_run(undisturbed):
 
 
 def test_eval_has_the_run_write(undisturbed):
-    arguments = [
-        f"--workdir={undisturbed}",
-        "--generate=the rou",
-        "--sampling.new_tokens=12",
-        "--sampling.temperature=1",
-        "--sampling.top_k=9",
-    ]
+    arguments = [f"--workdir={undisturbed}", "--generate=the rou", "--new_tokens=12", "--temperature=1", "--top_k=9"]
     texts = []
     for seed in (1, 1, 2):
-        code, printed = script.run("eval.py", [*arguments, f"--sampling.seed={seed}"], undisturbed / "written")
+        code, printed = script.run("eval.py", [*arguments, f"--seed={seed}"], undisturbed / "written")
         assert code == 0, printed
         texts.append(printed.split("the rou", 1)[1])
     assert texts[0] == texts[1] != texts[2]
-    _, printed = script.run("eval.py", [*arguments, "--sampling.new_tokens=40000"], undisturbed / "written")
+    _, printed = script.run("eval.py", [*arguments, "--new_tokens=40000"], undisturbed / "written")
     assert "error: prompt: 7 tokens" in printed.splitlines()[-1] and "Traceback" not in printed
 
 

@@ -32,6 +32,7 @@ class Checkpoints:
             options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=False),
             item_names=("state", "meta"),
         )
+        self.newest = self.latest_step() or 0  # step that is there, or being written; 0 before the first
 
     def latest_step(self) -> int | None:
         """The newest complete step, None before the first."""
@@ -44,6 +45,7 @@ class Checkpoints:
         """
         items = ocp.args.Composite(state=ocp.args.PyTreeSave(state), meta=ocp.args.JsonSave(meta))
         self._manager.save(step, args=items)
+        self.newest = max(step, self.newest)
 
     def restore(self, abstract_state, step=None):
         """(state, meta) of a step, the latest by default.

@@ -27,8 +27,10 @@ FIGURES = flags.DEFINE_bool("figures", False, "figures of the run, or of several
 OUTPUT = flags.DEFINE_string("output", None, "where --coupling and --figures write; see above for the default")
 TASKS = flags.DEFINE_list("tasks", [], "of the lm-evaluation-harness; paper_3b and paper_15b are the ERC paper's")
 TASK_DIR = flags.DEFINE_string("task_dir", "", "a directory of YAML files of more tasks")
-NUM_FEWSHOT = flags.DEFINE_integer("num_fewshot", None, "examples shown; by default the task's own number")
-LIMIT = flags.DEFINE_integer("limit", 0, "documents of each task, 0 is all")
+NUM_FEWSHOT = flags.DEFINE_integer(
+    "num_fewshot", None, "examples shown; by default the task's own number", lower_bound=0
+)
+LIMIT = flags.DEFINE_integer("limit", 0, "documents of each task, 0 is all", lower_bound=0)
 WINDOWS = flags.DEFINE_integer("windows", None, "windows of each domain, 0 is all; by default the run's own number")
 
 

@@ -1,1 +1,1 @@
-"""What a trained model is worth: perplexity by domain, simple baselines beside it, and text it writes."""
+"""What a trained model is worth: perplexity beside simple baselines, benchmark tasks, and the text it writes."""

@@ -78,7 +78,7 @@ class Scorer:
         for batch, sums in scored:  # the devices are at work on the next by now
             for row, scores_K, misses_K in zip(batch, *jax.device_get(sums), strict=False):  # the rest is idle
                 for request, score, misses in zip(row.requests, scores_K, misses_K, strict=False):
-                    found[request] = float(score), misses == 0
+                    found[request] = float(score), bool(misses == 0)
         return found
 
 

@@ -44,7 +44,8 @@ def load_tasks(names, directory="", num_fewshot=None):
     loaded = manager.load(names)
     for task in loaded["tasks"].values():
         own = task.get_config("num_fewshot")
-        task.set_config(key="num_fewshot", value=own or 0 if num_fewshot is None or own == 0 else num_fewshot)
+        shown = own if num_fewshot is None or own == 0 else num_fewshot
+        task.set_config(key="num_fewshot", value=shown or 0)
     return loaded
 
 

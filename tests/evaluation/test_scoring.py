@@ -1,7 +1,9 @@
 """Scores of continuations against the model's own log-probabilities, on two meshes."""
 
 import functools
+import json
 import logging
+import textwrap
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +14,7 @@ from moe_erc import sharding
 from moe_erc.evaluation.scoring import ENDS, Scorer, choose_lengths, gather_rows
 from moe_erc.model.transformer import Transformer
 from moe_erc.training.state import init_weights
+from tests import script
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 LIMIT, VOCABULARY = 32, 512
@@ -98,6 +101,38 @@ def test_order_and_company_do_not_matter(config):
     for request in (requests[0], requests[3], requests[5]):
         assert_scores(config, [request], score.run(weights(config), [request]))
     assert score.run(weights(config), []) == []
+
+
+# A process has one of the two devices, and an eighth row of a batch of seven is idle.
+IN_TWO_PROCESSES = """
+    import functools, json
+    import jax
+    from configs import base
+    from moe_erc import processes, sharding
+    from moe_erc.evaluation.scoring import Scorer
+    from moe_erc.model.config import ModelConfig
+    from moe_erc.model.transformer import Transformer
+    from moe_erc.training.state import init_weights
+
+    processes.initialize()
+    config = ModelConfig(**base.get_config("debug").model.to_dict() | {"init_std": 0.3})
+    model = Transformer(config, sharding.make_mesh(1, 2))
+    everywhere = sharding.replicate(model.mesh)
+    weights = jax.jit(functools.partial(init_weights, model), out_shardings=everywhere)(jax.random.key(0))
+    print(json.dumps(Scorer(model, (7, 16)).run(weights, json.load(open(REQUESTS)))))
+"""
+
+
+def test_two_processes_tell_both_the_same(config, tmp_path):
+    requests = [request for request in make_requests(config) if len(request[0] + request[1]) <= 17]
+    (tmp_path / "requests.json").write_text(json.dumps(requests))
+    program = textwrap.dedent(IN_TWO_PROCESSES).replace("REQUESTS", repr(str(tmp_path / "requests.json")))
+    (tmp_path / "program.py").write_text(program)
+    quick = {"JAX_DISABLE_MOST_OPTIMIZATIONS": True}
+    members = script.start_many(2, tmp_path / "program.py", [], tmp_path, JAX_NUM_CPU_DEVICES=1, **quick)
+    assert script.join(members, 240) == [0, 0], "".join(path.read_text() for path in tmp_path.glob("out?"))
+    for number in range(2):
+        assert_scores(config, requests, json.loads((tmp_path / f"out{number}").read_text().splitlines()[-1]))
 
 
 def test_too_long_a_context_loses_its_beginning(config, caplog):

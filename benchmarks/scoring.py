@@ -129,7 +129,9 @@ def show(rows):
 
 def main():
     parser = argparse.ArgumentParser(prog="python -m benchmarks.scoring", description=__doc__.split("\n")[0])
-    parser.add_argument("--peer", action="store_true", help="the harness's own backend as well; needs hf, eval and accelerate")
+    parser.add_argument(
+        "--peer", action="store_true", help="the harness's own backend as well; needs hf, eval and accelerate"
+    )
     parser.add_argument("--json", type=pathlib.Path, help="also write rows, versions and device here")
     parser.add_argument("--rounds", type=int, default=7, help="turns of every row")
     parser.add_argument("--steps", type=int, default=3, help="times that a turn scores all requests; the median counts")

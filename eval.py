@@ -33,8 +33,8 @@ OUTPUT = flags.DEFINE_string("output", None, "where --coupling, --figures and --
 WINDOWS = flags.DEFINE_integer("windows", None, "windows of each domain, 0 is all; by default the run's own number")
 TASKS = flags.DEFINE_list("tasks", [], "of the lm-evaluation-harness; paper_3b and paper_15b are the ERC paper's")
 TASK_DIR = flags.DEFINE_string("task_dir", "", "a directory of YAML files of more tasks")
-NUM_FEWSHOT = flags.DEFINE_integer("num_fewshot", None, "examples shown; by default the task's own number")
-LIMIT = flags.DEFINE_integer("limit", 0, "documents of each task, 0 is all")
+NUM_FEWSHOT = flags.DEFINE_integer("num_fewshot", None, "examples shown; the task's own number if unset", lower_bound=0)
+LIMIT = flags.DEFINE_integer("limit", 0, "documents of each task, 0 is all", lower_bound=0)
 GENERATE = flags.DEFINE_string("generate", None, "a prompt, which the model continues")
 SAMPLING = command_line.define_fields(Sampling, "of --generate; see evaluation/sampling.py")
 
@@ -59,7 +59,7 @@ def main(_):
             layers = opened.router_and_gates() if COUPLING.value else None
             if EXPORT.value:
                 opened.export(EXPORT.value)
-        print(opened.title)
+        print(place if opened.step is None else f"{place}: step {opened.step}")
         if COUPLING.value:
             report_survey(output(place), place, layers, range(opened.model.config.layers))
         with command_line.refusing_bad_input():

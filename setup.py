@@ -32,7 +32,8 @@ REQUIRES = [
 
 PLOT = ["matplotlib", "scikit-learn"]
 NOTEBOOK = [*PLOT, "nbclient", "ipykernel"]
-TEST = [*NOTEBOOK, "pytest", "pytest-xdist>=3.8", "ruff", "hypothesis", "tokenizers"]
+EVAL = ["lm-eval>=0.4.13"]
+TEST = [*NOTEBOOK, *EVAL, "pytest", "pytest-xdist>=3.8", "ruff", "hypothesis", "tokenizers"]
 
 EXTRAS = {
     "test": TEST,
@@ -41,7 +42,7 @@ EXTRAS = {
     "wandb": ["wandb"],
     "plot": PLOT,
     "notebook": NOTEBOOK,
-    "eval": ["lm-eval>=0.4.13"],
+    "eval": EVAL,
     "hf": ["transformers>=5.23", "safetensors", "torch", "tokenizers"],
     "gcs": ["gcsfs"],  # gs:// paths; brings google-cloud-storage, which TensorBoard curves there need
     "cuda12": ["jax[cuda12]"],

@@ -33,7 +33,8 @@ ROWS = 8  # of a batch for a checkpoint, which does not say
 class Opened:
     """A model with its weights and its tokenizer."""
 
-    title: str
+    name: str  # as it was asked for
+    step: int | None  # of its training, if that is known
     directory: epath.Path  # where what is found of it is written
     model: Transformer
     weights: Weights
@@ -44,7 +45,7 @@ class Opened:
         """Prints and returns what it reaches in tasks of `load_tasks`, on so many documents of each (0: all)."""
         reached = TaskScores(tasks, self.model, self.tokenizer, self.shape_BT).run(self.weights, limit)
         print_tasks(reached)
-        return reached
+        return {"step": self.step} | reached
 
     def print_text(self, prompt, sampling):
         """Prints the prompt and how the model goes on, piece by piece."""
@@ -59,7 +60,6 @@ class Opened:
 class Run(Opened):
     """A run, as of its newest checkpoint."""
 
-    step: int
     config: dict  # as in configs/base.py
     corpus: text.Corpus
 
@@ -144,8 +144,8 @@ def open_run(workdir) -> Run:
         raise ValueError(f"data.tokenizer: {config['data']['tokenizer']!r} is not the one the run was trained with")
     model, abstract = _lay_out(ModelConfig(**config["model"]))
     shape_BT = _rows(model, config["eval"]["batch_size"]), config["data"]["sequence_length"]
-    opened = f"{workdir}: step {step}", directory, model, checkpoints.restore_weights(abstract), corpus.tokenizer
-    return Run(*opened, shape_BT, step, config, corpus)
+    weights = checkpoints.restore_weights(abstract)
+    return Run(step, directory, model, weights, corpus.tokenizer, shape_BT, config, corpus)
 
 
 def open_checkpoint(directory, model_block) -> Opened:
@@ -161,7 +161,7 @@ def open_checkpoint(directory, model_block) -> Opened:
     model, abstract = _lay_out(model_config)
     weights = Weights(olmoe.import_olmoe(source, model_config, abstract.params), {})
     shape_BT = _rows(model, ROWS), config.get("max_position_embeddings", 4096)
-    return Opened(str(directory), epath.Path("tasks") / source.name, model, weights, tokenizer, shape_BT)
+    return Opened(None, epath.Path("tasks") / source.name, model, weights, tokenizer, shape_BT)
 
 
 def _lay_out(model_config):

@@ -33,7 +33,6 @@ ROWS = 8  # of a batch for a checkpoint, which does not say
 class Opened:
     """A model with its weights and its tokenizer."""
 
-    name: str  # as it was asked for
     step: int | None  # of its training, if that is known
     directory: epath.Path  # where what is found of it is written
     model: Transformer
@@ -142,7 +141,11 @@ def open_run(workdir) -> Run:
     processes.agree({"data": corpus.identity})
     if corpus.tokenizer.identity != meta["data"]["tokenizer"]:
         raise ValueError(f"data.tokenizer: {config['data']['tokenizer']!r} is not the one the run was trained with")
-    model, abstract = _lay_out(ModelConfig(**config["model"]))
+    try:
+        model_config = ModelConfig(**config["model"])
+    except TypeError as error:
+        raise ValueError(f"{workdir} is of another version of moe_erc ({error}); evaluate it with that one") from None
+    model, abstract = _lay_out(model_config)
     shape_BT = _rows(model, config["eval"]["batch_size"]), config["data"]["sequence_length"]
     weights = checkpoints.restore_weights(abstract)
     return Run(step, directory, model, weights, corpus.tokenizer, shape_BT, config, corpus)

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -156,7 +157,7 @@ def open_checkpoint(directory, model_block) -> Opened:
 
     ValueError or OSError of one line for what is none, or has no tokenizer.json.
     """
-    source = epath.Path(directory).expanduser()
+    source = Path(directory).expanduser()
     config = shards.read_config(source)
     model_config = ModelConfig(**model_block | olmoe_config.model_fields(config))
     tokenizer = load_tokenizer(tokenizer_files.tokenizer_of(source, tokenizer_files.BYTES))

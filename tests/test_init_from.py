@@ -79,6 +79,20 @@ def test_an_export_says_what_it_is(exported):
         assert words in card, card
 
 
+def test_an_export_is_evaluated_as_the_run_is(exported, tmp_path):
+    workdir, directory = exported
+    texts = []
+    for place in (f"--workdir={workdir}", f"--checkpoint={directory}"):
+        code, printed = run("eval.py", [place, "--generate=the rou", "--new_tokens=12"], tmp_path / "out")
+        assert code == 0, printed
+        texts.append(printed[printed.index("the rou") :])
+    assert texts[0] == texts[1] and len(texts[0]) > len("the rou\n")
+    tasks = ["--tasks=alphabet_choice", "--task_dir=tests/evaluation/tasks", f"--output={tmp_path}"]
+    code, printed = run("eval.py", [f"--checkpoint={directory}", *tasks], tmp_path / "out")
+    assert code == 0 and "|alphabet_choice|" in printed, printed
+    assert json.loads((tmp_path / "tasks.json").read_text())["step"] is None
+
+
 def test_a_run_goes_on_from_an_export(flags, exported, tmp_path):
     workdir, directory = exported
     source = shutil.copytree(directory, tmp_path / "source")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from etils import epath
 from moe_erc import processes, sharding
 from moe_erc.analysis.curves import read_metrics
 from moe_erc.analysis.diagnosis import Diagnosis
+from moe_erc.analysis.gate_map import gate_map
 from moe_erc.analysis.survey import survey
 from moe_erc.data import text
 from moe_erc.data.tokenizer import load as load_tokenizer
@@ -27,6 +29,7 @@ from moe_erc.model.transformer import Transformer
 from moe_erc.training.checkpoint import Checkpoints
 from moe_erc.training.state import Weights, abstract_state, init_weights
 
+MAP_EXPERTS, MAP_UNITS = 6, 200  # in the map of gates; t-SNE takes minutes for thousands of points
 ROWS = 8  # of a batch for a checkpoint, which does not say
 
 
@@ -80,6 +83,10 @@ class Run(Opened):
         if report["coupling"]:
             layers = range(self.model.config.layers)
             found["coupling"] = {"layers": layers, "matrix_LEE": survey(self.router_and_gates(), draws=1)[1]["raw"]}
+            middle = len(layers) // 2
+            _, w_gate_EDF = next(itertools.islice(self.router_and_gates(), middle, None))
+            points_N2, owner_N = gate_map(w_gate_EDF[..., :MAP_UNITS], range(len(w_gate_EDF))[:MAP_EXPERTS], 30, seed=0)
+            found["gates"] = {"layer": middle, "points_N2": points_N2, "owner_N": owner_N}
         if self.config["losses"]["erc"]["weight"]:
             found["alpha"] = self.config["losses"]["erc"]["alpha"]
         return found

@@ -97,6 +97,7 @@ def execute(notebook, directory, environment):
     """Runs it in a kernel of this very interpreter, whatever kernels are installed; fails where a cell does."""
     manager = AsyncKernelManager(kernel_spec_manager=KernelSpecManager(kernel_dirs=[]))
     client = NotebookClient(notebook, km=manager, timeout=300, allow_errors=False)
+    client.owns_km = True  # or the kernel would outlive the test
     return client.execute(cwd=str(directory), env=environment)
 
 

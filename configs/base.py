@@ -90,9 +90,7 @@ def _losses():
     losses.specialization = ConfigDict({"weight": 0.0})  # cosine of the chosen experts' hidden activations
     losses.path_coupling = ConfigDict({"weight": 0.0})  # minus the chosen's probabilities in adjacent layers
     losses.routing_entropy = ConfigDict({"weight": 0.0})  # of the router's probabilities
-    losses.competition = ConfigDict(
-        {"weight": 0.0}
-    )  # router against experts that compete, 0 where none do; router competition
+    losses.competition = ConfigDict({"weight": 0.0})  # competition: router against experts that compete
     return losses
 
 

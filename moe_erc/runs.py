@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from etils import epath
 
 from moe_erc import processes, sharding
 from moe_erc.analysis.curves import read_metrics
 from moe_erc.analysis.diagnosis import Diagnosis
 from moe_erc.analysis.gate_map import gate_map
-from moe_erc.analysis.survey import survey
 from moe_erc.data import text
 from moe_erc.data.tokenizer import load as load_tokenizer
 from moe_erc.evaluation.expert_use import ExpertUse
@@ -23,6 +23,7 @@ from moe_erc.evaluation.ngram import ngram_losses
 from moe_erc.evaluation.perplexity import Perplexity
 from moe_erc.evaluation.tasks import TaskScores, print_tasks
 from moe_erc.hf import model_card, olmoe, olmoe_config, shard_writer, shards, tokenizer_files
+from moe_erc.losses.erc import coupling_matrix
 from moe_erc.losses.language_model import token_losses
 from moe_erc.model.config import ModelConfig
 from moe_erc.model.transformer import Transformer
@@ -67,7 +68,7 @@ class Run(Opened):
     corpus: text.Corpus
 
     def report(self, windows=None):
-        """Validation on so many windows of each domain (0: all, None: the run's own), baselines, coupling and so on."""
+        """Coupling, specialisation, baselines, and validation on so many windows a domain (0: all, None: the run's)."""
         losses = functools.partial(token_losses, chunk=self.config["losses"]["lm"]["chunk"])
         perplexity = Perplexity(self.model, self.corpus, losses, self._put, self.shape_BT)
         return {
@@ -82,7 +83,8 @@ class Run(Opened):
         found = {"report": report, "metrics": read_metrics(self.directory / "metrics.jsonl"), "use": use}
         if report["coupling"]:
             layers = range(self.model.config.layers)
-            found["coupling"] = {"layers": layers, "matrix_LEE": survey(self.router_and_gates(), draws=1)[1]["raw"]}
+            matrix_LEE = np.stack([coupling_matrix(*layer) for layer in self.router_and_gates()])
+            found["coupling"] = {"layers": layers, "matrix_LEE": matrix_LEE}
             middle = len(layers) // 2
             _, w_gate_EDF = next(itertools.islice(self.router_and_gates(), middle, None))
             points_N2, owner_N = gate_map(w_gate_EDF[..., :MAP_UNITS], range(len(w_gate_EDF))[:MAP_EXPERTS], 30, seed=0)

@@ -44,11 +44,12 @@ def tables(measures, layers):
         by_alpha = {f"{alpha:g}": erc_L for alpha, erc_L in zip(ALPHAS, found["erc_LA"].T, strict=True)}
         noisy = {"1, noisy": found["noisy_erc_LA"][:, 0], "vanishes at": found["vanishing_alpha_L"]}
         made.append(_table(f"ERC by alpha{form}", layers, by_alpha | noisy))
-        made.append(
-            _table(f"Own experts{form}", layers, {heading: found[HEADINGS[heading]] for heading in OWN_EXPERTS})
-        )
-    weights = {heading: measures[HEADINGS[heading]] for heading in WEIGHTS}
-    return [*made, _table("Router rows and gates", layers, weights)]
+        made.append(_table(f"Own experts{form}", layers, _select(found, OWN_EXPERTS)))
+    return [*made, _table("Router rows and gates", layers, _select(measures, WEIGHTS))]
+
+
+def _select(measures, headings):
+    return {heading: measures[HEADINGS[heading]] for heading in headings}
 
 
 def _table(caption, layers, columns):

@@ -22,7 +22,7 @@ from benchmarks import Subject, cores, environment, take_turns, timed
 
 SHAPES = {  # model block, (sequences, length) of a step, (E, K) of the rows
     "peer": ({"layers": 4, "width": 256, "heads": 4, "kv_heads": 4, "expert_width": 128, "vocab_size": 512},
-             (8, 256), ((8, 4), (16, 4), (64, 4), (64, 8))),
+             (8, 256), ((16, 4), (64, 8))),
     "debug": ({"layers": 2, "width": 32, "heads": 2, "kv_heads": 2, "expert_width": 16, "vocab_size": 64},
               (2, 16), ((4, 2), (8, 2))),
 }  # fmt: skip

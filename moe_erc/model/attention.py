@@ -7,6 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+SLICE, SLICES = 64, 8  # queries of a slice at least, and slices at most: every one is compiled
+NOTHING = np.finfo(np.float32).min  # as a score
+
 
 def rms_norm(x, scale, eps):
     """x / rms(x) in float32, cast back, times the scale."""
@@ -25,6 +28,29 @@ def rope(x_BTHD, theta, context=None):
         sin, cos = (jnp.asarray(of).at[context.positions_BT].get(mode="fill") for of in (sin, cos))
     first, second = jnp.split(x_BTHD.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_BTHD.dtype)
+
+
+def attend(query_BTHD, key_BSGD, value_BSGD, attends_BTS=None):
+    """softmax(query @ key.T / sqrt(D)) @ value, (B, T, H, D): heads H / G share keys; float32 scores.
+
+    Without `attends_BTS` to all that is not behind. Queries go by slices, and where S is T a slice meets no key behind
+    its last query: up to half of the work is spared, and never all scores exist at once.
+    """
+    T, G, S = query_BTHD.shape[1], key_BSGD.shape[2], key_BSGD.shape[1]
+    query_BGRTD = jnp.moveaxis(query_BTHD.reshape(*query_BTHD.shape[:2], G, -1, query_BTHD.shape[-1]), 1, 3)
+    key_BGSD, value_BGSD = (jnp.swapaxes(leaf, 1, 2) for leaf in (key_BSGD, value_BSGD))
+    if attends_BTS is None:
+        attends_BTS = np.tri(T, dtype=bool)[None]
+    size, slices = max(SLICE, -(-T // SLICES)), []
+    for start in range(0, T, size):
+        of, seen = slice(start, start + size), slice(start + size if S == T else S)
+        scores = jnp.einsum(
+            "bgrtd,bgsd->bgrts", query_BGRTD[..., of, :], key_BGSD[:, :, seen], preferred_element_type=jnp.float32
+        )
+        allowed = attends_BTS[:, None, None, of, seen]
+        weights = jax.nn.softmax(jnp.where(allowed, scores * query_BTHD.shape[-1] ** -0.5, NOTHING), axis=-1)
+        slices.append(jnp.einsum("bgrts,bgsd->bgrtd", weights.astype(value_BSGD.dtype), value_BGSD[:, :, seen]))
+    return jnp.moveaxis(jnp.concatenate(slices, axis=3), 3, 1).reshape(query_BTHD.shape)
 
 
 class Attention(nn.Module):
@@ -53,12 +79,11 @@ class Attention(nn.Module):
             query, key, value = (jnp.clip(leaf, -config.clip_qkv, config.clip_qkv) for leaf in (query, key, value))
         query, key, value = (leaf.reshape(B, T, -1, config.head_width) for leaf in (query, key, value))
         query, key = (rope(leaf, config.rope_theta, context) for leaf in (query, key))
-        implementation, cache = config.attention_implementation, None
-        if context is None:
-            which = {"is_causal": True, "implementation": None if implementation == "auto" else implementation}
+        cache = None
+        if context is not None and context.cache is not None:
+            key, value = cache = context.write(key, value)
+        if context is None and config.attention_implementation == "cudnn":
+            y_BTHD = jax.nn.dot_product_attention(query, key, value, is_causal=True, implementation="cudnn")
         else:
-            which = {"mask": context.attends_BTS[:, None], "implementation": "xla"}  # others want training's shapes
-            if context.cache is not None:
-                key, value = cache = context.write(key, value)
-        y_BTHD = jax.nn.dot_product_attention(query, key, value, **which)
+            y_BTHD = attend(query, key, value, context and context.attends_BTS)
         return project("output", y_BTHD.reshape(B, T, D), D), cache

@@ -1,6 +1,7 @@
 """Where tokens stand and what they attend to, where that is not simply: each in its place, to all before it.
 
     packed    several sequences in a row; padding, left or right, is a sequence of its own
+    branched  several sequences in a row that share their beginnings
     cached    the next T tokens of every row, which attend to the S slots of a key/value cache
 
 Nobody attends to nothing: padding attends to padding, and no row of a softmax is empty.
@@ -40,6 +41,13 @@ def packed(segments_BT):
     starts_BT = jnp.diff(segments_BT, axis=1, prepend=segments_BT[:, :1]) != 0
     sequence_BT, first_BT = jnp.cumsum(starts_BT, axis=1), lax.cummax(jnp.where(starts_BT, slots_T, 0), axis=1)
     return Context(slots_T - first_BT, _attends(slots_T, sequence_BT, sequence_BT))
+
+
+def branched(positions_BT, trees_BT, branches_BT):
+    """Context of trees side by side: tokens see what is before them in their own branch and in branch 0, the trunk."""
+    slots_T = jnp.arange(trees_BT.shape[1])
+    seen_BTS = (branches_BT[:, None] == 0) | (branches_BT[..., None] == branches_BT[:, None])
+    return Context(positions_BT, _attends(slots_T, trees_BT, trees_BT) & seen_BTS)
 
 
 def cached(cache, first_B, slot, length):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from moe_erc import sharding
-from moe_erc.evaluation.scoring import ENDS, Scorer, choose_lengths, gather_rows
+from moe_erc.evaluation.scoring import OPEN, SHORTEST, Scorer, Tree, fill_rows, grow, row_length, split
 from moe_erc.model.transformer import Transformer
 from moe_erc.training.state import init_weights
 from tests import script
@@ -60,7 +60,7 @@ def direct(config, context, continuation):
 
 
 def make_requests(config):
-    """Of all lengths, with shared contexts, more answers than share a row, and what the model would write itself."""
+    """Of all lengths, with shared contexts, more answers than fit a row, and what the model would write itself."""
     rng = np.random.default_rng(0)
 
     def draw(count):
@@ -68,7 +68,7 @@ def make_requests(config):
 
     pairs = [(draw(context), draw(count)) for context, count in ((1, 1), (3, 2), (9, 16), (8, 17), (1, 32), (30, 3))]
     shared, start, written = draw(12), draw(5), []
-    pairs += [(shared, [answer]) for answer in range(ENDS + 3)]
+    pairs += [(shared, [answer]) for answer in range(LIMIT + 3)]
     pairs += [(shared, [7, 8, answer]) for answer in range(3)] + [([*shared, 7], [8, 0]), ([*shared, 7, 8], [0])]
     for _ in range(3):
         written.append(int(logits_after(config, [*start, *written])[-1].argmax()))
@@ -147,23 +147,41 @@ def test_too_long_a_context_loses_its_beginning(config, caplog):
 @pytest.mark.parametrize("count", [0, LIMIT + 1])
 def test_a_continuation_that_no_row_can_hold_is_refused(count):
     with pytest.raises(ValueError, match=rf"continuation of {count} tokens .* 1 to {LIMIT} can"):
-        gather_rows([([1], [2]), ([1], [2] * count)], LIMIT)
+        grow([([1], [2]), ([1], [2] * count)], LIMIT)
 
 
-def test_requests_that_differ_in_their_last_token_share_a_row():
-    rows = gather_rows([([1, 2], [3]), ([1, 2], [4]), ([1], [2, 3]), ([1], [2, 5]), ([9, 8, 7], [6, 5])], LIMIT)
-    # read are 1 2 four times and 9 8 7 6; two are scored from the second time step on, two from the first
-    assert [(row.tokens_T.tolist(), row.first, row.ends, row.requests) for row in rows] == [
-        ([9, 8, 7, 6], 2, [5], [4]), ([1, 2], 1, [3, 4], [0, 1]), ([1, 2], 0, [3, 5], [2, 3]),
+def test_a_request_without_a_context_is_refused():
+    with pytest.raises(ValueError, match="without a context"):
+        grow([([], [2])], LIMIT)
+
+
+def test_continuations_of_one_context_share_a_tree():
+    trees = grow([([1, 2], [3]), ([1], [2, 3]), ([1, 2], [4, 5, 6]), ([9, 8, 7], [6, 5])], 4)
+    # beside 4 5 6, two tokens of context fit; 9 8 7 6 are four
+    assert trees == [
+        Tree((1, 2), [[3], [4, 5, 6]], [0, 2]), Tree((1,), [[2, 3]], [1]), Tree((9, 8, 7), [[6, 5]], [3]),
     ]  # fmt: skip
-    many = gather_rows([([1, 2], [3])] * (ENDS + 1), LIMIT)
-    assert [len(row.ends) for row in many] == [ENDS, 1]
+    assert [(tree.read, tree.scored) for tree in trees] == [(4, 4), (2, 2), (4, 2)]
 
 
-def test_lengths_are_those_that_pad_the_least():
-    # powers 16, 32, 32, 128, 1024; what two of them cost beside 1024: 16 and 32 16 + 2 * 32 + 2 * 1024, 16 and 128
-    # 16 + 3 * 128 + 1024 = 1424, 32 and 128 3 * 32 + 128 + 1024 = 1248
-    assert choose_lengths([5, 20, 30, 100, 1000], 4096) == (32, 128, 1024)
-    assert choose_lengths([5, 20, 30, 100, 1000], 1000) == (32, 128, 1000)
-    assert choose_lengths([3], 4096) == (16,)
-    assert choose_lengths([], 4096) == (4096,)
+def test_a_tree_that_is_too_large_becomes_several_of_its_context():
+    # read: 1 2, then 3 3 and 4 4 make six; 5 5 would make eight. Scored: 3 + 3, and 3
+    parts = split(Tree((1, 2), [[3] * 3, [4] * 3, [5] * 3], [7, 8, 9]), 7)
+    assert [(part.context, part.requests) for part in parts] == [((1, 2), [7, 8]), ((1, 2), [9])]
+    single = split(Tree((1, 2), [[3]] * 6, list(range(6))), 4)  # two are read, but no more than four scored
+    assert [part.requests for part in single] == [[0, 1, 2, 3], [4, 5]]
+
+
+def test_rows_are_filled_by_the_largest_first():
+    trees = [Tree((1,) * size, [[2]], [size]) for size in (3, 9, 5, 7, 2, 1)]
+    # rows of 10: 9 1, 7 3, 5 2
+    assert [[len(tree.context) for tree in row] for row in fill_rows(trees, 10)] == [[9, 1], [7, 3], [5, 2]]
+    many = fill_rows([Tree((1,) * 10, [[2]], [0])] * OPEN + [Tree((1,) * 5, [[2]], [0])], 15)
+    assert len(many) == OPEN and len(many[0]) == 2
+
+
+def test_rows_are_as_long_as_the_longest_path():
+    assert row_length(grow([([1] * 60, [2] * 5)], 4096), 4096) == 64
+    assert row_length(grow([([1] * 60, [2] * 5), ([1] * 60, [2] * 6)], 4096), 4096) == 128  # 65 are read
+    assert row_length(grow([([1] * 60, [2] * 6)], 100), 100) == 100
+    assert row_length([], 4096) == SHORTEST

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_erc.model.attention import Attention, rms_norm, rope
+from moe_erc.model.attention import SLICE, SLICES, Attention, attend, rms_norm, rope
 
 
 def test_rms_norm_by_hand():
@@ -58,3 +58,21 @@ def test_attention_is_the_definition(model_config, kv_heads):
     found_BTD, cache = module.apply({"params": params}, x_BTD)
     np.testing.assert_allclose(found_BTD, expected, rtol=1e-4, atol=1e-4)
     assert cache is None
+
+
+@pytest.mark.parametrize("time", [SLICE - 1, SLICE + 1, SLICE * SLICES + 3])
+def test_slices_of_queries_make_no_difference(time):
+    rng = np.random.default_rng(0)
+    query, key, value = (rng.normal(size=(1, time, heads, 8)).astype(np.float32) for heads in (4, 2, 2))
+
+    def gradients(function):
+        def loss(*of):
+            return jnp.sum(jnp.sin(function(*of)))
+
+        return jax.value_and_grad(loss, argnums=(0, 1, 2))(query, key, value)
+
+    expected = gradients(lambda *of: jax.nn.dot_product_attention(*of, is_causal=True, implementation="xla"))
+    blocked_BTS = np.tri(time, dtype=bool)[None] & (np.arange(time) != 3) | np.eye(time, dtype=bool)
+    jax.tree.map(lambda *of: np.testing.assert_allclose(*of, rtol=1e-5, atol=1e-5), gradients(attend), expected)
+    masked = jax.nn.dot_product_attention(query, key, value, mask=blocked_BTS[:, None], implementation="xla")
+    np.testing.assert_allclose(attend(query, key, value, blocked_BTS), masked, rtol=1e-5, atol=1e-5)

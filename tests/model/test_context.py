@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from moe_erc import sharding
-from moe_erc.model.context import cached, empty_cache, packed
+from moe_erc.model.context import branched, cached, empty_cache, packed
 from moe_erc.model.transformer import Transformer
 from moe_erc.training.state import init_weights
 
@@ -74,6 +74,21 @@ def test_packed_by_hand():
         [0, 0, 0, 0, 0, 1],  # another 0, another sequence
     ]
     np.testing.assert_array_equal(context.attends_BTS[0], expected)
+
+
+def test_branched_by_hand():
+    positions_BT, trees_BT = jnp.array([[0, 1, 2, 1, 0, 0]]), jnp.array([[1, 1, 1, 1, 2, 0]])
+    context = branched(positions_BT, trees_BT, jnp.array([[0, 1, 1, 2, 0, 0]]))
+    expected = [
+        [1, 0, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0, 0],
+        [1, 1, 1, 0, 0, 0],
+        [1, 0, 0, 1, 0, 0],  # the trunk and itself, not the first branch
+        [0, 0, 0, 0, 1, 0],
+        [0, 0, 0, 0, 0, 1],
+    ]
+    np.testing.assert_array_equal(context.attends_BTS[0], expected)
+    assert context.positions_BT is positions_BT
 
 
 def test_cached_by_hand(model_config):

@@ -103,7 +103,7 @@ def test_an_empty_expert_gets_exactly_no_gradient(name):
     assert all(leaf[0].any() and leaf[4].any() for leaf in gradients.values())
 
 
-@pytest.mark.parametrize("rows", [1, block_loop.BLOCK - 1, block_loop.BLOCK, block_loop.BLOCK + 1])
+@pytest.mark.parametrize("rows", [1, *range(block_loop.SMALLEST - 1, block_loop.SMALLEST + 2), 127, 128, 129, N])
 def test_block_loop_at_the_edges_of_a_block(rows):
     x_ND, weights_NK, _, matrices = inputs("random")
     experts_NK = jnp.where(jnp.arange(N) < rows, 1, 3)[:, None]

@@ -20,7 +20,7 @@ from absl import flags
 
 from benchmarks import chips, compiled_report, environment
 from moe_erc import command_line, sharding
-from moe_erc.analysis import compiled
+from moe_erc.analysis import buffers, compiled
 from moe_erc.losses.objective import PARAMETER_TERMS, Objective
 from moe_erc.model.config import ModelConfig
 from moe_erc.model.transformer import Transformer
@@ -35,6 +35,7 @@ MEMORY = flags.DEFINE_float(
     "memory", None, "GiB that may be allocated on a device; the compiler's verdict alone counts if not given"
 )
 DIFFERENCE = flags.DEFINE_bool("difference", False, "compile the step without the losses on parameters, too")
+LARGEST = 3  # temporaries that are named
 JSON = flags.DEFINE_string("json", None, "write everything here, too")
 
 
@@ -110,10 +111,10 @@ def batch_losses(losses):
 
 
 def compile_program(program):
-    """{"seconds", "memory", "cost"} of a lowered program, if it fits."""
+    """{"seconds", "memory", "cost", "buffers"} of a lowered program, if it fits."""
     start = time.perf_counter()
     try:
-        executable = program.compile()
+        executable, account = buffers.compile_with_account(program)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -121,7 +122,9 @@ def compile_program(program):
     seconds, memory = time.perf_counter() - start, compiled.memory(executable)
     if MEMORY.value and memory.allocated > MEMORY.value * 2**30:
         raise DoesNotFitError(f"{memory.allocated / 2**30:.2f} GiB are allocated, a device has {MEMORY.value:g}")
-    return {"seconds": seconds, "memory": memory, "cost": compiled.cost(executable.as_text())}
+    text = executable.as_text()
+    largest = buffers.largest(account, text, LARGEST)
+    return {"seconds": seconds, "memory": memory, "cost": compiled.cost(text), "buffers": tuple(largest)}
 
 
 def plain(value):

@@ -19,6 +19,8 @@ def show(facts, programs):
         f"compiled in {step['seconds']:.0f} s"
     )
     console.print(memory_table(step["memory"], facts["memory_bytes"]))
+    for buffer in step["buffers"]:
+        console.print(f"largest temporaries: {buffer.shape}, {gib(buffer.bytes)} GiB, {describe(buffer.origin)}")
     console.print(flops_table(facts, step["cost"]))
     console.print(collectives_table(step["cost"].collectives))
     if "parameter losses" in programs:

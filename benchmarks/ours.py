@@ -33,23 +33,8 @@ def configure(method, model):
 
 def build(method, model, batch_size, length, changes=(), warm_up=0):
     """(run, facts) for `benchmarks.Subject`; `changes` of the model block come last, `warm_up` steps are done first."""
-    config = configure(method, model)
-    config.model.update(dict(changes))
-    model_config = ModelConfig(**config.model)
-    sharding.use_cpu_cores(batch_size, model_config.experts)
-    mesh = sharding.make_mesh(config.mesh.data, config.mesh.expert)
-    sharding.check(mesh, model_config, batch_size, 1, batch_size)
-    network = Transformer(model_config, mesh)
-    optimizer = make_optimizer(OptimizerConfig(**config.optimizer), config.train.steps)
-    init = initializer(network, optimizer, config.seed)
-    abstract = abstract_state(init, mesh)
-    state, active = create_state(init, abstract), []
-    train_step = make_train_step(
-        network, Objective(config.losses.to_dict(), network), optimizer, 1, shardings(abstract)
-    )
-    batch = functools.partial(
-        random_batch, mesh, np.random.default_rng(0), model_config.vocab_size, (batch_size, length)
-    )
+    compiled, state, batch, facts = compile_step(method, model, batch_size, length, changes)
+    active = []
 
     def step():
         nonlocal state
@@ -64,17 +49,39 @@ def build(method, model, batch_size, length, changes=(), warm_up=0):
         facts["experts_per_token_range"] = (float(of_steps.min()), float(of_steps.max()))
         return seconds
 
+    if warm_up:
+        run(warm_up)
+        active.clear()
+    return run, facts
+
+
+def compile_step(method, model, batch_size, length, changes=(), **options):
+    """(the compiled step, its first state, a function that makes batches, facts); `options` are the compiler's."""
+    config = configure(method, model)
+    config.model.update(dict(changes))
+    model_config = ModelConfig(**config.model)
+    sharding.use_cpu_cores(batch_size, model_config.experts)
+    mesh = sharding.make_mesh(config.mesh.data, config.mesh.expert)
+    sharding.check(mesh, model_config, batch_size, 1, batch_size)
+    network = Transformer(model_config, mesh)
+    optimizer = make_optimizer(OptimizerConfig(**config.optimizer), config.train.steps)
+    init = initializer(network, optimizer, config.seed)
+    abstract = abstract_state(init, mesh)
+    state = create_state(init, abstract)
+    train_step = make_train_step(
+        network, Objective(config.losses.to_dict(), network), optimizer, 1, shardings(abstract)
+    )
+    batch = functools.partial(
+        random_batch, mesh, np.random.default_rng(0), model_config.vocab_size, (batch_size, length)
+    )
     start = time.perf_counter()
-    compiled = train_step.lower(state, batch()).compile()
+    compiled = train_step.lower(state, batch()).compile(options or None)
     facts = {"compile_s": time.perf_counter() - start} | describe(model_config, length) | {
         "temp_bytes": memory(compiled).temporaries,  # of one device, as the next
         "allocated_bytes": memory(compiled).allocated,
         "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
     }  # fmt: skip
-    if warm_up:
-        run(warm_up)
-        active.clear()
-    return run, facts
+    return compiled, state, batch, facts
 
 
 def random_batch(mesh, generator, vocabulary, shape):

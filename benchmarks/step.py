@@ -10,7 +10,6 @@ FLOPs are matmuls alone, backward counted twice the forward, recomputation not a
 """
 
 import argparse
-import functools
 import json
 import pathlib
 import statistics
@@ -18,7 +17,8 @@ import statistics
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import Subject, cores, environment, take_turns, timed
+from benchmarks import Subject, cores, environment, take_turns
+from benchmarks.limits import MATMUL
 
 SHAPES = {  # model block, (sequences, length) of a step, (E, K) of the rows
     "peer": ({"layers": 4, "width": 256, "heads": 4, "kv_heads": 4, "expert_width": 128, "vocab_size": 512},
@@ -26,18 +26,6 @@ SHAPES = {  # model block, (sequences, length) of a step, (E, K) of the rows
     "debug": ({"layers": 2, "width": 32, "heads": 2, "kv_heads": 2, "expert_width": 16, "vocab_size": 64},
               (2, 16), ((4, 2), (8, 2))),
 }  # fmt: skip
-MATMUL = 2048  # rows and columns: large enough for the full rate, short enough to take its turn
-
-
-def build_matmul(size):
-    """(run, facts) of a square float32 matmul by XLA, on every core of one device."""
-    import jax
-    import jax.numpy as jnp
-
-    a, b = jax.random.normal(jax.random.key(0), (2, size, size))
-    multiply = jax.jit(functools.partial(jnp.matmul, precision="highest"))
-
-    return timed(lambda: multiply(a, b).block_until_ready()), {}
 
 
 def erc_flops(model, experts):
@@ -48,7 +36,7 @@ def erc_flops(model, experts):
 def start(shape, with_peer):
     """{(E, K, method) or the name of a matmul: its subject}, started one after another."""
     sizes, (batch_size, length), rows = SHAPES[shape]
-    subjects = {"XLA": Subject("benchmarks.step:build_matmul", size=MATMUL)}
+    subjects = {"XLA": Subject("benchmarks.limits:build_matmul")}
     if with_peer:
         subjects["PyTorch"] = Subject("benchmarks.peer:build_matmul", size=MATMUL, threads=cores())
     for experts, experts_per_token in rows:
@@ -88,7 +76,7 @@ def summarize(shape, subjects, seconds):
 
 
 def show(matmul, rows):
-    """The table, the limit it is held against, and what more experts cost at fixed K."""
+    """The table, and the limit it is held against."""
     table = Table("E", "K", "method", "tokens/s", "min-max", "MFLOP/token", "GFLOP/s", "share", "temp MB", "x peer")
     for row in rows:
         low, high = row["tokens_per_s_range"]
@@ -106,12 +94,6 @@ def show(matmul, rows):
         "share: of the faster float32 matmul;",
         ", ".join(f"{name} {rate / 1e9:.0f} GFLOP/s" for name, rate in matmul.items()),
     )
-    ours = [row for row in rows if row["method"] == "erc"]
-    few = ours[0]
-    many = [row for row in ours if row["experts_per_token"] == few["experts_per_token"]][-1]
-    names = "E {experts} K {experts_per_token}"
-    ratio = few["tokens_per_s"] / many["tokens_per_s"]
-    console.print(f"{names.format(**many)} takes {ratio:.2f} x the time per token of {names.format(**few)}")
 
 
 def main():

@@ -120,6 +120,16 @@ def _shapes(text):
     )
 
 
+def origins(computation):
+    """{name: origin} of every instruction of a program, however deep."""
+    found = {}
+    for instruction in computation.instructions:
+        found[instruction.name] = instruction.origin
+        for called in instruction.called:
+            found |= origins(called)
+    return found
+
+
 def trip_count(loop):
     """How often a while loop turns; None if that depends on data.
 

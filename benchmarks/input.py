@@ -1,0 +1,60 @@
+"""Tokens a second that the data pipeline gives, beside what a training step takes.
+
+    python -m benchmarks.input [--config=FILE:SIZE] [--batches=200] [--json=FILE]
+
+Batches of the config's corpus, prepared before and mapped into memory, in the order of training, made by this process
+and put on its devices. A pod reads as many times more as it has processes: each makes its own rows alone.
+"""
+
+import functools
+import json
+import pathlib
+import statistics
+import time
+
+import jax
+from absl import flags
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks import environment
+from moe_erc import command_line, sharding
+from moe_erc.data import text
+
+BATCHES = flags.DEFINE_integer("batches", 200, "of a turn", lower_bound=1)
+ROUNDS = flags.DEFINE_integer("rounds", 5, "turns", lower_bound=1)
+JSON = flags.DEFINE_string("json", None, "also write figures, versions and device here")
+
+
+def main(_):
+    config = flags.FLAGS.config
+    with command_line.refusing_bad_input():
+        length, batch_size = config.data.sequence_length, config.train.batch_size
+        sharding.use_cpu_cores(batch_size)
+        mesh = sharding.make_mesh(-1, 1)
+        corpus = text.prepare(text.DataConfig(**config.data))
+    batches = text.train_batches(corpus, length, batch_size, config.seed, 0, sharding.local_rows(mesh, batch_size))
+    put, rates = functools.partial(sharding.put_batch, mesh), {"made": [], "made and put": []}
+    next(batches)  # the first opens files
+    for _ in range(ROUNDS.value):
+        for name, use in (
+            ("made", lambda batch: None),
+            ("made and put", lambda batch: jax.block_until_ready(put(batch))),
+        ):
+            start = time.perf_counter()
+            for _ in range(BATCHES.value):
+                use(next(batches))
+            rates[name].append(BATCHES.value * batch_size * length / (time.perf_counter() - start))
+    table = Table("batches", f"{batch_size} x {length}", "M tokens/s", "min-max")
+    for name, found in rates.items():
+        table.add_row(
+            name, "", f"{statistics.median(found) / 1e6:.2f}", f"{min(found) / 1e6:.2f}-{max(found) / 1e6:.2f}"
+        )
+    Console(width=120).print(table)
+    if JSON.value:
+        found = {"benchmark": "input", "environment": environment(), "tokens_per_s": rates}
+        pathlib.Path(JSON.value).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    command_line.run(main, default_config="configs/erc.py:tiny")

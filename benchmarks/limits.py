@@ -1,0 +1,50 @@
+"""What a machine can do at best: its own matmul and copy rates, measured in turns with what is held against them."""
+
+import functools
+
+from benchmarks import Subject, timed
+
+MATMUL = 2048  # rows and columns: large enough for the full rate, short enough to take its turn
+COPY = 2**25  # floats, beyond every cache
+
+
+def build_matmul(dtype="float32"):
+    """(run, facts) of a square matmul by XLA, on every core of one device."""
+    import jax
+    import jax.numpy as jnp
+
+    a, b = jax.random.normal(jax.random.key(0), (2, MATMUL, MATMUL)).astype(dtype)
+    multiply = jax.jit(functools.partial(jnp.matmul, precision="highest"))
+    return timed(lambda: multiply(a, b).block_until_ready()), {}
+
+
+def build_copy():
+    """(run, facts) of reading an array and writing another."""
+    import jax
+    import jax.numpy as jnp
+
+    array, copy = jnp.ones(COPY), jax.jit(lambda leaf: leaf + 1)
+    return timed(lambda: copy(array).block_until_ready()), {}
+
+
+def subjects():
+    """Both, to take turns with others."""
+    return {name: Subject(f"benchmarks.limits:build_{name}") for name in ("matmul", "copy")}
+
+
+def rates(seconds):
+    """{"flops_per_s", "bytes_per_s"} of the fastest turns."""
+    return {
+        "flops_per_s": 2 * MATMUL**3 / min(seconds["matmul"]),
+        "bytes_per_s": 2 * 4 * COPY / min(seconds["copy"]),
+    }
+
+
+def least_seconds(flops, moved, best):
+    """The longer of computing and of moving bytes, at the rates of the machine."""
+    return max(flops / best["flops_per_s"], moved / best["bytes_per_s"])
+
+
+def describe(best):
+    """A line on the limits."""
+    return f"limits: {best['flops_per_s'] / 1e9:.0f} GFLOP/s in matmuls, {best['bytes_per_s'] / 1e9:.1f} GB/s in copies"

@@ -28,7 +28,7 @@ OPTIONS = (
 
 
 def start(name, arguments, output, environment=None):
-    """A running script; what it prints goes to the file `output`."""
+    """A running script; what it prints goes to the file `output`. None takes an option of jax back."""
     environment = dict(os.environ) | FAST | (environment or {})  # the server's is as old as the server
     everything = (str(name), [str(argument) for argument in arguments], str(output), environment)
     process = SERVER.Process(target=_run, args=everything)
@@ -68,7 +68,7 @@ def join(processes, timeout):
 
 def _run(name, arguments, output, environment):
     os.chdir(ROOT)
-    os.environ |= {variable: str(value) for variable, value in environment.items()}
+    os.environ |= {variable: str(value) for variable, value in environment.items() if value is not None}
     for option in OPTIONS:
         if option.upper() in environment:  # jax, imported by now, reads none of them again
             jax.config.update(option, environment[option.upper()])

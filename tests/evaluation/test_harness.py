@@ -26,7 +26,6 @@ from moe_erc.model.transformer import Output
 from moe_erc.training.state import Weights
 from tests import script
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 DIRECTORY = "tests/evaluation/tasks"
 ALPHABET = ("alphabet_choice", "alphabet_cloze", "alphabet_text", "alphabet_writing")
 NO_WEIGHTS = Weights({}, {})

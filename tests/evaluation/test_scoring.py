@@ -16,7 +16,6 @@ from moe_erc.model.transformer import Transformer
 from moe_erc.training.state import init_weights
 from tests import script
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 LIMIT, VOCABULARY = 32, 512
 
 

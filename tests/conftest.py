@@ -25,16 +25,18 @@ from moe_erc.model.config import ModelConfig  # noqa: E402
 
 # The longest first, so that the workers end together: a long file that starts last has a worker to itself.
 FIRST = (
-    "test_configs.py",
-    "training/test_step.py",
-    "test_processes.py",
     "test_resume.py",
+    "test_configs.py",
+    "test_processes.py",
+    "training/test_step.py",
     "test_notebooks.py",
-    "losses/test_erc.py",
-    "model/test_transformer.py",
+    "test_init_from.py",
     "test_compile_ahead.py",
-    "moe/test_parallel.py",
+    "losses/test_erc.py",
     "losses/test_sharded_erc.py",
+    "test_compilation_cache.py",
+    "model/test_transformer.py",
+    "moe/test_parallel.py",
     "moe/test_experts.py",
 )
 TESTS = pathlib.Path(__file__).parent

@@ -16,7 +16,7 @@ from absl import flags
 from etils import epath
 
 from configs import base
-from moe_erc import command_line, processes, sharding
+from moe_erc import command_line, compilation_cache, processes, sharding
 from moe_erc.analysis.report import print_report, write_report
 from moe_erc.analysis.survey_report import report_survey
 from moe_erc.evaluation.sampling import Sampling
@@ -49,6 +49,7 @@ def main(_):
         return
     with command_line.refusing_bad_input(), processes.ending_together():
         processes.initialize()
+        compilation_cache.enable()
         sharding.use_cpu_cores()
         processes.mute_all_but_first()
         tasks = load_tasks(TASKS.value, TASK_DIR.value, NUM_FEWSHOT.value)

@@ -14,7 +14,7 @@ import sys
 from absl import flags
 from etils import epath
 
-from moe_erc import command_line, processes, sharding
+from moe_erc import command_line, compilation_cache, processes, sharding
 from moe_erc.analysis.diagnosis import Diagnosis, headline, summarize
 from moe_erc.analysis.report import print_report, write_report
 from moe_erc.data import text
@@ -42,10 +42,10 @@ WORKDIR = flags.DEFINE_string("workdir", None, "everything of the run goes here;
 def main(_):
     config = flags.FLAGS.config
     workdir = epath.Path(WORKDIR.value or f"runs/{command_line.config_name()}")
-
     with command_line.refusing_bad_input(), processes.ending_together():
         # ---------------------------------------------------------------- configuration and devices
         processes.initialize()
+        compilation_cache.enable()
         command_line.check_intervals(config, "log", "eval", "checkpoint")
         steps, length, batch_size = config.train.steps, config.data.sequence_length, config.train.batch_size
         config.data.tokenizer = tokenizer_files.tokenizer_of(config.init_from, config.data.tokenizer)

@@ -1,4 +1,7 @@
-"""Runs train.py and eval.py as a user does, in a process of their own, without paying for the imports each time."""
+"""Runs train.py and eval.py as a user does, in a process of their own, without paying for the imports each time.
+
+Nor for programs that a script of this session has compiled before: `conftest.py` says where they are kept.
+"""
 
 import multiprocessing
 import os
@@ -12,14 +15,21 @@ import jax
 ROOT = pathlib.Path(__file__).parents[1]
 # The server imports these once, before any backend exists, and forks for every script.
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(
-    ["tests.script", "moe_erc.data.text", "moe_erc.training.checkpoint", "moe_erc.model.transformer"]
+SERVER.set_forkserver_preload(["tests.script", "moe_erc.runs", "moe_erc.analysis.survey_report"])
+FAST = {"JAX_DISABLE_MOST_OPTIMIZATIONS": True, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": 0}  # to compile
+AS_FOR_USERS = {"JAX_DISABLE_MOST_OPTIMIZATIONS": False, "JAX_ENABLE_COMPILATION_CACHE": False, "XLA_FLAGS": ""}
+OPTIONS = (
+    "jax_num_cpu_devices",
+    "jax_disable_most_optimizations",
+    "jax_enable_compilation_cache",
+    "jax_compilation_cache_dir",
+    "jax_persistent_cache_min_compile_time_secs",
 )
 
 
 def start(name, arguments, output, environment=None):
-    """A running script; what it prints goes to the file `output`."""
-    environment = dict(os.environ) | (environment or {})  # the server's is as old as the server
+    """A running script; what it prints goes to the file `output`. None takes an option of jax back."""
+    environment = dict(os.environ) | FAST | (environment or {})  # the server's is as old as the server
     everything = (str(name), [str(argument) for argument in arguments], str(output), environment)
     process = SERVER.Process(target=_run, args=everything)
     process.start()
@@ -58,8 +68,8 @@ def join(processes, timeout):
 
 def _run(name, arguments, output, environment):
     os.chdir(ROOT)
-    os.environ |= {variable: str(value) for variable, value in environment.items()}
-    for option in ("jax_num_cpu_devices", "jax_disable_most_optimizations", "jax_compilation_cache_dir"):
+    os.environ |= {variable: str(value) for variable, value in environment.items() if value is not None}
+    for option in OPTIONS:
         if option.upper() in environment:  # jax, imported by now, reads none of them again
             jax.config.update(option, environment[option.upper()])
     with open(output, "wb", buffering=0) as file:

@@ -20,6 +20,7 @@ ALLOWED = {
     "processes": {"rendezvous"},
     "rendezvous": set(),
     "command_line": set(),
+    "compilation_cache": {"data"},
     "__init__": {"losses"},
 }
 

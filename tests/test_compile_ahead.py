@@ -11,16 +11,17 @@ HAS_LIBTPU = importlib.util.find_spec("libtpu") is not None
 MESH = ["--config.mesh.data=2", "--config.mesh.expert=4"]
 
 
-def compile_ahead(arguments, directory):
+def compile_ahead(arguments, directory, environment=None):
     """(exit code, everything printed, what it wrote)."""
     written = directory / "ahead.json"
-    code, printed = script.run("benchmarks/compile_ahead.py", [*arguments, f"--json={written}"], directory / "out")
+    arguments = [*arguments, f"--json={written}"]
+    code, printed = script.run("benchmarks/compile_ahead.py", arguments, directory / "out", environment=environment)
     return code, printed, json.loads(written.read_text()) if written.exists() else None
 
 
 def test_a_step_compiled_for_virtual_devices(tmp_path, model_config):
     arguments = ["--config=configs/erc.py:debug", "--devices=cpu:8", "--difference", *MESH]
-    code, printed, found = compile_ahead(arguments, tmp_path)
+    code, printed, found = compile_ahead(arguments, tmp_path, script.AS_FOR_USERS)
     assert code == 0, printed
     facts, (step, alone, without) = found["facts"], found["programs"].values()
     assert facts["mesh"] == {"data": 2, "expert": 4} and facts["tokens"] == 8 * 32 / 8
@@ -66,7 +67,8 @@ def test_wrong_input_is_one_line(arguments, words, tmp_path):
 
 @pytest.mark.skipif(not HAS_LIBTPU, reason="compiles for TPU, which needs the extra `tpu`")
 def test_a_step_compiled_for_tpus(tmp_path):
-    code, printed, found = compile_ahead(["--config=configs/erc.py:debug", "--topology=v5e:2x4", *MESH], tmp_path)
+    arguments = ["--config=configs/erc.py:debug", "--topology=v5e:2x4", *MESH]
+    code, printed, found = compile_ahead(arguments, tmp_path, script.AS_FOR_USERS)
     assert code == 0, printed
     cost = found["programs"]["step"]["cost"]
     assert cost["flops"] > 0 and cost["grouped_flops"] > 0 and not cost["open_loops"] and not cost["kernels"]

@@ -23,7 +23,6 @@ from moe_erc.training.optimizer import OptimizerConfig, make_optimizer
 from moe_erc.training.state import abstract_state, create_state, initializer, shardings
 from moe_erc.training.step import make_train_step
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 ROOT = pathlib.Path(__file__).parents[1]
 NAMES = sorted(
     ".".join(path.relative_to(ROOT).with_suffix("").parts)

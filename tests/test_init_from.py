@@ -1,7 +1,6 @@
 """A run becomes an OLMoE by eval.py, and train.py goes on from one with its weights and its tokenizer."""
 
 import json
-import os
 import random
 import shutil
 
@@ -11,34 +10,26 @@ from moe_erc.data import bpe
 from moe_erc.hf.shards import find_tensors, read_config
 from tests import script
 
-QUICK = {"JAX_DISABLE_MOST_OPTIMIZATIONS": True}
-
-
-def run(name, arguments, output):
-    return script.run(name, arguments, output, environment=QUICK)
-
 
 @pytest.fixture(scope="module")
 def flags(text_directory, tmp_path_factory):
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(tmp_path_factory.mktemp("xla"))
-    yield [
+    return [
         "--config=configs/combinations/erc_mpi.py:debug",
         f"--config.data.sources=('{text_directory}',)",
         f"--config.data.cache_dir={tmp_path_factory.mktemp('cache')}",
         "--config.data.validation_fraction=0.1",
         "--config.log.tensorboard=False",
     ]
-    del os.environ["JAX_COMPILATION_CACHE_DIR"]
 
 
 @pytest.fixture(scope="module")
 def exported(flags, tmp_path_factory):
     """(workdir of a run, what eval.py exported of it)."""
     workdir = tmp_path_factory.mktemp("run")
-    code, printed = run("train.py", [*flags, f"--workdir={workdir}"], workdir / "out")
+    code, printed = script.run("train.py", [*flags, f"--workdir={workdir}"], workdir / "out")
     assert code == 0, printed
     directory = workdir / "export" / "olmoe"
-    code, printed = run("eval.py", [f"--workdir={workdir}", f"--export={directory}"], workdir / "out")
+    code, printed = script.run("eval.py", [f"--workdir={workdir}", f"--export={directory}"], workdir / "out")
     assert code == 0, printed
     return workdir, directory
 
@@ -49,7 +40,7 @@ def vanilla(flags):
 
 
 def refuses(words, flags, workdir, tmp_path):
-    code, printed = run("train.py", [*flags, f"--workdir={workdir}"], tmp_path / "out")
+    code, printed = script.run("train.py", [*flags, f"--workdir={workdir}"], tmp_path / "out")
     last = printed.splitlines()[-1]
     assert code == 2 and last.startswith("error: ") and all(str(word) in last for word in words), printed
 
@@ -83,12 +74,12 @@ def test_an_export_is_evaluated_as_the_run_is(exported, tmp_path):
     workdir, directory = exported
     texts = []
     for place in (f"--workdir={workdir}", f"--checkpoint={directory}"):
-        code, printed = run("eval.py", [place, "--generate=the rou", "--new_tokens=12"], tmp_path / "out")
+        code, printed = script.run("eval.py", [place, "--generate=the rou", "--new_tokens=12"], tmp_path / "out")
         assert code == 0, printed
         texts.append(printed[printed.index("the rou") :])
     assert texts[0] == texts[1] and len(texts[0]) > len("the rou\n")
     tasks = ["--tasks=alphabet_choice", "--task_dir=tests/evaluation/tasks", f"--output={tmp_path}"]
-    code, printed = run("eval.py", [f"--checkpoint={directory}", *tasks], tmp_path / "out")
+    code, printed = script.run("eval.py", [f"--checkpoint={directory}", *tasks], tmp_path / "out")
     assert code == 0 and "|alphabet_choice|" in printed, printed
     assert json.loads((tmp_path / "tasks.json").read_text())["step"] is None
 
@@ -98,12 +89,12 @@ def test_a_run_goes_on_from_an_export(flags, exported, tmp_path):
     source = shutil.copytree(directory, tmp_path / "source")
     still = ["--config.train.steps=1", "--config.optimizer.warmup_steps=0", "--config.optimizer.learning_rate=1e-12"]
     going_on = [*vanilla(flags), *still, f"--config.init_from={source}", f"--workdir={tmp_path / 'run'}"]
-    code, printed = run("train.py", going_on, tmp_path / "out")
+    code, printed = script.run("train.py", going_on, tmp_path / "out")
     assert code == 0, printed
     before, after = (json.loads((place / "report.json").read_text()) for place in (workdir, tmp_path / "run"))
     assert after["validation"]["loss"] == pytest.approx(before["validation"]["loss"], rel=1e-5)
     (source / "model.safetensors").unlink()  # a resumed run has its own weights
-    code, printed = run("train.py", going_on, tmp_path / "out")
+    code, printed = script.run("train.py", going_on, tmp_path / "out")
     assert code == 0 and "Validation" in printed, printed
     refuses(["init_from", source], [*vanilla(flags), *still], tmp_path / "run", tmp_path)
 
@@ -139,14 +130,14 @@ def test_an_export_is_refused(exported, tmp_path):
         ([f"--workdir={workdir},b", "--export=c"], ["--export=c", "one workdir"]),
         (["--checkpoint=/no/model", "--coupling", "--export=c"], ["/no/model", "--coupling"]),
     ):
-        code, printed = run("eval.py", arguments, tmp_path / "out")
+        code, printed = script.run("eval.py", arguments, tmp_path / "out")
         assert code == 2 and all(word in printed.splitlines()[-1] for word in words), printed
 
 
 def test_two_processes_export_the_same_bytes(exported, tmp_path):
     workdir, directory = exported
     arguments = [f"--workdir={workdir}", f"--export={tmp_path / 'both'}"]
-    codes = script.join(script.start_many(2, "eval.py", arguments, tmp_path, **QUICK), 300)
+    codes = script.join(script.start_many(2, "eval.py", arguments, tmp_path), 300)
     assert codes == [0, 0], (tmp_path / "out0").read_text() + (tmp_path / "out1").read_text()
     for name in ("config.json", "model.safetensors", "tokenizer.json"):
         assert (tmp_path / "both" / name).read_bytes() == (directory / name).read_bytes()

@@ -72,8 +72,8 @@ def environment(text_directory, tmp_path_factory):
     flags = (
         f"--config.data.sources=('{text_directory}',)",
         "--config.data.validation_fraction=0.1",
-        "--config.train.steps=4",
-        "--config.eval.every=2",
+        "--config.train.steps=6",
+        "--config.eval.every=3",
         "--config.eval.report_windows=4",
         "--config.eval.prompt=",
         "--config.log.tensorboard=False",
@@ -83,7 +83,6 @@ def environment(text_directory, tmp_path_factory):
         "MOE_ERC_NOTEBOOK_FLAGS": " ".join(flags),
         "MOE_ERC_NOTEBOOK_CHECKPOINT": str(ROOT / "tests" / "hf" / "families" / "olmoe"),
         "MOE_ERC_CACHE": str(tmp_path_factory.mktemp("cache")),
-        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("xla")),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
         "JAX_PLATFORMS": "cpu",

@@ -21,7 +21,6 @@ from tests import script
 
 STEPS, FEW = 80, 5
 LIMIT = 240  # seconds until what hangs is given up; what works is quick unless the machine has other work
-QUICK = {"JAX_DISABLE_MOST_OPTIMIZATIONS": True}
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +45,7 @@ def train(text_directory, tmp_path_factory):
             f"--workdir={workdir}",
             *arguments,
         ]
-        return script.start_many(count, "train.py", everything, workdir, **QUICK | environment)
+        return script.start_many(count, "train.py", everything, workdir, **environment)
 
     return start
 

@@ -24,8 +24,7 @@ STEPS = 400
 @pytest.fixture(scope="module")
 def arguments(text_directory, tmp_path_factory):
     """A run of a few seconds, long enough to be hit."""
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(tmp_path_factory.mktemp("xla"))  # every start compiles the same
-    yield [
+    return [
         "--config=configs/erc.py:debug",
         f"--config.data.sources=('{text_directory}',)",
         f"--config.data.cache_dir={tmp_path_factory.mktemp('cache')}",
@@ -36,7 +35,6 @@ def arguments(text_directory, tmp_path_factory):
         "--config.train.profile_step=399",  # past every interruption, and its third step past the end
         "--config.log.tensorboard=False",
     ]
-    del os.environ["JAX_COMPILATION_CACHE_DIR"]
 
 
 @pytest.fixture(scope="module")

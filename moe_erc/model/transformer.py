@@ -79,7 +79,7 @@ class Transformer(nn.Module):
             split_rngs={"params": True},
             in_axes=(nn.broadcast, 0, context and BY_LAYER),
             length=config.layers,
-            unroll=config.scan_unroll,
+            unroll=1 if self.is_initializing() else config.scan_unroll,
         )
         layers = stack(config, self.mesh, self.observers, name="layers")
         x_BTD, (stats, observed, cache) = layers(x_BTD, mask_BT, router_state, context)

@@ -14,7 +14,6 @@ from moe_erc.analysis.alignment import alignment, largest_singular_value
 GATE = P(None, "expert", None, "data")
 
 
-@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize("rows, columns", [(64, 32), (128, 64), (32, 64)])
 def test_the_largest_singular_value_of_random_of_low_rank_and_of_zero_matrices(rows, columns):
     rng = np.random.default_rng(0)
@@ -28,7 +27,6 @@ def test_the_largest_singular_value_of_random_of_low_rank_and_of_zero_matrices(r
     assert found_E[-1] == 0
 
 
-@pytest.mark.usefixtures("quick_compilation")
 def test_alignment_by_hand():
     # r @ diag(3, 4), sigma_max 4: of (1, 1), |(3, 4)| / (sqrt(2) 4) = 5 / (4 sqrt(2)); of (0, 2), 8 / (2 * 4) = 1;
     # of (-1, 0), 3 / 4. A zero row and a zero gate have 0.
@@ -43,6 +41,7 @@ def test_alignment_by_hand():
     np.testing.assert_allclose(found_LE[1], [5 / (4 * 2**0.5), 3 / 4, 1, 0, 0], rtol=1e-6)
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("width, hidden", [(16, 8), (8, 16)])
 def test_over_a_mesh_it_is_the_same_and_gathers_one_layer_at_a_time(width, hidden):
     rng, mesh = np.random.default_rng(0), sharding.make_mesh(2, 4)

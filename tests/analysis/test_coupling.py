@@ -8,8 +8,6 @@ import pytest
 from moe_erc import coupling_matrix, coupling_penalty, noise_bound, sharding
 from moe_erc.analysis.coupling import ALPHAS, measure_coupling, summarize_coupling
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 def layers_with_matrices(*matrices):
     """Router rows are unit vectors and gates diagonal, so that M is the matrix given: |e_i @ diag(m)| = m_i."""

@@ -5,7 +5,6 @@ import weakref
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
-import pytest
 from etils import epath
 
 from moe_erc import coupling_penalty
@@ -13,8 +12,6 @@ from moe_erc.analysis.alignment import alignment
 from moe_erc.analysis.coupling import ALPHAS, measure_coupling
 from moe_erc.analysis.survey import survey
 from moe_erc.analysis.survey_report import tables, verdict, write_survey
-
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 def layer_with_matrix(M_EE):

@@ -14,7 +14,6 @@ from moe_erc.losses.language_model import token_losses
 from moe_erc.model.transformer import Transformer
 from moe_erc.training.state import init_weights
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 SHAPE = (4, 32)
 
 

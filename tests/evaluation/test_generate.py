@@ -13,8 +13,6 @@ from moe_erc.evaluation.generate import Generator, Sampling
 from moe_erc.model.transformer import Transformer
 from moe_erc.training.state import Weights, init_weights
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 PROMPTS = ["the rou", "d", "sends every token to the ex", "", "what it"]
 LENGTH = 64
 

@@ -16,7 +16,6 @@ from moe_erc.model.transformer import Transformer
 from moe_erc.training.state import init_weights
 from tests import script
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 LIMIT, VOCABULARY = 32, 512
 
 
@@ -128,8 +127,7 @@ def test_two_processes_tell_both_the_same(config, tmp_path):
     (tmp_path / "requests.json").write_text(json.dumps(requests))
     program = textwrap.dedent(IN_TWO_PROCESSES).replace("REQUESTS", repr(str(tmp_path / "requests.json")))
     (tmp_path / "program.py").write_text(program)
-    quick = {"JAX_DISABLE_MOST_OPTIMIZATIONS": True}
-    members = script.start_many(2, tmp_path / "program.py", [], tmp_path, JAX_NUM_CPU_DEVICES=1, **quick)
+    members = script.start_many(2, tmp_path / "program.py", [], tmp_path, JAX_NUM_CPU_DEVICES=1)
     assert script.join(members, 240) == [0, 0], "".join(path.read_text() for path in tmp_path.glob("out?"))
     for number in range(2):
         assert_scores(config, requests, json.loads((tmp_path / f"out{number}").read_text().splitlines()[-1]))

@@ -17,8 +17,6 @@ from moe_erc.model.context import packed
 from moe_erc.model.transformer import Transformer
 from moe_erc.training.state import Weights
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 FILES = pathlib.Path(__file__).parent / "generations"
 VARIANTS = {
     "default": {},

@@ -24,7 +24,6 @@ from moe_erc.model.transformer import Transformer
 from moe_erc.training.state import abstract_state, init_weights
 from tests.hf import checkpoint
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 HERE = pathlib.Path(__file__).parent / "olmoe"
 VARIANTS = ["plain", "renormalized", "grouped", "tied", "theta", "clipped"]
 PACKED = "model.layers.0.mlp.experts.gate_up_proj"

@@ -7,8 +7,6 @@ import pytest
 
 from moe_erc.losses.competition import competition
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 loss, value_and_gradients = jax.jit(competition), jax.jit(jax.value_and_grad(competition, argnums=(0, 1)))
 
 P_BTE = np.float32([[[0.5, 0.3, 0.2], [0.1, 0.8, 0.1], [1.0, 0.0, 0.0]]])

@@ -9,7 +9,6 @@ import pytest
 
 from moe_erc import coupling_matrix, coupling_penalty, erc_loss, noise_bound, perturb
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 GOLDEN = sorted((pathlib.Path(__file__).parent / "golden").glob("erc_*.npz"))
 # One float32 unit in the last place of the largest M: a small difference of large norms is not known any better.
 ULP = 2.0**-23

@@ -7,8 +7,6 @@ import pytest
 
 from moe_erc.losses.expert_orthogonality import output_overlap, routing_variance
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 overlap, overlap_and_gradient = jax.jit(output_overlap), jax.jit(jax.value_and_grad(output_overlap))
 variance, variance_and_gradient = jax.jit(routing_variance), jax.jit(jax.value_and_grad(routing_variance))
 

@@ -7,8 +7,6 @@ import pytest
 
 from moe_erc.losses.load_balance import load_balance, load_measures
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 # two layers, four experts: balanced; and half of the load on experts 0 and 1 each, probabilities likewise
 LOAD_LE = jnp.array([[0.25, 0.25, 0.25, 0.25], [0.5, 0.5, 0.0, 0.0]])
 

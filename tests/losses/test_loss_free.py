@@ -3,13 +3,10 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 from jax import lax
 
 from moe_erc.losses.load_balance import load_measures
 from moe_erc.losses.loss_free import balance_bias
-
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 def test_one_step_by_hand():

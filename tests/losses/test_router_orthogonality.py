@@ -7,8 +7,6 @@ import pytest
 
 from moe_erc.losses.router_orthogonality import router_orthogonality
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 loss, value_and_gradient = jax.jit(router_orthogonality), jax.jit(jax.value_and_grad(router_orthogonality))
 
 ROUTER_ED = np.array([[1.0, 0.0], [3.0, 4.0]], np.float32)  # cosine 3/5

@@ -7,8 +7,6 @@ import pytest
 
 from moe_erc.losses.simbal import simbal
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 loss, value_and_gradient = jax.jit(simbal), jax.jit(jax.value_and_grad(simbal))
 
 ROUTER_LED = np.array([[[1.0, 2.0], [-3.0, 0.0]], [[1.0, 0.0], [0.0, 1.0]]], np.float32)

@@ -7,8 +7,6 @@ import pytest
 
 from moe_erc.losses.synergistic import chosen_probability, path_coupling, specialization
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 mean_cosine, mean_cosine_and_gradient = jax.jit(specialization), jax.jit(jax.value_and_grad(specialization))
 coupling, coupling_and_gradient = jax.jit(path_coupling), jax.jit(jax.value_and_grad(path_coupling))
 

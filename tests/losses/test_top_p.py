@@ -9,8 +9,6 @@ import pytest
 
 from moe_erc.losses.top_p import routing_entropy
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 loss, value_and_gradient = jax.jit(routing_entropy), jax.jit(jax.value_and_grad(routing_entropy))
 
 P_BTE = np.float32([[[0.5, 0.5, 0.0], [0.25, 0.25, 0.5], [1 / 3, 1 / 3, 1 / 3]]])

@@ -12,8 +12,6 @@ from moe_erc.model.context import branched, cached, empty_cache, packed
 from moe_erc.model.transformer import Transformer
 from moe_erc.training.state import init_weights
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 ROUTERS = {
     "softmax": {},
     "renormalized": {"renormalize": True},

@@ -8,8 +8,6 @@ import pytest
 from moe_erc.model.export import as_softmax_router
 from moe_erc.model.transformer import Transformer
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 def trained(model, batch):
     """Parameters of any size, as after training: rows and gates are far from those at the start."""

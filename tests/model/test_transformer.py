@@ -10,8 +10,6 @@ import pytest
 from moe_erc import sharding
 from moe_erc.model.transformer import Transformer
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 def logits(output):
     return jnp.einsum("btd,vd->btv", output.x_BTD, output.head_VD)

@@ -55,6 +55,7 @@ def oracle(routing):
     return value_and_gradients(dense, routing)
 
 
+@pytest.mark.optimized
 def test_memory_of_the_block_loop_is_that_of_its_outputs():
     tokens, E, D, F = 4096, 64, 256, 128
     shapes = ((tokens, D), (tokens, 8), (tokens, 8), (E, D, F), (E, D, F), (E, F, D))
@@ -80,7 +81,6 @@ def test_the_oracle_by_hand():
     np.testing.assert_allclose(y_ND, [[0.75 * outputs[1] + 0.25 * outputs[0]]], rtol=1e-6)
 
 
-@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize("routing", ["balanced", "random", "one expert", "two experts", "some another device's"])
 @pytest.mark.parametrize("name", FAST)
 def test_values_and_gradients_equal_the_oracles(name, routing):

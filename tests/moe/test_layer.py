@@ -9,8 +9,6 @@ from moe_erc.losses.objective import LAYER_TERMS
 from moe_erc.moe.layer import MoE, declare
 from moe_erc.moe.routers import competition
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 B, T, D, F, E, K = 2, 5, 8, 6, 4, 2
 EXPERTS = ("w_gate", "w_up", "w_down")
 

@@ -52,6 +52,7 @@ def oracle(spread, names, keep):
     return run(None, dense, spread, names, keep)
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("shape", [(1, 8), (2, 4)], ids=str)
 def test_memory_is_bounded_by_a_groups_tokens_and_knows_no_routing(shape):
     mesh, (rows, length, chosen), (experts, width, hidden) = sharding.make_mesh(*shape), (8, 64, 4), (16, 64, 32)
@@ -75,7 +76,6 @@ def test_memory_is_bounded_by_a_groups_tokens_and_knows_no_routing(shape):
     assert gradients.memory_analysis().temp_size_in_bytes < 5 * of_group + 2 * of_experts
 
 
-@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize("spread", ["random", "one expert"])
 @pytest.mark.parametrize("shape", [(1, 1), (2, 1), (1, 4), (2, 2), (4, 2), (1, 8)], ids=str)
 def test_any_mesh_equals_the_oracle_on_one_device(shape, spread):
@@ -85,7 +85,6 @@ def test_any_mesh_equals_the_oracle_on_one_device(shape, spread):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(b, a, rtol=1e-4, atol=1e-4), expected, found)
 
 
-@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize("shape, name", [((2, 2), "block_loop"), ((1, 4), "ragged")], ids=str)
 def test_factorised_gates_empty_slots_and_what_is_kept_on_any_mesh(shape, name):
     expected = oracle("empty slots", FACTORIZED, KEEP)

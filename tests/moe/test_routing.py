@@ -7,8 +7,6 @@ import pytest
 
 from moe_erc.moe.routing import Routing, Scores, statistics, top
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 PROBABILITIES_BTE = jnp.array([[[0.5, 0.3, 0.2], [0.1, 0.2, 0.7]]])
 MASK_BT = jnp.array([[True, True]])
 

@@ -17,7 +17,6 @@ from moe_erc.training.checkpoint import Checkpoints
 from moe_erc.training.state import Weights, abstract_state, create_state, init_weights, initializer, shardings
 from moe_erc.training.step import make_train_step
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 RATE = 0.25
 ROUTERS = {
     "loss_free": {"bias_rate": RATE},

@@ -16,7 +16,6 @@ from moe_erc.model.transformer import Transformer
 from moe_erc.training import step as step_module
 from moe_erc.training.state import abstract_state, initializer, shardings
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 LENGTH, BATCH = 16, 16
 
 

@@ -8,8 +8,6 @@ import pytest
 from moe_erc.moe.layer import MoE, declare
 from moe_erc.moe.routers import aoe
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 D, F = 4, 3
 
 

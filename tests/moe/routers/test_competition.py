@@ -6,8 +6,6 @@ import pytest
 
 from moe_erc.moe.routers.competition import expected_share, winners
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 def test_the_strongest_answers_win_and_share_the_weight():
     affinity_BTE = jnp.log(jnp.array([[[2.0, 5.0, 3.0, 4.0]]]))

@@ -7,8 +7,6 @@ import pytest
 
 from moe_erc.moe.routers.mpi import rows, score
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 @pytest.fixture
 def config(model_config):

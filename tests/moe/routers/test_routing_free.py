@@ -8,8 +8,6 @@ import pytest
 from moe_erc.moe.layer import MoE
 from moe_erc.moe.routers.routing_free import ROUTER, choose, declare, score
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 # (1, 2) becomes (3, 4), (0, 0) and (0.6, 0.8): of length 5, 0 and 1
 W_LOW_EDR = jnp.array([[[3.0, 0.0], [0.0, 2.0]], [[0.0, 0.0], [0.0, 0.0]], [[0.6, 0.0], [0.0, 0.4]]])
 X_BTD = jnp.array([[[1.0, 2.0]]])

@@ -2,11 +2,8 @@
 
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
 from moe_erc.moe.routers import softmax
-
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 def test_scores_are_dot_products_and_their_softmax():

@@ -3,11 +3,8 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
 from moe_erc.moe.routers.xmoe import declare, rows, score
-
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 def parameters(temperature=0.5):

@@ -1,9 +1,10 @@
-"""Rows sorted by group times the matrix of their group, on backends that have a matmul for it.
+"""Rows sorted by group times the matrix of their group, by libraries: what XLA has, native on TPU, and tokamax on GPU.
 
     y[m] = x[m] @ w[g]        dx[m] = dy[m] @ w[g].T        dw[g] = sum over rows m of g of outer(x[m], dy[m])
 
 `lax.ragged_dot` is native on TPU for the first two. Its own weight gradient is dense there, every row times every group
 under a mask, so dw walks the rows of each group in blocks. Rows behind the last group give and get zeros.
+`pallas_matmul.py` has kernels of the project with the same signature.
 """
 
 import jax
@@ -33,6 +34,33 @@ def _backward(inputs, dy_MF):
 
 
 grouped_matmul.defvjp(_forward, _backward)
+
+
+@jax.custom_vjp
+def tokamax_matmul(x_MD, w_EDF, sizes_E):
+    """The same by the kernels of tokamax, an optional extra."""
+    return _inside(sizes_E, _tokamax(x_MD, w_EDF, sizes_E))
+
+
+def _tokamax_forward(*inputs):
+    return tokamax_matmul(*inputs), inputs
+
+
+def _tokamax_backward(inputs, dy_MF):
+    *multiplied, sizes_E = inputs
+    _, pull_back = jax.vjp(lambda *of: _tokamax(*of, sizes_E), *multiplied)
+    dx_MD, dw_EDF = pull_back(dy_MF)
+    # Its Triton kernel leaves the gradient of an empty group unwritten.
+    return _inside(sizes_E, dx_MD), jnp.where(sizes_E[:, None, None] > 0, dw_EDF, 0), None
+
+
+tokamax_matmul.defvjp(_tokamax_forward, _tokamax_backward)
+
+
+def _tokamax(x_MD, w_EDF, sizes_E):
+    import tokamax
+
+    return tokamax.ragged_dot(x_MD, w_EDF, sizes_E, preferred_element_type=x_MD.dtype)
 
 
 def _inside(sizes_E, rows):

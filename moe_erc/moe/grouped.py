@@ -43,7 +43,8 @@ def _forward(matmul, expert, *inputs):
 
 
 def _backward(matmul, expert, inputs, gradients):
-    x_ND, assigned, experts_NK, matrices = inputs
+    # Else XLA may recognise what is recomputed, and keep it from the forward on.
+    x_ND, assigned, experts_NK, matrices = lax.optimization_barrier(inputs)
     assigned, gradients = _by_row(assigned), (gradients[0], _by_row(gradients[1]))
 
     def add(totals, tokens, rows, sizes_E):

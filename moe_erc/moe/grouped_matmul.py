@@ -69,20 +69,23 @@ def _inside(sizes_E, rows):
 
 
 def _weight_gradient(x_MD, dy_MF, w_EDF, sizes_E):
-    # Padded, so that the slice of a last, partial block never slides back over rows already done.
-    x_MD, dy_MF = (jnp.pad(rows, ((0, BLOCK), (0, 0))) for rows in (x_MD, dy_MF))
+    size = min(BLOCK, len(x_MD))
 
-    def group(_, start_size_and_matrix):
-        start, size, w_DF = start_size_and_matrix
+    def group(_, bounds_and_matrix):
+        start, end, w_DF = bounds_and_matrix
 
         def block(index, dw_DF):
-            first = start + index * BLOCK
-            own_R1 = (index * BLOCK + jnp.arange(BLOCK) < size)[:, None]
-            x_RD, dy_RF = (jnp.where(own_R1, lax.dynamic_slice_in_dim(rows, first, BLOCK), 0) for rows in (x_MD, dy_MF))
+            first = start + index * size
+            # A slice that would pass the last row slides back over rows already done.
+            rows_R = jnp.minimum(first, len(x_MD) - size) + jnp.arange(size)
+            own_R1 = ((rows_R >= first) & (rows_R < end))[:, None]
+            x_RD, dy_RF = (
+                jnp.where(own_R1, lax.dynamic_slice_in_dim(rows, rows_R[0], size), 0) for rows in (x_MD, dy_MF)
+            )
             return dw_DF + jnp.matmul(x_RD.T, dy_RF, preferred_element_type=jnp.float32)
 
-        dw_DF = lax.fori_loop(0, (size + BLOCK - 1) // BLOCK, block, jnp.zeros_like(w_DF, jnp.float32))
+        dw_DF = lax.fori_loop(0, (end - start + size - 1) // size, block, jnp.zeros_like(w_DF, jnp.float32))
         return None, dw_DF.astype(w_DF.dtype)
 
-    starts_E = jnp.cumsum(sizes_E) - sizes_E
-    return lax.scan(group, None, (starts_E, sizes_E, w_EDF))[1]
+    ends_E = jnp.cumsum(sizes_E)
+    return lax.scan(group, None, (ends_E - sizes_E, ends_E, w_EDF))[1]

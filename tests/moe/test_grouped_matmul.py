@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from absl import flags
 
 from moe_erc.moe import grouped_matmul as by_library
 from moe_erc.moe import pallas_matmul as by_kernel
@@ -29,6 +30,7 @@ EVERY_MATMUL = pytest.mark.parametrize(
 @pytest.fixture
 def small_tiles(monkeypatch):
     """So that groups have several blocks, whole and partial ones."""
+    flags.FLAGS.mark_as_parsed()  # tokamax has flags, and would read pytest's command line
     monkeypatch.setattr(by_library, "BLOCK", 8)
     monkeypatch.setattr(by_kernel, "ROWS", 16)
     monkeypatch.setattr(by_kernel, "COLUMNS", 16)

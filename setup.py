@@ -48,6 +48,7 @@ EXTRAS = {
     "cuda12": ["jax[cuda12]"],
     "cuda13": ["jax[cuda13]"],
     "tpu": ["jax[tpu]"],
+    "tokamax": ["tokamax>=0.0.12"],  # kernels for GPUs beside our own
 }
 
 setup(

@@ -58,7 +58,7 @@ def _model():
     model.remat = "none"  # "block" recomputes each layer in the backward pass: less memory, a third more time
     model.scan_unroll = 1  # layers per turn of the scan over layers: fewer copies, longer compilation
     model.attention_implementation = "auto"  # of jax.nn.dot_product_attention: xla, cudnn
-    model.experts_implementation = "auto"  # dense (oracle), block_loop (CPU, GPU), ragged (TPU)
+    model.experts_implementation = "auto"  # dense (oracle), block_loop (CPU), ragged (TPU), pallas or tokamax (GPU)
     return model
 
 

@@ -11,7 +11,7 @@ CHOICES = {
     "dtype": ("float32", "bfloat16"),
     "remat": ("none", "block"),
     "attention_implementation": ("auto", "xla", "cudnn"),
-    "experts_implementation": ("auto", "dense", "block_loop", "ragged"),
+    "experts_implementation": ("auto", "dense", "block_loop", "ragged", "pallas", "tokamax"),
 }
 MAY_BE_ZERO = ("shared_experts", "gate_rank")
 

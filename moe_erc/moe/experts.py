@@ -1,27 +1,31 @@
-"""SwiGLU experts applied to the tokens routed to them, in three ways that compute the same.
+"""SwiGLU experts applied to the tokens routed to them, in ways that compute the same.
 
     y_n = sum_k weight_nk (silu(gate_nk) * (x_n @ w_up[e])) @ w_down[e],   e = expert_nk
     gate_nk = x_n @ w_gate[e],  or  low_nk @ w_high[e]  of a gate factorised as w_low[e] @ w_high[e]
 
 What happens to a row is a function of `expert(x, assigned, matrices, matmul) -> (summed, kept)`, written once: `summed`
-is added up by token, `kept` stays by assignment. `dense` runs it on every expert and token: the oracle. `ragged` sorts
-assignments by expert and multiplies the groups, native on TPU. `block_loop` (own file) walks blocks of rows in place:
-portable, and the fastest on CPU. All are dropless; an expert id outside [0, E) is another device's, or nobody's, and
+is added up by token, `kept` stays by assignment. `dense` runs it on every expert and token: the oracle. `block_loop`
+walks blocks of rows of one expert: portable, and the fastest on CPU. `grouped` multiplies rows of all experts at once,
+by a matmul of TPUs or of GPUs. All are dropless; an expert id outside [0, E) is another device's, or nobody's, and
 contributes nothing.
 """
 
+import logging
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from moe_erc.moe import self_test
 from moe_erc.moe.block_loop import MATMUL, block_loop
-from moe_erc.moe.grouped_matmul import grouped_matmul
+from moe_erc.moe.grouped import grouped
+from moe_erc.moe.grouped_matmul import grouped_matmul, tokamax_matmul
 from moe_erc.moe.routing import unit
 
 GATED = ("w_gate", "w_up", "w_down")
 FACTORIZED = ("w_high", "w_up", "w_down")
+LOG = logging.getLogger(__name__)
 
 
 def hidden(x, assigned, matrices, matmul):
@@ -83,38 +87,38 @@ def dense(expert, x_ND, assigned, experts_NK, matrices):
     return _in_dtype_of(x_ND, summed), kept
 
 
-def ragged(expert, x_ND, assigned, experts_NK, matrices):
-    """Assignments sorted by expert, then grouped matmuls; groups may be empty, nothing is padded or dropped."""
-    experts, experts_per_token = len(matrices["w_down"]), experts_NK.shape[-1]
-    experts_M = experts_NK.reshape(-1)
-    local_M = (experts_M >= 0) & (experts_M < experts)
-    order_M = jnp.argsort(jnp.where(local_M, experts_M, experts), stable=True)
-    sizes_E = jnp.sum(experts_M[:, None] == jnp.arange(experts), axis=0, dtype=jnp.int32)
-    tokens_M = order_M // experts_per_token
-
-    own = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:])[order_M], assigned)
-    results = expert(x_ND[tokens_M], own, matrices, partial(grouped_matmul, sizes_E=sizes_E))
-    # Rows of no expert lie behind the groups.
-    mine_M = local_M[order_M]
-    summed, kept = jax.tree.map(lambda leaf: jnp.where(jnp.expand_dims(mine_M, range(1, leaf.ndim)), leaf, 0), results)
-
-    def by_token(leaf):
-        return jnp.zeros((len(x_ND), *leaf.shape[1:]), jnp.float32).at[tokens_M].add(leaf)
-
-    def by_assignment(leaf):
-        return jnp.zeros_like(leaf).at[order_M].set(leaf).reshape(*experts_NK.shape, *leaf.shape[1:])
-
-    return _in_dtype_of(x_ND, jax.tree.map(by_token, summed)), jax.tree.map(by_assignment, kept)
-
-
 def _in_dtype_of(x, tree):
     return jax.tree.map(lambda leaf: leaf.astype(x.dtype), tree)
 
 
-IMPLEMENTATIONS = {"dense": dense, "block_loop": block_loop, "ragged": ragged}
-FASTEST = {"cpu": "block_loop", "gpu": "block_loop", "tpu": "ragged"}
+def pallas_matmul(x_MD, w_EDF, sizes_E):
+    """Imported when used: in a jax without Pallas's Triton backend it fails its self-test, and nothing else does."""
+    from moe_erc.moe import pallas_matmul as kernels
+
+    return kernels.pallas_matmul(x_MD, w_EDF, sizes_E)
+
+
+MATMULS = {"ragged": grouped_matmul, "pallas": pallas_matmul, "tokamax": tokamax_matmul}
+IMPLEMENTATIONS = {"dense": dense, "block_loop": block_loop}
+IMPLEMENTATIONS |= {name: partial(grouped, matmul) for name, matmul in MATMULS.items()}
+FASTEST = {"cpu": "block_loop", "gpu": "pallas", "tpu": "ragged"}
+PORTABLE = "block_loop"
 
 
 def implementation(name, platform):
-    """The function called `name`; for "auto" the fastest correct one on `platform`: cpu, gpu or tpu."""
-    return IMPLEMENTATIONS[FASTEST[platform] if name == "auto" else name]
+    """The function called `name`; for "auto" the fastest on `platform` (cpu, gpu or tpu) that is right on its devices.
+
+    Which is asked of grouped matmuls. One that was called by its name and is wrong is refused.
+    """
+    chosen = FASTEST[platform] if name == "auto" else name
+    refusal = self_test.refusal(MATMULS[chosen], platform) if chosen in MATMULS else None
+    if refusal and name != "auto":
+        raise ValueError(
+            f"model.experts_implementation: {name!r} fails its self-test on {platform}: {refusal}; use 'auto'"
+        )
+    if refusal:
+        LOG.warning(
+            "experts: %s fails its self-test on %s, %s is used instead: %s", chosen, platform, PORTABLE, refusal
+        )
+        chosen = PORTABLE
+    return IMPLEMENTATIONS[chosen]

@@ -1,9 +1,10 @@
-"""Rows sorted by group times the matrix of their group, on backends that have a matmul for it.
+"""Rows sorted by group times the matrix of their group, by libraries: what XLA has, native on TPU, and tokamax on GPU.
 
     y[m] = x[m] @ w[g]        dx[m] = dy[m] @ w[g].T        dw[g] = sum over rows m of g of outer(x[m], dy[m])
 
 `lax.ragged_dot` is native on TPU for the first two. Its own weight gradient is dense there, every row times every group
 under a mask, so dw walks the rows of each group in blocks. Rows behind the last group give and get zeros.
+`pallas_matmul.py` has kernels of the project with the same signature.
 """
 
 import jax
@@ -35,26 +36,56 @@ def _backward(inputs, dy_MF):
 grouped_matmul.defvjp(_forward, _backward)
 
 
+@jax.custom_vjp
+def tokamax_matmul(x_MD, w_EDF, sizes_E):
+    """The same by the kernels of tokamax, an optional extra."""
+    return _inside(sizes_E, _tokamax(x_MD, w_EDF, sizes_E))
+
+
+def _tokamax_forward(*inputs):
+    return tokamax_matmul(*inputs), inputs
+
+
+def _tokamax_backward(inputs, dy_MF):
+    *multiplied, sizes_E = inputs
+    _, pull_back = jax.vjp(lambda *of: _tokamax(*of, sizes_E), *multiplied)
+    dx_MD, dw_EDF = pull_back(dy_MF)
+    # Its Triton kernel leaves the gradient of an empty group unwritten.
+    return _inside(sizes_E, dx_MD), jnp.where(sizes_E[:, None, None] > 0, dw_EDF, 0), None
+
+
+tokamax_matmul.defvjp(_tokamax_forward, _tokamax_backward)
+
+
+def _tokamax(x_MD, w_EDF, sizes_E):
+    import tokamax
+
+    return tokamax.ragged_dot(x_MD, w_EDF, sizes_E, preferred_element_type=x_MD.dtype)
+
+
 def _inside(sizes_E, rows):
     """The rows of groups; what `ragged_dot` leaves behind them is unspecified."""
     return jnp.where(jnp.arange(len(rows))[:, None] < jnp.sum(sizes_E), rows, 0)
 
 
 def _weight_gradient(x_MD, dy_MF, w_EDF, sizes_E):
-    # Padded, so that the slice of a last, partial block never slides back over rows already done.
-    x_MD, dy_MF = (jnp.pad(rows, ((0, BLOCK), (0, 0))) for rows in (x_MD, dy_MF))
+    size = min(BLOCK, len(x_MD))
 
-    def group(_, start_size_and_matrix):
-        start, size, w_DF = start_size_and_matrix
+    def group(_, bounds_and_matrix):
+        start, end, w_DF = bounds_and_matrix
 
         def block(index, dw_DF):
-            first = start + index * BLOCK
-            own_R1 = (index * BLOCK + jnp.arange(BLOCK) < size)[:, None]
-            x_RD, dy_RF = (jnp.where(own_R1, lax.dynamic_slice_in_dim(rows, first, BLOCK), 0) for rows in (x_MD, dy_MF))
+            first = start + index * size
+            # A slice that would pass the last row slides back over rows already done.
+            rows_R = jnp.minimum(first, len(x_MD) - size) + jnp.arange(size)
+            own_R1 = ((rows_R >= first) & (rows_R < end))[:, None]
+            x_RD, dy_RF = (
+                jnp.where(own_R1, lax.dynamic_slice_in_dim(rows, rows_R[0], size), 0) for rows in (x_MD, dy_MF)
+            )
             return dw_DF + jnp.matmul(x_RD.T, dy_RF, preferred_element_type=jnp.float32)
 
-        dw_DF = lax.fori_loop(0, (size + BLOCK - 1) // BLOCK, block, jnp.zeros_like(w_DF, jnp.float32))
+        dw_DF = lax.fori_loop(0, (end - start + size - 1) // size, block, jnp.zeros_like(w_DF, jnp.float32))
         return None, dw_DF.astype(w_DF.dtype)
 
-    starts_E = jnp.cumsum(sizes_E) - sizes_E
-    return lax.scan(group, None, (starts_E, sizes_E, w_EDF))[1]
+    ends_E = jnp.cumsum(sizes_E)
+    return lax.scan(group, None, (ends_E - sizes_E, ends_E, w_EDF))[1]

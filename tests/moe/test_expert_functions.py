@@ -12,7 +12,7 @@ from moe_erc.moe.experts import IMPLEMENTATIONS, affinity, unit_output, weighed
 
 N, K, E, D, F, RANK = 70, 3, 4, 6, 5, 3  # 70 rows for one expert are more than a block
 KEEPS = (("whole", ("hidden",)), ("whole", ("output",)), ("factorised", ("hidden", "output")))
-EVERY_WAY = pytest.mark.parametrize("name", sorted(IMPLEMENTATIONS))
+EVERY_WAY = pytest.mark.parametrize("name", sorted(set(IMPLEMENTATIONS) - {"tokamax"}))
 
 
 def inputs(gate, every=False):

@@ -10,7 +10,7 @@ import pytest
 from moe_erc.moe import block_loop, experts
 from moe_erc.moe.experts import GATED, IMPLEMENTATIONS, dense, weighed
 
-FAST = sorted(set(IMPLEMENTATIONS) - {"dense"})
+FAST = ["block_loop", "ragged", "pallas"]  # tokamax differs from the last two in its matmul alone
 N, K, E, D, F = 300, 3, 5, 16, 8
 
 
@@ -89,7 +89,7 @@ def test_values_and_gradients_equal_the_oracles(name, routing):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(b, a, rtol=1e-4, atol=1e-4), expected, found)
 
 
-@pytest.mark.parametrize("name", sorted(IMPLEMENTATIONS))
+@pytest.mark.parametrize("name", ["dense", *FAST])
 def test_tokens_of_other_devices_give_exactly_nothing(name):
     (_, y_ND), gradients = value_and_gradients(IMPLEMENTATIONS[name], "another device's")
     assert not y_ND.any()
@@ -111,7 +111,7 @@ def test_block_loop_at_the_edges_of_a_block(rows):
     np.testing.assert_allclose(apply(block_loop.block_loop, *arguments), apply(dense, *arguments), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", sorted(IMPLEMENTATIONS))
+@pytest.mark.parametrize("name", ["dense", *FAST])
 def test_bfloat16_stays_near_float32(name):
     x_ND, weights_NK, experts_NK, matrices = inputs("random")
     low = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), (x_ND, matrices))
@@ -122,6 +122,7 @@ def test_bfloat16_stays_near_float32(name):
 
 
 def test_the_name_auto_is_the_fastest_of_the_platform():
-    assert experts.implementation("auto", "tpu") is experts.ragged
+    assert experts.implementation("auto", "tpu") is IMPLEMENTATIONS["ragged"]
+    assert experts.implementation("auto", "gpu") is IMPLEMENTATIONS["pallas"]
     assert experts.implementation("auto", "cpu") is IMPLEMENTATIONS["block_loop"]
     assert experts.implementation("dense", "tpu") is dense

@@ -1,18 +1,44 @@
 """Groups of rows and their matrices, against a loop over the groups; forward, both gradients, and what lies behind."""
 
+import importlib.util
+from functools import cache
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from absl import flags
 
-from moe_erc.moe import grouped_matmul as module
-from moe_erc.moe.grouped_matmul import grouped_matmul
+from moe_erc.moe import grouped_matmul as by_library
+from moe_erc.moe import pallas_matmul as by_kernel
+from moe_erc.moe.experts import MATMULS
 
-M, D, F = 48, 6, 5
-SIZES = {"uneven": (0, 17, 3, 12), "full": (8, 16, 24, 0), "one group": (0, 0, 48, 0), "none": (0, 0, 0, 0)}
+M, D, F = 49, 6, 21
+SIZES = {
+    "uneven": (0, 17, 3, 12, 1),
+    "full": (8, 16, 24, 0, 1),
+    "one group": (0, 0, 49, 0, 0),
+    "single rows": (1, 1, 1, 1, 1),
+    "none": (0, 0, 0, 0, 0),
+}
+NO_TOKAMAX = pytest.mark.skipif(not importlib.util.find_spec("tokamax"), reason="needs the extra `tokamax`")
+EVERY_MATMUL = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=NO_TOKAMAX if name == "tokamax" else ()) for name in MATMULS]
+)
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    """So that groups have several blocks, whole and partial ones."""
+    flags.FLAGS.mark_as_parsed()  # tokamax has flags, and would read pytest's command line
+    monkeypatch.setattr(by_library, "BLOCK", 8)
+    monkeypatch.setattr(by_kernel, "ROWS", 16)
+    monkeypatch.setattr(by_kernel, "COLUMNS", 16)
+    monkeypatch.setattr(by_kernel, "DEPTH_BYTES", 16)
 
 
 def by_loop(x_MD, w_EDF, sizes):
+    x_MD, w_EDF = x_MD.astype(jnp.float32), w_EDF.astype(jnp.float32)
     y_MF, start = jnp.zeros((M, F)), 0
     for size, w_DF in zip(sizes, w_EDF, strict=True):
         y_MF = y_MF.at[start : start + size].set(x_MD[start : start + size] @ w_DF)
@@ -20,22 +46,49 @@ def by_loop(x_MD, w_EDF, sizes):
     return y_MF
 
 
+@cache
+def value_and_gradients(name):
+    @jax.jit
+    def run(x_MD, w_EDF, sizes_E, dy_MF):
+        y_MF, pull_back = jax.vjp(lambda *of: MATMULS[name](*of, sizes_E), x_MD, w_EDF)
+        return y_MF, *pull_back(dy_MF)
+
+    return run
+
+
+@pytest.mark.usefixtures("quick_compilation", "small_tiles")
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
-def test_values_and_gradients_are_those_of_a_loop(sizes, monkeypatch):
-    monkeypatch.setattr(module, "BLOCK", 8)  # so that groups have several blocks, whole and partial ones
+@EVERY_MATMUL
+def test_values_and_gradients_are_those_of_a_loop(name, sizes, dtype):
     keys = jax.random.split(jax.random.key(0), 3)
-    x_MD, w_EDF, dy_MF = (jax.random.normal(key, of) for key, of in zip(keys, ((M, D), (4, D, F), (M, F)), strict=True))
-    expected, pull_back = jax.vjp(lambda x_MD, w_EDF: by_loop(x_MD, w_EDF, sizes), x_MD, w_EDF)
-    behind = sum(sizes)
-    x_MD = x_MD.at[behind:].set(jnp.nan)  # another device's rows are not looked at
-    found, pull_back_found = jax.vjp(lambda x_MD, w_EDF: grouped_matmul(x_MD, w_EDF, jnp.array(sizes)), x_MD, w_EDF)
-    for a, b in zip((expected, *pull_back(dy_MF)), (found, *pull_back_found(dy_MF)), strict=True):
-        np.testing.assert_allclose(b, a, rtol=1e-5, atol=1e-5)
+    shapes = (M, D), (len(sizes), D, F), (M, F)
+    x_MD, w_EDF, dy_MF = (jax.random.normal(key, of).astype(dtype) for key, of in zip(keys, shapes, strict=True))
+    expected, pull_back = jax.vjp(lambda *of: by_loop(*of, sizes), x_MD, w_EDF)
+    expected = expected, *pull_back(dy_MF.astype(jnp.float32))
+    x_MD = x_MD.at[sum(sizes) :].set(jnp.nan if name != "tokamax" else 0)  # another device's rows are not looked at
+    found = value_and_gradients(name)(x_MD, w_EDF, jnp.array(sizes), dy_MF)
+    # What comes out is rounded once, to the 8 bits of bfloat16.
+    rounding = 1e-5 if dtype == jnp.float32 else 2**-8
+    for right, leaf in zip(expected, found, strict=True):
+        assert leaf.dtype == dtype
+        np.testing.assert_allclose(leaf.astype(jnp.float32), right.astype(jnp.float32), rtol=rounding, atol=rounding)
+        assert not leaf[right == 0].any()
 
 
-def test_blocks_of_low_precision_are_summed_in_float32(monkeypatch):
-    monkeypatch.setattr(module, "BLOCK", 1)
+@pytest.mark.parametrize("name", ["ragged", "pallas"])
+def test_blocks_of_low_precision_are_summed_in_float32(name, monkeypatch):
+    monkeypatch.setattr(by_library, "BLOCK", 1)
+    monkeypatch.setattr(by_kernel, "DEPTH_BYTES", 2)
     # 1 + 300 / 512: a sum in bfloat16, of 8 bits, would stay at 1
     x_MD = jnp.full((301, 1), 1 / 512, jnp.bfloat16).at[0].set(1)
-    gradient = jax.grad(lambda w_EDF: jnp.sum(grouped_matmul(x_MD, w_EDF, jnp.array([301]))))
+    gradient = jax.grad(lambda w_EDF: jnp.sum(MATMULS[name](x_MD, w_EDF, jnp.array([301]))))
     assert gradient(jnp.ones((1, 1, 1), jnp.bfloat16)).item() == pytest.approx(1 + 300 / 512, rel=2**-8)
+
+
+def test_operands_of_two_dtypes_are_multiplied_in_the_wider():
+    # 1 + 2^-12 is not a bfloat16; the projection of a factorised gate comes in float32
+    x_MD, w_EDF = jnp.full((3, 1), 1 + 2**-12), jnp.ones((1, 1, 1), jnp.bfloat16)
+    for name in ("ragged", "pallas"):
+        y_MF = MATMULS[name](x_MD, w_EDF, jnp.array([3]))
+        assert y_MF.dtype == jnp.float32 and (y_MF == 1 + 2**-12).all(), name

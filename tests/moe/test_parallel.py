@@ -93,3 +93,13 @@ def test_factorised_gates_empty_slots_and_what_is_kept_on_any_mesh(shape, name):
     assert kept["hidden"].shape == (B, T, K, F) and kept["output"].shape == (B, T, K, D)
     assert dw_low_EDr.any()
     jax.tree.map(lambda a, b: np.testing.assert_allclose(b, a, rtol=1e-4, atol=1e-4), expected, found)
+
+
+@pytest.mark.usefixtures("quick_compilation")
+@pytest.mark.parametrize("spread", ["empty slots", "one expert"])
+def test_interpreted_kernels_on_a_mesh(spread, monkeypatch):
+    # jax interprets no kernel under the replication check; test_pallas_matmul.py lowers them for GPUs with it on.
+    monkeypatch.setattr(jax, "shard_map", partial(jax.shard_map, check_vma=False))
+    expected = oracle(spread, GATED, ())
+    found = run(sharding.make_mesh(2, 2), IMPLEMENTATIONS["pallas"], spread, GATED, ())
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(b, a, rtol=1e-4, atol=1e-4), expected, found)

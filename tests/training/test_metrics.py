@@ -17,7 +17,7 @@ from tensorboardX.proto.event_pb2 import Event
 from moe_erc.analysis.report import write_report
 from moe_erc.training.checkpoint import prepare_directory
 from moe_erc.training.json_lines import truncate
-from moe_erc.training.metrics import MetricWriter, peak_flops
+from moe_erc.training.metrics import MetricWriter, check_package, peak_flops
 from moe_erc.training.paths import absolute
 
 
@@ -148,8 +148,8 @@ def test_tensorboard_gets_a_curve_for_every_number(tmp_path):
 
 def test_a_missing_wandb_is_one_line_with_its_mend(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(ValueError, match=r"wandb_project = 'mine' needs the wandb package: pip install") as error:
-        MetricWriter(tmp_path, tensorboard=False, wandb_project="mine", config={})
+    with pytest.raises(ValueError, match=r"wandb_project: 'mine' needs wandb: pip install") as error:
+        check_package("mine")
     assert "\n" not in str(error.value)
 
 

@@ -60,10 +60,10 @@ def find_origin(gradients_of, state, batch, step):
 
     of_state = jax.jit(largest, out_shardings=replicate(mesh))
     parameters, gradients = jax.device_get(of_state(state, put_whole_batch(mesh, batch)))
-    found = _deepest(parameters)
+    found = deepest(parameters)
     kind = "parameter"
     if np.isfinite(found[0]):
-        kind, found = "gradient of", _deepest(gradients)
+        kind, found = "gradient of", deepest(gradients)
     value, layer, name = found
     place = f"{kind} {name}" + (f" in layer {layer}" if layer >= 0 else "")
     return f"{place} is not finite" if np.isinf(value) else f"the largest number, {value:.3g}, is in {place}"
@@ -76,7 +76,7 @@ def _largest(path, leaf):
     return jnp.max(size, axis=tuple(range(int(by_layer), size.ndim)))
 
 
-def _deepest(tree):
+def deepest(tree):
     """(value, layer, name) of the largest; -1 for a tensor without layers, which comes last."""
     return max(
         (float(value), layer if np.ndim(values_L) else -1, jax.tree_util.keystr(path, simple=True, separator="."))

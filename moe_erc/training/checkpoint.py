@@ -9,12 +9,15 @@ import contextlib
 import sys
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from moe_erc.training import digests
 from moe_erc.training.lock import lock
 from moe_erc.training.paths import absolute
+
+MANY = 100  # checkpoints that are looked at
 
 
 class SaveError(Exception):
@@ -58,7 +61,7 @@ class Checkpoints:
         run that lost its checkpoints does not begin anew by itself.
         """
         intact, faults = 0, {}
-        for step in sorted(self._manager.all_steps(), reverse=True):
+        for step in self._steps_of_the_first():
             if not (fault := digests.find_fault(self._directory / str(step))):
                 intact = step
                 break
@@ -70,6 +73,12 @@ class Checkpoints:
             self._pass_over(step, f"checkpoint {step} is damaged ({fault}): step {intact} is used")
         self.newest = intact
         return intact
+
+    def _steps_of_the_first(self):
+        """The newest first, as process 0 sees them: a run may be writing while several processes look."""
+        steps = sorted(self._manager.all_steps(), reverse=True)[:MANY]
+        padded = np.pad(np.array(steps, np.int32), (0, MANY - len(steps)), constant_values=-1)
+        return [int(step) for step in multihost_utils.broadcast_one_to_all(padded) if step >= 0]
 
     def _pass_over(self, step, line):
         aside = self._directory / f"damaged-{step}"

@@ -74,7 +74,7 @@ def find_fault(step_directory):
     share = names[jax.process_index() :: jax.process_count()]
     faults = {name: fault for name in share if (fault := _compare(step_directory / name, saved[name]))}
     first = min(map(names.index, faults), default=len(names))
-    first = int(np.min(multihost_utils.process_allgather(np.int64(first))))
+    first = int(np.min(multihost_utils.process_allgather(np.int32(first))))
     if first == len(names):
         return ""
     return faults.get(names[first], f"{names[first]} is not what was saved")

@@ -5,6 +5,7 @@ is damaged, or of an earlier version. CRC-32 finds what disks and interrupted co
 """
 
 import dataclasses
+import itertools
 import json
 import zlib
 
@@ -15,6 +16,8 @@ from jax.experimental import multihost_utils
 
 ITEM, FILE = "digests", "files.json"
 CHUNK = 1 << 24  # bytes read at a time
+READING_LIMIT = 6 * 60 * 60  # seconds for the slowest process
+_comparisons = itertools.count()
 
 
 class DigestHandler(ocp.CheckpointHandler):
@@ -74,10 +77,18 @@ def find_fault(step_directory):
     share = names[jax.process_index() :: jax.process_count()]
     faults = {name: fault for name in share if (fault := _compare(step_directory / name, saved[name]))}
     first = min(map(names.index, faults), default=len(names))
+    _wait_for_all()
     first = int(np.min(multihost_utils.process_allgather(np.int32(first))))
     if first == len(names):
         return ""
     return faults.get(names[first], f"{names[first]} is not what was saved")
+
+
+def _wait_for_all():
+    """Where waiting is cheap: the exchange behind it, a device collective, has a short time limit of its own."""
+    if jax.process_count() > 1:
+        wait = ocp.multihost.get_barrier_sync_fn()
+        wait(key=f"moe_erc digests {next(_comparisons)}", timeout_ms=1000 * READING_LIMIT)
 
 
 def _compare(path, saved):

@@ -21,7 +21,7 @@ from moe_erc.analysis.report import print_report, write_report
 from moe_erc.analysis.survey_report import report_survey
 from moe_erc.evaluation.sampling import Sampling
 from moe_erc.evaluation.tasks import load_tasks
-from moe_erc.hf.inspect import open_moe
+from moe_erc.hf import inspect, shard_writer
 from moe_erc.runs import open_checkpoint, open_run
 
 WORKDIR = flags.DEFINE_list("workdir", [], "directories of runs of train.py")
@@ -43,7 +43,7 @@ def main(_):
     with command_line.refusing_bad_input(), processes.ending_together():
         check_flags()
         sampling = SAMPLING()
-        moe = open_moe(CHECKPOINT.value) if CHECKPOINT.value and COUPLING.value else None
+        moe = inspect.open_moe(CHECKPOINT.value) if CHECKPOINT.value and COUPLING.value else None
     if moe:
         report_survey(output(f"coupling/{moe.name}"), moe.name, moe, moe.layers)
         return
@@ -87,6 +87,8 @@ def check_flags():
         raise ValueError(f"--checkpoint={given}: has --coupling, --tasks and --generate, but no --figures or --export")
     if len(WORKDIR.value) > 1 and (EXPORT.value or (OUTPUT.value and not FIGURES.value)):
         raise ValueError(f"--output={OUTPUT.value}, --export={EXPORT.value}: for one run; name one workdir")
+    if EXPORT.value:
+        shard_writer.free_path(EXPORT.value)
     if FIGURES.value or COUPLING.value:
         from moe_erc.analysis import figures  # noqa: F401  refuses where the extra `plot` is missing
 

@@ -4,8 +4,7 @@
     python train.py --config=configs/vanilla.py:small --config.optimizer.learning_rate=3e-4 --workdir=DIR
 
 Started again on the same workdir, a directory or gs://bucket/path, it goes on where it stopped, bit for bit, on any
-number of processes (docs/launch.md). SIGTERM and Ctrl-C save before leaving, with exit code 128 + signal. Wrong input
-is one line and exit code 2, a non-finite number 3.
+number of processes (docs/launch.md); exit codes: docs/reliability.md.
 """
 
 import functools
@@ -27,13 +26,16 @@ from moe_erc.losses.language_model import token_losses
 from moe_erc.losses.objective import Objective
 from moe_erc.model.config import ModelConfig
 from moe_erc.model.transformer import Transformer
-from moe_erc.training.checkpoint import Checkpoints, check_same_run, prepare_directory
+from moe_erc.training.checkpoint import Checkpoints, holds_steps, prepare_directory
+from moe_erc.training.failure import EXPECTED, LastWords
+from moe_erc.training.guard import GuardConfig
+from moe_erc.training.identity import check_same_run
 from moe_erc.training.interrupt import StopRequest
-from moe_erc.training.metrics import MetricWriter
+from moe_erc.training.metrics import MetricWriter, check_package
 from moe_erc.training.optimizer import OptimizerConfig, make_optimizer
 from moe_erc.training.progress import Progress
 from moe_erc.training.state import abstract_state, create_state, initializer, shardings
-from moe_erc.training.step import make_train_step
+from moe_erc.training.step import make_train_step, step_gradients
 from moe_erc.training.trace import Trace
 
 WORKDIR = flags.DEFINE_string("workdir", None, "everything of the run goes here; runs/CONFIG-SIZE if not given")
@@ -47,16 +49,17 @@ def main(_):
         processes.initialize()
         compilation_cache.enable()
         command_line.check_intervals(config, "log", "eval", "checkpoint")
+        check_package(config.log.wandb_project)
         steps, length, batch_size = config.train.steps, config.data.sequence_length, config.train.batch_size
         config.data.tokenizer = tokenizer_files.tokenizer_of(config.init_from, config.data.tokenizer)
         model_config, data_config = ModelConfig(**config.model), text.DataConfig(**config.data)
         optimizer = make_optimizer(OptimizerConfig(**config.optimizer), steps)
-        rows_at_a_time = batch_size // max(config.train.micro_batches, 1)
-        sharding.use_cpu_cores(rows_at_a_time, config.eval.batch_size, model_config.experts)
+        guard, micro_batches = GuardConfig(**config.guard), config.train.micro_batches
+        sharding.use_cpu_cores(batch_size // max(micro_batches, 1), config.eval.batch_size, model_config.experts)
         mesh = sharding.make_mesh(config.mesh.data, config.mesh.expert)
         model = Transformer(model_config, mesh)
         objective = Objective(config.losses.to_dict(), model)
-        sharding.check(mesh, model_config, batch_size, config.train.micro_batches, config.eval.batch_size)
+        sharding.check(mesh, model_config, batch_size, micro_batches, config.eval.batch_size)
         processes.mute_all_but_first()
         print(f"{workdir}: {model_config.parameters():,} parameters, {model_config.active_parameters():,} active")
 
@@ -76,29 +79,25 @@ def main(_):
         task_scores = TaskScores(tasks, model, corpus.tokenizer, (config.eval.batch_size, length))
 
         # ---------------------------------------------------------------- what the run is, and where it stopped
-        identity = {
-            "model": model_config.identity(),
-            "data": {"tokenizer": corpus.tokenizer.identity, "corpus": corpus.identity},
-            "optimizer": {"name": config.optimizer.name},
-            "seed": config.seed,
-            "init_from": config.init_from,
-        }
-        with processes.first():  # it clears up what a killed run left
-            prepare_directory(workdir / "checkpoints")
-        checkpoints = Checkpoints(workdir / "checkpoints", config.checkpoint.keep)
-        start = checkpoints.newest
-        meta = identity | {"config": config.to_dict()}
-        processes.agree(meta | {"checkpoint": start})
-        if start:
-            check_same_run(checkpoints.read_meta(), identity)
+        data = {"tokenizer": corpus.tokenizer.identity, "corpus": corpus.identity}
+        identity = {"model": model_config.identity(), "data": data, "optimizer": {"name": config.optimizer.name}}
+        identity |= {"seed": config.seed, "init_from": config.init_from}
         init = initializer(model, optimizer, config.seed)
         shapes = abstract_state(init, mesh)
+        source = None if holds_steps(workdir / "checkpoints") else config.init_from
+        given = source and olmoe.open_olmoe(source, model_config, shapes.params)
+        with processes.first():  # it clears up what a killed run left, and keeps other runs out while this one lasts
+            _lock = prepare_directory(workdir / "checkpoints")
+        checkpoints = Checkpoints(workdir / "checkpoints", config.checkpoint.keep)
+        start = checkpoints.newest_intact()
+        meta = identity | {"config": config.to_dict()}
+        processes.agree(meta | {"checkpoint": start})
+        check_same_run(checkpoints.read_meta() if start else identity, identity)
         sharding.print_plan(shapes)
-        given = config.init_from and not start and olmoe.open_olmoe(config.init_from, model_config, shapes.params)
 
     # -------------------------------------------------------------------- state and step
     state = checkpoints.restore(shapes)[0] if start else create_state(init, shapes, given.read() if given else None)
-    train_step = make_train_step(model, objective, optimizer, config.train.micro_batches, shardings(shapes))
+    train_step = make_train_step(model, objective, optimizer, micro_batches, shardings(shapes), guard)
 
     def evaluate(step, weights):
         found, measured = perplexity.run(weights, config.eval.windows), diagnosis.run(weights)
@@ -110,10 +109,12 @@ def main(_):
 
     # -------------------------------------------------------------------- loop
     step_size = (batch_size * length, 3 * model_config.flops_per_token(length) * batch_size * length)
-    batches = text.train_batches(corpus, length, batch_size, config.seed, start, sharding.local_rows(mesh, batch_size))
+    batches_from = functools.partial(text.train_batches, corpus, length, batch_size, config.seed)
+    batches = batches_from(start, sharding.local_rows(mesh, batch_size))
     writer = MetricWriter(workdir, config.log.tensorboard, config.log.wandb_project, meta["config"], start + 1)
-    progress = Progress(writer, config.log.every, (start, steps), step_size)
+    progress = Progress(writer, config.log.every, (start, steps), step_size, guard)
     trace = Trace(workdir / "profile", config.train.profile_step, (start, steps))
+    last_words = LastWords(workdir, step_gradients(model, objective, micro_batches), batches_from)
     try:
         with checkpoints, writer, progress, StopRequest() as stop:
             for step in range(start + 1, steps + 1):
@@ -133,9 +134,8 @@ def main(_):
                     checkpoints.save(step, state, meta)
                 if leaving:
                     break
-    except FloatingPointError as error:
-        print(f"error: {error}; the last good checkpoint is of step {checkpoints.newest}", file=sys.stderr)
-        sys.exit(3)
+    except EXPECTED as error:
+        sys.exit(last_words.say(error, state, checkpoints.newest))
     if stop and step < steps:
         sys.exit(128 + stop.signal)
 

@@ -18,6 +18,7 @@ def get_config(size=""):
     config.data = _data()
     config.optimizer = _optimizer()
     config.train = _train()
+    config.guard = _guard()
     config.mesh = _mesh()
     config.eval = _evaluation()
     config.checkpoint = _checkpoint()
@@ -132,6 +133,17 @@ def _train():
     train.micro_batches = 1  # the step's batch is processed in so many parts
     train.profile_step = 0  # XProf trace of three steps from here into workdir/profile; 0 takes none
     return train
+
+
+def _guard():
+    """Steps whose numbers are not to be trusted: moe_erc/training/guard.py."""
+    guard = ConfigDict()
+    guard.nonfinite = "stop"  # a loss, gradient or parameter is not finite; or "skip": the step changes nothing
+    guard.spike = "report"  # a loss far above the recent ones; or "skip"
+    guard.zscore = 6.0  # how far above their mean, in standard deviations
+    guard.window = 100  # steps that mean and deviation are taken over; before so many nothing is a spike
+    guard.limit = 10  # steps skipped in a row after which the run stops
+    return guard
 
 
 def _mesh():

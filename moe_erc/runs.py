@@ -142,9 +142,9 @@ def open_run(workdir) -> Run:
     """
     directory = epath.Path(workdir)
     checkpoints = Checkpoints(directory / "checkpoints")
-    step = checkpoints.latest_step()
+    step = checkpoints.newest_intact()
     processes.agree({"checkpoint": step})
-    meta = checkpoints.read_meta()
+    meta = checkpoints.read_meta(step or None)
     config = meta["config"]
     with processes.first():
         corpus = text.prepare(text.DataConfig(**config["data"]))
@@ -157,7 +157,7 @@ def open_run(workdir) -> Run:
         raise ValueError(f"{workdir} is of another version of moe_erc ({error}); evaluate it with that one") from None
     model, abstract = _lay_out(model_config)
     shape_BT = _rows(model, config["eval"]["batch_size"]), config["data"]["sequence_length"]
-    weights = checkpoints.restore_weights(abstract)
+    weights = checkpoints.restore_weights(abstract, step)
     return Run(step, directory, model, weights, corpus.tokenizer, shape_BT, config, corpus)
 
 

@@ -54,7 +54,7 @@ def test_the_plan_counts_what_a_device_holds(capsys):
     mesh, leaf = sharding.make_mesh(2, 4), jax.ShapeDtypeStruct((3, 4, 8, 8), jnp.float32)
     params = {"layers": {"moe": {"w_gate": leaf, "router": jax.ShapeDtypeStruct((3, 4, 8), jnp.float32)}}}
     count = jax.ShapeDtypeStruct((), jnp.int32)
-    abstract = sharding.shard_state(mesh, TrainState(count, params, (params, params), count, {}, {}))
+    abstract = sharding.shard_state(mesh, TrainState(count, params, (params, params), count, {}, {}, {}))
     # 3 layers x 1 of 4 experts x 8 x 4 of 8 hidden units, and 3 x 4 x 8 router weights, of which 4 columns by moments
     assert sharding.bytes_per_device(abstract.params) == 4 * (96 + 96)
     assert sharding.bytes_per_device(abstract.opt_state) == 2 * 4 * (96 + 48)
@@ -66,7 +66,7 @@ def test_the_plan_counts_what_a_device_holds(capsys):
 def test_moments_lie_where_their_parameters_lie_and_the_routers_are_split_too():
     leaf, count = jax.ShapeDtypeStruct((3, 4, 8, 8), jnp.float32), jax.ShapeDtypeStruct((), jnp.int32)
     params = {"layers": {"moe": {"w_gate": leaf, "w_down": leaf, "router": leaf}}}
-    state = TrainState(count, params, ({"mu": params}, count), count, {"bias": count}, {"load_balance": count})
+    state = TrainState(count, params, ({"mu": params}, count), count, {"bias": count}, {"load_balance": count}, {})
     placed = sharding.shard_state(sharding.make_mesh(2, 2), state)
     specs = jax.tree.map(lambda leaf: leaf.sharding.spec, placed)
     experts = {"w_gate": P(None, "expert", None, "data"), "w_down": P(None, "expert", "data", None)}

@@ -1,17 +1,27 @@
 """Checkpoints: what restores a run, written behind its back and read back bit for bit, onto any mesh.
 
-A checkpoint is one orbax step of two items: `state`, the pytree of arrays (typed keys included), and `meta`, plain
-JSON that can be read alone, before anything is compiled. A step appears under its number by a rename once it is
-complete, so a run killed while saving leaves its last checkpoint intact.
+A checkpoint is one orbax step of three items: `state`, the pytree of arrays (typed keys included), `meta`, plain JSON
+that can be read alone, before anything is compiled, and `digests.py` of both. A step appears under its number by a
+rename once it is complete, so a run killed while saving leaves its last checkpoint intact.
 """
 
-import json
-from collections.abc import Mapping
+import contextlib
+import sys
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 
+from moe_erc.training import digests
+from moe_erc.training.lock import lock
 from moe_erc.training.paths import absolute
+
+MANY = 100  # checkpoints that are looked at
+
+
+class SaveError(Exception):
+    """A checkpoint that could not be written."""
 
 
 class Checkpoints:
@@ -30,21 +40,67 @@ class Checkpoints:
         self._manager = ocp.CheckpointManager(
             self._directory,
             options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=False),
-            item_names=("state", "meta"),
+            # In this order they are completed.
+            item_handlers={
+                "state": ocp.PyTreeCheckpointHandler(),
+                "meta": ocp.JsonCheckpointHandler(),
+                digests.ITEM: digests.DigestHandler(),
+            },
         )
+        self._writes = keep is not None
         self.newest = self.latest_step() or 0  # step that is there, or being written; 0 before the first
 
     def latest_step(self) -> int | None:
         """The newest complete step, None before the first."""
         return self._manager.latest_step()
 
+    def newest_intact(self):
+        """The newest step that is what was saved, 0 before the first; damaged ones that are newer are named.
+
+        A writer sets those aside, so that their steps can be saved again. ValueError if there are only damaged ones: a
+        run that lost its checkpoints does not begin anew by itself.
+        """
+        intact, faults = 0, {}
+        for step in self._steps_of_the_first():
+            if not (fault := digests.find_fault(self._directory / str(step))):
+                intact = step
+                break
+            faults[step] = fault
+        if faults and not intact:
+            listed = "; ".join(f"step {step}: {fault}" for step, fault in faults.items())
+            raise ValueError(f"no intact checkpoint in {self._directory} ({listed}): put a copy back or name another")
+        for step, fault in faults.items():
+            self._pass_over(step, f"checkpoint {step} is damaged ({fault}): step {intact} is used")
+        self.newest = intact
+        return intact
+
+    def _steps_of_the_first(self):
+        """The newest first, as process 0 sees them: a run may be writing while several processes look."""
+        steps = sorted(self._manager.all_steps(), reverse=True)[:MANY]
+        padded = np.pad(np.array(steps, np.int32), (0, MANY - len(steps)), constant_values=-1)
+        return [int(step) for step in multihost_utils.broadcast_one_to_all(padded) if step >= 0]
+
+    def _pass_over(self, step, line):
+        aside = self._directory / f"damaged-{step}"
+        if jax.process_index() == 0:
+            print(f"{line}, it is kept as {aside.name}" if self._writes else line, file=sys.stderr)
+            if self._writes:
+                if aside.exists():
+                    aside.rmtree()
+                (self._directory / str(step)).rename(aside)
+        if self._writes:
+            multihost_utils.sync_global_devices(f"step {step} is set aside")
+            self._manager.reload()
+
     def save(self, step, state, meta: dict):
         """Copies `state` to the host, then writes in the background: the caller may donate its buffers at once.
 
-        A step that is not newer than the latest is left as it is. A failed write raises at the next save or wait.
+        A step that is not newer than the latest is left as it is. A failed write is a SaveError at the next save, wait
+        or close.
         """
-        items = ocp.args.Composite(state=ocp.args.PyTreeSave(state), meta=ocp.args.JsonSave(meta))
-        self._manager.save(step, args=items)
+        items = {"state": ocp.args.PyTreeSave(state), "meta": ocp.args.JsonSave(meta)}
+        with self._writing():
+            self._manager.save(step, args=ocp.args.Composite(**items, **{digests.ITEM: digests.DigestSave()}))
         self.newest = max(step, self.newest)
 
     def restore(self, abstract_state, step=None):
@@ -70,17 +126,28 @@ class Checkpoints:
 
     def wait(self):
         """Returns once every save has reached the disk."""
-        self._manager.wait_until_finished()
+        with self._writing():
+            self._manager.wait_until_finished()
 
     def close(self):
         """Waits for the last save and ends the background threads."""
-        self._manager.close()
+        with self._writing():
+            self._manager.close()
 
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
         self.close()
+
+    @contextlib.contextmanager
+    def _writing(self):
+        try:
+            yield
+        except Exception as error:  # orbax lets through what its back ends raise
+            self.newest = self.latest_step() or 0
+            reason = str(error).strip().splitlines()[0]
+            raise SaveError(f"a checkpoint could not be written to {self._directory} ({reason})") from error
 
     def _existing(self, step):
         steps = sorted(self._manager.all_steps())
@@ -101,11 +168,18 @@ def _restore_args(abstract, **options):
     return ocp.args.PyTreeRestore(abstract, restore_args=jax.tree.map(restore_arg, abstract), **options)
 
 
+def holds_steps(directory):
+    """Whether there is any checkpoint in a directory, intact or not."""
+    directory = absolute(directory)
+    return directory.exists() and any(path.name.isdecimal() for path in directory.iterdir())
+
+
 def prepare_directory(directory):
     """Makes `directory` ready for a writer: it can be written to and holds nothing that a killed run was still writing.
 
-    PermissionError of one line otherwise, by trying: permission bits say nothing to root, on read-only mounts and in
-    buckets. Of several processes the first cleans. Orbax's own cleaning would run in a thread that outlives close().
+    Returns the lock by which process 0 is its only writer, to be kept as long as the run. PermissionError of one line
+    where it cannot be written to, by trying: permission bits say nothing to root, on read-only mounts and in buckets.
+    Of several processes the first cleans. Orbax's own cleaning would run in a thread that outlives close().
     """
     directory = absolute(directory)
     probe = directory / f".writable-{jax.process_index()}"
@@ -116,26 +190,9 @@ def prepare_directory(directory):
     except OSError as error:
         reason = error.strerror or error
         raise PermissionError(f"cannot write to {directory} ({reason}): name a writable directory") from None
-    if jax.process_index() == 0:
-        for torn in filter(ocp.utils.is_tmp_checkpoint, directory.glob("*")):
-            torn.rmtree()
-
-
-def check_same_run(meta: Mapping, expected: Mapping):
-    """ValueError unless `meta` says of everything in `expected` the same; what else `meta` holds does not matter.
-
-    Both are nested plain JSON, e.g. {"model": {"experts": 8}}; the first key that differs is named in full.
-    """
-    for key, ours in json.loads(json.dumps(expected)).items():
-        _check_equal(key, meta.get(key, "absent"), ours)
-
-
-def _check_equal(key, saved, ours):
-    if isinstance(saved, Mapping) and isinstance(ours, Mapping):
-        for name in ours | saved:
-            _check_equal(f"{key}.{name}", saved.get(name, "absent"), ours.get(name, "absent"))
-    elif saved != ours:
-        raise ValueError(
-            f"the checkpoint was made with {key} = {saved}, this run has {ours}: "
-            f"use another --workdir or set {key} back"
-        )
+    if jax.process_index() > 0:
+        return None
+    held = lock(directory)  # before anything is removed: it might be what another run is writing
+    for torn in filter(ocp.utils.is_tmp_checkpoint, directory.glob("*")):
+        torn.rmtree()
+    return held

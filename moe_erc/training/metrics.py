@@ -3,6 +3,7 @@
 On several processes, process 0 writes. A resumed run goes on where its checkpoint was, in every one of the three.
 """
 
+import importlib.util
 import re
 
 import jax
@@ -10,6 +11,14 @@ import numpy as np
 
 from moe_erc.training.json_lines import LocalJsonLines, RemoteJsonLines
 from moe_erc.training.paths import absolute, is_remote
+
+
+def check_package(wandb_project: str):
+    """ValueError where Weights & Biases is asked for and not installed."""
+    if wandb_project and importlib.util.find_spec("wandb") is None:
+        raise ValueError(
+            f'log.wandb_project: {wandb_project!r} needs wandb: pip install "moe_erc[wandb]", or leave it empty'
+        )
 
 
 class MetricWriter:
@@ -74,12 +83,8 @@ class _TensorBoard:
 
 class _WeightsAndBiases:
     def __init__(self, project, directory, config):
-        try:
-            import wandb
-        except ImportError:
-            raise ValueError(
-                f'wandb_project = {project!r} needs the wandb package: pip install "moe_erc[wandb]", or leave it empty'
-            ) from None
+        import wandb
+
         # The id lies beside the checkpoints, so that a resumed run continues its own curves.
         identity = directory / "wandb_id"
         if not identity.exists():

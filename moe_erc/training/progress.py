@@ -1,7 +1,7 @@
 """What a run shows while it runs: metrics that stay on the device until they are due, the bar, and the speed.
 
-Fetching every `every` steps leaves the device a queue of work; every step's numbers are still looked at, so a
-non-finite one is reported with the step that made it, and before a checkpoint of what it left behind.
+Fetching every `every` steps leaves the device a queue of work; every step's numbers are still looked at, so what the
+guard refused is reported with its step, and a run that it stopped ends before its next checkpoint.
 """
 
 import contextlib
@@ -11,6 +11,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
+from moe_erc.training import guard
 from moe_erc.training.metrics import peak_flops
 
 SHOWN = {
@@ -25,9 +26,10 @@ SHOWN = {
 class Progress:
     """`add` a step's metrics, `flush` what has come together; `step_size` is (tokens, FLOPs) of one step."""
 
-    def __init__(self, writer, every, steps, step_size):
+    def __init__(self, writer, every, steps, step_size, guard_config):
         first, last = steps
         self._writer, self._every, (self._tokens, self._flops) = writer, every, step_size
+        self._guard = guard_config
         self._pending, self._timed_steps, self._seconds, self._since = [], 0, 0.0, time.perf_counter()
         style = {"unit": "step", "dynamic_ncols": True, "smoothing": 0.05, "disable": jax.process_index() > 0}
         self._bar = tqdm(initial=first, total=last, **style)
@@ -38,16 +40,15 @@ class Progress:
         self._bar.update()
 
     def flush(self):
-        """Fetches, checks and writes what is pending; FloatingPointError names the first step with a non-finite one."""
+        """Fetches, checks and writes what is pending; `guard.Stopped` names the step from which on none counts."""
         fetched = jax.device_get(self._pending)
         self._pending = []
         self._seconds += time.perf_counter() - self._since
         self._since = time.perf_counter()
         self._timed_steps += len(fetched)
         for step, metrics in fetched:
-            bad = sorted(name for name, value in metrics.items() if not np.all(np.isfinite(value)))
-            if bad:
-                raise FloatingPointError(f"step {step}: not finite: {', '.join(bad)}")
+            if line := guard.read(self._guard, step, metrics):
+                self._bar.write(line)
             if step % self._every == 0:
                 metrics = metrics | self._speed()
                 self._writer.write(step, metrics)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from moe_erc.sharding import shard_state
-from moe_erc.training import router_state
+from moe_erc.training import guard, router_state
 
 
 class Weights(struct.PyTreeNode):
@@ -26,6 +26,7 @@ class TrainState(struct.PyTreeNode):
     rng: jax.Array  # typed key; step s draws from fold_in(rng, s)
     router: Any
     loss_scales: Any  # {loss: factor of its weight}
+    guard: Any  # what is remembered of earlier losses and skipped steps: `guard.py`
 
     @property
     def weights(self):
@@ -47,7 +48,7 @@ def initializer(model, optimizer, seed):
         params_rng, rng = jax.random.split(jax.random.key(seed))
         weights, (_, loss_scales) = init_weights(model, params_rng), router_state.initial(model.config)
         opt_state = optimizer.init(weights.params)
-        return TrainState(jnp.int32(0), weights.params, opt_state, rng, weights.router, loss_scales)
+        return TrainState(jnp.int32(0), weights.params, opt_state, rng, weights.router, loss_scales, guard.initial())
 
     return init
 

@@ -1,4 +1,4 @@
-"""One optimizer step, pure in (state, batch): forward, losses, gradients, update.
+"""One optimizer step, pure in (state, batch): forward, losses, gradients, update, unless the guard refuses it.
 
 Micro-batches are a scan over the accumulation axis. Losses on parameters alone are computed once per step, outside it.
 """
@@ -12,20 +12,15 @@ import optax
 from moe_erc.losses.load_balance import load_measures
 from moe_erc.sharding import replicate, shard_batch
 from moe_erc.training import router_state
+from moe_erc.training.guard import GuardConfig, judge
 
 
-def make_train_step(model, objective, optimizer, micro_batches, state_shardings):
+def make_train_step(model, objective, optimizer, micro_batches, state_shardings, guard=GuardConfig()):  # noqa: B008
     """The jitted (state, batch) -> (state, metrics); the state is donated, the batch holds a step's micro-batches."""
-    model = model.clone(observers=objective.observers)
+    gradients_of = step_gradients(model, objective, micro_batches)
 
     def train_step(state, batch):
-        rng = jax.random.fold_in(state.rng, state.step)
-        router = router_state.for_step(model.config, state.router, jax.random.fold_in(rng, 0))
-        of_batch = functools.partial(micro_batch_gradients, model, objective, state, router)
-        gradients, terms, (load_LE, active_L) = batch_gradients(of_batch, split(batch, micro_batches))
-        parameter_terms, parameter_gradients = parameter_only(objective, state.params, rng, state.loss_scales)
-        terms |= parameter_terms
-        gradients = jax.tree.map(jnp.add, gradients, parameter_gradients)
+        gradients, terms, (load_LE, active_L) = gradients_of(state, batch)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         params = objective.decouple(optax.apply_updates(state.params, updates))
         router, scales = router_state.after_step(model.config, state.router, state.loss_scales, load_LE, active_L)
@@ -37,8 +32,11 @@ def make_train_step(model, objective, optimizer, micro_batches, state_shardings)
             "norm/gradient": optax.tree.norm(gradients),
             "norm/parameters": optax.tree.norm(params),
         }
+        counts, after, told = judge(guard, state.guard, metrics)
         changed = {"params": params, "opt_state": opt_state, "router": router, "loss_scales": scales}
-        return state.replace(step=state.step + 1, **changed), metrics
+        kept = {name: getattr(state, name) for name in changed}
+        changed = jax.tree.map(functools.partial(jnp.where, counts), changed, kept)
+        return state.replace(step=state.step + 1, guard=after, **changed), metrics | told
 
     batch_shardings = shard_batch(model.mesh)
     return jax.jit(
@@ -47,6 +45,21 @@ def make_train_step(model, objective, optimizer, micro_batches, state_shardings)
         in_shardings=(state_shardings, batch_shardings),
         out_shardings=(state_shardings, replicate(model.mesh)),
     )
+
+
+def step_gradients(model, objective, micro_batches):
+    """(state, batch) -> (gradients, terms, (mean load, experts a token)) of one step, before anything is changed."""
+    model = model.clone(observers=objective.observers)
+
+    def gradients_of(state, batch):
+        rng = jax.random.fold_in(state.rng, state.step)
+        router = router_state.for_step(model.config, state.router, jax.random.fold_in(rng, 0))
+        of_batch = functools.partial(micro_batch_gradients, model, objective, state, router)
+        gradients, terms, routing = batch_gradients(of_batch, split(batch, micro_batches))
+        parameter_terms, parameter_gradients = parameter_only(objective, state.params, rng, state.loss_scales)
+        return jax.tree.map(jnp.add, gradients, parameter_gradients), terms | parameter_terms, routing
+
+    return gradients_of
 
 
 def parameter_only(objective, params, rng, scales):

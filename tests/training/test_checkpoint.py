@@ -12,7 +12,8 @@ from flax import struct
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from moe_erc.training.checkpoint import Checkpoints, check_same_run, prepare_directory
+from moe_erc.training.checkpoint import Checkpoints, prepare_directory
+from moe_erc.training.identity import check_same_run
 from moe_erc.training.state import Weights
 
 

@@ -17,7 +17,7 @@ from tensorboardX.proto.event_pb2 import Event
 from moe_erc.analysis.report import write_report
 from moe_erc.training.checkpoint import prepare_directory
 from moe_erc.training.json_lines import truncate
-from moe_erc.training.metrics import MetricWriter, peak_flops
+from moe_erc.training.metrics import MetricWriter, check_package, peak_flops
 from moe_erc.training.paths import absolute
 
 
@@ -100,7 +100,7 @@ def test_in_a_bucket_the_file_is_written_whole_before_a_checkpoint(bucket):
 
 
 def test_a_bucket_takes_the_report_and_is_shown_to_be_writable(bucket):
-    prepare_directory(bucket / "checkpoints")
+    assert prepare_directory(bucket / "checkpoints") is None  # nothing can be locked there
     write_report(bucket / "report.json", {"step": 3})
     assert json.loads((bucket / "report.json").read_text()) == {"step": 3}
     assert absolute(bucket) == bucket and absolute("runs").is_absolute()
@@ -148,8 +148,8 @@ def test_tensorboard_gets_a_curve_for_every_number(tmp_path):
 
 def test_a_missing_wandb_is_one_line_with_its_mend(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(ValueError, match=r"wandb_project = 'mine' needs the wandb package: pip install") as error:
-        MetricWriter(tmp_path, tensorboard=False, wandb_project="mine", config={})
+    with pytest.raises(ValueError, match=r"wandb_project: 'mine' needs wandb: pip install") as error:
+        check_package("mine")
     assert "\n" not in str(error.value)
 
 

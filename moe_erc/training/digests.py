@@ -1,0 +1,103 @@
+"""Whether a checkpoint is what was saved: size and CRC of every file, written with it and compared before it is read.
+
+They are one more item of the checkpoint, finished last, before the step gets its number: a numbered step without them
+is damaged, or of an earlier version. CRC-32 finds what disks and interrupted copies do; it is no proof against malice.
+"""
+
+import dataclasses
+import itertools
+import json
+import zlib
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+
+ITEM, FILE = "digests", "files.json"
+CHUNK = 1 << 24  # bytes read at a time
+READING_LIMIT = 6 * 60 * 60  # seconds for the slowest process
+_comparisons = itertools.count()
+
+
+class DigestHandler(ocp.CheckpointHandler):
+    """The item's handler; `finalize` runs on process 0 alone, in the background, once the items before are complete."""
+
+    def save(self, directory, args):
+        """There is nothing to write yet."""
+
+    def restore(self, directory, args):
+        """Only `find_fault` reads it."""
+
+    def finalize(self, directory):
+        """Writes {path: [bytes, CRC-32]} of all files of the other items; orbax still changes its own beside them."""
+        step = directory.parent
+        items = sorted(path for path in step.iterdir() if path.is_dir() and path != directory)
+        found = {path.relative_to(step).as_posix(): digest(path) for item in items for path in _files(item)}
+        (directory / FILE).write_text(json.dumps(found))
+
+
+@ocp.args.register_with_handler(DigestHandler, for_save=True, for_restore=True)
+@dataclasses.dataclass
+class DigestSave(ocp.args.CheckpointArgs):
+    """What asks for the item."""
+
+
+def _files(directory):
+    for path in sorted(directory.iterdir()):
+        if path.is_dir():
+            yield from _files(path)
+        else:
+            yield path
+
+
+def digest(path):
+    """[bytes, CRC-32] of a file."""
+    size, crc = 0, 0
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK):
+            size, crc = size + len(chunk), zlib.crc32(chunk, crc)
+    return [size, crc]
+
+
+def find_fault(step_directory):
+    """What is wrong with a checkpoint in a few words, "" for an intact one; the same on every process.
+
+    Of several processes each reads its share of the files.
+    """
+    try:
+        saved = json.loads((step_directory / ITEM / FILE).read_text())
+    except FileNotFoundError:
+        return f"{ITEM}/{FILE} is missing"
+    except OSError as error:
+        return f"{ITEM}/{FILE} cannot be read: {error.strerror}"
+    except ValueError:
+        return f"{ITEM}/{FILE} is no JSON"
+    names = sorted(saved)
+    share = names[jax.process_index() :: jax.process_count()]
+    faults = {name: fault for name in share if (fault := _compare(step_directory / name, saved[name]))}
+    first = min(map(names.index, faults), default=len(names))
+    _wait_for_all()
+    first = int(np.min(multihost_utils.process_allgather(np.int32(first))))
+    if first == len(names):
+        return ""
+    return faults.get(names[first], f"{names[first]} is not what was saved")
+
+
+def _wait_for_all():
+    """Where waiting is cheap: the exchange behind it, a device collective, has a short time limit of its own."""
+    if jax.process_count() > 1:
+        wait = ocp.multihost.get_barrier_sync_fn()
+        wait(key=f"moe_erc digests {next(_comparisons)}", timeout_ms=1000 * READING_LIMIT)
+
+
+def _compare(path, saved):
+    try:
+        size, crc = digest(path)
+    except FileNotFoundError:
+        return f"{path.name} is missing"
+    except OSError as error:
+        return f"{path.name} cannot be read: {error.strerror}"
+    if size != saved[0]:
+        return f"{path.name} has {size:,} bytes of {saved[0]:,}"
+    return "" if crc == saved[1] else f"{path.name} has other bytes than were saved"

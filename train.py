@@ -48,7 +48,7 @@ def main(_):
         # ---------------------------------------------------------------- configuration and devices
         processes.initialize()
         compilation_cache.enable()
-        command_line.check_intervals(config, "log", "eval", "checkpoint")
+        command_line.check_numbers(config)
         check_package(config.log.wandb_project)
         steps, length, batch_size = config.train.steps, config.data.sequence_length, config.train.batch_size
         config.data.tokenizer = tokenizer_files.tokenizer_of(config.init_from, config.data.tokenizer)

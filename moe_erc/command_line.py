@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import difflib
+import functools
 import pathlib
 import re
 import sys
@@ -12,6 +13,20 @@ from ml_collections import config_flags
 
 CONFIG = re.compile(r"--?config(=|$)")
 OVERRIDE = re.compile(r"--?config\.([\w.]+)")
+ANY = float("inf")
+LIMITS = {
+    "seed": (0, 2**32 - 1),
+    "train.steps": (1, ANY),
+    "train.profile_step": (0, ANY),
+    "losses.lm.chunk": (1, ANY),
+    "eval.every": (1, ANY),
+    "eval.windows": (0, ANY),
+    "eval.report_windows": (0, ANY),
+    "eval.task_limit": (0, ANY),
+    "checkpoint.every": (1, ANY),
+    "checkpoint.keep": (1, ANY),
+    "log.every": (1, ANY),
+}
 
 
 @contextlib.contextmanager
@@ -54,11 +69,13 @@ def config_name():
     return f"{pathlib.Path(path).stem}-{size or 'tiny'}"
 
 
-def check_intervals(config, *blocks):
-    """Refuses an `every` below one step in any of the blocks of a config."""
-    for block in blocks:
-        if config[block].every < 1:
-            raise ValueError(f"{block}.every: {config[block].every} is below 1; give a number of steps")
+def check_numbers(config):
+    """Refuses numbers of a config that scripts read themselves, out of the range that LIMITS gives their keys."""
+    for key, (least, most) in LIMITS.items():
+        value = functools.reduce(getattr, key.split("."), config)
+        if not least <= value <= most:
+            bound = f"below {least}" if value < least else f"above {most}"
+            raise ValueError(f"{key}: {value} is {bound}; give a number from {least} to {most}")
 
 
 def _parse(argv):
@@ -66,12 +83,14 @@ def _parse(argv):
         try:
             if "config" in flags.FLAGS:
                 _check_keys(argv)
-            arguments = flags.FLAGS(argv)
+            _, *strays = arguments = flags.FLAGS(argv)
             if not flags.FLAGS["verbosity"].present:
                 logging.set_verbosity(logging.WARNING)  # the libraries tell too much at the default
-            return arguments
         except (flags.Error, TypeError) as error:
             raise ValueError(str(error).strip().splitlines()[-1]) from error
+        if strays:
+            raise ValueError(f"{strays[0]!r} is no option: options look like --workdir=DIR or --config.a.b=value")
+        return arguments
 
 
 def _check_keys(argv):

@@ -23,6 +23,7 @@ OPTIONS = (
     "jax_disable_most_optimizations",
     "jax_enable_compilation_cache",
     "jax_compilation_cache_dir",
+    "jax_log_compiles",
     "jax_persistent_cache_min_compile_time_secs",
 )
 

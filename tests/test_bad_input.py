@@ -6,55 +6,155 @@ import pytest
 
 from tests import script
 
-
-@pytest.mark.parametrize("arguments, words", [
+SOURCE = "--config.data.sources=('{%s}',)"
+OLMOE = script.ROOT / "tests" / "hf" / "olmoe" / "default"
+TRAINING = [
+    # keys, types, words
     (["--config.model.widht=3"], ["config.model.widht", "config.model.width"]),
     (["--config.losses.erc.alfa=3"], ["config.losses.erc.alfa", "config.losses.erc.alpha"]),
-    (["--config.model.width=wide"], ["config.model.width", "wide"]),
+    (["--config.model=3"], ["config.model", "config.model.width"]),
     (["--confg=configs/erc.py"], ["confg"]),
+    (["stray"], ["'stray'", "--workdir=DIR"]),
+    (["--config.model.width=wide"], ["config.model.width", "wide"]),
+    (["--config.train.steps=1e3"], ["config.train.steps", "1e3"]),
+    (["--config.model.tie_embeddings=maybe"], ["config.model.tie_embeddings", "maybe"]),
+    (["--config.model.dtype=float8"], ["model.dtype", "float8", "bfloat16"]),
+    (["--config.model.remat=all"], ["model.remat", "all", "block"]),
+    (["--config.model.router=sigmoid"], ["model.router", "sigmoid", "softmax"]),
+    (["--config.model.attention_implementation=flash"], ["attention_implementation", "flash", "cudnn"]),
+    (["--config.model.experts_implementation=fast"], ["experts_implementation", "fast", "block_loop"]),
+    (["--config.optimizer.name=adamx"], ["optimizer.name", "adamx", "adamw"]),
+    (["--config.optimizer.schedule=sine"], ["optimizer.schedule", "sine", "cosine"]),
+    (["--config.losses.erc.noise=gaussian"], ["losses.erc", "noise", "gaussian"]),
+    (["--config.losses.erc.activation=relu"], ["losses.erc", "activation", "relu", "gate"]),
+    (["--config.losses.erc.layer_reduction=max"], ["losses.erc", "layer_reduction", "max", "mean"]),
+    (["--config.losses.load_balance.scope=epoch"], ["losses.load_balance", "scope", "epoch", "step"]),
+    (["--config.guard.nonfinite=ignore"], ["guard.nonfinite", "ignore", "stop"]),
+    # ranges
+    (["--config.seed=-1"], ["seed", "-1", "0"]),
+    (["--config.seed=99999999999999999999"], ["seed", "99999999999999999999", "4294967295"]),
+    (["--config.train.steps=0"], ["train.steps", "0", "1"]),
+    (["--config.train.profile_step=-1"], ["train.profile_step", "-1"]),
+    (["--config.train.batch_size=0"], ["train.batch_size", "0"]),
+    (["--config.model.layers=0"], ["model.layers", "0", "1"]),
+    (["--config.model.width=-32"], ["model.width", "-32"]),
+    (["--config.model.experts=0"], ["model.experts", "0"]),
+    (["--config.model.experts_per_token=0"], ["model.experts_per_token", "0"]),
+    (["--config.model.scan_unroll=0"], ["model.scan_unroll", "0"]),
+    (["--config.model.shared_experts=-1"], ["model.shared_experts", "-1"]),
+    (["--config.model.top_p=1.5"], ["model.top_p", "1.5", "at most 1"]),
+    (["--config.model.bias_rate=-1.0"], ["model.bias_rate", "-1.0"]),
+    (["--config.model.init_std=nan"], ["model.init_std", "nan", "positive"]),
+    (["--config.model.rope_theta=0.0"], ["model.rope_theta", "0.0", "positive"]),
+    (["--config.model.norm_eps=-1.0"], ["model.norm_eps", "-1.0", "positive"]),
+    (["--config.model.clip_qkv=-1.0"], ["model.clip_qkv", "-1.0", "at least 0"]),
+    (["--config.losses.erc.weight=-1.0"], ["losses.erc.weight", "-1.0"]),
+    (["--config.losses.erc.weight=nan"], ["losses.erc.weight", "nan"]),
+    (["--config.losses.erc.alpha=-1.0"], ["losses.erc", "alpha", "-1.0"]),
+    (["--config.losses.lm.chunk=0"], ["losses.lm.chunk", "0", "1"]),
+    (["--config.optimizer.learning_rate=nan"], ["optimizer.learning_rate", "nan", "positive"]),
+    (["--config.optimizer.b1=1.5"], ["optimizer.b1", "1.5", "below 1"]),
+    (["--config.optimizer.eps=0.0"], ["optimizer.eps", "0.0", "positive"]),
+    (["--config.optimizer.clip_norm=0.0"], ["optimizer.clip_norm", "0.0", "inf"]),
+    (["--config.optimizer.warmup_steps=6"], ["optimizer.warmup_steps", "6"]),
+    (["--config.guard.window=1"], ["guard.window", "1", "2"]),
+    (["--config.eval.every=0"], ["eval.every", "0", "1"]),
+    (["--config.eval.windows=-3"], ["eval.windows", "-3"]),
+    (["--config.eval.report_windows=-2"], ["eval.report_windows", "-2"]),
+    (["--config.eval.temperature=-0.5"], ["temperature", "-0.5"]),
+    (["--config.eval.sample_tokens=-1"], ["new_tokens", "-1"]),
+    (["--config.checkpoint.keep=0"], ["checkpoint.keep", "0", "1"]),
+    (["--config.log.every=-1"], ["log.every", "-1", "1"]),
+    # blocks that contradict each other
     (["--config.model.experts_per_token=5"], ["model.experts_per_token", "5", "4"]),
     (["--config.model.heads=3"], ["model.width", "32", "3"]),
-    (["--config.mesh.expert=5"], ["mesh", "5", "devices"]),
-    (["--config.train.batch_size=6", "--config.train.micro_batches=4"], ["train.batch_size", "6", "4"]),
-    (["--config.losses.erc.noise=gaussian"], ["losses.erc", "noise", "gaussian"]),
-    (["--config.losses.erc.weight=-1.0"], ["losses.erc.weight", "-1.0"]),
+    (["--config.model.kv_heads=3"], ["model.kv_heads", "2", "3"]),
     (["--config.model.router=aoe", "--config.model.gate_rank=8"], ["losses.erc.weight", "1.0", "'aoe'"]),
     (["--config.model.gate_rank=8"], ["model.gate_rank", "8", "'softmax'", "0"]),
-    (["--config.optimizer.name=adamx"], ["optimizer.name", "adamx", "adamw"]),
-    (["--config.eval.every=0"], ["eval.every", "0", "steps"]),
-    (["--config.eval.temperature=-0.5"], ["temperature", "-0.5"]),
-    (["--config.eval.tasks=('sciq',)", "--config.eval.task_dir=/no/tasks"], ["task_dir", "/no/tasks"]),
-    (["--config.optimizer.warmup_steps=6"], ["optimizer.warmup_steps", "6"]),
+    (["--config.model.bias_rate=0.001", "--config.model.top_p=0.5"], ["model.bias_rate", "top_p", "0.5"]),
+    (["--config.train.batch_size=6", "--config.train.micro_batches=4"], ["train.batch_size", "6", "4"]),
+    (["--config.train.micro_batches=0"], ["train.micro_batches", "0"]),
+    (["--config.eval.batch_size=0"], ["eval.batch_size", "0"]),
+    # meshes
+    (["--config.mesh.expert=5"], ["mesh", "5", "devices"]),
+    (["--config.mesh.data=0"], ["mesh.data", "0", "divisors"]),
+    (["--config.mesh.data=-1", "--config.mesh.expert=-1"], ["mesh.data", "-1", "one -1"]),
+    # text
+    (["--config.data.sources=()"], ["data.sources", "()", "at least one"]),
     (["--config.data.sources=('/no/such/place',)"], ["data.sources", "/no/such/place"]),
     (["--config.data.sources=('wiki41b/en',)"], ["wiki41b", "wiki40b"]),
-    (["--config.data.sources=('EMPTY',)"], ["EMPTY"]),
+    (["--config.data.sources=('mnist',)"], ["data.text_key", "mnist", "'text'"]),
+    ([SOURCE % "empty"], ["{empty}", ".txt"]),
+    ([SOURCE % "file"], ["{file}", "directory"]),
+    ([SOURCE % "blank"], ["{blank}", "0 training tokens"]),
+    ([SOURCE % "short"], ["{short}", "13 training tokens", "33"]),
+    ([SOURCE % "no_text"], ["{no_text}", "0 training tokens"]),
+    ([SOURCE % "picture"], ["{picture}", ".txt or .jsonl"]),
+    ([SOURCE % "broken_lines"], ["data.jsonl:2", "JSON", "'text'"]),
+    ([SOURCE % "no_key"], ["data.jsonl:1", "'text'", "data.text_key"]),
+    ([SOURCE % "number"], ["data.jsonl:1", "string", "'text'"]),
+    ([SOURCE % "tfds"], ["{tfds}", "dataset_info.json"]),
+    (["--config.data.weights=(1.0,2.0)"], ["data.weights", "2 weights", "1 data.sources"]),
+    (["--config.data.weights=(-1.0,)"], ["data.weights", "-1.0", "above 0"]),
     (["--config.data.validation_fraction=0.0"], ["data.validation_fraction", "raise"]),
+    (["--config.data.validation_fraction=1.5"], ["data.validation_fraction", "1.5"]),
+    (["--config.data.sequence_length=0"], ["data.sequence_length", "0"]),
     (["--config.data.sequence_length=100000"], ["data.sequence_length", "100000"]),
+    # tokenizers, models, tasks
     (["--config.data.tokenizer=/no/tokenizer.json"], ["/no/tokenizer.json"]),
-    (["--config.data.tokenizer=BROKEN"], ["broken.json"]),
+    (["--config.data.tokenizer={empty}"], ["{empty}", "tokenizer.json"]),
+    (["--config.data.tokenizer={half_json}"], ["{half_json}"]),
     (["--config.model.vocab_size=256"], ["model.vocab_size", "256", "257"]),
-    (["--workdir=FILE"], ["file"]),
+    (["--config.init_from=/no"], ["/no", "tokenizer.json"]),
+    (["--config.init_from={olmoe}"], ["{olmoe}", "tokenizer.json", "--config.data.tokenizer"]),
+    (["--config.eval.tasks=('sciq',)", "--config.eval.task_dir=/no/tasks"], ["task_dir", "/no/tasks"]),
+    # work directories
+    (["--workdir={file}"], ["{file}"]),
     (["--workdir=/proc/run"], ["/proc/run"]),
-], ids=lambda value: " ".join(value) if value and value[0].startswith("--") else "")  # fmt: skip
-def test_training_refuses(arguments, words, text_directory, tmp_path):
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "file").write_text("")
-    (tmp_path / "broken.json").write_text('{"model": ')
-    places = {"EMPTY": "empty", "BROKEN": "broken.json", "FILE": "file"}
-    for name, place in places.items():
-        arguments = [argument.replace(name, str(tmp_path / place)) for argument in arguments]
-    defaults = [
-        "--config=configs/erc.py:debug",
-        f"--config.data.sources=('{text_directory}',)",
-        "--config.data.validation_fraction=0.1",
-        f"--config.data.cache_dir={tmp_path / 'cache'}",
-        f"--workdir={tmp_path / 'run'}",
-    ]
-    code, printed = script.run("train.py", [*defaults, *arguments], tmp_path / "out")
-    words = [places[word].lower() if word in places else word for word in words]
+]
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    """Files and directories that are wrong in one way each, by name."""
+    root, texts = tmp_path_factory.mktemp("wrong"), {
+        "blank": {"a.txt": "", "b.txt": ""},
+        "short": {"a.txt": "a short text"},
+        "no_text": {"data.jsonl": '{"text": ""}\n{"text": ""}\n'},
+        "picture": {"a.png": "PNG"},
+        "broken_lines": {"data.jsonl": '{"text": "a"}\n{"text": \n'},
+        "no_key": {"data.jsonl": '{"body": "a"}\n'},
+        "number": {"data.jsonl": '{"text": 3}\n'},
+        "tfds": {"dataset_info.json": "{"},
+        "empty": {},
+    }  # fmt: skip
+    for name, files in texts.items():
+        (root / name).mkdir()
+        for file, text in files.items():
+            (root / name / file).write_text(text)
+    (root / "file").write_text("")
+    (root / "half_json").write_text('{"model": ')
+    return {path.name: str(path) for path in root.iterdir()} | {"olmoe": str(OLMOE)}
+
+
+@pytest.mark.parametrize("arguments, words", TRAINING, ids=lambda value: " ".join(value))
+def test_training_refuses(arguments, words, places, text_directory, tmp_path):
+    arguments, words = (
+        [text.format(**places) if "{" in text else text for text in texts] for texts in (arguments, words)
+    )
+    defaults = {
+        "--config": "configs/erc.py:debug",
+        "--config.data.sources": f"('{text_directory}',)",  # given twice, the library would take both
+        "--config.data.validation_fraction": "0.1",
+        "--config.data.cache_dir": tmp_path / "cache",
+        "--workdir": tmp_path / "run",
+    }
+    given = {argument.partition("=")[0] for argument in arguments}
+    arguments = [f"{name}={value}" for name, value in defaults.items() if name not in given] + arguments
+    code, printed = script.run("train.py", arguments, tmp_path / "out", environment={"JAX_LOG_COMPILES": True})
     last = printed.splitlines()[-1]
     assert code == 2 and last.startswith("error: ") and all(word in last for word in words), printed
-    assert "Traceback" not in printed
+    assert "Traceback" not in printed and "Compiling" not in printed
     assert not (tmp_path / "run").exists()
 
 

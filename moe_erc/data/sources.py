@@ -44,7 +44,7 @@ def open_source(name: str, config: DataConfig) -> Source:
             f"data.sources: no such directory '{name}'; "
             "give an existing directory, a TFDS name such as 'c4/en', or 'embedded'"
         )
-    return _from_tfds(name, tfds_source.named(name), config, config.text_key)
+    return _from_tfds(name, tfds_source.named(name, config.text_key), config, config.text_key)
 
 
 def _from_tfds(

@@ -44,15 +44,18 @@ def in_directory(path: Path) -> Builder:
         ) from error
 
 
-def named(name: str) -> Builder:
-    """A data set by its TFDS name, with an optional configuration ("c4/en"), prepared now if it is not yet."""
+def named(name: str, text_key: str) -> Builder:
+    """A data set by its TFDS name, with an optional configuration ("c4/en"), prepared now if it is not yet.
+
+    One without the feature `text_key` is refused before anything is downloaded.
+    """
     _register_legacy_builders()
 
     def construct() -> Builder:
         return tfds.builder(name, file_format="array_record")
 
     try:
-        construct()
+        builder = construct()
     except tfds.core.DatasetNotFoundError:
         known = ["embedded", *tfds.list_builders(with_community_datasets=False)]
         (nearest,) = difflib.get_close_matches(name, known, n=1, cutoff=0)
@@ -64,6 +67,7 @@ def named(name: str) -> Builder:
         raise ValueError(
             f"data.sources: TFDS refuses '{name}' ({_one_line(error)}); see the names at tensorflow.org/datasets"
         ) from error
+    check_text(builder, text_key)
     try:
         return prepare(construct)
     except Exception as error:

@@ -41,13 +41,15 @@ def check_sizes(config):
         raise ValueError(
             f"model.kv_heads: {config.heads} heads cannot share {config.kv_heads} key/value heads; use a divisor"
         )
-    if not 0 <= config.clip_qkv < math.inf:
-        raise ValueError(f"model.clip_qkv: {config.clip_qkv} must be at least 0 and finite")
 
 
-def check_routing(config):
-    """Refuses what no router can do, and what the model's cannot."""
+def check_numbers(config):
+    """Refuses real numbers out of their range."""
     for name, (holds, limit) in {
+        "rope_theta": (0 < config.rope_theta < math.inf, "positive and finite"),
+        "norm_eps": (0 < config.norm_eps < math.inf, "positive and finite"),
+        "init_std": (0 < config.init_std < math.inf, "positive and finite"),
+        "clip_qkv": (0 <= config.clip_qkv < math.inf, "at least 0 and finite"),
         "top_p": (0 < config.top_p <= 1, "above 0 and at most 1 (1 keeps all K)"),
         "bias_rate": (0 <= config.bias_rate < math.inf, "at least 0 and finite"),
         "mpi_scale": (0 < config.mpi_scale < math.inf, "positive and finite"),
@@ -57,6 +59,10 @@ def check_routing(config):
     }.items():
         if not holds:
             raise ValueError(f"model.{name}: {getattr(config, name)} must be {limit}")
+
+
+def check_routing(config):
+    """Refuses what the model's router cannot do."""
     rank = config.width * config.expert_width // (config.width + config.expert_width)
     for refused, key, reason in (
         (config.factorizes and not config.gate_rank, "gate_rank", f"factorises gates; {rank} keeps their size"),

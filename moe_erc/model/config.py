@@ -8,7 +8,7 @@ import math
 
 import jax
 
-from moe_erc.model.check import check_routing, check_sizes
+from moe_erc.model.check import check_numbers, check_routing, check_sizes
 from moe_erc.moe.experts import FACTORIZED, GATED
 from moe_erc.moe.layer import declare
 from moe_erc.moe.routers import ROUTERS
@@ -52,6 +52,7 @@ class ModelConfig:
 
     def __post_init__(self):
         check_sizes(self)
+        check_numbers(self)
         check_routing(self)
 
     @property

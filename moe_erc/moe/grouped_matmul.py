@@ -60,7 +60,9 @@ tokamax_matmul.defvjp(_tokamax_forward, _tokamax_backward)
 def _tokamax(x_MD, w_EDF, sizes_E):
     import tokamax
 
-    return tokamax.ragged_dot(x_MD, w_EDF, sizes_E, preferred_element_type=x_MD.dtype)
+    # Left to itself it may choose XLA's on a GPU too, which is dense there.
+    kernels = None if jax.default_backend() == "cpu" else ("mosaic", "triton")
+    return tokamax.ragged_dot(x_MD, w_EDF, sizes_E, preferred_element_type=x_MD.dtype, implementation=kernels)
 
 
 def _inside(sizes_E, rows):

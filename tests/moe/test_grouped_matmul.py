@@ -77,13 +77,12 @@ def test_values_and_gradients_are_those_of_a_loop(name, sizes, dtype):
 
 
 @pytest.mark.parametrize("name", ["ragged", "pallas"])
-def test_blocks_of_low_precision_are_summed_in_float32(name, monkeypatch):
-    monkeypatch.setattr(by_library, "BLOCK", 1)
-    monkeypatch.setattr(by_kernel, "DEPTH_BYTES", 2)
-    # 1 + 300 / 512: a sum in bfloat16, of 8 bits, would stay at 1
-    x_MD = jnp.full((301, 1), 1 / 512, jnp.bfloat16).at[0].set(1)
-    gradient = jax.grad(lambda w_EDF: jnp.sum(MATMULS[name](x_MD, w_EDF, jnp.array([301]))))
-    assert gradient(jnp.ones((1, 1, 1), jnp.bfloat16)).item() == pytest.approx(1 + 300 / 512, rel=2**-8)
+def test_rows_of_low_precision_are_summed_in_float32(name, monkeypatch):
+    monkeypatch.setattr(by_library, "BLOCK", 64)  # as many rows as the kernel takes at a time
+    # 127 blocks of 1 + 63 / 2^14 are 127.49. Of a block or of their sum, bfloat16's 8 bits would keep 1 and 127.
+    x_MD = jnp.full((127, 64), 2**-14, jnp.bfloat16).at[:, 0].set(1).reshape(-1, 1)
+    gradient = jax.grad(lambda w_EDF: jnp.sum(MATMULS[name](x_MD, w_EDF, jnp.array([len(x_MD)]))))
+    assert gradient(jnp.ones((1, 1, 1), jnp.bfloat16)).item() == 127.5
 
 
 def test_operands_of_two_dtypes_are_multiplied_in_the_wider():

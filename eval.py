@@ -8,8 +8,7 @@
     python eval.py --workdir=runs/erc-tiny --generate="def main("      how it goes on, token by token
     python eval.py --workdir=runs/erc-tiny --export=DIR   the model for transformers and vLLM, an OLMoE
 
-An OLMoE --checkpoint has tasks (into tasks/NAME) and text too. A workdir may be gs://bucket/path; on several processes
-(docs/launch.md) the first one prints and writes. Wrong input is one line and exit code 2.
+An OLMoE --checkpoint has tasks and text too. A workdir may be gs://bucket/path. Wrong input is one line, exit code 2.
 """
 
 from absl import flags

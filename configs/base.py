@@ -58,7 +58,7 @@ def _model():
     model.dtype = "float32"  # of matmuls: float32 or bfloat16; parameters, losses and norms are float32
     model.remat = "none"  # "block" recomputes each layer in the backward pass: less memory, a third more time
     model.scan_unroll = 1  # layers per turn of the scan over layers: fewer copies, longer compilation
-    model.attention_implementation = "auto"  # of jax.nn.dot_product_attention: xla, cudnn
+    model.attention_implementation = "auto"  # xla (in slices of queries), cudnn (GPU, bfloat16)
     model.experts_implementation = "auto"  # dense (oracle), block_loop (CPU), ragged (TPU), pallas or tokamax (GPU)
     return model
 

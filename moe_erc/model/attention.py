@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from jax.extend import backend
 
 SLICE, SLICES = 64, 8  # queries of a slice at least, and slices at most: every one is compiled
 NOTHING = np.finfo(np.float32).min  # as a score
@@ -28,6 +29,14 @@ def rope(x_BTHD, theta, context=None):
         sin, cos = (jnp.asarray(of).at[context.positions_BT].get(mode="fill") for of in (sin, cos))
     first, second = jnp.split(x_BTHD.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_BTHD.dtype)
+
+
+def uses_cudnn(implementation, query_BTHD):
+    """Whether cuDNN's fused attention is called: where it was asked for, and by "auto" where it takes what is there."""
+    if implementation != "auto" or "cuda" not in backend.get_backend().platform_version:
+        return implementation == "cudnn"
+    width = query_BTHD.shape[-1]
+    return query_BTHD.dtype in (jnp.bfloat16, jnp.float16) and width % 8 == 0 and width <= 128
 
 
 def attend(query_BTHD, key_BSGD, value_BSGD, attends_BTS=None):
@@ -82,7 +91,7 @@ class Attention(nn.Module):
         cache = None
         if context is not None and context.cache is not None:
             key, value = cache = context.write(key, value)
-        if context is None and config.attention_implementation == "cudnn":
+        if context is None and uses_cudnn(config.attention_implementation, query):
             y_BTHD = jax.nn.dot_product_attention(query, key, value, is_causal=True, implementation="cudnn")
         else:
             y_BTHD = attend(query, key, value, context and context.attends_BTS)

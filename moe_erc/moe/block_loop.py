@@ -12,33 +12,35 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from moe_erc.moe.rows import add, by_row, sort_by_expert, take
+
 SMALLEST, LARGEST = 8, 128  # rows of a block
 MATMUL = partial(jnp.matmul, preferred_element_type=jnp.float32)
 
 
 def block_loop(expert, x_ND, assigned, experts_NK, matrices):
     """(summed by token, kept by assignment) of `expert` on its rows; see `experts.py` for the contract."""
-    return _loop(expert, x_ND, assigned, experts_NK, _sort_by_expert(experts_NK, len(matrices["w_down"])), matrices)
+    return _loop(expert, x_ND, assigned, experts_NK, _groups(experts_NK, matrices), matrices)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _loop(expert, x_ND, assigned, experts_NK, sorted_rows, matrices):
     order_M, groups = sorted_rows
-    assigned, size = _by_row(assigned), _block_size(experts_NK, matrices)
+    assigned, size = by_row(assigned), _block_size(experts_NK, matrices)
 
     def one_expert(totals, group_and_matrices):
         group, of_expert = group_and_matrices
 
         def block(index, totals):
             rows, tokens = _block(order_M, group, index * size, size, experts_NK.shape)
-            results = expert(_take(x_ND, tokens), _take(assigned, rows), of_expert, MATMUL)
-            return tuple(map(_add, totals, (tokens, rows), results))
+            results = expert(take(x_ND, tokens), take(assigned, rows), of_expert, MATMUL)
+            return tuple(map(add, totals, (tokens, rows), results))
 
         return lax.fori_loop(0, _blocks(group, size), block, totals), None
 
     of_expert = jax.tree.map(lambda leaf: leaf[0], matrices)
     summed, kept = jax.eval_shape(
-        lambda *of: expert(*of, MATMUL), x_ND, _take(assigned, jnp.arange(len(x_ND))), of_expert
+        lambda *of: expert(*of, MATMUL), x_ND, take(assigned, jnp.arange(len(x_ND))), of_expert
     )
 
     def zeros(rows, dtype):
@@ -56,7 +58,7 @@ def _forward(expert, *inputs):
 
 def _backward(expert, inputs, gradients):
     x_ND, assigned, experts_NK, (order_M, groups), matrices = inputs
-    assigned, gradients = _by_row(assigned), (gradients[0], _by_row(gradients[1]))
+    assigned, gradients = by_row(assigned), (gradients[0], by_row(gradients[1]))
     size = _block_size(experts_NK, matrices)
 
     def one_expert(of_rows, group_and_matrices):
@@ -65,12 +67,12 @@ def _backward(expert, inputs, gradients):
         def block(index, totals):
             rows, tokens = _block(order_M, group, index * size, size, experts_NK.shape)
             results, pull_back = jax.vjp(
-                lambda *of: expert(*of, MATMUL), _take(x_ND, tokens), _take(assigned, rows), of_expert
+                lambda *of: expert(*of, MATMUL), take(x_ND, tokens), take(assigned, rows), of_expert
             )
-            taken = tuple(map(_take, gradients, (tokens, rows)))
+            taken = tuple(map(take, gradients, (tokens, rows)))
             dx, dassigned, dmatrices = pull_back(jax.tree.map(lambda d, y: d.astype(y.dtype), taken, results))
             dx_ND, dassigned_M, total = totals
-            return _add(dx_ND, tokens, dx), _add(dassigned_M, rows, dassigned), jax.tree.map(jnp.add, total, dmatrices)
+            return add(dx_ND, tokens, dx), add(dassigned_M, rows, dassigned), jax.tree.map(jnp.add, total, dmatrices)
 
         start = (*of_rows, jax.tree.map(lambda leaf: jnp.zeros_like(leaf, jnp.float32), of_expert))
         *of_rows, dmatrices = lax.fori_loop(0, _blocks(group, size), block, start)
@@ -85,23 +87,11 @@ def _backward(expert, inputs, gradients):
 _loop.defvjp(_forward, _backward)
 
 
-def _sort_by_expert(experts_NK, experts):
-    """Assignment ids (n K + k) ordered by expert, those of nobody here last, and the (start, count) of each expert."""
-    experts_M = experts_NK.reshape(-1)
-    keys_M = jnp.where((experts_M >= 0) & (experts_M < experts), experts_M, experts)
-    order_M = _argsort(keys_M, experts + 1)
-    bounds = jnp.searchsorted(keys_M[order_M], jnp.arange(experts + 1))
+def _groups(experts_NK, matrices):
+    """(rows ordered by expert, the (start, count) of each expert)."""
+    order_M, counts_E = sort_by_expert(experts_NK, len(matrices["w_down"]))
     # Padded, so that the slice of a last, partial block never slides back over rows already done.
-    return jnp.pad(order_M, (0, LARGEST)), (bounds[:-1], jnp.diff(bounds))
-
-
-def _argsort(keys_M, end):
-    """Stable, of keys in [0, end). Key and place in one number sort six times as fast on a CPU as side by side."""
-    count = len(keys_M)
-    if end * count > jnp.iinfo(jnp.uint32).max:
-        return jnp.argsort(keys_M, stable=True)
-    places_M = jnp.arange(count, dtype=jnp.uint32)
-    return (lax.sort(keys_M.astype(jnp.uint32) * count + places_M) % count).astype(jnp.int32)
+    return jnp.pad(order_M, (0, LARGEST)), (jnp.cumsum(counts_E) - counts_E, counts_E)
 
 
 def _block_size(experts_NK, matrices):
@@ -121,15 +111,3 @@ def _block(order_M, group, offset, size, shape_NK):
     rows = lax.dynamic_slice_in_dim(order_M, start + offset, size)
     rows = jnp.where(offset + jnp.arange(size) < count, rows, tokens * experts_per_token)
     return rows, rows // experts_per_token
-
-
-def _by_row(of_assignments):
-    return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), of_assignments)
-
-
-def _take(tree, indices):
-    return jax.tree.map(lambda leaf: leaf.at[indices].get(mode="fill", fill_value=0), tree)
-
-
-def _add(totals, indices, rows):
-    return jax.tree.map(lambda total, leaf: total.at[indices].add(leaf, mode="drop"), totals, rows)

@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from moe_erc.moe.rows import add, by_row, sort_by_expert, take
+
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def grouped(matmul, expert, x_ND, assigned, experts_NK, matrices):
@@ -19,21 +21,21 @@ def grouped(matmul, expert, x_ND, assigned, experts_NK, matrices):
 
     `matmul(x_MD, w_EDF, sizes_E)` multiplies consecutive groups of rows, each with its matrix.
     """
-    assigned = _by_row(assigned)
+    assigned = by_row(assigned)
 
     def results(tokens, rows, sizes_E):
         product = partial(matmul, sizes_E=sizes_E)
-        return expert(_take(x_ND, tokens), _take(assigned, rows), matrices, product)
+        return expert(take(x_ND, tokens), take(assigned, rows), matrices, product)
 
-    def add(totals, tokens, rows, sizes_E):
-        return tuple(map(_add, totals, (tokens, rows), results(tokens, rows, sizes_E)))
+    def add_chunk(totals, tokens, rows, sizes_E):
+        return tuple(map(add, totals, (tokens, rows), results(tokens, rows, sizes_E)))
 
     def zeros(rows, dtype):
         return lambda leaf: jnp.zeros_like(x_ND, dtype or leaf.dtype, shape=(rows, *leaf.shape[1:]))
 
     summed, kept = jax.eval_shape(results, *_first(_chunks(experts_NK, matrices)))
     totals = jax.tree.map(zeros(len(x_ND), jnp.float32), summed), jax.tree.map(zeros(experts_NK.size, None), kept)
-    summed, kept = _over_chunks(add, totals, experts_NK, matrices)
+    summed, kept = _over_chunks(add_chunk, totals, experts_NK, matrices)
     kept = jax.tree.map(lambda leaf: leaf.reshape(*experts_NK.shape, *leaf.shape[1:]), kept)
     return jax.tree.map(lambda leaf: leaf.astype(x_ND.dtype), summed), kept
 
@@ -45,20 +47,20 @@ def _forward(matmul, expert, *inputs):
 def _backward(matmul, expert, inputs, gradients):
     # Else XLA may recognise what is recomputed, and keep it from the forward on.
     x_ND, assigned, experts_NK, matrices = lax.optimization_barrier(inputs)
-    assigned, gradients = _by_row(assigned), (gradients[0], _by_row(gradients[1]))
+    assigned, gradients = by_row(assigned), (gradients[0], by_row(gradients[1]))
 
-    def add(totals, tokens, rows, sizes_E):
+    def add_chunk(totals, tokens, rows, sizes_E):
         product = partial(matmul, sizes_E=sizes_E)
-        taken = _take(x_ND, tokens), _take(assigned, rows), matrices
+        taken = take(x_ND, tokens), take(assigned, rows), matrices
         results, pull_back = jax.vjp(lambda *of: expert(*of, product), *taken)
-        of_results = tuple(map(_take, gradients, (tokens, rows)))
+        of_results = tuple(map(take, gradients, (tokens, rows)))
         dx, dassigned, dmatrices = pull_back(jax.tree.map(lambda d, y: d.astype(y.dtype), of_results, results))
         dx_ND, dassigned_M, total = totals
-        return _add(dx_ND, tokens, dx), _add(dassigned_M, rows, dassigned), jax.tree.map(jnp.add, total, dmatrices)
+        return add(dx_ND, tokens, dx), add(dassigned_M, rows, dassigned), jax.tree.map(jnp.add, total, dmatrices)
 
     inputs = x_ND, assigned, matrices
     totals = _over_chunks(
-        add, jax.tree.map(lambda leaf: jnp.zeros_like(leaf, jnp.float32), inputs), experts_NK, matrices
+        add_chunk, jax.tree.map(lambda leaf: jnp.zeros_like(leaf, jnp.float32), inputs), experts_NK, matrices
     )
     dx_ND, dassigned, dmatrices = jax.tree.map(lambda d, leaf: d.astype(leaf.dtype), totals, inputs)
     dassigned = jax.tree.map(lambda d: d.reshape(*experts_NK.shape, *d.shape[1:]), dassigned)
@@ -68,15 +70,15 @@ def _backward(matmul, expert, inputs, gradients):
 grouped.defvjp(_forward, _backward)
 
 
-def _over_chunks(add, totals, experts_NK, matrices):
-    """`add(totals, tokens, rows, sizes_E) -> totals` of every chunk that has rows, one after the other."""
+def _over_chunks(add_chunk, totals, experts_NK, matrices):
+    """`add_chunk(totals, tokens, rows, sizes_E) -> totals` of every chunk that has rows, one after the other."""
     chunks = _chunks(experts_NK, matrices)
     if len(chunks[0]) == 1:  # without a loop XLA sees that the totals begin as zeros, and stores none
-        return add(totals, *_first(chunks))
+        return add_chunk(totals, *_first(chunks))
 
     def chunk(totals, of_chunk):
         filled = jnp.any(of_chunk[-1] > 0)
-        return lax.cond(filled, lambda totals: add(totals, *of_chunk), lambda totals: totals, totals), None
+        return lax.cond(filled, lambda totals: add_chunk(totals, *of_chunk), lambda totals: totals, totals), None
 
     return lax.scan(chunk, totals, chunks)[0]
 
@@ -90,11 +92,8 @@ def _chunks(experts_NK, matrices):
     assignments, experts_per_token = experts_NK.size, experts_NK.shape[-1]
     chunks = -(-assignments // (experts * width))
     size = -(-assignments // chunks)
-    experts_M = experts_NK.reshape(-1)
-    sizes_E = jnp.sum(experts_M[:, None] == jnp.arange(experts), axis=0, dtype=jnp.int32)
+    order_M, sizes_E = sort_by_expert(experts_NK, experts)
     ends_E = jnp.cumsum(sizes_E)
-    local_M = (experts_M >= 0) & (experts_M < experts)
-    order_M = jnp.argsort(jnp.where(local_M, experts_M, experts), stable=True)
     order_M = jnp.where(jnp.arange(assignments) < ends_E[-1], order_M, assignments)
     rows_CR = jnp.pad(order_M, (0, chunks * size - assignments), constant_values=assignments).reshape(chunks, size)
     first_C1 = size * jnp.arange(chunks)[:, None]
@@ -104,15 +103,3 @@ def _chunks(experts_NK, matrices):
 
 def _first(tree):
     return jax.tree.map(lambda leaf: leaf[0], tree)
-
-
-def _by_row(of_assignments):
-    return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), of_assignments)
-
-
-def _take(tree, indices):
-    return jax.tree.map(lambda leaf: leaf.at[indices].get(mode="fill", fill_value=0), tree)
-
-
-def _add(totals, indices, rows):
-    return jax.tree.map(lambda total, leaf: total.at[indices].add(leaf, mode="drop"), totals, rows)

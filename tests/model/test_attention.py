@@ -1,11 +1,14 @@
 """Norm and rotation by hand; attention against the definition, head by head in NumPy."""
 
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend import backend
 
-from moe_erc.model.attention import SLICE, SLICES, Attention, attend, rms_norm, rope
+from moe_erc.model.attention import SLICE, SLICES, Attention, attend, rms_norm, rope, uses_cudnn
 
 
 def test_rms_norm_by_hand():
@@ -76,3 +79,17 @@ def test_slices_of_queries_make_no_difference(time):
     jax.tree.map(lambda *of: np.testing.assert_allclose(*of, rtol=1e-5, atol=1e-5), gradients(attend), expected)
     masked = jax.nn.dot_product_attention(query, key, value, mask=blocked_BTS[:, None], implementation="xla")
     np.testing.assert_allclose(attend(query, key, value, blocked_BTS), masked, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("implementation, platform, dtype, width, expected", [
+    ("auto", "cuda 12090", jnp.bfloat16, 64, True),
+    ("auto", "cuda 12090", jnp.float32, 64, False),
+    ("auto", "cuda 12090", jnp.bfloat16, 132, False),
+    ("auto", "cuda 12090", jnp.bfloat16, 36, False),
+    ("auto", "rocm 7.0", jnp.bfloat16, 64, False),
+    ("xla", "cuda 12090", jnp.bfloat16, 64, False),
+    ("cudnn", "cuda 12090", jnp.float32, 64, True),  # refused by cuDNN, in its own words
+])  # fmt: skip
+def test_cudnn_is_chosen_where_it_takes_what_is_there(monkeypatch, implementation, platform, dtype, width, expected):
+    monkeypatch.setattr(backend, "get_backend", lambda: types.SimpleNamespace(platform_version=platform))
+    assert uses_cudnn(implementation, jnp.zeros((1, 2, 1, width), dtype)) is expected

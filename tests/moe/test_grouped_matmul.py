@@ -56,7 +56,7 @@ def value_and_gradients(name):
     return run
 
 
-@pytest.mark.usefixtures("quick_compilation", "small_tiles")
+@pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
 @EVERY_MATMUL

@@ -95,7 +95,6 @@ def test_factorised_gates_empty_slots_and_what_is_kept_on_any_mesh(shape, name):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(b, a, rtol=1e-4, atol=1e-4), expected, found)
 
 
-@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize("spread", ["empty slots", "one expert"])
 def test_interpreted_kernels_on_a_mesh(spread, monkeypatch):
     # jax interprets no kernel under the replication check; test_pallas_matmul.py lowers them for GPUs with it on.

@@ -18,7 +18,6 @@ from moe_erc.training.guard import IN_A_ROW, SKIPPED, ZSCORE, GuardConfig, Stopp
 from moe_erc.training.state import abstract_state, initializer, shardings
 from moe_erc.training.step import make_train_step, step_gradients
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 LENGTH, BATCH = 16, 8
 
 

@@ -43,7 +43,7 @@ EXTRAS = {
     "plot": PLOT,
     "notebook": NOTEBOOK,
     "eval": EVAL,
-    "hf": ["transformers>=5.23", "safetensors", "torch", "tokenizers"],
+    "hf": ["transformers>=5.23", "safetensors", "torch", "tokenizers", "accelerate"],  # the last: the harness's backend
     "gcs": ["gcsfs"],  # gs:// paths; brings google-cloud-storage, which TensorBoard curves there need
     "cuda12": ["jax[cuda12]"],
     "cuda13": ["jax[cuda13]"],

@@ -64,7 +64,7 @@ def build(kind):
 
 
 def build_peer(kind, threads):
-    """(run, facts) of the harness's own backend; needs the extras `hf` and `eval`, and `accelerate`."""
+    """(run, facts) of the harness's own backend; needs the extras `hf` and `eval`."""
     import tokenizers
     import torch
     from lm_eval.models.huggingface import HFLM
@@ -130,7 +130,7 @@ def show(rows):
 def main():
     parser = argparse.ArgumentParser(prog="python -m benchmarks.scoring", description=__doc__.split("\n")[0])
     parser.add_argument(
-        "--peer", action="store_true", help="the harness's own backend as well; needs hf, eval and accelerate"
+        "--peer", action="store_true", help="the harness's own backend as well; needs the extras hf and eval"
     )
     parser.add_argument("--json", type=pathlib.Path, help="also write rows, versions and device here")
     parser.add_argument("--rounds", type=int, default=7, help="turns of every row")

@@ -33,9 +33,9 @@ STEPS_A_KILL, EVALUATE, SAVE = 40, 20, 5
 
 
 def in_corpus(run, chance):
-    """Once the first file of the corpus is there, which `kill` has removed before."""
-    yield from until(lambda: run.cache.exists() and any(path.is_file() for path in run.cache.rglob("*")))
-    time.sleep(chance.uniform(0, 2))
+    """Once the first directory of the cache is there, which `kill` has removed before."""
+    yield from until(lambda: run.cache.exists() and any(run.cache.iterdir()))
+    time.sleep(chance.uniform(0, 0.5))
 
 
 def before_the_first_step(run, chance):

@@ -10,11 +10,18 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 
 class Watched:
-    """Starts as often as it is told to; what it prints is in `directory`/out, the compilation cache is shared."""
+    """Starts as often as it is told to, on this repository's own code, which is prepared in a second.
+
+    What it prints is in `directory`/out; runs of one directory share corpus and compilation cache.
+    """
 
     def __init__(self, directory, workdir, **settings):
         self.workdir, self.cache = pathlib.Path(workdir), pathlib.Path(directory) / "cache"
-        self._out = pathlib.Path(directory) / "out"
+        self._out, text = pathlib.Path(directory) / "out", pathlib.Path(directory) / "text"
+        text.mkdir(exist_ok=True)
+        for number, path in enumerate(sorted((ROOT / "moe_erc").rglob("*.py"))):
+            (text / f"{number:03}.txt").write_bytes(path.read_bytes())
+        settings |= {"data.sources": f"('{text}',)", "data.validation_fraction": 0.1}
         self._command = [sys.executable, "train.py", "--config=configs/erc.py:debug", f"--workdir={workdir}"]
         self._command += [f"--config.{key}={value}" for key, value in settings.items()]
         self._command += [f"--config.data.cache_dir={self.cache}", "--config.log.tensorboard=False"]

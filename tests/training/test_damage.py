@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -246,14 +245,16 @@ def test_one_writer_at_a_time_and_a_killed_one_is_none(directory):
     environment = os.environ | {"PYTHONPATH": os.getcwd(), "JAX_NUM_CPU_DEVICES": "1"}
     with subprocess.Popen(program, env=environment, stdout=subprocess.PIPE, text=True) as holder:
         assert holder.stdout.readline() == "held\n"
-        torn.mkdir()  # what the other one is writing
-        refused = rf"a run is writing to .* \(process {holder.pid} on .*\): wait for it or use another --workdir"
-        with pytest.raises(ValueError, match=refused):
-            prepare_directory(directory)
-        assert torn.exists()
-        with Checkpoints(directory) as reader:
-            assert reader.newest_intact() == 3
-        holder.send_signal(signal.SIGKILL)
+        try:
+            torn.mkdir()  # what the other one is writing
+            refused = rf"a run is writing to .* \(process {holder.pid} on .*\): wait for it or use another --workdir"
+            with pytest.raises(ValueError, match=refused):
+                prepare_directory(directory)
+            assert torn.exists()
+            with Checkpoints(directory) as reader:
+                assert reader.newest_intact() == 3
+        finally:
+            holder.kill()  # SIGKILL
         holder.wait()
     prepare_directory(directory).close()
     assert not torn.exists()

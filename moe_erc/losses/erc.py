@@ -93,8 +93,8 @@ def erc_loss(
       layer_reduction: "mean" keeps the weight comparable with a layer-averaged balance loss; "sum".
 
     Loss and gradients are finite while M stays below 1e18, and with `normalize` or noise "expected" |proxy| and |w_j|_F
-    as well: their squares are float32, where what is below 1e-18 may count as 0. Where a parameter that is read is not
-    finite, neither is the loss.
+    as well: their squares are float32, where what is below 1e-18 may count as 0. The loss of one expert is 0; that of
+    more is not finite where a parameter that is read is not.
 
     Raises:
       ValueError: for a word that is none of the above, or one that has no meaning with a non-linear activation.

@@ -21,7 +21,9 @@ def check(directory: Path) -> None:
         try:
             content = json.loads(path.read_bytes())
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"data.sources: '{path}' is not JSON ({error}); prepare the data set again") from None
+            raise ValueError(
+                f"data.sources: '{directory}' holds a {path.name} that TFDS cannot read ({error}); prepare it again"
+            ) from None
         for key, value in _strings(content):
             if key in _CLASS_KEYS and "." in value and not value.startswith(_OWN):
                 raise ValueError(f"data.sources: '{path}' names the class {value!r}; only those of TFDS are loaded")

@@ -145,16 +145,16 @@ def open_run(workdir) -> Run:
     step = checkpoints.newest_intact()
     processes.agree({"checkpoint": step})
     meta = checkpoints.read_meta(step or None)
-    config = meta["config"]
-    with processes.first():
-        corpus = text.prepare(text.DataConfig(**config["data"]))
-    processes.agree({"data": corpus.identity})
-    if corpus.tokenizer.identity != meta["data"]["tokenizer"]:
-        raise ValueError(f"data.tokenizer: {config['data']['tokenizer']!r} is not the one the run was trained with")
     try:
-        model_config = ModelConfig(**config["model"])
-    except TypeError as error:
+        config, trained_with = meta["config"], meta["data"]["tokenizer"]
+        data_config, model_config = text.DataConfig(**config["data"]), ModelConfig(**config["model"])
+    except (KeyError, TypeError) as error:
         raise ValueError(f"{workdir} is of another version of moe_erc ({error}); evaluate it with that one") from None
+    with processes.first():
+        corpus = text.prepare(data_config)
+    processes.agree({"data": corpus.identity})
+    if corpus.tokenizer.identity != trained_with:
+        raise ValueError(f"data.tokenizer: {data_config.tokenizer!r} is not the one the run was trained with")
     model, abstract = _lay_out(model_config)
     shape_BT = _rows(model, config["eval"]["batch_size"]), config["data"]["sequence_length"]
     weights = checkpoints.restore_weights(abstract, step)
@@ -173,7 +173,7 @@ def open_checkpoint(directory, model_block) -> Opened:
     model_config.check_vocabulary(tokenizer.vocab_size)
     model, abstract = _lay_out(model_config)
     weights = Weights(olmoe.import_olmoe(source, model_config, abstract.params), {})
-    shape_BT = _rows(model, ROWS), config.get("max_position_embeddings", 4096)
+    shape_BT = _rows(model, ROWS), olmoe_config.context_length(config)
     return Opened(None, epath.Path("tasks") / source.name, model, weights, tokenizer, shape_BT)
 
 

@@ -20,11 +20,11 @@ def read_metrics(path):
     for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)
-        except json.JSONDecodeError:
+            step = row.pop("step")
+        except (ValueError, RecursionError, KeyError, AttributeError, TypeError):
             if number == len(lines):
                 break
-            raise ValueError(f"{path}: line {number} is not JSON") from None
-        step = row.pop("step")
+            raise ValueError(f"{path}: line {number} is not JSON of a step") from None
         for name, value in row.items():
             values[name][step] = value
     return {name: _curve(by_step) for name, by_step in values.items()}

@@ -21,6 +21,8 @@ from moe_erc.data.tokenizer import Tokenizer
 
 FORMAT_VERSION = 1
 _INDEX = "index.json"
+_DTYPES = ("<u2", "<u4")
+_KINDS = {"split": str, "domain": str, "file": str, "tokens": int, "bytes": int, "documents": int, "sha256": str}
 _BYTES_PER_BATCH = 2**20  # of text held in memory while it is tokenised
 
 
@@ -53,7 +55,7 @@ class _Writer:
         self._tokens = self._bytes = self._documents = 0
 
     def append(self, ids: np.ndarray, eos_id: int, text_bytes: int) -> None:
-        data = np.append(ids, eos_id).astype(self._dtype).tobytes()
+        data = np.append(ids.astype(self._dtype), self._dtype.type(eos_id)).tobytes()
         self._file.write(data)
         self._digest.update(data)
         self._tokens += len(ids) + 1
@@ -87,9 +89,8 @@ def write(directory: Path, source: Source, tokenizer: Tokenizer) -> None:
 
 def read(directory: Path, source: str) -> Iterator[tuple[str, str, Stream]]:
     """Split, domain and memory-mapped stream of everything that `write` left in a directory."""
-    index = json.loads((directory / _INDEX).read_text())
-    dtype = np.dtype(index["dtype"])
-    for entry in index["streams"]:
+    dtype, entries = _read_index(directory)
+    for entry in entries:
         file = directory / entry["file"]
         size, written = file.stat().st_size, entry["tokens"] * dtype.itemsize
         if size != written:
@@ -102,6 +103,24 @@ def read(directory: Path, source: str) -> Iterator[tuple[str, str, Stream]]:
             entry["domain"],
             Stream(source, tokens_N, entry["bytes"], entry["documents"], entry["sha256"]),
         )
+
+
+def _read_index(directory: Path) -> tuple[np.dtype, list[dict]]:
+    """Type of the tokens and entries of the streams, each in a file of the directory itself."""
+    try:
+        index = json.loads((directory / _INDEX).read_text())
+        dtype, entries = index["dtype"], index["streams"]
+        sound = dtype in _DTYPES and all(map(_is_entry, entries))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        sound = False
+    if not sound:
+        raise ValueError(f"data.cache_dir: '{directory / _INDEX}' is no table of token streams; delete '{directory}'")
+    return np.dtype(dtype), entries
+
+
+def _is_entry(entry: dict) -> bool:
+    kinds = {key: type(value) for key, value in entry.items()}
+    return kinds == _KINDS and entry["file"] == _file_name(entry["split"], entry["domain"]) and "/" not in entry["file"]
 
 
 def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import tensorflow_datasets as tfds
 
-from moe_erc.data import cache
+from moe_erc.data import cache, tfds_metadata
 from moe_erc.data.corpus import EmbeddedCorpus, directory
 from moe_erc.data.document import Document, held_out_name, split_by_hash
 from moe_erc.data.python_source import installed_roots
@@ -35,6 +35,7 @@ def embedded(cache_root: Path) -> Builder:
 
 def in_directory(path: Path) -> Builder:
     """A data set that TFDS prepared at `path`."""
+    tfds_metadata.check(path)
     try:
         return tfds.builder_from_directory(os.fspath(path))
     except Exception as error:

@@ -60,8 +60,10 @@ class HuggingFaceTokenizer:
         self.identity = hashlib.sha256(path.read_bytes()).hexdigest()
         self._tokenizer = _read(path)
         self._tokenizer.encode_special_tokens = True  # a document about "<|endoftext|>" does not end there
+        self._tokenizer.no_truncation()  # which the file may ask for, as it may for padding
+        self._tokenizer.no_padding()
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
-        self.vocab_size = max(vocabulary.values()) + 1
+        self.vocab_size = max(vocabulary.values(), default=0) + 1
         ends = [token for token in END_OF_DOCUMENT if token in vocabulary]
         if not ends:
             raise ValueError(

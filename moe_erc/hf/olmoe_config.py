@@ -43,6 +43,11 @@ def model_fields(config):
     return {field: _checked(name, config.get(name), KINDS[field]) for name, field in FIELDS.items()}
 
 
+def context_length(config):
+    """For how many tokens a config.json says that its model is; 4096, as OLMoE, if it does not."""
+    return _checked("max_position_embeddings", config.get("max_position_embeddings", 4096), int)
+
+
 def _rope_theta(config):
     """Of the releases, of transformers 5, or the default of both; scaled positions are refused."""
     thetas = [config["rope_theta"]] if "rope_theta" in config else []

@@ -5,6 +5,7 @@ Nothing of a checkpoint is run, and what it claims of itself is checked before a
 here since the NumPy side of the `safetensors` package knows no float8 and does not tell where a tensor lies.
 """
 
+import itertools
 import json
 import math
 from pathlib import Path
@@ -21,6 +22,7 @@ DTYPES = {
     "U8": np.dtype(np.uint8),
 }
 JSON_LIMIT = 100_000_000  # bytes; the format's own limit for a header
+MOST_AXES = 8  # the product of a shape of millions would take hours
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
@@ -106,14 +108,24 @@ def _header(path):
             )
         header = _parse_json(file.read(length), f"the header of {path}")
     header.pop("__metadata__", None)
-    for name, entry in header.items():
-        yield name, _tensor(path, name, entry, start=8 + length, size=size)
+    tensors = {name: _tensor(path, name, entry, start=8 + length, size=size) for name, entry in header.items()}
+    _check_disjoint(path, {name: entry["data_offsets"] for name, entry in header.items()})
+    return tensors.items()
+
+
+def _check_disjoint(path, offsets):
+    """ValueError if two tensors share bytes; those of no bytes share none."""
+    filled = sorted((begin, end, name) for name, (begin, end) in offsets.items() if begin < end)
+    for (_, end, name), (begin, _, following) in itertools.pairwise(filled):
+        if begin < end:
+            raise ValueError(f"{path}: {name!r} and {following!r} share bytes; download it again")
 
 
 def _tensor(path, name, entry, start, size):
     try:
         dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-        sound = isinstance(dtype, str) and all(type(n) is int and n >= 0 for n in (*shape, begin, end - begin))
+        sound = isinstance(dtype, str) and len(shape) <= MOST_AXES
+        sound = sound and all(type(n) is int and n >= 0 for n in (*shape, begin, end - begin))
         if sound and dtype in DTYPES:
             sound = math.prod(shape) * DTYPES[dtype].itemsize == end - begin
     except (KeyError, TypeError, ValueError):

@@ -60,4 +60,4 @@ def tokenizer_of(directory, spec):
     path = Path(directory).expanduser() / "tokenizer.json"
     if not path.is_file():
         raise FileNotFoundError(f"no tokenizer.json in {path.parent}; name the model's with --config.data.tokenizer")
-    return BYTES if path.read_text(encoding="utf-8") == BYTE_LEVEL else str(path)
+    return BYTES if path.read_bytes() == BYTE_LEVEL.encode() else str(path)

@@ -17,6 +17,9 @@ from jax import lax
 
 from moe_erc.losses.responses import RESPONSES, expected_linear, linear, relative, sized, squared_responses
 
+ROUNDING = 2.0**-21  # of bound, draw and product together, with room
+LARGEST = 1e18  # bound: that of a row of 1e-38 among others of 10 would be no float32
+
 
 def noise_bound(router_ED, rows_R=None):
     """Half the relative distance to the nearest other row: the largest jitter that cannot swap two clusters (eq. 4).
@@ -30,12 +33,20 @@ def noise_bound(router_ED, rows_R=None):
 
     def nearest(row):
         # Direct differences, one row at a time: the Gram form |a|^2 + |b|^2 - 2ab loses close rows to cancellation.
-        distance_E = jnp.linalg.norm(router_ED - router_ED[row], axis=-1)
+        distance_E = _length(router_ED - router_ED[row])
         return jnp.min(jnp.where(ids_E == row, jnp.inf, distance_E))
 
-    nearest_R, length_R = lax.map(nearest, rows_R), jnp.linalg.norm(router_ED[rows_R], axis=-1)
+    nearest_R, length_R = lax.map(nearest, rows_R), _length(router_ED[rows_R])
     defined_R = (length_R > 0) & jnp.isfinite(nearest_R)
-    return jnp.where(defined_R, nearest_R, 0) / (2 * jnp.where(defined_R, length_R, 1))
+    bound_R = jnp.where(defined_R, nearest_R, 0) / (2 * jnp.where(defined_R, length_R, 1))
+    return jnp.minimum(bound_R, LARGEST)
+
+
+def _length(rows):
+    """Euclidean, of components whose squares float32 does not hold as well."""
+    largest = jnp.max(jnp.abs(rows), axis=-1)
+    scale = jnp.where(largest == 0, 1, largest)
+    return scale * jnp.linalg.norm(rows / scale[..., None], axis=-1)
 
 
 def perturb(router_ED, rng):
@@ -81,6 +92,10 @@ def erc_loss(
       normalize: make the loss scale-free: hinges on sqrt(D) M[i, j] / (|proxy_i| |w_j|_F), 1 for an isotropic matrix.
       layer_reduction: "mean" keeps the weight comparable with a layer-averaged balance loss; "sum".
 
+    Loss and gradients are finite while M stays below 1e18, and with `normalize` or noise "expected" |proxy| and |w_j|_F
+    as well: their squares are float32, where what is below 1e-18 may count as 0. The loss of one expert is 0; that of
+    more is not finite where a parameter that is read is not.
+
     Raises:
       ValueError: for a word that is none of the above, or one that has no meaning with a non-linear activation.
     """
@@ -88,10 +103,10 @@ def erc_loss(
     router_LED, weights, keys_L = stack(params, rng, activation, noise)
     router_LED = lax.stop_gradient(router_LED) if detach_router else router_LED
     inputs, length2_LE = proxies(router_LED, lax.map(noise_bound, router_LED), keys_L, noise)
-    squares_LEE = squared_responses(response(activation, noise, normalize), inputs, weights)
+    M_LEE = root(squared_responses(response(activation, noise, normalize), inputs, weights))
     if normalize:
-        squares_LEE = relative(squares_LEE, length2_LE, router_LED.shape[-1])
-    loss_L = jax.vmap(coupling_penalty, in_axes=(0, None))(root(squares_LEE), alpha)
+        M_LEE = relative(M_LEE, root(length2_LE), router_LED.shape[-1])
+    loss_L = jax.vmap(coupling_penalty, in_axes=(0, None))(M_LEE, alpha)
     return LAYER_REDUCTIONS[layer_reduction](loss_L)
 
 
@@ -126,8 +141,8 @@ def stack(params, rng, activation, noise):
 def proxies(router_LED, bound_LE, keys_L, noise):
     """What the responses read, and the squared lengths of the proxies: drawn, clean, or in expectation."""
     if noise == "expected":
-        variance_LE = bound_LE**2 / 3  # of a uniform draw of half-width bound
-        spread_LED = variance_LE[..., None] * router_LED**2
+        # The variance of a uniform draw of half-width bound * router; the square of a bound alone may overflow.
+        spread_LED = jnp.square(bound_LE[..., None] * router_LED) / 3
         return (router_LED, spread_LED), jnp.sum(router_LED**2 + spread_LED, axis=-1)
     if noise == "uniform":
         router_LED = lax.map(lambda arguments: _jitter(*arguments), (router_LED, bound_LE, keys_L))
@@ -137,7 +152,9 @@ def proxies(router_LED, bound_LE, keys_L, noise):
 def _jitter(router_ED, bound_E, rng):
     bound_E1 = bound_E[:, None]
     noise_ED = 1 - bound_E1 + 2 * bound_E1 * jax.random.uniform(rng, router_ED.shape)
-    return router_ED * lax.stop_gradient(noise_ED)
+    # At its very ends the interval is as much shorter as float32 may have rounded: none ends up between two clusters.
+    inside_E1 = jnp.maximum(bound_E1 - ROUNDING * (1 + bound_E1), 0)
+    return router_ED * lax.stop_gradient(jnp.clip(noise_ED, 1 - inside_E1, 1 + inside_E1))
 
 
 def response(activation, noise, normalize):
@@ -147,8 +164,8 @@ def response(activation, noise, normalize):
 
 
 def root(squares):
-    """Square root with gradient 0 at 0, where the norm has none."""
-    return jnp.where(squares > 0, jnp.sqrt(jnp.where(squares > 0, squares, 1)), 0)
+    """Square root with gradient 0 at 0, where the norm has none; of NaN it is NaN."""
+    return jnp.where(squares == 0, 0, jnp.sqrt(jnp.where(squares == 0, 1, squares)))
 
 
 LAYER_REDUCTIONS = {"mean": jnp.mean, "sum": jnp.sum}

@@ -105,14 +105,17 @@ def sized(respond, inputs, w_DF):
     return jnp.append(respond(inputs, w_DF), jnp.sum(jnp.square(w_DF.astype(jnp.float32))))
 
 
-def relative(sized_LEE, length2_LE, width):
-    """Of sized responses, D S[i, j] / (|proxy_i|^2 |w_j|_F^2): shrinking router or gate gains nothing; 0 for zeros."""
-    squares_LEE, size2_L1E = sized_LEE[:, :-1], sized_LEE[:, -1:]
-    return width * squares_LEE * _inverse(length2_LE)[:, :, None] * _inverse(size2_L1E)
+def relative(sized_LEE, length_LE, width):
+    """Of roots of sized responses, sqrt(D) M[i, j] / (|proxy_i| |w_j|_F): 0 for zeros, NaN where a length is NaN.
+
+    Shrinking router or gate gains nothing. Roots, because the derivative of 1 / square overflows for lengths of 1e-10.
+    """
+    M_LEE, size_L1E = sized_LEE[:, :-1], sized_LEE[:, -1:]
+    return width**0.5 * M_LEE * _inverse(length_LE)[:, :, None] * _inverse(size_L1E)
 
 
 def _inverse(x):
-    return jnp.where(x > 0, 1 / jnp.where(x > 0, x, 1), 0)
+    return jnp.where(x == 0, 0, 1 / jnp.where(x == 0, 1, x))
 
 
 def _silu_gate(x_ED, w_gate_DF):

@@ -38,10 +38,10 @@ def sharded_erc_loss(params, rng, mesh, **options):
         bound_L1J = lax.map(lambda router_ED: noise_bound(router_ED, own_J), router_LED)[:, None, :]
         bound_LE = lax.psum(jnp.sum(jnp.where(own_EJ, bound_L1J, 0), axis=-1), expert)
         inputs, length2_LE = proxies(router_LED, bound_LE, keys_L, noise)
-        squares_LEJ = _squares(response(activation, noise, options["normalize"]), inputs, weights, (data, expert))
+        M_LEJ = root(_squares(response(activation, noise, options["normalize"]), inputs, weights, (data, expert)))
         if options["normalize"]:
-            squares_LEJ = relative(squares_LEJ, length2_LE, router_LED.shape[-1])
-        return _penalty(root(squares_LEJ), own_EJ, options["alpha"], expert)
+            M_LEJ = relative(M_LEJ, root(length2_LE), router_LED.shape[-1])
+        return _penalty(M_LEJ, own_EJ, options["alpha"], expert)
 
     loss_L = _over(mesh, local, activation, P())(router_LED, weights, keys_L)
     return LAYER_REDUCTIONS[options["layer_reduction"]](loss_L)

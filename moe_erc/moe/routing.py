@@ -49,11 +49,21 @@ def top(probabilities_BTE, preference_BTE, config):
     weights_BTK = jnp.take_along_axis(probabilities_BTE, experts_BTK, axis=-1)
     if config.top_p < 1:
         before_BTK = jnp.cumsum(weights_BTK, axis=-1) - weights_BTK
-        needed_BTK = before_BTK <= config.top_p
+        needed_BTK = ~(before_BTK > config.top_p)  # true of NaN: no token is left without experts in silence
         weights_BTK, experts_BTK = jnp.where(needed_BTK, weights_BTK, 0), jnp.where(needed_BTK, experts_BTK, experts)
     if config.renormalize:
-        weights_BTK /= jnp.sum(weights_BTK, axis=-1, keepdims=True)
+        weights_BTK = shares(weights_BTK)
     return Routing(weights_BTK, experts_BTK)
+
+
+def shares(weights_BTK):
+    """Weights over their sum; 0 if all are 0, as they may be where a bias chose against the probabilities.
+
+    Measured by the largest first: of a sum of 1e-20 the derivative of the quotient is out of float32's range.
+    """
+    largest_BT1 = lax.stop_gradient(jnp.max(weights_BTK, axis=-1, keepdims=True))
+    weights_BTK /= jnp.where(largest_BT1 == 0, 1, largest_BT1)
+    return weights_BTK / jnp.where(largest_BT1 == 0, 1, jnp.sum(weights_BTK, axis=-1, keepdims=True))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,9 +84,11 @@ class Router:
 
 
 def unit(x):
-    """x / |x| along the last axis; 0, with gradient 0, for zeros."""
+    """x / |x| along the last axis, of any length that float32 holds; 0, with gradient 0, for zeros."""
+    largest = lax.stop_gradient(jnp.max(jnp.abs(x), axis=-1, keepdims=True))
+    x = x / jnp.where(largest == 0, 1, largest)  # the derivative of 1 / |x| overflows for an |x| of 1e-13
     square = jnp.sum(jnp.square(x), axis=-1, keepdims=True)
-    return x * jnp.where(square > 0, lax.rsqrt(jnp.where(square > 0, square, 1)), 0)
+    return jnp.where(largest == 0, 0, x * lax.rsqrt(jnp.where(largest == 0, 1, square)))
 
 
 def full_slots(routing, experts, mask_BT):

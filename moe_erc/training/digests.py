@@ -71,8 +71,10 @@ def find_fault(step_directory):
         return f"{ITEM}/{FILE} is missing"
     except OSError as error:
         return f"{ITEM}/{FILE} cannot be read: {error.strerror}"
-    except ValueError:
+    except (ValueError, RecursionError):
         return f"{ITEM}/{FILE} is no JSON"
+    if not _is_table(saved):
+        return f"{ITEM}/{FILE} is no table of the checkpoint's files"
     names = sorted(saved)
     share = names[jax.process_index() :: jax.process_count()]
     faults = {name: fault for name in share if (fault := _compare(step_directory / name, saved[name]))}
@@ -82,6 +84,17 @@ def find_fault(step_directory):
     if first == len(names):
         return ""
     return faults.get(names[first], f"{names[first]} is not what was saved")
+
+
+def _is_table(saved):
+    """Whether it is {path within the checkpoint: [bytes, CRC-32]}: no other file is opened."""
+    return isinstance(saved, dict) and all(
+        not name.startswith("/")
+        and ".." not in name.split("/")
+        and isinstance(numbers, list)
+        and [type(number) for number in numbers] == [int, int]
+        for name, numbers in saved.items()
+    )
 
 
 def _wait_for_all():

@@ -22,7 +22,7 @@ def low_and_length(config, mesh, parameters, x_BTD):
     """(low_BTEr in the dtype of x, its lengths (B, T, E) in float32)."""
     low_BTEr = parallel.project(mesh, x_BTD, parameters["w_low"].astype(config.dtype))
     square_BTE = jnp.sum(jnp.square(low_BTEr), axis=-1)
-    length_BTE = jnp.where(square_BTE > 0, jnp.sqrt(jnp.where(square_BTE > 0, square_BTE, 1)), 0)
+    length_BTE = jnp.where(square_BTE == 0, 0, jnp.sqrt(jnp.where(square_BTE == 0, 1, square_BTE)))  # of NaN, NaN
     return low_BTEr.astype(config.dtype), length_BTE
 
 

@@ -10,18 +10,16 @@ import dataclasses
 import math
 
 import jax
-import jax.numpy as jnp
 from jax import lax
 
 from moe_erc.moe.routers import softmax
-from moe_erc.moe.routing import Routing
+from moe_erc.moe.routing import Routing, shares
 
 
 def winners(affinity_BTE, experts_per_token):
     """(Routing to the experts that answer most, q) of all experts' affinities."""
     weights_BTK, experts_BTK = lax.top_k(affinity_BTE, experts_per_token)
-    weights_BTK /= jnp.sum(weights_BTK, axis=-1, keepdims=True)
-    return Routing(weights_BTK, experts_BTK), jax.nn.softmax(affinity_BTE, axis=-1)
+    return Routing(shares(weights_BTK), experts_BTK), jax.nn.softmax(affinity_BTE, axis=-1)
 
 
 def expected_share(config):

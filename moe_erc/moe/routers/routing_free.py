@@ -34,7 +34,7 @@ def score(config, mesh, parameters, x_BTD):
 def choose(gate_BTE, _, config):
     """All experts whose gate is at least theta: a slot for each, E in those of the others."""
     experts = gate_BTE.shape[-1]
-    active_BTE = gate_BTE >= config.theta
+    active_BTE = ~(gate_BTE < config.theta)  # true of NaN, which runs no expert in silence
     experts_BTE = jnp.where(active_BTE, jnp.arange(experts, dtype=jnp.int32), experts)
     return Routing(jnp.where(active_BTE, gate_BTE, 0), experts_BTE)
 

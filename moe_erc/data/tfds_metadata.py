@@ -1,0 +1,41 @@
+"""What a prepared data set says of itself, checked before TFDS acts on it.
+
+TFDS imports the module of any class that features.json names, and opens any path that dataset_info.json makes of a
+split. From a directory that someone else wrote, only TFDS's own classes and files beside these two are taken.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+_OWN = "tensorflow_datasets."
+_CLASS_KEYS = ("type", "pythonClassName", "python_class_name")
+_FILE_KEYS = ("filepathTemplate", "filepath_template")
+
+
+def check(directory: Path) -> None:
+    """ValueError of one line for a foreign class, for a path that leads elsewhere, and for what is no JSON."""
+    for path in (directory / "features.json", directory / "dataset_info.json"):
+        if not path.is_file():
+            continue
+        try:
+            content = json.loads(path.read_bytes())
+        except (ValueError, RecursionError) as error:
+            raise ValueError(
+                f"data.sources: '{directory}' holds a {path.name} that TFDS cannot read ({error}); prepare it again"
+            ) from None
+        for key, value in _strings(content):
+            if key in _CLASS_KEYS and "." in value and not value.startswith(_OWN):
+                raise ValueError(f"data.sources: '{path}' names the class {value!r}; only those of TFDS are loaded")
+            if key in _FILE_KEYS and ("/" in value or "\\" in value):
+                raise ValueError(f"data.sources: '{path}' names the files {value!r}, not files beside it; refused")
+
+
+def _strings(content: object) -> Iterator[tuple[str, str]]:
+    """Every key of any depth that has a string, and the string."""
+    waiting = [content]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, dict):
+            yield from ((key, inner) for key, inner in value.items() if isinstance(inner, str))
+        waiting += value.values() if isinstance(value, dict) else value if isinstance(value, list) else []

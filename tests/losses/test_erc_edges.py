@@ -1,0 +1,202 @@
+"""ERC at the edges of float32, by properties: no draw leaves its cluster, nothing finite gives NaN, no NaN is lost."""
+
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moe_erc import erc_loss, perturb, sharding
+from moe_erc.losses.sharded_erc import sharded_erc_loss
+from moe_erc.training.guard import GuardConfig, initial, judge
+
+E, D, F = 4, 3, 2
+LINEAR = ({}, {"noise": "expected"}, {"normalize": True}, {"noise": "expected", "normalize": True})
+OPTIONS = (*LINEAR, {"activation": "swiglu"}, {"activation": "output"})
+DEFECTS = ("none", "twin rows", "zero row", "zero router", "zero gate", "far row", "vanishing row")
+repeatable = settings(deadline=None, max_examples=30, derandomize=True)
+
+
+def random_params(seed, experts=E):
+    rng = np.random.default_rng(seed)
+    shapes = {"router": (experts, D), "w_gate": (experts, D, F), "w_up": (experts, D, F), "w_down": (experts, F, D)}
+    return {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+
+
+def is_finite(tree):
+    return all(np.isfinite(np.asarray(leaf, np.float32)).all() for leaf in jax.tree.leaves(tree))
+
+
+def drawing(uniform_ED):
+    """While this is being traced, `jax.random.uniform` gives these numbers."""
+    return mock.patch("jax.random.uniform", lambda *_: uniform_ED)
+
+
+@pytest.fixture(scope="module")
+def value_and_grad():
+    """Of the loss with some options, compiled once for every shape and dtype."""
+    compiled = {}
+
+    def make(**options):
+        def loss(params, uniform_ED):
+            with drawing(uniform_ED):
+                return erc_loss(params, jax.random.key(0), alpha=0.7, **options)
+
+        return compiled.setdefault(str(options), jax.jit(jax.value_and_grad(loss)))
+
+    return make
+
+
+# ---------------------------------------------------------------------------------------------------- the cluster
+LAST = 1 - 2.0**-23  # the largest number below 1 that a draw can give
+draws = st.lists(st.sampled_from([0.0, 2.0**-23, 0.25, 0.5, LAST]) | st.floats(0, LAST, width=32), min_size=E * D,
+                 max_size=E * D).map(lambda numbers: np.float32(numbers).reshape(E, D))  # fmt: skip
+smaller = st.lists(st.sampled_from([0, 4, 9]), min_size=E, max_size=E)
+whole = st.lists(st.integers(-2, 2), min_size=E * D, max_size=E * D)
+
+
+@jax.jit
+def proxies(router_ED, uniform_ED):
+    with drawing(uniform_ED):
+        return perturb(router_ED, None)
+
+
+def assert_in_own_cluster(router_ED, uniform_ED):
+    proxy_ED, row_ED = np.float64(proxies(router_ED, uniform_ED)), np.float64(router_ED)
+    distance_EE = np.linalg.norm(proxy_ED[:, None] - row_ED[None], axis=-1)
+    for i in range(E):
+        for j in range(E):
+            if (row_ED[i] != row_ED[j]).any():
+                assert distance_EE[i, i] < distance_EE[i, j], (router_ED, uniform_ED, i, j)
+            elif i != j:
+                assert (proxy_ED[i] == row_ED[i]).all()  # a twin has no room at all
+
+
+@repeatable
+@given(whole, draws, st.sampled_from([-26, -20, 0, 15, 30]), smaller)
+def test_no_draw_leaves_its_cluster(numbers, uniform_ED, exponent, apart):
+    # Small whole numbers: rows in line with each other, zero rows and twins are common.
+    router_ED = np.float32(numbers).reshape(E, D) * np.float32(10.0) ** (exponent - np.float32(apart))[:, None]
+    assert_in_own_cluster(router_ED, uniform_ED)
+
+
+@repeatable
+@given(whole, draws, st.sampled_from([1, 2, 30, 1000]), st.integers(0, 99))
+def test_no_draw_leaves_the_cluster_of_a_row_that_differs_in_its_last_bits(steps, uniform_ED, spacing, seed):
+    row_D = np.random.default_rng(seed).uniform(1, 2, D).astype(np.float32)
+    assert_in_own_cluster(row_D + np.float32(2.0**-23 * spacing) * np.float32(steps).reshape(E, D), uniform_ED)
+
+
+def test_the_ends_of_the_interval_are_reached_but_for_a_rounding():
+    # Rows 1 and 0 are 1 apart: half of it is the bound of row 1, which draws 0 and almost 1 take to 0.5 and 1.5.
+    router_ED = np.float32([[1, 0, 0], [0, 0, 0], [9, 0, 0], [0, 9, 0]])
+    for number, end in ((0.0, 0.5), (LAST, 1.5)):
+        assert proxies(router_ED, np.full((E, D), np.float32(number)))[0, 0] == pytest.approx(end, abs=2e-6)
+
+
+# ---------------------------------------------------------------------------------------------------- finite
+def damaged(params, defect):
+    router_ED = params["router"]
+    if defect == "twin rows":
+        router_ED[-1] = router_ED[0]
+    elif defect == "zero gate":
+        params["w_gate"][0] = 0
+    elif defect == "zero router":
+        router_ED[:] = 0
+    elif defect != "none":
+        router_ED[0] *= np.float32({"zero row": 0, "far row": 1e3, "vanishing row": 1e-37}[defect])
+    return params
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@repeatable
+@given(st.integers(0, 99), st.sampled_from(DEFECTS), st.integers(-45, 14), st.integers(-45, 14), draws)
+def test_what_is_finite_stays_finite(value_and_grad, options, seed, defect, router_scale, gate_scale, uniform_ED):
+    params = random_params(seed)
+    # M, of degree one in router and gate, is to stay below 1e18; router and up-projection meet in the other two.
+    gate_scale = min(gate_scale, 14 - router_scale)
+    if options not in LINEAR:
+        router_scale, gate_scale = min(router_scale, 6), min(gate_scale, 2)
+    with np.errstate(under="ignore"):
+        params["router"] *= np.float32(10.0**router_scale)
+        params["w_gate"] *= np.float32(10.0**gate_scale)
+        assert is_finite(value_and_grad(**options)(damaged(params, defect), uniform_ED))
+
+
+@pytest.mark.parametrize("experts", [1, 2])
+@repeatable
+@given(st.integers(0, 99), st.sampled_from(DEFECTS), st.integers(-25, 14), draws)
+def test_one_and_two_experts_are_finite(value_and_grad, experts, seed, defect, scale, uniform_ED):
+    params = random_params(seed, experts)
+    params["router"] *= np.float32(10.0**scale)
+    loss, gradients = value_and_grad(normalize=True)(damaged(params, defect), uniform_ED[:experts])
+    assert is_finite((loss, gradients))
+    assert experts == 2 or (loss == 0 and not any(leaf.any() for leaf in jax.tree.leaves(gradients)))
+
+
+@pytest.mark.parametrize("options", [{}, {"noise": "expected", "normalize": True}], ids=str)
+@repeatable
+@given(st.integers(0, 99), st.sampled_from(DEFECTS), st.integers(-30, 14), draws)
+def test_bfloat16_is_finite(value_and_grad, options, seed, defect, scale, uniform_ED):
+    params = damaged(random_params(seed), defect)
+    params["router"] *= np.float32(10.0**scale)
+    low = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.bfloat16), params)
+    loss, gradients = value_and_grad(**options)(low, uniform_ED)
+    assert is_finite((loss, gradients)) and loss.dtype == jnp.float32
+    assert all(leaf.dtype == jnp.bfloat16 for leaf in jax.tree.leaves(gradients))
+
+
+# ---------------------------------------------------------------------------------------------------- small scales
+@pytest.mark.parametrize("options", [{"normalize": True}, {"noise": "expected", "normalize": True}], ids=str)
+def test_the_normalized_gradient_is_that_of_a_larger_router(value_and_grad, options):
+    # The loss ignores the scale s of the router, so its gradient goes with 1 / s.
+    params, uniform_ED = random_params(0), np.full((E, D), np.float32(0.3))
+    loss, gradients = value_and_grad(**options)(params, uniform_ED)
+    small = params | {"router": params["router"] * np.float32(2.0**-45)}
+    found, found_gradients = value_and_grad(**options)(small, uniform_ED)
+    assert found == pytest.approx(float(loss), rel=1e-5) and loss > 0
+    np.testing.assert_allclose(found_gradients["router"] * 2.0**-45, gradients["router"], rtol=1e-4, atol=1e-6)
+
+
+# ---------------------------------------------------------------------------------------------------- permutations
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@repeatable
+@given(st.integers(0, 99), st.permutations(range(E)), draws)
+def test_the_order_of_experts_does_not_matter(value_and_grad, options, seed, order, uniform_ED):
+    params, order = random_params(seed), np.array(order)
+    loss, gradients = value_and_grad(**options)(params, uniform_ED)
+    moved = jax.tree.map(lambda leaf: leaf[order], params)
+    found, found_gradients = value_and_grad(**options)(moved, uniform_ED[order])
+    # Sums of E^2 numbers in another order; a gradient's terms cancel, so it is known to the size of the largest.
+    assert found == pytest.approx(float(loss), rel=1e-5, abs=1e-6)
+    for name, gradient in gradients.items():
+        largest = float(jnp.max(jnp.abs(gradient)))
+        np.testing.assert_allclose(found_gradients[name], gradient[order], rtol=1e-4, atol=1e-5 * largest + 1e-7)
+
+
+# ---------------------------------------------------------------------------------------------------- NaN
+def spoilt(seed, name, place, number):
+    params = random_params(seed)
+    params[name].flat[place % params[name].size] = number
+    return params
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@repeatable
+@given(st.integers(0, 99), st.sampled_from(["router", "w_gate"]), st.integers(0, 99),
+       st.sampled_from([np.nan, np.inf, -np.inf]), draws)  # fmt: skip
+def test_what_is_not_finite_reaches_the_guard(value_and_grad, options, seed, name, place, number, uniform_ED):
+    loss, _ = value_and_grad(**options)(spoilt(seed, name, place, number), uniform_ED)
+    assert not np.isfinite(loss)
+    counts, _, _ = judge(GuardConfig(), initial(), {"loss/total": loss})
+    assert not counts
+
+
+@pytest.mark.parametrize("name", ["router", "w_gate"])
+def test_what_is_not_finite_reaches_the_guard_from_any_device(name):
+    loss = jax.jit(lambda params: sharded_erc_loss(params, jax.random.key(0), sharding.make_mesh(2, 2)))
+    assert np.isfinite(loss(random_params(0)))
+    assert np.isnan(loss(spoilt(0, name, 0, np.nan))) and np.isnan(loss(spoilt(0, name, -1, np.nan)))

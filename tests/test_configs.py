@@ -116,6 +116,8 @@ def debug_config(name):
     """At :debug, with experts that compete wherever they may."""
     config = get_config(name, "debug")
     config.model.competition_rate = 1.0
+    if config.model.router == "competition":
+        config.model.init_std = 0.1  # answers of experts that differ by more than their rounding
     return config
 
 

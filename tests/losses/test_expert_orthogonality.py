@@ -139,4 +139,5 @@ def test_nothing_to_tell_apart_is_zero_and_finite(case):
         probability_BTE = np.zeros((1, 3, 3), np.float32)
     value, gradient_BTE = variance_and_gradient(probability_BTE, experts_BTK, mask_BT)
     assert value == 0
-    np.testing.assert_array_equal(gradient_BTE, np.zeros((1, 3, 3)))
+    # A rounding of 1 / 3 is left where a mean over three tokens is not multiplied out in one go.
+    np.testing.assert_allclose(gradient_BTE, np.zeros((1, 3, 3)), atol=1e-7)

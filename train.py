@@ -70,13 +70,13 @@ def main(_):
 
         # ---------------------------------------------------------------- evaluators
         put, put_whole = (functools.partial(put, mesh) for put in (sharding.put_batch, sharding.put_whole_batch))
-        losses = functools.partial(token_losses, chunk=config.losses.lm.chunk)
-        perplexity = Perplexity(model, corpus, losses, put_whole, (config.eval.batch_size, length))
+        losses, rows = functools.partial(token_losses, chunk=config.losses.lm.chunk), (config.eval.batch_size, length)
+        perplexity = Perplexity(model, corpus, losses, put_whole, rows)
         diagnosis = Diagnosis(model, perplexity.probe(mesh.size))
         generator = Generator(model, corpus.tokenizer)
         sampling = Sampling(config.eval.sample_tokens, config.eval.temperature)
         tasks = load_tasks(config.eval.tasks, config.eval.task_dir)
-        task_scores = TaskScores(tasks, model, corpus.tokenizer, (config.eval.batch_size, length))
+        task_scores = TaskScores(tasks, config.eval.task_limit, model, corpus.tokenizer, rows)
 
         # ---------------------------------------------------------------- what the run is, and where it stopped
         data = {"tokenizer": corpus.tokenizer.identity, "corpus": corpus.identity}
@@ -101,7 +101,7 @@ def main(_):
 
     def evaluate(step, weights):
         found, measured = perplexity.run(weights, config.eval.windows), diagnosis.run(weights)
-        reached = task_scores.run(weights, config.eval.task_limit)
+        reached = task_scores.run(weights)
         writer.write(step, validation_metrics(found) | summarize(measured) | task_metrics(reached))
         print(f"step {step}: validation {found['loss']:.3f}, {headline(measured)}")
         if prompt := config.eval.prompt:

@@ -47,7 +47,7 @@ class Opened:
 
     def print_tasks(self, tasks, limit):
         """Prints and returns what it reaches in tasks of `load_tasks`, on so many documents of each (0: all)."""
-        reached = TaskScores(tasks, self.model, self.tokenizer, self.shape_BT).run(self.weights, limit)
+        reached = TaskScores(tasks, limit, self.model, self.tokenizer, self.shape_BT).run(self.weights)
         print_tasks(reached)
         return {"step": self.step} | reached
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import textwrap
 import time
@@ -107,9 +108,21 @@ def test_four_processes_train_the_curve_of_one(train, alone, tmp_path):
     assert ["mesh" in words or "step/s" in words for words in said] == [True, False, False, False]
 
 
-def test_two_processes_stop_together_and_one_goes_on(train, alone, tmp_path):
-    # SIGTERM to the second of two: both save one step
-    terminate_one(train(2, tmp_path, "--config.mesh.expert=2"), tmp_path, "metrics.jsonl", FEW + 2)
+def two(train, workdir):
+    """Two processes, one device each, that save every few steps."""
+    return train(2, workdir, "--config.mesh.expert=2", f"--config.checkpoint.every={FEW}")
+
+
+@pytest.fixture(scope="module")
+def stopped(train, tmp_path_factory):
+    """The workdir of a run of two processes, of which the second was sent SIGTERM."""
+    workdir = tmp_path_factory.mktemp("stopped")
+    terminate_one(two(train, workdir), workdir, "metrics.jsonl", FEW + 2)
+    return workdir
+
+
+def test_two_processes_stop_together_and_one_goes_on(train, alone, stopped, tmp_path):
+    shutil.copytree(stopped, tmp_path, dirs_exist_ok=True)
     step, state = saved_state(tmp_path)
     assert FEW < step < STEPS - 1 and metrics(tmp_path)[-1]["step"] == step
     jax.tree.map(np.testing.assert_array_equal, state, saved_state(tmp_path, (2, 4))[1])
@@ -123,6 +136,23 @@ def test_two_processes_stop_together_and_one_goes_on(train, alone, tmp_path):
     assert_same_curve(metrics(tmp_path), metrics(alone))
     (_, final), (_, expected) = saved_state(tmp_path), saved_state(alone)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), final.params, expected.params)
+
+
+def test_two_processes_go_on_from_the_checkpoint_before_a_damaged_one(train, alone, stopped, tmp_path):
+    shutil.copytree(stopped, tmp_path, dirs_exist_ok=True)
+    damaged, intact, *_ = sorted((int(path.name) for path in (tmp_path / "checkpoints").glob("[0-9]*")), reverse=True)
+    of_the_second = (tmp_path / "checkpoints" / str(damaged) / "state" / "ocdbt.process_1").rglob("*")
+    largest = max((path for path in of_the_second if path.is_file()), key=lambda path: path.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 1
+    largest.write_bytes(content)
+    lines = len(metrics(tmp_path))
+
+    terminate_one(two(train, tmp_path), tmp_path, "metrics.jsonl", lines + FEW)
+    said = (tmp_path / "out0").read_text()
+    assert f"checkpoint {damaged} is damaged (" in said and f"step {intact} is used, it is kept as damaged-" in said
+    assert (tmp_path / "checkpoints" / f"damaged-{damaged}").is_dir()
+    assert_same_curve(metrics(tmp_path), metrics(alone)[: len(metrics(tmp_path))])
 
 
 # Jax looks for a SIGTERM once a second, and this one comes before the first step of a run resumed at step 100.

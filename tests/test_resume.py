@@ -45,13 +45,13 @@ def undisturbed(arguments, tmp_path_factory):
     return workdir
 
 
-def final_state(workdir):
+def final_state(workdir, steps=STEPS):
     config = erc.get_config("debug")
-    optimizer = make_optimizer(OptimizerConfig(**config.optimizer), STEPS)
+    optimizer = make_optimizer(OptimizerConfig(**config.optimizer), steps)
     mesh = sharding.make_mesh(1, 1)
     shapes = abstract_state(initializer(Transformer(ModelConfig(**config.model), mesh), optimizer, 0), mesh)
     with Checkpoints(workdir / "checkpoints") as checkpoints:
-        assert checkpoints.latest_step() == STEPS
+        assert checkpoints.latest_step() == steps
         state, _ = checkpoints.restore(shapes)
     return jax.device_get(state.replace(rng=jax.random.key_data(state.rng)))
 
@@ -162,20 +162,68 @@ def test_another_models_directory_is_refused(arguments, undisturbed):
     assert final_state(undisturbed).step == STEPS
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(arguments, tmp_path):
+def test_a_second_run_in_the_directory_is_refused_and_the_first_goes_on(arguments, tmp_path):
+    everything = [*arguments, f"--workdir={tmp_path}", "--config.train.steps=100000", "--config.eval.every=1000"]
+    first, deadline = script.start("train.py", everything, tmp_path / "out"), time.monotonic() + 240
+    written = tmp_path / "metrics.jsonl"
+    while not (written.exists() and written.stat().st_size):
+        assert first.is_alive() and time.monotonic() < deadline, (tmp_path / "out").read_text()
+        time.sleep(0.01)
+    code, printed = script.run("train.py", everything, tmp_path / "second")
+    assert code == 2 and f"a run is writing to {tmp_path}/checkpoints (process {first.pid} on " in printed, printed
+    last = metrics(tmp_path)[-1]["step"]
+    assert hit(first, tmp_path, last + 20, signal.SIGTERM) == 128 + signal.SIGTERM
+
+
+def test_steps_whose_loss_is_a_spike_are_skipped_and_counted_across_a_kill(arguments, tmp_path):
+    few = 120
+    skipping = [
+        *arguments,
+        f"--config.train.steps={few}",
+        "--config.guard.spike=skip",
+        "--config.guard.zscore=0.1",  # not much of a spike: there are some
+        "--config.guard.window=2",
+        "--config.guard.limit=50",
+        "--config.eval.every=1000",
+    ]
+    for name in ("whole", "killed"):
+        workdir = tmp_path / name
+        if name == "killed":
+            process = script.start("train.py", [*skipping, f"--workdir={workdir}"], tmp_path / "out")
+            assert hit(process, workdir, 90, signal.SIGKILL) == -signal.SIGKILL, (tmp_path / "out").read_text()
+        code, printed = script.run("train.py", [*skipping, f"--workdir={workdir}"], tmp_path / "out")
+        assert code == 0, printed
+        if name == "whole":
+            assert "standard deviations above its recent mean, the step was skipped" in printed, printed
+    state = final_state(tmp_path / "whole", few)
+    jax.tree.map(np.testing.assert_array_equal, state, final_state(tmp_path / "killed", few))
+    lines = metrics(tmp_path / "whole")
+    assert metrics(tmp_path / "killed") == lines
+    counts = [line["guard/skipped"] for line in lines if "guard/skipped" in line]
+    assert 0 < counts[-1] == state.guard["skipped"] < few and counts == sorted(counts)
+
+
+@pytest.mark.parametrize("nonfinite, reason", [("stop", ""), ("skip", "guard.limit: 3 steps skipped in a row")])
+def test_losses_that_are_not_finite_stop_the_run_and_keep_the_last_good_checkpoint(
+    nonfinite, reason, arguments, tmp_path
+):
     # A learning rate under which a few steps are enough to overflow the squares of float32, but not the first.
     everything = [
         *arguments,
         f"--workdir={tmp_path}",
         "--config.optimizer.learning_rate=1e8",
         "--config.optimizer.warmup_steps=0",
+        f"--config.guard.nonfinite={nonfinite}",
+        "--config.guard.limit=3",
         "--config.checkpoint.every=1",
         "--config.eval.every=1000",
     ]
     code, printed = script.run("train.py", everything, tmp_path / "out")
     last = printed.splitlines()[-1]
     assert code == 3 and "not finite" in last and "step" in last and "last good checkpoint" in last, printed
+    assert reason in last and printed.count("the step was skipped") == (2 if reason else 0), printed
     with Checkpoints(tmp_path / "checkpoints") as checkpoints:
         kept = checkpoints.latest_step()
     assert kept and last.endswith(f"the last good checkpoint is of step {kept}")
-    assert all(value is not None for line in metrics(tmp_path) for value in line.values())
+    counted = [line for line in metrics(tmp_path) if not line["guard/skipped_in_a_row"]]
+    assert counted and all(value is not None for line in counted for value in line.values())

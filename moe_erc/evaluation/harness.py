@@ -8,7 +8,7 @@ import functools
 import os
 
 from moe_erc.evaluation import generate
-from moe_erc.evaluation.scoring import Scorer
+from moe_erc.evaluation.scoring import Scorer, grow
 
 os.environ.setdefault("DISABLE_MULTIPROC", "1")  # the harness would fork a process that has the threads of JAX
 try:
@@ -20,7 +20,7 @@ try:
 except ImportError:
     raise ValueError('tasks need the lm-evaluation-harness, which is missing: pip install -e ".[eval]"') from None
 
-__all__ = ("LanguageModel", "TaskManager", "evaluate", "make_table")
+__all__ = ("LanguageModel", "Rehearsal", "TaskManager", "evaluate", "make_table")
 NEW_TOKENS = 256  # at most, where a task does not say
 
 
@@ -102,5 +102,22 @@ class LanguageModel(TemplateLM):
         """The end of a prompt that is too long beside the tokens to come."""
         room, tokens = self.max_length - new_tokens, self._tokenizer.encode(prompt)
         if room < 1:
-            raise ValueError(f"tasks: {new_tokens} new tokens leave no room for a prompt in {self.max_length}")
+            raise ValueError(f"{new_tokens} new tokens leave no room for a prompt in {self.max_length}")
         return prompt if len(tokens) <= room else self._tokenizer.decode(tokens[-room:])
+
+
+class Rehearsal(LanguageModel):
+    """Is asked like the model and computes nothing: ValueError for a request that its rows cannot hold."""
+
+    def _loglikelihood_tokens(self, requests, **_):
+        grow([(context, continuation) for _, context, continuation in requests], self.max_length)
+        return []
+
+    def loglikelihood_rolling(self, requests, disable_tqdm=True):
+        return []  # its windows are made to fit
+
+    def generate_until(self, requests, disable_tqdm=True):
+        for request in requests:
+            prompt, settings = request.args
+            self._cut(prompt, self._sampling(settings)["new_tokens"])
+        return []

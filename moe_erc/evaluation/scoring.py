@@ -103,9 +103,9 @@ def grow(requests, limit):
     trees, cut = {}, 0
     for request, (context, continuation) in enumerate(requests):
         if not context:
-            raise ValueError("tasks: a request without a context cannot be scored; begin it with the end of text")
+            raise ValueError("a request without a context cannot be scored; begin it with the end of text")
         if not 0 < len(continuation) <= limit:
-            raise ValueError(f"tasks: a continuation of {len(continuation)} tokens cannot be scored, 1 to {limit} can")
+            raise ValueError(f"a continuation of {len(continuation)} tokens cannot be scored, 1 to {limit} can")
         room = limit + 1 - len(continuation)  # the last token is predicted, not read
         cut += len(context) > room
         kept = tuple(context[-room:])

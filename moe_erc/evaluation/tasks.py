@@ -3,6 +3,7 @@
 Several processes all load and run the same. The `eval` extra is imported where there is a task, and not before.
 """
 
+import collections
 import contextlib
 import difflib
 import io
@@ -50,28 +51,40 @@ def load_tasks(names, directory="", num_fewshot=None):
 
 
 class TaskScores:
-    """What the model of `run(weights)` reaches in the tasks of `load_tasks`."""
+    """What the model of `run(weights)` reaches in the tasks of `load_tasks`, on `limit` documents of each, 0 for all.
 
-    def __init__(self, tasks, model, tokenizer, shape_BT):
-        self._tasks = tasks
+    ValueError, before anything is compiled, for a task with a request that the model could not answer.
+    """
+
+    def __init__(self, tasks, limit, model, tokenizer, shape_BT):
+        self._tasks, self._limit = tasks, limit or None
         if tasks:
             from moe_erc.evaluation import harness
 
             self._language_model = harness.LanguageModel(model, None, tokenizer, shape_BT)
+            rehearsal = harness.Rehearsal(model, None, tokenizer, shape_BT)
+            for name, task in tasks["tasks"].items():
+                task.set_fewshot_seed(SEED)  # every run shows the same
+                task.build_all_requests(limit=self._limit)
+                by_kind = collections.defaultdict(list)
+                for request in task.instances:
+                    by_kind[request.request_type].append(request)
+                try:
+                    for kind, requests in by_kind.items():
+                        getattr(rehearsal, kind)(requests)
+                except ValueError as error:
+                    raise ValueError(f"tasks: {name}: {error}; leave it out or train on longer rows") from None
 
-    def run(self, weights, limit=0):
-        """The harness's results, {"results": {task: {"metric,filter": number}}, …}, plain JSON; {} of no tasks.
-
-        On the first `limit` documents of each, 0 for all.
-        """
+    def run(self, weights):
+        """The harness's results, {"results": {task: {"metric,filter": number}}, …}, plain JSON; {} of no tasks."""
         if not self._tasks:
             return {}
         from moe_erc.evaluation import harness
 
         self._language_model.weights = weights
         for task in self._tasks["tasks"].values():
-            task.set_fewshot_seed(SEED)  # every run shows the same
-        options = {"limit": limit or None, "bootstrap_iters": RESAMPLES, "log_samples": False}
+            task.set_fewshot_seed(SEED)
+        options = {"limit": self._limit, "bootstrap_iters": RESAMPLES, "log_samples": False}
         with contextlib.redirect_stderr(io.StringIO()):  # a progress bar for every task
             found = harness.evaluate(lm=self._language_model, task_dict=self._tasks, **options)
         return {key: found[key] for key in KEPT if key in found}

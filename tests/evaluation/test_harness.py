@@ -113,8 +113,7 @@ def alone(monkeypatch, tmp_path):
 
 def reached(names, limit=0, **options):
     tasks = load_tasks(names, DIRECTORY, **options)
-    scores = TaskScores(tasks, StandIn(next_letter), ByteTokenizer(), (4, 16))
-    return scores.run(NO_WEIGHTS, limit)
+    return TaskScores(tasks, limit, StandIn(next_letter), ByteTokenizer(), (4, 16)).run(NO_WEIGHTS)
 
 
 def test_strings_become_the_tokens_that_are_scored():
@@ -174,7 +173,7 @@ def test_examples_limits_and_settings_reach_the_model():
     assert sampling == Sampling(new_tokens=6, stop=("k", ";"))
     assert len(prompts) == 2 and all(prompt[-3] == ";" for prompt in prompts)
     tasks = load_tasks(["alphabet_writing"], DIRECTORY, num_fewshot=1)
-    scores = TaskScores(tasks, StandIn(next_letter), ByteTokenizer(), (4, 16))
+    scores = TaskScores(tasks, 0, StandIn(next_letter), ByteTokenizer(), (4, 16))
     for _ in range(2):
         scores.run(NO_WEIGHTS)
     first, again = AlphabetGenerator.asked[1:]
@@ -213,6 +212,22 @@ def test_an_unknown_task_is_refused_with_the_nearest(alone):
         load_tasks(["paper_3b"], DIRECTORY)
 
 
+@pytest.mark.parametrize("name, length, line", [
+    ("alphabet_choice", 3, "a continuation of 4 tokens cannot be scored, 1 to 3 can; leave it out"),
+    ("alphabet_cloze", 3, "a continuation of 4 tokens cannot be scored, 1 to 3 can; leave it out"),
+    ("alphabet_writing", 6, "6 new tokens leave no room for a prompt in 6; leave it out"),
+])  # fmt: skip
+def test_what_rows_cannot_hold_is_refused_before_the_model_is_asked(name, length, line):
+    stand_in = StandIn(lambda *_: pytest.fail("the model was asked"))
+    with pytest.raises(ValueError, match=f"tasks: {name}: {line}"):
+        TaskScores(load_tasks([name], DIRECTORY), 0, stand_in, ByteTokenizer(), (4, length))
+    TaskScores(load_tasks([name], DIRECTORY), 0, stand_in, ByteTokenizer(), (4, length + 1))
+
+
+def test_what_windows_always_hold_is_not_refused():
+    TaskScores(load_tasks(["alphabet_text"], DIRECTORY), 0, StandIn(next_letter), ByteTokenizer(), (4, 2))
+
+
 def test_a_missing_harness_is_named_before_anything_is_loaded(monkeypatch):
     monkeypatch.delattr(evaluation, "harness")
     monkeypatch.delitem(sys.modules, "moe_erc.evaluation.harness")
@@ -222,7 +237,7 @@ def test_a_missing_harness_is_named_before_anything_is_loaded(monkeypatch):
 
 
 def test_no_task_is_no_work():
-    scores = TaskScores(load_tasks(()), None, None, None)
+    scores = TaskScores(load_tasks(()), 0, None, None, None)
     assert scores.run(None) == {} and task_metrics({}) == {}
 
 

@@ -21,6 +21,7 @@ from rich.table import Table
 
 from benchmarks import ours
 from benchmarks.step import SHAPES
+from moe_erc import huge_pages
 from moe_erc.analysis import hlo
 
 WARM_UP = 3  # steps
@@ -77,6 +78,7 @@ def trace(compiled, state, batch, steps):
 
 
 def main():
+    huge_pages.enable()  # as train.py has them
     parser = argparse.ArgumentParser(prog="python -m benchmarks.components", description=__doc__.split("\n")[0])
     parser.add_argument("--experts", type=int, default=16)
     parser.add_argument("--experts_per_token", type=int, default=4)

@@ -22,6 +22,7 @@ from rich.table import Table
 
 from benchmarks import environment, limits, take_turns, timed
 from configs import sizes
+from moe_erc import huge_pages
 from moe_erc.analysis.compiled import memory
 from moe_erc.losses.erc import coupling_penalty, erc_loss, perturb
 
@@ -106,6 +107,7 @@ def show(best, rows):
 
 
 def main():
+    huge_pages.enable()  # as train.py has them
     parser = argparse.ArgumentParser(prog="python -m benchmarks.erc", description=__doc__.split("\n")[0])
     parser.add_argument("--sizes", default="3b,15b", help="of configs/sizes.py, separated by commas")
     parser.add_argument("--rounds", type=int, default=3, help="turns of every row")

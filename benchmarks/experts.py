@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import environment, limits, take_turns, timed
-from moe_erc import sharding
+from moe_erc import huge_pages, sharding
 from moe_erc.analysis.compiled import memory
 from moe_erc.moe import experts, parallel, routing
 
@@ -129,6 +129,7 @@ def show(best, rows, shape):
 
 
 def main():
+    huge_pages.enable()  # as train.py has them
     parser = argparse.ArgumentParser(prog="python -m benchmarks.experts", description=__doc__.split("\n")[0])
     parser.add_argument("--experts", default="8,64,256", help="how many, separated by commas")
     parser.add_argument("--implementations", default=",".join(("auto", *EXPANDING)), help="of moe/experts.py")

@@ -20,6 +20,7 @@ from rich.table import Table
 from benchmarks import Subject, environment, take_turns
 from benchmarks.ours import configure
 from benchmarks.step import MATMUL, SHAPES
+from moe_erc import huge_pages
 from moe_erc.model.config import ModelConfig
 from moe_erc.moe.routers.competition import expected_share
 
@@ -153,6 +154,7 @@ def names(text):
 
 
 def main():
+    huge_pages.enable()  # as train.py has them
     parser = argparse.ArgumentParser(prog="python -m benchmarks.methods", description=__doc__.split("\n")[0])
     parser.add_argument("--shape", choices=EXPERTS, default="peer")
     parser.add_argument("--methods", type=names, default=list(METHODS), help="vanilla and these; all if not given")

@@ -19,6 +19,7 @@ from rich.table import Table
 
 from benchmarks import Subject, cores, environment, take_turns
 from benchmarks.limits import MATMUL
+from moe_erc import huge_pages
 
 SHAPES = {  # model block, (sequences, length) of a step, (E, K) of the rows
     "peer": ({"layers": 4, "width": 256, "heads": 4, "kv_heads": 4, "expert_width": 128, "vocab_size": 512},
@@ -97,6 +98,7 @@ def show(matmul, rows):
 
 
 def main():
+    huge_pages.enable()  # as train.py has them
     parser = argparse.ArgumentParser(prog="python -m benchmarks.step", description=__doc__.split("\n")[0])
     parser.add_argument("--shape", choices=SHAPES, default="peer")
     parser.add_argument("--peer", action="store_true", help="PyTorch's OLMoE as well; needs the hf extra")

@@ -11,6 +11,8 @@ import sys
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from moe_erc import huge_pages
+
 CONFIG = re.compile(r"--?config(=|$)")
 OVERRIDE = re.compile(r"--?config\.([\w.]+)")
 ANY = float("inf")
@@ -47,6 +49,7 @@ def run(main, default_config=None):
 
     With a `default_config` there are --config=FILE[:SIZE] and --config.a.b=value, read as `flags.FLAGS.config`.
     """
+    huge_pages.enable()
     if default_config:
         # The library would read overrides of its own default while it is being defined, where nothing can be refused.
         config_flags.DEFINE_config_file("config", None, f"config file and size; {default_config} if not given")

@@ -19,7 +19,8 @@ ALLOWED = {
     "runs": {"analysis", "data", "evaluation", "hf", "losses", "model", "processes", "sharding", "training"},
     "processes": {"rendezvous"},
     "rendezvous": set(),
-    "command_line": set(),
+    "command_line": {"huge_pages"},
+    "huge_pages": set(),
     "compilation_cache": {"data"},
     "__init__": {"losses"},
 }

@@ -18,7 +18,7 @@ from moe_erc.training.optimizer import OptimizerConfig, make_optimizer
 from moe_erc.training.state import abstract_state, initializer
 from tests import script
 
-STEPS = 400
+STEPS = 240
 
 
 @pytest.fixture(scope="module")
@@ -30,9 +30,9 @@ def arguments(text_directory, tmp_path_factory):
         f"--config.data.cache_dir={tmp_path_factory.mktemp('cache')}",
         "--config.data.validation_fraction=0.1",
         f"--config.train.steps={STEPS}",
-        "--config.checkpoint.every=25",
-        "--config.eval.every=100",
-        "--config.train.profile_step=399",  # past every interruption, and its third step past the end
+        "--config.checkpoint.every=15",
+        "--config.eval.every=60",
+        "--config.train.profile_step=239",  # past every interruption, and its third step past the end
         "--config.log.tensorboard=False",
     ]
 
@@ -78,10 +78,10 @@ def hit(process, workdir, step, number):
 def test_killed_terminated_and_interrupted(arguments, undisturbed, tmp_path):
     everything = [*arguments, f"--workdir={tmp_path}"]
     for step, number, code in (
-        (60, signal.SIGKILL, -signal.SIGKILL),
-        (130, signal.SIGTERM, 128 + signal.SIGTERM),
-        (210, signal.SIGINT, 128 + signal.SIGINT),
-        (290, signal.SIGKILL, -signal.SIGKILL),
+        (35, signal.SIGKILL, -signal.SIGKILL),
+        (80, signal.SIGTERM, 128 + signal.SIGTERM),
+        (130, signal.SIGINT, 128 + signal.SIGINT),
+        (175, signal.SIGKILL, -signal.SIGKILL),
     ):
         process = script.start("train.py", everything, tmp_path / "out")
         assert hit(process, tmp_path, step, number) == code, (tmp_path / "out").read_text()

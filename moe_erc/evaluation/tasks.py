@@ -64,14 +64,8 @@ class TaskScores:
             self._language_model = harness.LanguageModel(model, None, tokenizer, shape_BT)
             rehearsal = harness.Rehearsal(model, None, tokenizer, shape_BT)
             for name, task in tasks["tasks"].items():
-                task.set_fewshot_seed(SEED)  # every run shows the same
-                task.build_all_requests(limit=self._limit)
-                by_kind = collections.defaultdict(list)
-                for request in task.instances:
-                    by_kind[request.request_type].append(request)
                 try:
-                    for kind, requests in by_kind.items():
-                        getattr(rehearsal, kind)(requests)
+                    _rehearse(rehearsal, task, self._limit)
                 except ValueError as error:
                     raise ValueError(f"tasks: {name}: {error}; leave it out or train on longer rows") from None
 
@@ -83,11 +77,22 @@ class TaskScores:
 
         self._language_model.weights = weights
         for task in self._tasks["tasks"].values():
-            task.set_fewshot_seed(SEED)
+            task.set_fewshot_seed(SEED)  # every run shows the same
         options = {"limit": self._limit, "bootstrap_iters": RESAMPLES, "log_samples": False}
         with contextlib.redirect_stderr(io.StringIO()):  # a progress bar for every task
             found = harness.evaluate(lm=self._language_model, task_dict=self._tasks, **options)
         return {key: found[key] for key in KEPT if key in found}
+
+
+def _rehearse(rehearsal, task, limit):
+    """Asks the rehearsal all that the model will be asked."""
+    task.set_fewshot_seed(SEED)
+    task.build_all_requests(limit=limit)
+    by_kind = collections.defaultdict(list)
+    for request in task.instances:
+        by_kind[request.request_type].append(request)
+    for kind, requests in by_kind.items():
+        getattr(rehearsal, kind)(requests)
 
 
 def task_metrics(found):

@@ -175,14 +175,14 @@ def test_rows_of_power_iteration_are_written_out(trained, load, tmp_path):
 
 
 def test_an_export_takes_the_memory_of_a_layer(trained, tmp_path):
-    model, params = trained(layers=24, expert_width=64)
+    model, params = trained(layers=24, expert_width=256)
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
     export_olmoe(tmp_path / "warm", model, params)
     tracemalloc.start()
     export_olmoe(tmp_path / "out", model, params)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert peak < size / 4, (peak, size)
+    assert peak < size / 8, (peak, size)  # a layer is 1/24, names and headers are as much again
 
 
 @pytest.mark.parametrize("changes, words", [

@@ -49,7 +49,7 @@ def run(main, default_config=None):
 
     With a `default_config` there are --config=FILE[:SIZE] and --config.a.b=value, read as `flags.FLAGS.config`.
     """
-    huge_pages.enable()
+    huge_pages.enable()  # may start the program anew
     if default_config:
         # The library would read overrides of its own default while it is being defined, where nothing can be refused.
         config_flags.DEFINE_config_file("config", None, f"config file and size; {default_config} if not given")

@@ -16,13 +16,20 @@ VARIABLE, TUNABLE = "GLIBC_TUNABLES", "glibc.malloc.hugetlb"
 def enable():
     """Starts the program anew with huge pages; to be called before it has done anything but import.
 
-    Returns where they are asked for already, where the system gives them to all or to nobody, and where the process is
-    not that of the program alone: in a notebook, or in a test.
+    Returns where they are asked for or refused already, where the system leaves it to no program, and where the process
+    is not that of the program alone: in a notebook, or in a test.
     """
     given = os.environ.get(VARIABLE, "")
-    if TUNABLE in given or not MODE.exists() or "[madvise]" not in MODE.read_text():
+    if TUNABLE in given or not _left_to_programs():
         return
     module = sys.modules["__main__"].__spec__  # of python -m
     if (module.name if module else sys.argv[0]) in sys.orig_argv:
         os.environ[VARIABLE] = ":".join(filter(None, (given, f"{TUNABLE}=1")))
         os.execv(sys.executable, sys.orig_argv)
+
+
+def _left_to_programs():
+    try:
+        return "[madvise]" in MODE.read_text()
+    except OSError:  # another system, or a container that shows nothing of it
+        return False

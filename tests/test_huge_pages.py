@@ -22,10 +22,11 @@ print(os.environ.get("GLIBC_TUNABLES"), sys.argv[3:])
 
 @pytest.fixture
 def said(tmp_path):
-    """Runs the program in a system of a mode; (what it printed, how often it was started)."""
+    """Runs the program in a system of a mode, "" for none; (what it printed, how often it was started)."""
 
     def run(mode, as_module, given=None):
-        (tmp_path / "enabled").write_text(mode)
+        if mode:
+            (tmp_path / "enabled").write_text(mode)
         (tmp_path / "program.py").write_text(PROGRAM)
         (tmp_path / "starts").unlink(missing_ok=True)
         environment = os.environ | {"PYTHONPATH": f"{script.ROOT}:{tmp_path}"}
@@ -51,7 +52,7 @@ def test_what_the_environment_says_is_kept(said):
     assert said(mode, False, refused) == (f"{refused} ['--a=b c', '']", 1)
 
 
-@pytest.mark.parametrize("mode", ["[always] madvise never", "always madvise [never]"])
+@pytest.mark.parametrize("mode", ["[always] madvise never", "always madvise [never]", ""])
 def test_where_the_system_decides_nothing_happens(said, mode):
     assert said(mode, False) == ("None ['--a=b c', '']", 1)
 

@@ -19,6 +19,7 @@ from moe_erc.training.checkpoint import Checkpoints
 from moe_erc.training.optimizer import OptimizerConfig, make_optimizer
 from moe_erc.training.state import abstract_state, initializer
 from tests import script
+from tests.training.test_damage import flip
 
 STEPS, FEW = 80, 5
 LIMIT = 240  # seconds until what hangs is given up; what works is quick unless the machine has other work
@@ -141,11 +142,7 @@ def test_two_processes_stop_together_and_one_goes_on(train, alone, stopped, tmp_
 def test_two_processes_go_on_from_the_checkpoint_before_a_damaged_one(train, alone, stopped, tmp_path):
     shutil.copytree(stopped, tmp_path, dirs_exist_ok=True)
     damaged, intact, *_ = sorted((int(path.name) for path in (tmp_path / "checkpoints").glob("[0-9]*")), reverse=True)
-    of_the_second = (tmp_path / "checkpoints" / str(damaged) / "state" / "ocdbt.process_1").rglob("*")
-    largest = max((path for path in of_the_second if path.is_file()), key=lambda path: path.stat().st_size)
-    content = bytearray(largest.read_bytes())
-    content[len(content) // 2] ^= 1
-    largest.write_bytes(content)
+    flip(tmp_path / "checkpoints" / str(damaged))
     lines = len(metrics(tmp_path))
 
     terminate_one(two(train, tmp_path), tmp_path, "metrics.jsonl", lines + FEW)

@@ -186,19 +186,17 @@ def test_steps_whose_loss_is_a_spike_are_skipped_and_counted_across_a_kill(argum
         "--config.guard.limit=50",
         "--config.eval.every=1000",
     ]
-    for name in ("whole", "killed"):
-        workdir = tmp_path / name
-        if name == "killed":
-            process = script.start("train.py", [*skipping, f"--workdir={workdir}"], tmp_path / "out")
-            assert hit(process, workdir, 90, signal.SIGKILL) == -signal.SIGKILL, (tmp_path / "out").read_text()
-        code, printed = script.run("train.py", [*skipping, f"--workdir={workdir}"], tmp_path / "out")
-        assert code == 0, printed
-        if name == "whole":
-            assert "standard deviations above its recent mean, the step was skipped" in printed, printed
-    state = final_state(tmp_path / "whole", few)
-    jax.tree.map(np.testing.assert_array_equal, state, final_state(tmp_path / "killed", few))
-    lines = metrics(tmp_path / "whole")
-    assert metrics(tmp_path / "killed") == lines
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    code, printed = script.run("train.py", [*skipping, f"--workdir={whole}"], tmp_path / "out")
+    assert code == 0 and "standard deviations above its recent mean, the step was skipped" in printed, printed
+    process = script.start("train.py", [*skipping, f"--workdir={killed}"], tmp_path / "out")
+    assert hit(process, killed, 90, signal.SIGKILL) == -signal.SIGKILL, (tmp_path / "out").read_text()
+    code, printed = script.run("train.py", [*skipping, f"--workdir={killed}"], tmp_path / "out")
+    assert code == 0, printed
+    state = final_state(whole, few)
+    jax.tree.map(np.testing.assert_array_equal, state, final_state(killed, few))
+    lines = metrics(whole)
+    assert metrics(killed) == lines
     counts = [line["guard/skipped"] for line in lines if "guard/skipped" in line]
     assert 0 < counts[-1] == state.guard["skipped"] < few and counts == sorted(counts)
 

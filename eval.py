@@ -18,6 +18,7 @@ from configs import base
 from moe_erc import command_line, compilation_cache, processes, sharding
 from moe_erc.analysis.report import print_report, write_report
 from moe_erc.analysis.survey_report import report_survey
+from moe_erc.checks import BadInput
 from moe_erc.evaluation.sampling import Sampling
 from moe_erc.evaluation.tasks import load_tasks
 from moe_erc.hf import inspect, shard_writer
@@ -81,11 +82,11 @@ def main(_):
 def check_flags():
     given, others = CHECKPOINT.value, COUPLING.value or TASKS.value or GENERATE.value is not None
     if bool(WORKDIR.value) == bool(given):
-        raise ValueError("--workdir, --checkpoint: give one of them, the directory of a run or of a Hugging Face MoE")
+        raise BadInput("--workdir, --checkpoint: give one of them, the directory of a run or of a Hugging Face MoE")
     if given and (FIGURES.value or EXPORT.value or not others):
-        raise ValueError(f"--checkpoint={given}: has --coupling, --tasks and --generate, but no --figures or --export")
+        raise BadInput(f"--checkpoint={given}: has --coupling, --tasks and --generate, but no --figures or --export")
     if len(WORKDIR.value) > 1 and (EXPORT.value or (OUTPUT.value and not FIGURES.value)):
-        raise ValueError(f"--output={OUTPUT.value}, --export={EXPORT.value}: for one run; name one workdir")
+        raise BadInput(f"--output={OUTPUT.value}, --export={EXPORT.value}: for one run; name one workdir")
     if EXPORT.value:
         shard_writer.free_path(EXPORT.value)
     if FIGURES.value or COUPLING.value:

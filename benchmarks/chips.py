@@ -8,6 +8,8 @@ from typing import NamedTuple
 import jax
 from jax.experimental import topologies
 
+from moe_erc.checks import BadInput
+
 
 class Chip(NamedTuple):
     """What a device is held against."""
@@ -35,7 +37,7 @@ LIBTPU = {
 def described(topology, slices, devices):
     """(devices, chip) of one of v5p:4x4x4 and cpu:64; to be called before anything else wants a device."""
     if bool(topology) == bool(devices):
-        raise ValueError("give one of --topology=v5p:4x4x4 and --devices=cpu:64")
+        raise BadInput("give one of --topology=v5p:4x4x4 and --devices=cpu:64")
     jax.config.update("jax_platforms", "cpu")  # what is attached is not asked
     return _tpus(topology, slices) if topology else (_virtual(devices), Chip())
 
@@ -43,21 +45,21 @@ def described(topology, slices, devices):
 def _tpus(topology, slices):
     chip = CHIPS.get(topology.partition(":")[0])
     if chip is None:
-        raise ValueError(f"--topology: {topology!r} does not begin with one of {', '.join(CHIPS)}; v5p:4x4x4 would do")
+        raise BadInput(f"--topology: {topology!r} does not begin with one of {', '.join(CHIPS)}; v5p:4x4x4 would do")
     if not importlib.util.find_spec("libtpu"):
-        raise ValueError('--topology compiles with libtpu, which is missing; pip install -e ".[tpu]"')
+        raise BadInput('--topology compiles with libtpu, which is missing; pip install -e ".[tpu]"')
     for name, value in LIBTPU.items():
         os.environ.setdefault(name, value)
     options = {"chip_config_name": chip.config} if chip.config else {}
     try:
         return topologies.get_topology_desc(topology, "tpu", num_slices=slices, **options).devices, chip
     except jax.errors.JaxRuntimeError as error:
-        raise ValueError(f"--topology: {topology!r}: {error}") from error
+        raise BadInput(f"--topology: {topology!r}: {error}") from error
 
 
 def _virtual(devices):
     count = re.fullmatch(r"cpu:([1-9]\d*)", devices)
     if not count:
-        raise ValueError(f"--devices: {devices!r} is not of the form cpu:64")
+        raise BadInput(f"--devices: {devices!r} is not of the form cpu:64")
     jax.config.update("jax_num_cpu_devices", int(count[1]))
     return jax.devices()

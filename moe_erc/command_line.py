@@ -12,6 +12,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from moe_erc import huge_pages
+from moe_erc.checks import BadInput
 
 CONFIG = re.compile(r"--?config(=|$)")
 OVERRIDE = re.compile(r"--?config\.([\w.]+)")
@@ -33,15 +34,22 @@ LIMITS = {
 
 @contextlib.contextmanager
 def refusing_bad_input():
-    """Ends the program with one line on a ValueError or OSError, by which this package says that an input is wrong."""
+    """Ends the program with one line and exit code 2 on a `BadInput`, and on a file that the system does not give.
+
+    Everything else is a fault of the program, and goes through: a traceback and exit code 1.
+    """
     try:
         yield
-    except (ValueError, OSError) as error:
-        message = (
-            f"{error.strerror}: {error.filename!r}" if isinstance(error, OSError) and error.filename else str(error)
-        )
-        print("error: " + " ".join(message.split()), file=sys.stderr)
-        sys.exit(2)
+    except BadInput as error:
+        message = str(error)
+    except OSError as error:
+        if not error.filename:
+            raise
+        message = f"{error.strerror}: {error.filename!r}"
+    else:
+        return
+    print("error: " + " ".join(message.split()), file=sys.stderr)
+    sys.exit(2)
 
 
 def run(main, default_config=None):
@@ -78,7 +86,7 @@ def check_numbers(config):
         value = functools.reduce(getattr, key.split("."), config)
         if not least <= value <= most:
             bound = f"below {least}" if value < least else f"above {most}"
-            raise ValueError(f"{key}: {value} is {bound}; give a number from {least} to {most}")
+            raise BadInput(f"{key}: {value} is {bound}; give a number from {least} to {most}")
 
 
 def _parse(argv):
@@ -89,10 +97,10 @@ def _parse(argv):
             _, *strays = arguments = flags.FLAGS(argv)
             if not flags.FLAGS["verbosity"].present:
                 logging.set_verbosity(logging.WARNING)  # the libraries tell too much at the default
-        except (flags.Error, TypeError) as error:
-            raise ValueError(str(error).strip().splitlines()[-1]) from error
+        except (flags.Error, TypeError, OSError) as error:
+            raise BadInput(str(error).strip().splitlines()[-1]) from error
         if strays:
-            raise ValueError(f"{strays[0]!r} is no option: options look like --workdir=DIR or --config.a.b=value")
+            raise BadInput(f"{strays[0]!r} is no option: options look like --workdir=DIR or --config.a.b=value")
         return arguments
 
 
@@ -105,7 +113,7 @@ def _check_keys(argv):
     for override in filter(None, map(OVERRIDE.match, argv)):
         if override[1] not in known:
             nearest = difflib.get_close_matches(override[1], known, n=1, cutoff=0)[0]
-            raise ValueError(f"config.{override[1]}: no such key; the nearest is config.{nearest}")
+            raise BadInput(f"config.{override[1]}: no such key; the nearest is config.{nearest}")
 
 
 def _dotted(config, prefix=""):

@@ -18,6 +18,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from moe_erc import rendezvous
+from moe_erc.checks import BadInput
 
 BY_HAND = ADDRESS, COUNT, PROCESS = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 LIMIT = "MOE_ERC_COORDINATOR_TIMEOUT"  # seconds within which all processes must have come
@@ -26,7 +27,7 @@ _MESSAGE_BYTES = 16384
 _exchanges = itertools.count()
 
 
-class KnownToAll(ValueError):
+class KnownToAll(BadInput):
     """Raised by every process at once: nobody is left to be told."""
 
 
@@ -39,7 +40,7 @@ def initialize():
     if any(name in os.environ for name in BY_HAND):
         address, count, process = _variable(ADDRESS), _whole_number(COUNT, 1), _whole_number(PROCESS, 0)
         if process >= count:
-            raise ValueError(f"{PROCESS}: {process} is not below {COUNT} = {count}; count from 0")
+            raise BadInput(f"{PROCESS}: {process} is not below {COUNT} = {count}; count from 0")
         if count > 1:
             rendezvous.meet(address, count, process, limit)
             told = {"coordinator_address": address, "num_processes": count, "process_id": process}
@@ -73,7 +74,7 @@ def ending_together():
         yield
     except KnownToAll:
         raise
-    except (ValueError, OSError) as error:
+    except Exception as error:
         with contextlib.suppress(KnownToAll):  # another one's error; each tells its own
             _exchange({"error": str(error)[:1000]})
         raise
@@ -120,7 +121,7 @@ def _connect(limit, **known):
         if "coordinator_address" not in str(error):  # which jax misses where it detects no cluster
             raise
     except RuntimeError as error:
-        raise ValueError(str(error)) from error
+        raise BadInput(str(error)) from error
     finally:
         late.cancel()
 
@@ -141,12 +142,12 @@ def _started_alone():
 
 def _variable(name):
     if name not in os.environ:
-        raise ValueError(f"{name} is not set: processes started by hand need all of {', '.join(BY_HAND)}")
+        raise BadInput(f"{name} is not set: processes started by hand need all of {', '.join(BY_HAND)}")
     return os.environ[name]
 
 
 def _whole_number(name, least):
     value = _variable(name)
     if not value.isdecimal() or int(value) < least:
-        raise ValueError(f"{name}: {value!r} is not a whole number from {least} up")
+        raise BadInput(f"{name}: {value!r} is not a whole number from {least} up")
     return int(value)

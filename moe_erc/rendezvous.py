@@ -8,19 +8,21 @@ import json
 import socket
 import time
 
+from moe_erc.checks import BadInput
+
 
 def meet(address, count, process, limit):
     """Returns once all `count` processes have come to `address`; ValueError, on all, if they do not fit or are late."""
     host, _, port = address.rpartition(":")
     if not host or not port.isdecimal():
-        raise ValueError(f"JAX_COORDINATOR_ADDRESS: {address!r} is not HOST:PORT")
+        raise BadInput(f"JAX_COORDINATOR_ADDRESS: {address!r} is not HOST:PORT")
     deadline = time.monotonic() + limit
     if process == 0:
         verdict = _receive(int(port), count, deadline)
     else:
         verdict = _call((host.strip("[]"), int(port)), (count, process), deadline)
     if verdict:
-        raise ValueError(verdict)
+        raise BadInput(verdict)
 
 
 def _receive(port, count, deadline):
@@ -60,14 +62,14 @@ def _call(address, count_and_process, deadline):
             break
         except OSError as error:
             if time.monotonic() > deadline:
-                raise ValueError(f"no coordinator at {where} in time ({error.strerror or error})") from None
+                raise BadInput(f"no coordinator at {where} in time ({error.strerror or error})") from None
             time.sleep(0.1)
     with connection:
         connection.sendall(_line(count_and_process))
         try:
             return _read(connection, deadline + 5)  # process 0 itself may say that time is up
         except (OSError, ValueError):
-            raise ValueError(f"what answers at {where} is not process 0 of this run; name a free port") from None
+            raise BadInput(f"what answers at {where} is not process 0 of this run; name a free port") from None
 
 
 def _read(connection, deadline):

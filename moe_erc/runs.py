@@ -15,6 +15,7 @@ from moe_erc import processes, sharding
 from moe_erc.analysis.curves import read_metrics
 from moe_erc.analysis.diagnosis import Diagnosis
 from moe_erc.analysis.gate_map import gate_map
+from moe_erc.checks import BadInput
 from moe_erc.data import text
 from moe_erc.data.tokenizer import load as load_tokenizer
 from moe_erc.evaluation.expert_use import ExpertUse
@@ -104,7 +105,7 @@ class Run(Opened):
         """(router_ED, w_gate_EDF) by layer, on the host; ValueError for a router without rows."""
         rows_LED = self.model.router_rows(self.weights.params)
         if rows_LED is None:
-            raise ValueError(f"model.router is {self.model.config.router!r}, which has no router rows to be coupled")
+            raise BadInput(f"model.router is {self.model.config.router!r}, which has no router rows to be coupled")
         arrays = rows_LED, self.weights.params["layers"]["moe"]["w_gate"]
         everywhere = sharding.replicate(self.model.mesh)
         take = jax.jit(lambda arrays, layer: [array[layer] for array in arrays], out_shardings=everywhere)
@@ -149,12 +150,12 @@ def open_run(workdir) -> Run:
         config, trained_with = meta["config"], meta["data"]["tokenizer"]
         data_config, model_config = text.DataConfig(**config["data"]), ModelConfig(**config["model"])
     except (KeyError, TypeError) as error:
-        raise ValueError(f"{workdir} is of another version of moe_erc ({error}); evaluate it with that one") from None
+        raise BadInput(f"{workdir} is of another version of moe_erc ({error}); evaluate it with that one") from None
     with processes.first():
         corpus = text.prepare(data_config)
     processes.agree({"data": corpus.identity})
     if corpus.tokenizer.identity != trained_with:
-        raise ValueError(f"data.tokenizer: {data_config.tokenizer!r} is not the one the run was trained with")
+        raise BadInput(f"data.tokenizer: {data_config.tokenizer!r} is not the one the run was trained with")
     model, abstract = _lay_out(model_config)
     shape_BT = _rows(model, config["eval"]["batch_size"]), config["data"]["sequence_length"]
     weights = checkpoints.restore_weights(abstract, step)

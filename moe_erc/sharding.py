@@ -14,6 +14,8 @@ from jax.sharding import PartitionSpec as P
 from rich.console import Console
 from rich.table import Table
 
+from moe_erc.checks import BadInput
+
 DATA, EXPERT = "data", "expert"
 BATCH = (DATA, EXPERT)
 
@@ -58,15 +60,13 @@ def make_mesh(data, expert, devices=None):
     count = len(devices)
     for name, size, other in ((DATA, data, expert), (EXPERT, expert, data)):
         if size == 0 or size < -1 or (size == -1 and (other < 1 or count % other)):
-            raise ValueError(
-                f"mesh.{name}: {size} beside {other} cannot split {count} devices; use divisors, or one -1"
-            )
+            raise BadInput(f"mesh.{name}: {size} beside {other} cannot split {count} devices; use divisors, or one -1")
     data, expert = count // expert if data == -1 else data, count // data if expert == -1 else expert
     if data * expert > count:
-        raise ValueError(f"mesh: {data} x {expert} needs {data * expert} devices, there are {count}; lower mesh.data")
+        raise BadInput(f"mesh: {data} x {expert} needs {data * expert} devices, there are {count}; lower mesh.data")
     chosen = devices[: data * expert]
     if idle := {device.process_index for device in devices} - {device.process_index for device in chosen}:
-        raise ValueError(f"mesh: {data} x {expert} of {count} devices leaves process {min(idle)} none; use all devices")
+        raise BadInput(f"mesh: {data} x {expert} of {count} devices leaves process {min(idle)} none; use all devices")
     return Mesh(lay_out(chosen, data, expert), (DATA, EXPERT), axis_types=(AxisType.Auto,) * 2)
 
 
@@ -85,7 +85,7 @@ def lay_out(devices, data, expert):
     """
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     if data % slices:
-        raise ValueError(
+        raise BadInput(
             f"mesh.data: {data} cannot be split over {slices} slices, and an expert group stays within one; "
             "use a multiple"
         )
@@ -167,18 +167,18 @@ def check(mesh, model, batch_size, micro_batches, eval_batch_size):
     """Refuses sizes that the mesh cannot split evenly, naming both numbers."""
     data, expert = mesh.shape[DATA], mesh.shape[EXPERT]
     if model.experts % expert:
-        raise ValueError(
+        raise BadInput(
             f"model.experts: {model.experts} experts cannot be split over {expert} devices of axis '{EXPERT}'"
         )
     for name, size in (("width", model.width), ("kv_heads", model.kv_width), ("expert_width", model.expert_width)):
         if size % data:
-            raise ValueError(f"model.{name}: a width of {size} cannot be split over {data} devices of axis '{DATA}'")
+            raise BadInput(f"model.{name}: a width of {size} cannot be split over {data} devices of axis '{DATA}'")
     if micro_batches < 1 or batch_size % micro_batches:
-        raise ValueError(
+        raise BadInput(
             f"train.batch_size: {batch_size} sequences cannot be split into {micro_batches} train.micro_batches"
         )
     for name, size in (("train.batch_size", batch_size // micro_batches), ("eval.batch_size", eval_batch_size)):
         if size < 1 or size % mesh.size:
-            raise ValueError(
+            raise BadInput(
                 f"{name}: {size} sequences at a time cannot be split over {mesh.size} devices; use a multiple"
             )

@@ -6,6 +6,8 @@ import json
 import numpy as np
 from etils import epath
 
+from moe_erc.checks import BadInput
+
 
 def read_metrics(path):
     """{metric name: (steps_N, values_N)}, or values_NL of a metric that has a value a layer; null reads as NaN.
@@ -24,7 +26,7 @@ def read_metrics(path):
         except (ValueError, RecursionError, KeyError, AttributeError, TypeError):
             if number == len(lines):
                 break
-            raise ValueError(f"{path}: line {number} is not JSON of a step") from None
+            raise BadInput(f"{path}: line {number} is not JSON of a step") from None
         for name, value in row.items():
             values[name][step] = value
     return {name: _curve(by_step) for name, by_step in values.items()}

@@ -8,13 +8,15 @@ import io
 
 import numpy as np
 
+from moe_erc.checks import BadInput
+
 try:
     import matplotlib
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import BoundaryNorm, ListedColormap
     from matplotlib.figure import Figure
 except ImportError:
-    raise ValueError('figures need matplotlib, which is missing: pip install -e ".[plot]"') from None
+    raise BadInput('figures need matplotlib, which is missing: pip install -e ".[plot]"') from None
 
 LOOK = {
     "font.size": 8,

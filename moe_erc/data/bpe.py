@@ -16,6 +16,7 @@ from absl import flags
 from tqdm import tqdm
 
 from moe_erc import command_line
+from moe_erc.checks import BadInput
 from moe_erc.data import sources
 from moe_erc.data.config import DataConfig
 from moe_erc.data.tokenizer import END_OF_DOCUMENT, library
@@ -37,7 +38,7 @@ def training_texts(config: DataConfig) -> Iterator[str]:
 def train(texts: Iterable[str], vocab_size: int):
     """A tokenizer of at most `vocab_size` ids: the same texts give the same merges."""
     if vocab_size < SMALLEST_VOCABULARY:
-        raise ValueError(
+        raise BadInput(
             f"--vocab_size: {vocab_size} is below {SMALLEST_VOCABULARY} (256 bytes and an end of document); give more"
         )
     tokenizers = library()

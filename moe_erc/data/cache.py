@@ -14,6 +14,8 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from moe_erc.checks import BadInput
+
 
 def root(cache_dir: str) -> Path:
     """The cache directory of a configuration; "" means $MOE_ERC_CACHE, or ~/.cache/moe_erc."""
@@ -28,7 +30,7 @@ def make_writable(directory: Path) -> None:
         probe.mkdir()
         probe.rmdir()
     except OSError as error:
-        raise type(error)(
+        raise BadInput(
             f"data.cache_dir: cannot write in '{directory}' ({error.strerror}); "
             "set data.cache_dir or $MOE_ERC_CACHE to a writable directory"
         ) from error

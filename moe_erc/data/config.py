@@ -3,6 +3,8 @@
 import dataclasses
 import math
 
+from moe_erc.checks import BadInput
+
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
@@ -18,27 +20,23 @@ class DataConfig:
 
     def __post_init__(self):
         if isinstance(self.sources, str) or not self.sources:
-            raise ValueError(
+            raise BadInput(
                 f"data.sources: {self.sources!r} is not a list of sources; give at least one, such as ('embedded',)"
             )
         for source in self.sources:
             if not source or self.sources.count(source) > 1:
-                raise ValueError(
+                raise BadInput(
                     f"data.sources: {source!r} is empty or listed twice in {tuple(self.sources)}; list it once"
                 )
         if self.weights and len(self.weights) != len(self.sources):
-            raise ValueError(
+            raise BadInput(
                 f"data.weights: {len(self.weights)} weights for {len(self.sources)} data.sources; give one each, or ()"
             )
         if any(not 0 < weight < math.inf for weight in self.weights):
-            raise ValueError(
-                f"data.weights: {tuple(self.weights)} must all be above 0; drop the source to leave it out"
-            )
+            raise BadInput(f"data.weights: {tuple(self.weights)} must all be above 0; drop the source to leave it out")
         if not 0 <= self.validation_fraction < 1:
-            raise ValueError(
-                f"data.validation_fraction: {self.validation_fraction} is not in [0, 1); give 0.02 for 2 %"
-            )
+            raise BadInput(f"data.validation_fraction: {self.validation_fraction} is not in [0, 1); give 0.02 for 2 %")
         if self.sequence_length < 1:
-            raise ValueError(
+            raise BadInput(
                 f"data.sequence_length: {self.sequence_length} is below 1; give the tokens per window, such as 256"
             )

@@ -15,6 +15,7 @@ from typing import ClassVar
 import tensorflow_datasets as tfds
 from tqdm import tqdm
 
+from moe_erc.checks import BadInput
 from moe_erc.data import cache
 from moe_erc.data.document import split_by_hash
 from moe_erc.data.python_source import Root, separate, source_files, versions
@@ -56,7 +57,7 @@ class EmbeddedCorpus(tfds.core.GeneratorBasedBuilder, skip_registration=True):
                 if text.strip():  # of equal texts the first is kept
                     examples.setdefault(digest, {"text": text, "domain": domain, "path": name, "sha256": digest})
         if not examples:
-            raise ValueError(
+            raise BadInput(
                 f"data.sources: 'embedded' found no Python source under {self._roots[0].directory}; name another source"
             )
         # TFDS points data_path at a temporary directory here: manifest and data appear together or not at all.

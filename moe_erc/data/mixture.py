@@ -12,6 +12,8 @@ from collections.abc import Sequence
 import grain
 import numpy as np
 
+from moe_erc.checks import BadInput
+
 _LONGEST_SCHEDULE = 10**6
 
 
@@ -22,7 +24,7 @@ def whole_weights(weights: Sequence[float]) -> list[int]:
     whole = [int(weight * common) for weight in written]
     smallest = [weight // math.gcd(*whole) for weight in whole]
     if sum(smallest) > _LONGEST_SCHEDULE:
-        raise ValueError(
+        raise BadInput(
             f"data.weights: {tuple(weights)} have too many digits to mix exactly; give whole numbers, such as (2, 1)"
         )
     return smallest

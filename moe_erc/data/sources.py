@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from moe_erc.checks import BadInput
 from moe_erc.data import cache, text_files, tfds_source
 from moe_erc.data.config import DataConfig
 from moe_erc.data.document import Document
@@ -40,7 +41,7 @@ def open_source(name: str, config: DataConfig) -> Source:
             name, _label(path.resolve().name), identity, functools.partial(text_files.documents, path, *settings)
         )
     if name[0] in "/.~" or path.exists():
-        raise FileNotFoundError(
+        raise BadInput(
             f"data.sources: no such directory '{name}'; "
             "give an existing directory, a TFDS name such as 'c4/en', or 'embedded'"
         )

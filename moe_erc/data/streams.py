@@ -15,6 +15,7 @@ from typing import BinaryIO
 import numpy as np
 from tqdm import tqdm
 
+from moe_erc.checks import BadInput
 from moe_erc.data.document import Document
 from moe_erc.data.sources import Source
 from moe_erc.data.tokenizer import Tokenizer
@@ -94,7 +95,7 @@ def read(directory: Path, source: str) -> Iterator[tuple[str, str, Stream]]:
         file = directory / entry["file"]
         size, written = file.stat().st_size, entry["tokens"] * dtype.itemsize
         if size != written:
-            raise ValueError(
+            raise BadInput(
                 f"data.cache_dir: '{file}' has {size} bytes and was written with {written}; delete '{directory}'"
             )
         tokens_N = np.memmap(file, dtype, mode="r")
@@ -114,7 +115,7 @@ def _read_index(directory: Path) -> tuple[np.dtype, list[dict]]:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         sound = False
     if not sound:
-        raise ValueError(f"data.cache_dir: '{directory / _INDEX}' is no table of token streams; delete '{directory}'")
+        raise BadInput(f"data.cache_dir: '{directory / _INDEX}' is no table of token streams; delete '{directory}'")
     return np.dtype(dtype), entries
 
 

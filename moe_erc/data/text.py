@@ -10,6 +10,7 @@ bool}.
 from collections.abc import Iterable
 from pathlib import Path
 
+from moe_erc.checks import BadInput
 from moe_erc.data import cache, sources, streams
 from moe_erc.data.config import DataConfig
 from moe_erc.data.mixture import whole_weights
@@ -71,7 +72,7 @@ def _check_length(config: DataConfig, train: Iterable[Stream]) -> None:
         members = [stream for stream in train if stream.source in group]
         if not any(count_windows(stream, config.sequence_length) for stream in members):
             tokens, needed = sum(len(stream.tokens_N) for stream in members), config.sequence_length + 1
-            raise ValueError(
+            raise BadInput(
                 f"data.sources: {', '.join(group)} has {tokens} training tokens, fewer than one window of {needed} "
                 f"(data.sequence_length {config.sequence_length} + 1) in any domain; give more text or shorter windows"
             )

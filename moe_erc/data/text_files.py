@@ -9,6 +9,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+from moe_erc.checks import BadInput
 from moe_erc.data.document import Document, held_out_name, split_by_hash
 
 _SUFFIXES = (".txt", ".jsonl")
@@ -18,7 +19,7 @@ def find(path: Path) -> list[Path]:
     """The text files under a directory, sorted."""
     files = sorted(file for file in path.rglob("*") if file.suffix in _SUFFIXES and file.is_file())
     if not files:
-        raise ValueError(f"data.sources: no .txt or .jsonl file in '{path}'; add some, or give another directory")
+        raise BadInput(f"data.sources: no .txt or .jsonl file in '{path}'; add some, or give another directory")
     return files
 
 
@@ -61,5 +62,5 @@ def _text_of_line(line: bytes, text_key: str, place: str) -> bytes:
         message = (
             f"data.sources: {place} is not a JSON object with a string under '{text_key}'; mend it or data.text_key"
         )
-        raise ValueError(message) from None
+        raise BadInput(message) from None
     return text.encode(errors="replace")  # JSON can spell half a surrogate pair, UTF-8 cannot

@@ -8,6 +8,8 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+from moe_erc.checks import BadInput
+
 _OWN = "tensorflow_datasets."
 _CLASS_KEYS = ("type", "pythonClassName", "python_class_name")
 _FILE_KEYS = ("filepathTemplate", "filepath_template")
@@ -21,14 +23,14 @@ def check(directory: Path) -> None:
         try:
             content = json.loads(path.read_bytes())
         except (ValueError, RecursionError) as error:
-            raise ValueError(
+            raise BadInput(
                 f"data.sources: '{directory}' holds a {path.name} that TFDS cannot read ({error}); prepare it again"
             ) from None
         for key, value in _strings(content):
             if key in _CLASS_KEYS and "." in value and not value.startswith(_OWN):
-                raise ValueError(f"data.sources: '{path}' names the class {value!r}; only those of TFDS are loaded")
+                raise BadInput(f"data.sources: '{path}' names the class {value!r}; only those of TFDS are loaded")
             if key in _FILE_KEYS and ("/" in value or "\\" in value):
-                raise ValueError(f"data.sources: '{path}' names the files {value!r}, not files beside it; refused")
+                raise BadInput(f"data.sources: '{path}' names the files {value!r}, not files beside it; refused")
 
 
 def _strings(content: object) -> Iterator[tuple[str, str]]:

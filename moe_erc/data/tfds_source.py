@@ -11,6 +11,7 @@ from pathlib import Path
 
 import tensorflow_datasets as tfds
 
+from moe_erc.checks import BadInput
 from moe_erc.data import cache, tfds_metadata
 from moe_erc.data.corpus import EmbeddedCorpus, directory
 from moe_erc.data.document import Document, held_out_name, split_by_hash
@@ -40,7 +41,7 @@ def in_directory(path: Path) -> Builder:
         return tfds.builder_from_directory(os.fspath(path))
     except Exception as error:
         reason = _one_line(error)
-        raise ValueError(
+        raise BadInput(
             f"data.sources: '{path}' holds a dataset_info.json that TFDS cannot read ({reason}); prepare it again"
         ) from error
 
@@ -60,19 +61,19 @@ def named(name: str, text_key: str) -> Builder:
     except tfds.core.DatasetNotFoundError:
         known = ["embedded", *tfds.list_builders(with_community_datasets=False)]
         (nearest,) = difflib.get_close_matches(name, known, n=1, cutoff=0)
-        raise ValueError(
+        raise BadInput(
             f"data.sources: no source is called '{name}'; "
             f"the nearest is '{nearest}', and a directory starts with '/', '.' or '~'"
         ) from None
     except Exception as error:
-        raise ValueError(
+        raise BadInput(
             f"data.sources: TFDS refuses '{name}' ({_one_line(error)}); see the names at tensorflow.org/datasets"
         ) from error
     check_text(builder, text_key)
     try:
         return prepare(construct)
     except Exception as error:
-        raise ValueError(
+        raise BadInput(
             f"data.sources: '{name}' is not prepared in '{construct().data_dir}' "
             f"and TFDS cannot prepare it here ({_one_line(error)}); "
             "prepare it elsewhere as array_record and give its directory"
@@ -97,7 +98,7 @@ def check_text(builder: Builder, text_key: str) -> None:
     """Refuse a data set whose feature `text_key` is absent or not one string."""
     texts = sorted(key for key, feature in builder.info.features.items() if _is_string(feature))
     if text_key not in texts:
-        raise ValueError(
+        raise BadInput(
             f"data.text_key: '{builder.info.full_name}' has no text feature '{text_key}'; set it to one of {texts}"
         )
 
@@ -130,7 +131,7 @@ def _splits(builder: Builder) -> dict[str, str]:
     """The data set's own names of the splits to read -> "train" or "validation"."""
     names = list(builder.info.splits) or ["train"]  # a mocked data set has no metadata, and any split
     if "train" not in names:
-        raise ValueError(
+        raise BadInput(
             f"data.sources: '{builder.info.full_name}' has the splits {names}, none called 'train'; give one that has"
         )
     held_out = held_out_name(names)
@@ -141,7 +142,7 @@ def _open(builder: Builder, split: str):
     try:
         return builder.as_data_source(split=split)
     except NotImplementedError:
-        raise ValueError(
+        raise BadInput(
             f"data.sources: '{builder.data_dir}' is in the {builder.info.file_format.value} format; "
             "prepare it as array_record"
         ) from None

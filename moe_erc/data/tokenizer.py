@@ -12,6 +12,8 @@ from typing import Protocol
 
 import numpy as np
 
+from moe_erc.checks import BadInput
+
 # How published tokenizers spell the end of a document.
 END_OF_DOCUMENT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]", "[SEP]")
 
@@ -66,7 +68,7 @@ class HuggingFaceTokenizer:
         self.vocab_size = max(vocabulary.values(), default=0) + 1
         ends = [token for token in END_OF_DOCUMENT if token in vocabulary]
         if not ends:
-            raise ValueError(
+            raise BadInput(
                 f"data.tokenizer: '{path}' has no end-of-document token; add one of {', '.join(END_OF_DOCUMENT)}"
             )
         self.eos = ends[0]
@@ -92,7 +94,7 @@ def load(spec: str) -> Tokenizer:
         return ByteTokenizer()
     path = Path(spec).expanduser()
     if not path.is_file():
-        raise FileNotFoundError(f"data.tokenizer: no such file '{spec}'; give 'bytes' or the path of a tokenizer.json")
+        raise BadInput(f"data.tokenizer: no such file '{spec}'; give 'bytes' or the path of a tokenizer.json")
     return HuggingFaceTokenizer(path)
 
 
@@ -101,7 +103,7 @@ def library():
     try:
         import tokenizers
     except ImportError:
-        raise ValueError(
+        raise BadInput(
             "data.tokenizer: the library 'tokenizers' is missing; pip install 'moe_erc[tokenizers]', or use 'bytes'"
         ) from None
     return tokenizers
@@ -113,6 +115,6 @@ def _read(path: Path):
         return tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises bare Exception
         reason = str(error).splitlines()[0]
-        raise ValueError(
+        raise BadInput(
             f"data.tokenizer: '{path}' is not a tokenizer.json ({reason}); give 'bytes' or a file that is"
         ) from None

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 import grain
 import numpy as np
 
+from moe_erc.checks import BadInput
 from moe_erc.data.mixture import Mixture
 from moe_erc.data.streams import Corpus, Stream
 
@@ -72,7 +73,7 @@ def validation_batches(
     """
     streams = corpus.streams["validation"]
     if domain not in streams:
-        raise ValueError(f"no validation text in domain '{domain}'; the domains that have some are {sorted(streams)}")
+        raise BadInput(f"no validation text in domain '{domain}'; the domains that have some are {sorted(streams)}")
     return _validation_batches(streams[domain].tokens_N, sequence_length, batch_size, limit)
 
 

@@ -13,6 +13,7 @@ import numpy as np
 from jax import lax
 
 from moe_erc import sharding
+from moe_erc.checks import BadInput
 from moe_erc.evaluation.continuation import Continuation
 from moe_erc.evaluation.sampling import Sampling, draw
 from moe_erc.model.context import cached, empty_cache
@@ -70,7 +71,7 @@ class Generator:
         prompts = [continuation.prompt_ids for continuation in continuations]
         slot, devices = max(map(len, prompts), default=1), self._model.mesh.size
         if slot + new_tokens > self._largest_context:
-            raise ValueError(
+            raise BadInput(
                 f"prompt: {slot} tokens and {new_tokens} new ones are more than the {self._largest_context} there is "
                 "room for; shorten it, or lower new_tokens"
             )

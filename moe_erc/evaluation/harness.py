@@ -7,6 +7,7 @@ import collections
 import functools
 import os
 
+from moe_erc.checks import BadInput
 from moe_erc.evaluation import generate
 from moe_erc.evaluation.scoring import Scorer, grow
 
@@ -18,7 +19,7 @@ try:
     from lm_eval.tasks import TaskManager
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, make_table
 except ImportError:
-    raise ValueError('tasks need the lm-evaluation-harness, which is missing: pip install -e ".[eval]"') from None
+    raise BadInput('tasks need the lm-evaluation-harness, which is missing: pip install -e ".[eval]"') from None
 
 __all__ = ("LanguageModel", "Rehearsal", "TaskManager", "evaluate", "make_table")
 NEW_TOKENS = 256  # at most, where a task does not say
@@ -102,7 +103,7 @@ class LanguageModel(TemplateLM):
         """The end of a prompt that is too long beside the tokens to come."""
         room, tokens = self.max_length - new_tokens, self._tokenizer.encode(prompt)
         if room < 1:
-            raise ValueError(f"{new_tokens} new tokens leave no room for a prompt in {self.max_length}")
+            raise BadInput(f"{new_tokens} new tokens leave no room for a prompt in {self.max_length}")
         return prompt if len(tokens) <= room else self._tokenizer.decode(tokens[-room:])
 
 

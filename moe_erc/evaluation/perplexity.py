@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from moe_erc.checks import BadInput
 from moe_erc.data.text import validation_batches
 from moe_erc.sharding import replicate
 
@@ -24,7 +25,7 @@ class Perplexity:
 
     def __init__(self, model, corpus, token_losses, put, shape_BT):
         if not corpus.streams["validation"]:
-            raise ValueError(
+            raise BadInput(
                 "data.validation_fraction: no document is held out; raise it, or give a source with a validation split "
                 "(a directory of text may hold train/ and validation/)"
             )

@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from moe_erc.checks import BadInput
+
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
@@ -32,7 +34,7 @@ class Sampling:
             "stop": (not isinstance(self.stop, str) and "" not in self.stop, "a tuple of texts and token ids"),
         }.items():
             if not holds:
-                raise ValueError(f"{name}: {getattr(self, name)!r} must be {limit}")
+                raise BadInput(f"{name}: {getattr(self, name)!r} must be {limit}")
 
     @property
     def stop_texts(self):

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from moe_erc.checks import BadInput
 from moe_erc.model.context import branched
 from moe_erc.sharding import put_whole_batch, replicate
 
@@ -103,9 +104,9 @@ def grow(requests, limit):
     trees, cut = {}, 0
     for request, (context, continuation) in enumerate(requests):
         if not context:
-            raise ValueError("a request without a context cannot be scored; begin it with the end of text")
+            raise BadInput("a request without a context cannot be scored; begin it with the end of text")
         if not 0 < len(continuation) <= limit:
-            raise ValueError(f"a continuation of {len(continuation)} tokens cannot be scored, 1 to {limit} can")
+            raise BadInput(f"a continuation of {len(continuation)} tokens cannot be scored, 1 to {limit} can")
         room = limit + 1 - len(continuation)  # the last token is predicted, not read
         cut += len(context) > room
         kept = tuple(context[-room:])

@@ -9,6 +9,8 @@ import difflib
 import io
 import pathlib
 
+from moe_erc.checks import BadInput
+
 PAPER = {  # the tasks of the ERC paper's two models
     "paper_3b": (
         "arc_challenge", "commonsense_qa", "copa", "boolq", "hellaswag", "openbookqa", "sciq", "social_iqa",
@@ -31,7 +33,7 @@ def load_tasks(names, directory="", num_fewshot=None):
     if not names:
         return {}
     if directory and not pathlib.Path(directory).is_dir():
-        raise ValueError(f"task_dir: no such directory '{directory}'; give one that has YAML files of tasks")
+        raise BadInput(f"task_dir: no such directory '{directory}'; give one that has YAML files of tasks")
     from moe_erc.evaluation import harness
 
     names = list(dict.fromkeys(task for name in names for task in PAPER.get(name, (name,))))
@@ -41,7 +43,7 @@ def load_tasks(names, directory="", num_fewshot=None):
     for name in names:
         if name not in manager.all_tasks:
             nearest = difflib.get_close_matches(name, [*PAPER, *manager.all_tasks], n=3, cutoff=0)
-            raise ValueError(f"tasks: there is no {name!r}; the nearest are {', '.join(nearest)}")
+            raise BadInput(f"tasks: there is no {name!r}; the nearest are {', '.join(nearest)}")
     loaded = manager.load(names)
     for task in loaded["tasks"].values():
         own = task.get_config("num_fewshot")
@@ -66,8 +68,8 @@ class TaskScores:
             for name, task in tasks["tasks"].items():
                 try:
                     _rehearse(rehearsal, task, self._limit)
-                except ValueError as error:
-                    raise ValueError(f"tasks: {name}: {error}; leave it out or train on longer rows") from None
+                except BadInput as error:
+                    raise BadInput(f"tasks: {name}: {error}; leave it out or train on longer rows") from None
 
     def run(self, weights):
         """The harness's results, {"results": {task: {"metric,filter": number}}, …}, plain JSON; {} of no tasks."""

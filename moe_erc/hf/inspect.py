@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from moe_erc.checks import BadInput
 from moe_erc.hf.families import FAMILIES
 from moe_erc.hf.layers import Layer, locate_layers
 from moe_erc.hf.shards import find_tensors, read_config
@@ -59,7 +60,7 @@ def open_moe(directory) -> Moe:
     config = read_config(directory)
     family = config.get("model_type")
     if not isinstance(family, str) or family not in FAMILIES:
-        raise ValueError(
+        raise BadInput(
             f"config.json: model_type {family!r} is none of {', '.join(FAMILIES)}; "
             "add a line with its names to FAMILIES in moe_erc/hf/families.py"
         )

@@ -3,6 +3,7 @@
 import re
 from typing import NamedTuple
 
+from moe_erc.checks import BadInput
 from moe_erc.hf.families import ROUTER, Family, Layout
 from moe_erc.hf.shards import Tensor
 
@@ -46,7 +47,7 @@ def _announced(config):
     step = _number(config, "decoder_sparse_step", default=1)
     dense = config.get("mlp_only_layers", [])
     if not isinstance(dense, list) or not all(type(layer) is int for layer in dense):
-        raise ValueError(f"config.json: mlp_only_layers is {dense!r}; it must be a list of whole numbers")
+        raise BadInput(f"config.json: mlp_only_layers is {dense!r}; it must be a list of whole numbers")
     layers = range(first, _number(config, "num_hidden_layers"))
     return {layer for layer in layers if (layer + 1) % step == 0}.difference(dense)
 
@@ -59,12 +60,12 @@ def _check_routers(layers, config, family, tensors):
     found = {int(name[1]) for name in names if name and name[2] in family.routers}.difference(further)
     differing = sorted(found ^ layers)
     if differing:
-        raise ValueError(
+        raise BadInput(
             f"layers {str(differing[:8])[1:-1]}, {len(differing)} in all, have a router in the shards and none by "
             "config.json, or the reverse; take both from one model"
         )
     if not layers:
-        raise ValueError(f"config.json makes none of {end} layers an MoE layer; its model has no router to read")
+        raise BadInput(f"config.json makes none of {end} layers an MoE layer; its model has no router to read")
 
 
 def _locate_layer(prefix, family, tensors, sizes):
@@ -74,7 +75,7 @@ def _locate_layer(prefix, family, tensors, sizes):
     for name, _ in gates:
         surplus = name.format(expert=E)
         if surplus != name and surplus in tensors:
-            raise ValueError(f"{surplus!r} is in the shards, config.json has {E} experts; take both from one model")
+            raise BadInput(f"{surplus!r} is in the shards, config.json has {E} experts; take both from one model")
     router = _locate(routers, 0, tensors, sizes)
     return Layer(router, [_locate(gates, expert, tensors, sizes) for expert in range(E)], (E, F, D))
 
@@ -89,19 +90,19 @@ def _locate(candidates, expert, tensors, sizes):
     ]
     if not found:
         known = " or ".join(f"{name}{first.suffix} ({'/'.join(first.dtypes)})" for name, first, _ in candidates)
-        raise ValueError(f"the shards have no {known}; download them all, of a release in one of these forms")
+        raise BadInput(f"the shards have no {known}; download them all, of a release in one of these forms")
     if len(found) > 1:
-        raise ValueError(f"the shards have both {found[0][0]!r} and {found[1][0]!r}; save the model again, in one form")
+        raise BadInput(f"the shards have both {found[0][0]!r} and {found[1][0]!r}; save the model again, in one form")
     [(name, layout)] = found
     return Stored(tuple(_checked(name + part.suffix, part, tensors, sizes) for part in layout.parts), layout, expert)
 
 
 def _checked(name, part, tensors, sizes):
     if name not in tensors:
-        raise ValueError(f"no tensor {name!r} in the shards; download them again")
+        raise BadInput(f"no tensor {name!r} in the shards; download them again")
     tensor, shape = tensors[name], part.shape(*sizes)
     if tensor.dtype not in part.dtypes or tensor.shape != shape:
-        raise ValueError(
+        raise BadInput(
             f"{name!r} is {tensor.dtype} {tensor.shape}, by config.json {' or '.join(part.dtypes)} {shape}; "
             "take both from one model"
         )
@@ -112,7 +113,7 @@ def _number(config, *names, least=1, default=None):
     """The first of these that config.json has."""
     value = next((config[name] for name in names if name in config), default)
     if type(value) is not int or not least <= value <= MOST:
-        raise ValueError(
+        raise BadInput(
             f"config.json: {' or '.join(names)} is {value!r}; the model needs a whole number of {least} to {MOST}"
         )
     return value

@@ -19,6 +19,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from moe_erc.checks import BadInput
 from moe_erc.hf.families import FLOATS
 from moe_erc.hf.olmoe_config import check_plain, check_same, config_json, model_fields
 from moe_erc.hf.olmoe_names import PACKED, TABLE, by_path, entries, path_name
@@ -77,7 +78,7 @@ def _unpacked(tensors):
         for number, (expert, matrix) in enumerate(itertools.product(range(experts), matrices)):
             single = f"{packed[1]}.{expert}.{matrix}.weight"
             if single in tensors:
-                raise ValueError(f"the shards have both {name!r} and {single!r}; save the model again, in one form")
+                raise BadInput(f"the shards have both {name!r} and {single!r}; save the model again, in one form")
             offset = tensor.offset + number * rows * columns * DTYPES[tensor.dtype].itemsize
             found[single] = Tensor(tensor.path, offset, tensor.dtype, (rows, columns))
     return found
@@ -88,15 +89,15 @@ def _check_tensors(tensors, wanted):
     names = set()
     for name, _, _, shape in wanted:
         if name not in tensors:
-            raise ValueError(f"no tensor {name!r} in the shards, which config.json announces; download them again")
+            raise BadInput(f"no tensor {name!r} in the shards, which config.json announces; download them again")
         if tensors[name].shape != shape or tensors[name].dtype not in FLOATS:
-            raise ValueError(
+            raise BadInput(
                 f"{name!r} is {tensors[name].dtype} {tensors[name].shape}, by config.json {' or '.join(FLOATS)} "
                 f"{shape}; take both from one model"
             )
         names.add(name)
     if unknown := sorted(tensors.keys() - names):
-        raise ValueError(f"{unknown[0]!r}, {len(unknown)} in all: an OLMoE of this config.json has no such tensor")
+        raise BadInput(f"{unknown[0]!r}, {len(unknown)} in all: an OLMoE of this config.json has no such tensor")
 
 
 def _read(stored, tensors, leaf, share):
@@ -130,7 +131,7 @@ def export_olmoe(directory, model, params, about=NOTHING, dtype=None, shard_byte
     model, params = as_softmax_router(model, params)
     dtype, known = dtype or model.config.dtype, [DTYPES[code].name for code in FLOATS]
     if dtype not in known:
-        raise ValueError(f"an OLMoE in {dtype!r} cannot be written; use one of {', '.join(known)}")
+        raise BadInput(f"an OLMoE in {dtype!r} cannot be written; use one of {', '.join(known)}")
     by_layer = sorted(entries(params), key=lambda entry: entry.index[:1])
     tensors = _gather(model.mesh, params, by_layer, dtype)
     if jax.process_index() > 0:
@@ -157,6 +158,6 @@ def _gather(mesh, params, by_layer, dtype):
     for (path, layer), group in itertools.groupby(by_layer, lambda entry: (entry.path, entry.index[:1])):
         taken = jax.device_get(take(TABLE[path], leaves[path], *layer))
         if not np.isfinite(taken).all():
-            raise ValueError(f"{TABLE[path].name.format(*layer, '*')} is not finite in {dtype}; use another dtype")
+            raise BadInput(f"{TABLE[path].name.format(*layer, '*')} is not finite in {dtype}; use another dtype")
         for entry in group:
             yield taken[entry.index[1:]]

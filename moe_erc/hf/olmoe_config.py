@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from moe_erc.checks import BadInput
 from moe_erc.hf.layers import MOST
 from moe_erc.model.config import ModelConfig
 
@@ -34,10 +35,10 @@ def model_fields(config):
     A key that it leaves out or has as null means what it means to transformers.
     """
     if config.get("model_type") != "olmoe":
-        raise ValueError(f"config.json: model_type is {config.get('model_type')!r}; only 'olmoe' can be read")
+        raise BadInput(f"config.json: model_type is {config.get('model_type')!r}; only 'olmoe' can be read")
     for name, only in (FIXED | dict.fromkeys(ABSENT)).items():
         if config.get(name, only) != only:
-            raise ValueError(f"config.json: {name} is {config[name]!r}; only {only!r} can be read")
+            raise BadInput(f"config.json: {name} is {config[name]!r}; only {only!r} can be read")
     config = DEFAULTS | {"num_key_value_heads": config.get("num_attention_heads")} | config
     config |= {"rope_theta": _rope_theta(config)}
     return {field: _checked(name, config.get(name), KINDS[field]) for name, field in FIELDS.items()}
@@ -54,10 +55,10 @@ def _rope_theta(config):
     for name in ("rope_parameters", "rope_scaling"):
         options = config.get(name, {})
         if not isinstance(options, dict) or any(options[key] != "default" for key in options if key != "rope_theta"):
-            raise ValueError(f"config.json: {name} is {options!r}; only rope_type 'default' can be read")
+            raise BadInput(f"config.json: {name} is {options!r}; only rope_type 'default' can be read")
         thetas += [options["rope_theta"]] if "rope_theta" in options else []
     if any(theta != thetas[0] for theta in thetas):
-        raise ValueError(f"config.json: rope_theta is both {thetas[0]!r} and {thetas[1]!r}; leave one of them")
+        raise BadInput(f"config.json: rope_theta is both {thetas[0]!r} and {thetas[1]!r}; leave one of them")
     return thetas[0] if thetas else 1e4
 
 
@@ -66,7 +67,7 @@ def _checked(name, value, kind):
         value = float(value)
     if type(value) is not kind or (kind is int and not 1 <= value <= MOST):
         wanted = {int: f"a whole number of 1 to {MOST}", float: "a number", bool: "true or false"}[kind]
-        raise ValueError(f"config.json: {name} is {value!r}; the model needs {wanted}")
+        raise BadInput(f"config.json: {name} is {value!r}; the model needs {wanted}")
     return value
 
 
@@ -74,12 +75,12 @@ def check_same(config: ModelConfig, fields, directory):
     """ValueError, naming the first field that differs, unless parameters of an OLMoE of these fields fit `config`."""
     for field, value in fields.items():
         if getattr(config, field) != value:
-            raise ValueError(
+            raise BadInput(
                 f"model.{field}: {getattr(config, field)}, but the model in {directory} has {value}; set it to {value}"
             )
     for field, plain in (("router", ROUTERS), ("shared_experts", (0,))):
         if getattr(config, field) not in plain:
-            raise ValueError(
+            raise BadInput(
                 f"model.{field}: {getattr(config, field)!r} cannot start from an OLMoE; "
                 f"use {' or '.join(map(str, plain))}"
             )
@@ -93,7 +94,7 @@ def check_plain(config: ModelConfig):
         ("bias_rate", 0, "no bias that turns the choice"),
     ):
         if getattr(config, field) != plain:
-            raise ValueError(f"model.{field}: {getattr(config, field)} cannot be exported; an OLMoE has {reason}")
+            raise BadInput(f"model.{field}: {getattr(config, field)} cannot be exported; an OLMoE has {reason}")
 
 
 def config_json(config: ModelConfig, dtype):

@@ -13,6 +13,7 @@ import secrets
 import shutil
 from pathlib import Path
 
+from moe_erc.checks import BadInput
 from moe_erc.hf.shards import DTYPES
 
 CODES = {dtype.name: code for code, dtype in DTYPES.items()}
@@ -73,10 +74,10 @@ def write_json(path: Path, value):
 def free_path(directory) -> Path:
     """The local path of this name; ValueError or FileExistsError of one line if it is none, or something is there."""
     if "://" in str(directory):
-        raise ValueError(f"{directory} is in a bucket; give a local directory, and copy it there")
+        raise BadInput(f"{directory} is in a bucket; give a local directory, and copy it there")
     path = Path(directory).expanduser()
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        raise FileExistsError(f"{path} is there already; give a new or an empty directory")
+        raise BadInput(f"{path} is there already; give a new or an empty directory")
     return path
 
 

@@ -14,6 +14,8 @@ from typing import NamedTuple
 import ml_dtypes
 import numpy as np
 
+from moe_erc.checks import BadInput
+
 DTYPES = {
     "F32": np.dtype(np.float32),
     "F16": np.dtype(np.float16),
@@ -45,7 +47,7 @@ def find_tensors(directory: Path) -> dict[str, Tensor]:
     for path in _shards(directory):
         for name, tensor in _header(path):
             if name in tensors:
-                raise ValueError(f"tensor {name!r} is in {tensors[name].path} and in {path}; delete the stale shard")
+                raise BadInput(f"tensor {name!r} is in {tensors[name].path} and in {path}; delete the stale shard")
             tensors[name] = tensor
     return tensors
 
@@ -53,7 +55,7 @@ def find_tensors(directory: Path) -> dict[str, Tensor]:
 def read_config(directory: Path) -> dict:
     """config.json of a checkpoint, without what is null there."""
     if not (directory / "config.json").is_file():
-        raise FileNotFoundError(f"no config.json in {directory}; give the local directory of a Hugging Face model")
+        raise BadInput(f"no config.json in {directory}; give the local directory of a Hugging Face model")
     return {name: value for name, value in read_json(directory / "config.json").items() if value is not None}
 
 
@@ -61,7 +63,7 @@ def read_json(path: Path) -> dict:
     """The object in a JSON file; ValueError of one line if there is none, or if it is too large to be honest."""
     size = path.stat().st_size
     if size > JSON_LIMIT:
-        raise ValueError(f"{path} has {size} bytes, more than {JSON_LIMIT}; download it again")
+        raise BadInput(f"{path} has {size} bytes, more than {JSON_LIMIT}; download it again")
     return _parse_json(path.read_bytes(), path)
 
 
@@ -73,27 +75,27 @@ def _shards(directory):
         return [_listed(directory, name) for name in _names_in(index)]
     pickles = sorted(path.name for path in directory.iterdir() if path.suffix in PICKLES)
     if pickles:
-        raise ValueError(
+        raise BadInput(
             f"{directory} holds {pickles[0]}, a pickle, which may run code when it is opened; "
             "save the model as safetensors (save_pretrained of transformers does)"
         )
-    raise FileNotFoundError(f"no {single.name} and no {index.name} in {directory}; download the weights too")
+    raise BadInput(f"no {single.name} and no {index.name} in {directory}; download the weights too")
 
 
 def _names_in(index):
     weight_map = read_json(index).get("weight_map")
     names = list(weight_map.values()) if isinstance(weight_map, dict) else []
     if not names or not all(isinstance(name, str) for name in names):
-        raise ValueError(f"{index}: weight_map must give the shard of every tensor; download it again")
+        raise BadInput(f"{index}: weight_map must give the shard of every tensor; download it again")
     return sorted(set(names))
 
 
 def _listed(directory, name):
     path = directory / name
     if path.parent != directory or path.suffix != ".safetensors":
-        raise ValueError(f"the index in {directory} lists {name!r}, which is no .safetensors file beside it; refused")
+        raise BadInput(f"the index in {directory} lists {name!r}, which is no .safetensors file beside it; refused")
     if not path.is_file():
-        raise FileNotFoundError(f"{directory} has no shard {name!r}, which its index lists; download it too")
+        raise BadInput(f"{directory} has no shard {name!r}, which its index lists; download it too")
     return path
 
 
@@ -102,7 +104,7 @@ def _header(path):
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if length > min(size - 8, JSON_LIMIT):
-            raise ValueError(
+            raise BadInput(
                 f"{path} announces a header of {length} bytes; it may have {JSON_LIMIT} and the file has {size}; "
                 "download it again"
             )
@@ -118,7 +120,7 @@ def _check_disjoint(path, offsets):
     filled = sorted((begin, end, name) for name, (begin, end) in offsets.items() if begin < end)
     for (_, end, name), (begin, _, following) in itertools.pairwise(filled):
         if begin < end:
-            raise ValueError(f"{path}: {name!r} and {following!r} share bytes; download it again")
+            raise BadInput(f"{path}: {name!r} and {following!r} share bytes; download it again")
 
 
 def _tensor(path, name, entry, start, size):
@@ -131,9 +133,9 @@ def _tensor(path, name, entry, start, size):
     except (KeyError, TypeError, ValueError):
         sound = False
     if not sound:
-        raise ValueError(f"{path}: dtype, shape and data_offsets of {name!r} do not agree; download it again")
+        raise BadInput(f"{path}: dtype, shape and data_offsets of {name!r} do not agree; download it again")
     if start + end > size:
-        raise ValueError(f"{path} has {size} bytes, but {name!r} ends at byte {start + end}; download it again")
+        raise BadInput(f"{path} has {size} bytes, but {name!r} ends at byte {start + end}; download it again")
     return Tensor(path, start + begin, dtype, shape)
 
 
@@ -141,9 +143,9 @@ def _parse_json(raw, place):
     try:
         value = json.loads(raw, object_pairs_hook=_without_twins)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{place} is not JSON ({error}); download it again") from None
+        raise BadInput(f"{place} is not JSON ({error}); download it again") from None
     if not isinstance(value, dict):
-        raise ValueError(f"{place} is a JSON {type(value).__name__}, not an object; download it again")
+        raise BadInput(f"{place} is a JSON {type(value).__name__}, not an object; download it again")
     return value
 
 
@@ -151,5 +153,5 @@ def _without_twins(pairs):
     names = [name for name, _ in pairs]
     if len(set(names)) < len(names):
         twin = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"{twin!r} is in it twice")
+        raise BadInput(f"{twin!r} is in it twice")
     return dict(pairs)

@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+from moe_erc.checks import BadInput
+
 BYTES = "bytes"
 END_OF_DOCUMENT = "<|endoftext|>"
 
@@ -59,5 +61,5 @@ def tokenizer_of(directory, spec):
         return spec
     path = Path(directory).expanduser() / "tokenizer.json"
     if not path.is_file():
-        raise FileNotFoundError(f"no tokenizer.json in {path.parent}; name the model's with --config.data.tokenizer")
+        raise BadInput(f"no tokenizer.json in {path.parent}; name the model's with --config.data.tokenizer")
     return BYTES if path.read_bytes() == BYTE_LEVEL.encode() else str(path)

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from moe_erc.checks import BadInput
 from moe_erc.losses.responses import RESPONSES, expected_linear, linear, relative, sized, squared_responses
 
 ROUNDING = 2.0**-21  # of bound, draw and product together, with room
@@ -114,23 +115,23 @@ def check_options(*, alpha=1.0, noise, activation, detach_router=False, normaliz
     """Refuses words that `erc_loss` does not know, and options that only a linear activation has."""
     del detach_router  # either value will do
     if not 0 <= alpha < float("inf"):
-        raise ValueError(f"alpha is {alpha}; it must be a finite number >= 0")
+        raise BadInput(f"alpha is {alpha}; it must be a finite number >= 0")
     for name, value, known in (
         ("noise", noise, ("uniform", "expected", "none")),
         ("activation", activation, tuple(RESPONSES)),
         ("layer_reduction", layer_reduction, tuple(LAYER_REDUCTIONS)),
     ):
         if value not in known:
-            raise ValueError(f"{name} is {value!r}; use one of {', '.join(known)}")
+            raise BadInput(f"{name} is {value!r}; use one of {', '.join(known)}")
     if RESPONSES[activation][0] is not linear and (noise == "expected" or normalize):
         option = "noise 'expected'" if noise == "expected" else "normalize"
-        raise ValueError(f"{option} needs a linear activation (gate or up), not {activation!r}")
+        raise BadInput(f"{option} needs a linear activation (gate or up), not {activation!r}")
 
 
 def stack(params, rng, activation, noise):
     """(router_LED, the matrices that `activation` reads, keys_L): one layer becomes a stack of one."""
     if noise == "uniform" and rng is None:
-        raise ValueError("noise 'uniform' draws from rng, which is None; pass a key, or noise 'expected' or 'none'")
+        raise BadInput("noise 'uniform' draws from rng, which is None; pass a key, or noise 'expected' or 'none'")
     router, names = jnp.asarray(params["router"], jnp.float32), RESPONSES[activation][1]
     weights = tuple(jnp.asarray(params[name]) for name in names)
     if router.ndim == 2:  # it draws from the key itself

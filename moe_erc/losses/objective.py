@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from moe_erc.checks import BadInput
 from moe_erc.losses.competition import competition
 from moe_erc.losses.erc import check_options, erc_loss
 from moe_erc.losses.expert_orthogonality import output_overlap, routing_variance
@@ -41,7 +42,7 @@ def _load_balance(output, batch, earlier_load_LE, *, scope):
 
 def _check_scope(*, scope):
     if scope not in ("micro_batch", "step"):
-        raise ValueError(f"scope is {scope!r}; use one of micro_batch, step")
+        raise BadInput(f"scope is {scope!r}; use one of micro_batch, step")
 
 
 def _erc(params, rng, model, **options):
@@ -117,16 +118,16 @@ class Objective:
         for name, options in self.losses.items():
             if name not in known:
                 nearest = difflib.get_close_matches(name, known, n=1, cutoff=0)[0]
-                raise ValueError(f"losses.{name}: no such loss; the nearest is {nearest!r} of {', '.join(known)}")
+                raise BadInput(f"losses.{name}: no such loss; the nearest is {nearest!r} of {', '.join(known)}")
             if not 0 <= options["weight"] < float("inf"):
-                raise ValueError(f"losses.{name}.weight: {options['weight']} is not a finite number >= 0")
+                raise BadInput(f"losses.{name}.weight: {options['weight']} is not a finite number >= 0")
             if name in CHECKS:
                 try:
                     CHECKS[name](**_without_weight(options))
-                except ValueError as error:
-                    raise ValueError(f"losses.{name}: {error}") from None
+                except BadInput as error:
+                    raise BadInput(f"losses.{name}: {error}") from None
             if name in NEEDS and options["weight"] > 0 and not getattr(self.model.config, NEEDS[name][0]):
-                raise ValueError(
+                raise BadInput(
                     f"losses.{name}.weight: {options['weight']}, but the loss {NEEDS[name][1]}, and router "
                     f"{self.model.config.router!r} has none; set it to 0 or use another model.router"
                 )

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 
+from moe_erc.checks import BadInput
 from moe_erc.moe.routers import ROUTERS
 
 CHOICES = {
@@ -21,24 +22,24 @@ def check_sizes(config):
     for field in dataclasses.fields(config):
         lowest = 0 if field.name in MAY_BE_ZERO else 1
         if field.type is int and getattr(config, field.name) < lowest:
-            raise ValueError(f"model.{field.name}: {getattr(config, field.name)} is below {lowest}")
+            raise BadInput(f"model.{field.name}: {getattr(config, field.name)} is below {lowest}")
     for name, known in CHOICES.items():
         if getattr(config, name) not in known:
-            raise ValueError(f"model.{name}: {getattr(config, name)!r} is not one of {', '.join(known)}")
+            raise BadInput(f"model.{name}: {getattr(config, name)!r} is not one of {', '.join(known)}")
     if config.experts_per_token > config.experts:
-        raise ValueError(
+        raise BadInput(
             f"model.experts_per_token: {config.experts_per_token} is more than the {config.experts} experts there are"
         )
     if config.width % config.heads:
-        raise ValueError(
+        raise BadInput(
             f"model.width: {config.width} cannot be split over {config.heads} heads; use a multiple of model.heads"
         )
     if config.head_width % 2:
-        raise ValueError(
+        raise BadInput(
             f"model.width: {config.width} over {config.heads} heads is {config.head_width} each; RoPE needs an even one"
         )
     if config.heads % config.kv_heads:
-        raise ValueError(
+        raise BadInput(
             f"model.kv_heads: {config.heads} heads cannot share {config.kv_heads} key/value heads; use a divisor"
         )
 
@@ -58,7 +59,7 @@ def check_numbers(config):
         "controller_rate": (0 <= config.controller_rate < math.inf, "at least 0 and finite"),
     }.items():
         if not holds:
-            raise ValueError(f"model.{name}: {getattr(config, name)} must be {limit}")
+            raise BadInput(f"model.{name}: {getattr(config, name)} must be {limit}")
 
 
 def check_routing(config):
@@ -77,9 +78,9 @@ def check_routing(config):
         (config.bias_rate and not config.chooses_top, "bias_rate", "has no top K that a bias could turn; set it to 0"),
     ):
         if refused:
-            raise ValueError(f"model.{key}: {getattr(config, key)}, but router {config.router!r} {reason}")
+            raise BadInput(f"model.{key}: {getattr(config, key)}, but router {config.router!r} {reason}")
     if config.bias_rate and config.top_p < 1:
-        raise ValueError(
+        raise BadInput(
             f"model.bias_rate: {config.bias_rate} beside top_p {config.top_p}: a prefix of the most probable experts "
             "is not one of the most preferred; use one of the two"
         )

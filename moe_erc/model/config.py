@@ -8,6 +8,7 @@ import math
 
 import jax
 
+from moe_erc.checks import BadInput
 from moe_erc.model.check import check_numbers, check_routing, check_sizes
 from moe_erc.moe.experts import FACTORIZED, GATED
 from moe_erc.moe.layer import declare
@@ -88,9 +89,7 @@ class ModelConfig:
     def check_vocabulary(self, tokens):
         """Refuses a tokenizer with more tokens than the embedding has rows."""
         if tokens > self.vocab_size:
-            raise ValueError(
-                f"model.vocab_size: {self.vocab_size} rows are too few for the tokenizer's {tokens} tokens"
-            )
+            raise BadInput(f"model.vocab_size: {self.vocab_size} rows are too few for the tokenizer's {tokens} tokens")
 
     def identity(self):
         """The fields that make it this model; the others say only how it is computed."""

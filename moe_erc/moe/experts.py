@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from moe_erc.checks import BadInput
 from moe_erc.moe import self_test
 from moe_erc.moe.block_loop import MATMUL, block_loop
 from moe_erc.moe.grouped import grouped
@@ -113,7 +114,7 @@ def implementation(name, platform):
     chosen = FASTEST[platform] if name == "auto" else name
     refusal = self_test.refusal(MATMULS[chosen], platform) if chosen in MATMULS else None
     if refusal and name != "auto":
-        raise ValueError(
+        raise BadInput(
             f"model.experts_implementation: {name!r} fails its self-test on {platform}: {refusal}; use 'auto'"
         )
     if refusal:

@@ -13,6 +13,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
+from moe_erc.checks import BadInput
 from moe_erc.training import digests
 from moe_erc.training.lock import lock
 from moe_erc.training.paths import absolute
@@ -36,7 +37,7 @@ class Checkpoints:
     def __init__(self, directory, keep=None):
         self._directory = absolute(directory)
         if keep is not None and keep < 1:
-            raise ValueError(f"keep = {keep} checkpoints would leave nothing to resume from: keep at least 1")
+            raise BadInput(f"keep = {keep} checkpoints would leave nothing to resume from: keep at least 1")
         self._manager = ocp.CheckpointManager(
             self._directory,
             options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=False),
@@ -68,7 +69,7 @@ class Checkpoints:
             faults[step] = fault
         if faults and not intact:
             listed = "; ".join(f"step {step}: {fault}" for step, fault in faults.items())
-            raise ValueError(f"no intact checkpoint in {self._directory} ({listed}): put a copy back or name another")
+            raise BadInput(f"no intact checkpoint in {self._directory} ({listed}): put a copy back or name another")
         for step, fault in faults.items():
             self._pass_over(step, f"checkpoint {step} is damaged ({fault}): step {intact} is used")
         self.newest = intact
@@ -152,9 +153,9 @@ class Checkpoints:
     def _existing(self, step):
         steps = sorted(self._manager.all_steps())
         if not steps:
-            raise FileNotFoundError(f"no checkpoint in {self._directory}: train there first, or name another directory")
+            raise BadInput(f"no checkpoint in {self._directory}: train there first, or name another directory")
         if step is not None and step not in steps:
-            raise FileNotFoundError(f"no checkpoint of step {step} in {self._directory}: it holds {steps}")
+            raise BadInput(f"no checkpoint of step {step} in {self._directory}: it holds {steps}")
         return steps[-1] if step is None else step
 
 
@@ -189,7 +190,7 @@ def prepare_directory(directory):
         probe.unlink()
     except OSError as error:
         reason = error.strerror or error
-        raise PermissionError(f"cannot write to {directory} ({reason}): name a writable directory") from None
+        raise BadInput(f"cannot write to {directory} ({reason}): name a writable directory") from None
     if jax.process_index() > 0:
         return None
     held = lock(directory)  # before anything is removed: it might be what another run is writing

@@ -12,6 +12,8 @@ import dataclasses
 import jax.numpy as jnp
 import numpy as np
 
+from moe_erc.checks import BadInput
+
 NONFINITE, SPIKE = ("stop", "skip"), ("report", "skip")
 ZSCORE, SKIPPED, IN_A_ROW = "guard/zscore", "guard/skipped", "guard/skipped_in_a_row"
 
@@ -37,12 +39,12 @@ class GuardConfig:
     def __post_init__(self):
         for key, known in (("nonfinite", NONFINITE), ("spike", SPIKE)):
             if getattr(self, key) not in known:
-                raise ValueError(f"guard.{key}: {getattr(self, key)!r} is none of {', '.join(known)}")
+                raise BadInput(f"guard.{key}: {getattr(self, key)!r} is none of {', '.join(known)}")
         if not self.zscore > 0:
-            raise ValueError(f"guard.zscore: {self.zscore} is not positive; inf finds no spike")
+            raise BadInput(f"guard.zscore: {self.zscore} is not positive; inf finds no spike")
         for key, least in (("window", 2), ("limit", 1)):
             if getattr(self, key) < least:
-                raise ValueError(f"guard.{key}: {getattr(self, key)} is below {least}; give a number of steps")
+                raise BadInput(f"guard.{key}: {getattr(self, key)} is below {least}; give a number of steps")
 
 
 def initial():

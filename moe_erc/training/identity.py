@@ -3,6 +3,8 @@
 import json
 from collections.abc import Mapping
 
+from moe_erc.checks import BadInput
+
 
 def check_same_run(meta: Mapping, expected: Mapping):
     """ValueError unless `meta` says of everything in `expected` the same; what else `meta` holds does not matter.
@@ -18,7 +20,7 @@ def _check_equal(key, saved, ours):
         for name in ours | saved:
             _check_equal(f"{key}.{name}", saved.get(name, "absent"), ours.get(name, "absent"))
     elif saved != ours:
-        raise ValueError(
+        raise BadInput(
             f"the checkpoint was made with {key} = {saved}, this run has {ours}: "
             f"use another --workdir or set {key} back"
         )

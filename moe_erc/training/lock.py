@@ -9,6 +9,7 @@ import fcntl
 import os
 import socket
 
+from moe_erc.checks import BadInput
 from moe_erc.training.paths import is_remote
 
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
@@ -28,7 +29,7 @@ def lock(directory):
         file.seek(0)
         holder = file.read().strip() or "another process"
         file.close()
-        raise ValueError(f"a run is writing to {directory} ({holder}): wait for it or use another --workdir") from None
+        raise BadInput(f"a run is writing to {directory} ({holder}): wait for it or use another --workdir") from None
     except OSError as error:
         if error.errno not in NO_LOCKS:
             raise

@@ -9,6 +9,7 @@ import re
 import jax
 import numpy as np
 
+from moe_erc.checks import BadInput
 from moe_erc.training.json_lines import LocalJsonLines, RemoteJsonLines
 from moe_erc.training.paths import absolute, is_remote
 
@@ -16,7 +17,7 @@ from moe_erc.training.paths import absolute, is_remote
 def check_package(wandb_project: str):
     """ValueError where Weights & Biases is asked for and not installed."""
     if wandb_project and importlib.util.find_spec("wandb") is None:
-        raise ValueError(
+        raise BadInput(
             f'log.wandb_project: {wandb_project!r} needs wandb: pip install "moe_erc[wandb]", or leave it empty'
         )
 

@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from moe_erc.checks import BadInput
+
 OPTIMIZERS = ("adamw", "muon")
 SCHEDULES = ("constant", "cosine", "linear", "wsd")
 MUON_MOMENTUM = 0.95  # the published value, so that naming muon is all it takes
@@ -56,12 +58,12 @@ def _check_choice(key, value, known):
     if value not in known:
         nearest = difflib.get_close_matches(str(value), known, n=1)
         mend = f"did you mean {nearest[0]!r}?" if nearest else f"choose one of {', '.join(known)}"
-        raise ValueError(f"optimizer.{key} = {value!r} is unknown: {mend}")
+        raise BadInput(f"optimizer.{key} = {value!r} is unknown: {mend}")
 
 
 def _check_range(key, value, holds, limit):
     if not holds:
-        raise ValueError(f"optimizer.{key} = {value!r} must be {limit}")
+        raise BadInput(f"optimizer.{key} = {value!r} must be {limit}")
 
 
 def learning_rate_schedule(config, steps) -> optax.Schedule:
@@ -71,7 +73,7 @@ def learning_rate_schedule(config, steps) -> optax.Schedule:
     """
     peak, warmup = config.learning_rate, config.warmup_steps
     if warmup >= steps:
-        raise ValueError(f"optimizer.warmup_steps = {warmup} must be below the {steps} steps of the run: lower it")
+        raise BadInput(f"optimizer.warmup_steps = {warmup} must be below the {steps} steps of the run: lower it")
     return optax.join_schedules(
         [optax.linear_schedule(peak / (warmup + 1), peak, warmup), _after_warmup(config, steps)], [warmup]
     )
@@ -90,7 +92,7 @@ def _after_warmup(config, steps):
         case "wsd":
             decay = max(1, round(config.decay_fraction * steps))
             if decay > remaining:
-                raise ValueError(
+                raise BadInput(
                     f"optimizer.decay_fraction = {config.decay_fraction} decays over {decay} of {steps} steps, "
                     f"but only {remaining} follow optimizer.warmup_steps = {config.warmup_steps}: lower one of the two"
                 )

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from moe_erc.checks import BadInput
 from moe_erc.data import corpus, python_source, tfds_source
 from moe_erc.data.python_source import Root
 
@@ -156,5 +157,5 @@ def test_no_source_at_all_is_an_error(build, tmp_path):
 
 def test_an_unwritable_cache_is_named(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(OSError, match=r"data.cache_dir: cannot write in '.*file.*'.*MOE_ERC_CACHE"):
+    with pytest.raises(BadInput, match=r"data.cache_dir: cannot write in '.*file.*'.*MOE_ERC_CACHE"):
         tfds_source.embedded(tmp_path / "file")

@@ -5,6 +5,7 @@ import json
 
 import pytest
 
+from moe_erc.checks import BadInput
 from moe_erc.data.document import held_out_name, split_by_hash
 from moe_erc.data.sources import open_source
 
@@ -87,11 +88,11 @@ def test_the_held_out_split_is_the_most_fitting():
     [
         (
             "/x/y",
-            FileNotFoundError,
+            BadInput,
             "no such directory '/x/y'; give an existing directory, a TFDS name such as 'c4/en', or 'embedded'",
         ),
-        ("./nothing", FileNotFoundError, "no such directory './nothing'"),
-        ("~/nothing-here", FileNotFoundError, "no such directory '~/nothing-here'"),
+        ("./nothing", BadInput, "no such directory './nothing'"),
+        ("~/nothing-here", BadInput, "no such directory '~/nothing-here'"),
         ("wiki40/en", ValueError, "no source is called 'wiki40/en'; the nearest is 'wiki40b'"),
         ("embeded", ValueError, "the nearest is 'embedded'"),
         ("c4/english", ValueError, "TFDS refuses 'c4/english'"),

@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
+from moe_erc.checks import BadInput
 from moe_erc.data import streams
 from moe_erc.data.text import prepare, train_batches
 
@@ -55,7 +56,7 @@ def test_a_changed_file_is_noticed(config, text_directory):
 def test_identity_follows_content_not_place_or_time(config, text_directory):
     base = dataclasses.replace(config, sources=(str(text_directory),))
     moved = text_directory.rename(text_directory.with_name("moved"))
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(BadInput):
         prepare(base)
     first = prepare(dataclasses.replace(base, sources=(str(moved),)))
     moved.rename(text_directory)

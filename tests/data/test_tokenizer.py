@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import moe_erc
+from moe_erc.checks import BadInput
 from moe_erc.data import bpe, tokenizer
 
 TEXTS = ["the cat sat on the mat", "naïve café ☕", "<|endoftext|> is a token", "the cat, the hat"] * 20
@@ -114,7 +115,7 @@ def test_errors_are_one_line_and_name_the_value(trained, tmp_path, monkeypatch):
     without_end = tmp_path / "without_end.json"
     without_end.write_text(trained.read_text().replace("<|endoftext|>", "<|other|>"))
     cases = {
-        "missing.json": (FileNotFoundError, "no such file 'missing.json'; give 'bytes'"),
+        "missing.json": (BadInput, "no such file 'missing.json'; give 'bytes'"),
         str(tmp_path / "bad.json"): (ValueError, "bad.json' is not a tokenizer.json"),
         str(without_end): (ValueError, "without_end.json' has no end-of-document token"),
     }

@@ -11,6 +11,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from moe_erc.checks import BadInput
 from moe_erc.hf.families import FAMILIES
 from moe_erc.hf.inspect import open_moe
 from tests.hf import checkpoint
@@ -243,10 +244,10 @@ def test_a_config_that_is_no_json_object(text, words, tmp_path):
 
 
 def test_a_directory_that_is_no_model(tmp_path):
-    refuses(tmp_path / "none", [str(tmp_path / "none"), "config.json"], FileNotFoundError)
-    refuses(tmp_path, [str(tmp_path), "config.json"], FileNotFoundError)
+    refuses(tmp_path / "none", [str(tmp_path / "none"), "config.json"], BadInput)
+    refuses(tmp_path, [str(tmp_path), "config.json"], BadInput)
     (tmp_path / "config.json").write_text(json.dumps(checkpoint.load("olmoe")[0]))
-    refuses(tmp_path, [str(tmp_path), "model.safetensors"], FileNotFoundError)
+    refuses(tmp_path, [str(tmp_path), "model.safetensors"], BadInput)
 
 
 def refuses(directory, words, error=ValueError):

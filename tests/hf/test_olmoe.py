@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from moe_erc import sharding
+from moe_erc.checks import BadInput
 from moe_erc.hf.inspect import open_moe
 from moe_erc.hf.olmoe import About, export_olmoe, import_olmoe
 from moe_erc.hf.olmoe_config import model_fields
@@ -207,7 +208,7 @@ def test_a_directory_is_there_whole_or_not_at_all(trained, tmp_path):
     before = contents(tmp_path / "empty")
     (tmp_path / "file").write_text("")
     for taken in ("empty", "file"):
-        with pytest.raises(FileExistsError, match="there already"):
+        with pytest.raises(BadInput, match="there already"):
             export_olmoe(tmp_path / taken, model, params)
     with pytest.raises(ValueError, match="local directory"):
         export_olmoe("gs://bucket/model", model, params)
@@ -273,7 +274,7 @@ def test_bytes_are_a_tokenizer_json(tmp_path):
 def test_the_tokenizer_of_a_checkpoint_stands_in_for_bytes(tmp_path):
     assert tokenizer_of("", "bytes") == "bytes"
     assert tokenizer_of(tmp_path, "other.json") == "other.json"
-    with pytest.raises(FileNotFoundError, match=r"no tokenizer\.json in .*data\.tokenizer"):
+    with pytest.raises(BadInput, match=r"no tokenizer\.json in .*data\.tokenizer"):
         tokenizer_of(tmp_path, "bytes")
     (tmp_path / "tokenizer.json").write_text(tokenizer_files("bytes", "</s>", 4)["tokenizer.json"])
     assert tokenizer_of(tmp_path, "bytes") == "bytes"  # which it is
@@ -377,7 +378,7 @@ def test_tensors_that_are_not_what_config_json_announces(load, variant, change, 
 
 
 def test_files_that_are_not_there_or_cut(load, tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no config\.json"):
+    with pytest.raises(BadInput, match=r"no config\.json"):
         load(tmp_path)
     directory = shutil.copytree(HERE / "tied", tmp_path / "tied")
     cut = directory / "model-00002-of-00004.safetensors"
@@ -386,5 +387,5 @@ def test_files_that_are_not_there_or_cut(load, tmp_path):
     with pytest.raises(ValueError, match=f"{len(whole) - 1} bytes"):
         load(directory)
     cut.unlink()
-    with pytest.raises(FileNotFoundError, match=cut.name):
+    with pytest.raises(BadInput, match=cut.name):
         load(directory)

@@ -7,6 +7,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from moe_erc.checks import BadInput
 from moe_erc.hf.shards import JSON_LIMIT, find_tensors, read_json
 from tests.hf import checkpoint
 
@@ -112,7 +113,7 @@ def test_shards_that_are_missing_or_overlap(tmp_path):
     shards = sorted(tmp_path.glob("model-*.safetensors"))
     contents = shards[1].read_bytes()
     shards[1].unlink()
-    refuses(tmp_path, [shards[1].name, "index"], FileNotFoundError)
+    refuses(tmp_path, [shards[1].name, "index"], BadInput)
     shards[1].write_bytes(shards[0].read_bytes())
     refuses(tmp_path, [shards[0].name, shards[1].name])
     shards[1].write_bytes(contents)
@@ -120,7 +121,7 @@ def test_shards_that_are_missing_or_overlap(tmp_path):
 
 
 def test_a_pickle_is_not_opened(tmp_path):
-    refuses(tmp_path, ["model.safetensors.index.json"], FileNotFoundError)
+    refuses(tmp_path, ["model.safetensors.index.json"], BadInput)
     (tmp_path / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'false'\ntR.")
     refuses(tmp_path, ["pytorch_model.bin", "pickle", "save_pretrained"])
 

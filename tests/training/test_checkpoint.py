@@ -12,6 +12,7 @@ from flax import struct
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from moe_erc.checks import BadInput
 from moe_erc.training.checkpoint import Checkpoints, prepare_directory
 from moe_erc.training.identity import check_same_run
 from moe_erc.training.state import Weights
@@ -134,20 +135,20 @@ def test_a_writer_removes_what_a_killed_run_left_and_a_reader_does_not(tmp_path)
 
 
 def test_a_reader_makes_no_directory_and_says_what_is_missing(tmp_path, state):
-    missing = pytest.raises(FileNotFoundError, match=r"no checkpoint in .*absent: train there first")
+    missing = pytest.raises(BadInput, match=r"no checkpoint in .*absent: train there first")
     with Checkpoints(tmp_path / "absent") as checkpoints, missing:
         checkpoints.read_meta()
     assert not (tmp_path / "absent").exists()
     with Checkpoints(tmp_path, keep=1) as checkpoints:
         checkpoints.save(4, state, {})
-        with pytest.raises(FileNotFoundError, match=r"no checkpoint of step 7 in .*: it holds \[4\]"):
+        with pytest.raises(BadInput, match=r"no checkpoint of step 7 in .*: it holds \[4\]"):
             checkpoints.read_meta(7)
 
 
 def test_a_directory_that_cannot_be_written_is_refused_in_one_line(tmp_path):
     (tmp_path / "file").write_text("")
     for directory in (tmp_path / "file", tmp_path / "file" / "below"):
-        with pytest.raises(PermissionError, match=r"cannot write to .*file.*: name a writable directory") as error:
+        with pytest.raises(BadInput, match=r"cannot write to .*file.*: name a writable directory") as error:
             prepare_directory(directory)
         assert "\n" not in str(error.value)
     with pytest.raises(ValueError, match="keep = 0"):

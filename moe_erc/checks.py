@@ -1,0 +1,8 @@
+"""The one way to refuse: what a user can mend is a `BadInput`; every other error is a fault of the program."""
+
+
+class BadInput(ValueError):
+    """An input that cannot be used. The message is one line: the value, its limit and the mend.
+
+    A script ends on it with that line and exit code 2. Other errors end with a traceback and exit code 1.
+    """

@@ -26,6 +26,7 @@ from moe_erc.losses.language_model import token_losses
 from moe_erc.losses.objective import Objective
 from moe_erc.model.config import ModelConfig
 from moe_erc.model.transformer import Transformer
+from moe_erc.training import router_state
 from moe_erc.training.checkpoint import Checkpoints, holds_steps, prepare_directory
 from moe_erc.training.failure import EXPECTED, LastWords
 from moe_erc.training.guard import GuardConfig
@@ -60,6 +61,7 @@ def main(_):
         model = Transformer(model_config, mesh)
         objective = Objective(config.losses.to_dict(), model)
         sharding.check(mesh, model_config, batch_size, micro_batches, config.eval.batch_size)
+        router_state.check_counts(model_config, batch_size, length)
         processes.mute_all_but_first()
         print(f"{workdir}: {model_config.parameters():,} parameters, {model_config.active_parameters():,} active")
 

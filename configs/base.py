@@ -38,7 +38,7 @@ def _model():
     model.experts = 4  # E, in every layer
     model.experts_per_token = 2  # K
     model.expert_width = 16  # F
-    model.router = "softmax"  # moe_erc/moe/routers/: or aoe, competition, mpi, routing_free, xmoe
+    model.router = "softmax"  # moe_erc/moe/routers/: or aoe, competition, mpi, routing_free, xmoe (4 experts at least)
     model.router_init = "normal"  # of router rows; or orthogonal
     model.renormalize = False  # routing weights sum to 1 over the K chosen (OLMoE: over all E)
     model.top_p = 1.0  # below 1: of the K only the smallest prefix whose probabilities sum to more
@@ -71,7 +71,7 @@ def _losses():
     losses.lm.chunk = 1024  # time steps whose logits exist at once
     losses.load_balance = ConfigDict()  # 1 when balanced
     losses.load_balance.weight = 0.01
-    losses.load_balance.scope = "micro_batch"  # "step": loads of the step's earlier micro-batches count too
+    losses.load_balance.scope = "micro_batch"  # "step": counts of the step's earlier micro-batches are added to its own
     losses.router_z = ConfigDict()  # mean squared logsumexp of the router scores; OLMoE uses 1e-3
     losses.router_z.weight = 0.0
     losses.erc = ConfigDict()  # expert-router coupling
@@ -82,6 +82,9 @@ def _losses():
     losses.erc.detach_router = False  # train the experts alone
     losses.erc.normalize = False  # the scale-invariant form
     losses.erc.layer_reduction = "mean"  # or sum
+    # Of its matmuls on TPU and GPU: default (one bfloat16 pass), high (three), highest (float32); "auto" is high where
+    # that costs less than 0.05 % of a step's FLOPs, else default. The diagnosis is float32 always.
+    losses.erc.precision = "auto"
     losses.router_orthogonality = ConfigDict()  # squared cosines of router rows; ERNIE 4.5 uses 1e-2
     losses.router_orthogonality.weight = 0.0
     losses.router_orthogonality.decoupled = False  # router -= weight * gradient after the optimizer's update
@@ -120,7 +123,8 @@ def _optimizer():
     optimizer.b1 = 0.9
     optimizer.b2 = 0.95
     optimizer.eps = 1e-8
-    optimizer.weight_decay = 0.1  # of matrices, not of norm scales
+    optimizer.weight_decay = 0.1  # of matrices; biases, thresholds and temperatures are spared
+    optimizer.decay_norms = False  # the scales of norms decay as well, as OLMoE's did; the ERC paper does not say
     optimizer.clip_norm = 1.0  # global gradient norm; inf does not clip
     return optimizer
 

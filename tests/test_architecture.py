@@ -7,15 +7,16 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
 ALLOWED = {
-    "losses": {"losses"},
+    "losses": {"losses", "random_keys"},
     "moe": {"moe", "sharding"},
     "model": {"model", "moe", "sharding"},
     "data": {"data", "command_line"},
-    "training": {"training", "model", "losses", "sharding"},
+    "training": {"training", "model", "losses", "random_keys", "sharding"},
     "evaluation": {"evaluation", "model", "data", "sharding"},
     "analysis": {"analysis", "model", "losses", "sharding"},
     "hf": {"hf", "model"},
     "checks": set(),
+    "random_keys": set(),
     "sharding": set(),
     "runs": {"analysis", "data", "evaluation", "hf", "losses", "model", "processes", "sharding", "training"},
     "processes": {"rendezvous"},

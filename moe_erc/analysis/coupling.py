@@ -7,6 +7,9 @@ vanishing alpha  max_{i != j} max(M[i, j] / M[i, i], M[i, j] / M[j, j]), the sma
 diagonal share   rows and columns of M whose largest entry is the diagonal's
 alignment        |r W| / (|r| sigma_max(W)) of a row r and its expert's gate W, mean over experts (`alignment.py`)
 row cosine       mean over pairs of router rows
+
+A diagonal entry that ties with another as the largest of its row or column counts as held. All matmuls are in full
+float32, on every platform.
 """
 
 from functools import partial

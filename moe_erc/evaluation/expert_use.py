@@ -51,7 +51,8 @@ class ExpertUse:
         by_domain = {}
         for domain in self._corpus.streams["validation"]:
             batches = validation_batches(self._corpus, domain, length, batch_size, windows)
-            counts = (jax.device_get(self._count(weights, self._put(batch))) for batch in batches)
+            # int32 of one batch; as int64, those of any number of batches add up.
+            counts = (jax.tree.map(np.int64, jax.device_get(self._count(weights, self._put(b)))) for b in batches)
             by_domain[domain] = functools.reduce(lambda a, b: jax.tree.map(np.add, a, b), counts)
         assigned_GLE = np.stack([counts["counts_LVE"].sum(axis=1) for counts in by_domain.values()])
         total = jax.tree.map(lambda *leaves: np.sum(leaves, axis=0), *by_domain.values())

@@ -1,6 +1,9 @@
 """Validation loss and bits per byte by domain, and where the tokens went.
 
 bits per byte = loss / ln 2 * tokens / bytes        comparable across tokenizers
+
+Loads are counts of assignments over all domains, divided once. Under top-p a domain whose tokens meet more experts has
+more of them.
 """
 
 import functools
@@ -35,18 +38,18 @@ class Perplexity:
         def sums(weights, batch):
             output = model.apply({"params": weights.params}, batch["inputs_BT"], batch["mask_BT"], weights.router)
             losses_BT = token_losses(output.x_BTD, output.head_VD, batch["targets_BT"])
-            count = jnp.sum(batch["mask_BT"])
             return {
                 "loss": jnp.sum(losses_BT * batch["mask_BT"]),
-                "tokens": count,
-                "load_LE": output.routing.load_E * count,
+                "tokens": jnp.sum(batch["mask_BT"], dtype=jnp.int32),
+                "assignments_LE": output.routing.assignments_E,
             }
 
         self._sums = sums
 
     def run(self, weights, windows=None):
         """{"loss": mean of domains, "domains": {name: {"loss", "bits_per_byte", "tokens"}}, "load_LE": shares}."""
-        domains, load_LE = {}, 0.0
+        domains = {}
+        assignments_LE = 0
         for domain, stream in self._corpus.streams["validation"].items():
             total = self._total(weights, domain, windows)
             loss = float(total["loss"] / total["tokens"])
@@ -56,9 +59,10 @@ class Perplexity:
                 "bits_per_byte": loss / math.log(2) * tokens_per_byte,
                 "tokens": int(total["tokens"]),
             }
-            load_LE += total["load_LE"]
+            assignments_LE += total["assignments_LE"]
         mean = float(np.mean([values["loss"] for values in domains.values()]))
-        return {"loss": mean, "domains": domains, "load_LE": load_LE / load_LE.sum(axis=-1, keepdims=True)}
+        load_LE = assignments_LE / np.maximum(assignments_LE.sum(axis=-1, keepdims=True), 1)
+        return {"loss": mean, "domains": domains, "load_LE": load_LE}
 
     def probe(self, devices):
         """The first rows of the first domain, on the devices: the same tokens for every model and mesh."""
@@ -70,10 +74,13 @@ class Perplexity:
     def _total(self, weights, domain, windows):
         batch_size, length = self._shape_BT
         batches = validation_batches(self._corpus, domain, length, batch_size, windows)
-        return jax.tree.map(
-            lambda *leaves: np.sum(leaves, axis=0, dtype=np.float64),
-            *(jax.device_get(self._sums(weights, self._put(batch))) for batch in batches),
-        )
+        totals = [jax.device_get(self._sums(weights, self._put(batch))) for batch in batches]
+
+        def total(*leaves):  # of many batches: counts as int64, losses as float64
+            wide = np.int64 if np.issubdtype(np.asarray(leaves[0]).dtype, np.integer) else np.float64
+            return np.sum(leaves, axis=0, dtype=wide)
+
+        return jax.tree.map(total, *totals)
 
 
 def validation_metrics(found):

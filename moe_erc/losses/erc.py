@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from moe_erc.checks import BadInput
+from moe_erc.losses.precision import PRECISIONS
 from moe_erc.losses.responses import RESPONSES, expected_linear, linear, relative, sized, squared_responses
 
 ROUNDING = 2.0**-21  # of bound, draw and product together, with room
@@ -56,9 +57,12 @@ def perturb(router_ED, rng):
 
 
 def coupling_matrix(proxy_ED, w_gate_EDF):
-    """M[i, j] = |proxy_i @ w_gate_j|: how strongly the tokens of expert i excite expert j; (E, E) float32."""
+    """M[i, j] = |proxy_i @ w_gate_j|: how strongly the tokens of expert i excite expert j; (E, E) float32.
+
+    A diagnosis: in full float32 on every platform.
+    """
     proxy_ED, w_gate_EDF = jnp.asarray(proxy_ED, jnp.float32), jnp.asarray(w_gate_EDF)
-    return root(squared_responses(linear, proxy_ED[None], (w_gate_EDF[None],)))[0]
+    return root(squared_responses(partial(linear, precision="highest"), proxy_ED[None], (w_gate_EDF[None],)))[0]
 
 
 def coupling_penalty(M_EE, alpha):
@@ -79,6 +83,7 @@ def erc_loss(
     detach_router=False,
     normalize=False,
     layer_reduction="mean",
+    precision="high",
 ):
     """The ERC loss of one MoE layer, or of a stack of layers, as a scalar.
 
@@ -90,8 +95,11 @@ def erc_loss(
       noise: "uniform" (a draw), "expected" (M is the root of the exact expectation of its square) or "none".
       activation: what |.| measures: "gate", "up", "silu_gate", "swiglu" or "output" of the expert.
       detach_router: train the experts alone (another reading of the paper's pseudocode).
-      normalize: make the loss scale-free: hinges on sqrt(D) M[i, j] / (|proxy_i| |w_j|_F), 1 for an isotropic matrix.
+      normalize: make the loss scale-free: hinges on sqrt(D) M[i, j] / (|proxy_i| |w_j|_F), 1 for an isotropic matrix;
+        with noise "expected", |proxy_i| is the root of E |proxy_i|^2.
       layer_reduction: "mean" keeps the weight comparable with a layer-averaged balance loss; "sum".
+      precision: of the matmuls on a TPU or GPU: "default" (one bfloat16 pass on a TPU), "high" (three), "highest" (six:
+        float32). Configs say "auto", which `precision.py` resolves. On a CPU all are float32.
 
     Loss and gradients are finite while M stays below 1e18, and with `normalize` or noise "expected" |proxy| and |w_j|_F
     as well: their squares are float32, where what is below 1e-18 may count as 0. The loss of one expert is 0; that of
@@ -100,18 +108,19 @@ def erc_loss(
     Raises:
       ValueError: for a word that is none of the above, or one that has no meaning with a non-linear activation.
     """
-    check_options(noise=noise, activation=activation, normalize=normalize, layer_reduction=layer_reduction)
+    words = {"noise": noise, "activation": activation, "layer_reduction": layer_reduction, "precision": precision}
+    check_options(**words, normalize=normalize)
     router_LED, weights, keys_L = stack(params, rng, activation, noise)
     router_LED = lax.stop_gradient(router_LED) if detach_router else router_LED
     inputs, length2_LE = proxies(router_LED, lax.map(noise_bound, router_LED), keys_L, noise)
-    M_LEE = root(squared_responses(response(activation, noise, normalize), inputs, weights))
+    M_LEE = root(squared_responses(response(activation, noise, normalize, precision), inputs, weights))
     if normalize:
         M_LEE = relative(M_LEE, root(length2_LE), router_LED.shape[-1])
     loss_L = jax.vmap(coupling_penalty, in_axes=(0, None))(M_LEE, alpha)
     return LAYER_REDUCTIONS[layer_reduction](loss_L)
 
 
-def check_options(*, alpha=1.0, noise, activation, detach_router=False, normalize, layer_reduction):
+def check_options(*, alpha=1.0, noise, activation, detach_router=False, normalize, layer_reduction, precision="high"):
     """Refuses words that `erc_loss` does not know, and options that only a linear activation has."""
     del detach_router  # either value will do
     if not 0 <= alpha < float("inf"):
@@ -120,6 +129,7 @@ def check_options(*, alpha=1.0, noise, activation, detach_router=False, normaliz
         ("noise", noise, ("uniform", "expected", "none")),
         ("activation", activation, tuple(RESPONSES)),
         ("layer_reduction", layer_reduction, tuple(LAYER_REDUCTIONS)),
+        ("precision", precision, PRECISIONS),
     ):
         if value not in known:
             raise BadInput(f"{name} is {value!r}; use one of {', '.join(known)}")
@@ -158,9 +168,10 @@ def _jitter(router_ED, bound_E, rng):
     return router_ED * lax.stop_gradient(jnp.clip(noise_ED, 1 - inside_E1, 1 + inside_E1))
 
 
-def response(activation, noise, normalize):
+def response(activation, noise, normalize, precision):
     """What `squared_responses` asks of one expert."""
     respond = expected_linear if noise == "expected" else RESPONSES[activation][0]
+    respond = partial(respond, precision=precision)
     return partial(sized, respond) if normalize else respond
 
 

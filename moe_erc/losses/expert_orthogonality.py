@@ -4,6 +4,11 @@
     L_v = - 1 / (N E) sum_{n, e} (s_ne - mean_n s_ne)^2,   s the top K scores, sum 1, and 0 for the other experts
 
 L_o is the square of what o_j shares with o_k, by outputs before their weights: the router has no part in it.
+It trains every matrix that an expert's output reads: of a factorised gate w_low too, which under AoE is the router.
+L_v trains the router's own parameters: under MPI not the gates that its rows are turned by, under AoE w_low.
+
+Of several micro-batches each has its own mean of pairs and its own mean score, and counts by its share of unmasked
+tokens. Where every token has K experts, L_o is then that of the whole batch; a variance is not additive.
 """
 
 import jax

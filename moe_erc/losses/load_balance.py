@@ -1,12 +1,26 @@
 """Load-balancing loss of the Switch Transformer, normalised as in the code OLMoE was trained with.
 
 loss = E / (N K) sum_e count_e mean_prob_e        1 when balanced, E / K when K experts take everything
+
+N K stands for the actual number of assignments: under top-p, where tokens have different numbers of experts, the loss
+is 1 when balanced as well. Counts are integers of unmasked tokens, added over devices, and with scope "step" over the
+step's earlier micro-batches and this one. They are divided once, by their total.
+
+mean_prob is the micro-batch's own, and its loss counts by its share of the step's unmasked tokens. So mean_prob adds
+up to that of the whole batch, under any routing: where the loads are alike, so is the loss. A step of several
+micro-batches differs from the whole batch by the loads alone: the last sees all counts, an earlier one those so far.
 """
 
 import math
 
+import jax
 import jax.numpy as jnp
 from jax import lax
+
+
+def load(assignments_LE: jax.Array) -> jax.Array:
+    """Shares of every layer's assignments, float32; zeros for a layer without any."""
+    return assignments_LE / jnp.maximum(jnp.sum(assignments_LE, axis=-1, keepdims=True), 1)
 
 
 def load_balance(load_LE, probability_LE):
@@ -21,8 +35,9 @@ def load_measures(load_LE):
     max_load is the highest share over the mean share, max_violation (MaxVio, arXiv 2408.15664) what it exceeds 1 by;
     load_entropy is that of the shares over log E, 1 when even (and for E = 1), 0 when one expert takes everything.
     """
-    load_LE = jnp.asarray(load_LE, jnp.float32)
-    experts, total_L1 = load_LE.shape[-1], jnp.sum(load_LE, axis=-1, keepdims=True)
+    load_LE = jnp.asarray(load_LE)
+    experts = load_LE.shape[-1]
+    total_L1 = jnp.sum(load_LE, axis=-1, keepdims=True)  # of counts, an integer: float32 would round from 2^24 on
     share_LE = jnp.where(total_L1 > 0, load_LE / jnp.where(total_L1 > 0, total_L1, 1), 1 / experts)
     max_load_L = experts * jnp.max(share_LE, axis=-1)
     entropy_L = jnp.sum(share_LE * jnp.log(1 / jnp.where(share_LE > 0, share_LE, 1)), axis=-1)  # 0 log 0 is 0

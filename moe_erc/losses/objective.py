@@ -14,35 +14,42 @@ import jax
 import jax.numpy as jnp
 
 from moe_erc.checks import BadInput
-from moe_erc.losses.competition import competition
+from moe_erc.losses.competition import competition, over_competing_layers
 from moe_erc.losses.erc import check_options, erc_loss
 from moe_erc.losses.expert_orthogonality import output_overlap, routing_variance
 from moe_erc.losses.language_model import language_model, token_losses
-from moe_erc.losses.load_balance import load_balance
+from moe_erc.losses.load_balance import load, load_balance
+from moe_erc.losses.precision import PRECISIONS, resolve
 from moe_erc.losses.router_orthogonality import router_orthogonality
 from moe_erc.losses.router_z import router_z
 from moe_erc.losses.sharded_erc import sharded_erc_loss
 from moe_erc.losses.simbal import simbal
 from moe_erc.losses.synergistic import chosen_probability, path_coupling, specialization
 from moe_erc.losses.top_p import routing_entropy
+from moe_erc.random_keys import named
 
 
-def _lm(output, batch, earlier_load_LE, *, chunk):
+def _lm(output, batch, earlier_LE, *, chunk):
     losses_BT = token_losses(output.x_BTD, output.head_VD, batch["targets_BT"], chunk)
     return language_model(losses_BT, batch["mask_BT"])
 
 
-def _load_balance(output, batch, earlier_load_LE, *, scope):
-    load_LE = output.routing.load_E
-    if scope == "step" and earlier_load_LE is not None:
-        load_LE += earlier_load_LE
-        load_LE /= load_LE.sum(axis=-1, keepdims=True)
-    return load_balance(load_LE, output.routing.probability_E)
+def _load_balance(output, batch, earlier_LE, *, scope):
+    assignments_LE = output.routing.assignments_E
+    if scope == "step" and earlier_LE is not None:
+        assignments_LE += earlier_LE
+    return load_balance(load(assignments_LE), output.routing.probability_E)
 
 
 def _check_scope(*, scope):
     if scope not in ("micro_batch", "step"):
         raise BadInput(f"scope is {scope!r}; use one of micro_batch, step")
+
+
+def _check_erc(*, precision="auto", **options):
+    check_options(**options)
+    if precision not in ("auto", *PRECISIONS):
+        raise BadInput(f"precision is {precision!r}; use one of auto, {', '.join(PRECISIONS)}")
 
 
 def _erc(params, rng, model, **options):
@@ -53,12 +60,11 @@ def _erc(params, rng, model, **options):
 def _competition(layer):
     active, competitors_BTE = layer.competition
     chosen = layer.scores.probabilities_BTE, competitors_BTE, layer.routing.experts_BTK, layer.mask_BT
-    return jnp.where(active, competition(*chosen), 0)
+    return jnp.stack([jnp.where(active, competition(*chosen), 0), active])
 
 
 def _routing_variance(layer):
-    constant_BTE = layer.score(jax.lax.stop_gradient(layer.x_BTD)).probabilities_BTE  # trains the router alone
-    return routing_variance(constant_BTE, layer.routing.experts_BTK, layer.mask_BT)
+    return routing_variance(layer.score_alone().probabilities_BTE, layer.routing.experts_BTK, layer.mask_BT)
 
 
 class LayerTerm(NamedTuple):
@@ -75,7 +81,7 @@ BATCH_TERMS = {
     "router_z": lambda output, batch, _: router_z(output.routing.logsumexp2),
 }
 LAYER_TERMS = {
-    "competition": LayerTerm(_competition),
+    "competition": LayerTerm(_competition, reduce=lambda terms_L2, mask_BT: over_competing_layers(terms_L2)),
     "output_overlap": LayerTerm(lambda layer: output_overlap(layer.kept["output"], layer.chosen_BTK), ("output",)),
     "path_coupling": LayerTerm(
         lambda layer: chosen_probability(layer.scores.probabilities_BTE, layer.routing.experts_BTK),
@@ -90,7 +96,7 @@ PARAMETER_TERMS = {
     "router_orthogonality": lambda params, *_, decoupled: router_orthogonality(params["layers"]["moe"]["router"]),
     "simbal": lambda params, *_: simbal(params["layers"]["moe"]["router"]),
 }
-CHECKS = {"load_balance": _check_scope, "erc": check_options}  # of a term's options, before anything is compiled
+CHECKS = {"load_balance": _check_scope, "erc": _check_erc}  # of a term's options, before anything is compiled
 NEEDS = {  # term -> (property of the model's config, what it is for)
     "erc": ("has_rows", "couples router rows with experts"),
     "router_orthogonality": ("is_linear", "reads one router row of the model's width for every expert"),
@@ -137,22 +143,31 @@ class Objective:
         """(name, function of a layer, what it keeps) for the terms of single layers."""
         return tuple((name, *LAYER_TERMS[name][:2]) for name, _ in self._active(LAYER_TERMS))
 
-    def of_batch(self, output, batch, earlier_load_LE):
-        """Terms of one micro-batch; `earlier_load_LE` sums the loads of the step's earlier ones, None for the first."""
+    def of_batch(self, output, batch, earlier_LE):
+        """Terms of one micro-batch; `earlier_LE` counts the assignments of the step's earlier ones, None: it is alone.
+
+        They are means over its unmasked tokens, and it is by these that those of several micro-batches are weighed.
+        """
         return {
-            name: BATCH_TERMS[name](output, batch, earlier_load_LE, **options)
-            for name, options in self._active(BATCH_TERMS)
+            name: BATCH_TERMS[name](output, batch, earlier_LE, **options) for name, options in self._active(BATCH_TERMS)
         } | {
             name: LAYER_TERMS[name].reduce(output.observed[name], batch["mask_BT"])
             for name, _ in self._active(LAYER_TERMS)
         }
 
-    def of_parameters(self, params, rng):
-        """Terms that depend on the parameters alone."""
-        return {
-            name: PARAMETER_TERMS[name](params, rng, self.model, **options)
-            for name, options in self._active(PARAMETER_TERMS)
-        }
+    def of_parameters(self, params, rng, shape_BT=None):
+        """Terms that depend on the parameters alone, each with a key of its own, named as the loss is.
+
+        shape_BT: of the whole step's batch, if there is one: what precision of ERC is worth its cost depends on it.
+        """
+        terms = {}
+        for name, options in self._active(PARAMETER_TERMS):
+            key = None if rng is None else named(rng, f"losses.{name}")
+            if "precision" in options:
+                config = self.model.config
+                options["precision"] = resolve(options["precision"], config, options["activation"], shape_BT)
+            terms[name] = PARAMETER_TERMS[name](params, key, self.model, **options)
+        return terms
 
     def total(self, terms, scales):
         """Their weighted sum; `scales` multiplies the weights that a controller moves."""

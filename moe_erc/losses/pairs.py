@@ -3,6 +3,10 @@
     gram[j, k] = <v_j, v_k>,   pairs (j, k) with j != k, both chosen
 
 All that a loss on pairs needs of vectors of width D is K x K numbers a token; nothing is (B, T, K, K, D).
+
+Under accumulation it is the mean over a micro-batch's own pairs, which counts by its unmasked tokens. Where every token
+has K experts that is the mean of the whole batch. Under top-p and routing-free tokens have different numbers of pairs,
+and it is not: how many pairs the step has is not known when the gradient of its first micro-batch is taken.
 """
 
 import jax.numpy as jnp

@@ -81,23 +81,23 @@ def _groups(weights):
     return layer_of_group, jax.tree.map(lambda leaf: leaf.reshape(*group, *leaf.shape[2:]), weights)
 
 
-def _matmul(a, b):
-    return jnp.matmul(a, b, preferred_element_type=jnp.float32)
+def _matmul(a, b, precision):
+    return jnp.matmul(a, b, precision=precision, preferred_element_type=jnp.float32)
 
 
 def _squares(hidden):
     return jnp.sum(jnp.square(hidden), axis=-1)
 
 
-def linear(x_ED, w_DF):
+def linear(x_ED, w_DF, precision):
     """|x @ w|^2 of every row."""
-    return _squares(_matmul(x_ED, w_DF))
+    return _squares(_matmul(x_ED, w_DF, precision))
 
 
-def expected_linear(inputs, w_DF):
+def expected_linear(inputs, w_DF, precision):
     """E |(x * noise) @ w|^2 for independent noise of mean 1: the clean square plus what its variance adds."""
     x_ED, spread_ED = inputs
-    return linear(x_ED, w_DF) + _matmul(spread_ED, _squares(w_DF.astype(jnp.float32)))
+    return linear(x_ED, w_DF, precision) + _matmul(spread_ED, _squares(w_DF.astype(jnp.float32)), precision)
 
 
 def sized(respond, inputs, w_DF):
@@ -118,20 +118,25 @@ def _inverse(x):
     return jnp.where(x == 0, 0, 1 / jnp.where(x == 0, 1, x))
 
 
-def _silu_gate(x_ED, w_gate_DF):
-    return _squares(jax.nn.silu(_matmul(x_ED, w_gate_DF)))
+def _silu_gate(x_ED, w_gate_DF, precision):
+    return _squares(jax.nn.silu(_matmul(x_ED, w_gate_DF, precision)))
 
 
-def _swiglu(x_ED, w_gate_DF, w_up_DF):
-    return _squares(jax.nn.silu(_matmul(x_ED, w_gate_DF)) * _matmul(x_ED, w_up_DF))
+def _hidden(x_ED, w_gate_DF, w_up_DF, precision):
+    return jax.nn.silu(_matmul(x_ED, w_gate_DF, precision)) * _matmul(x_ED, w_up_DF, precision)
 
 
-def output(x_ED, w_gate_DF, w_up_DF, w_down_FD, sum_slices=lambda out_ED: out_ED):
+def _swiglu(x_ED, w_gate_DF, w_up_DF, precision):
+    return _squares(_hidden(x_ED, w_gate_DF, w_up_DF, precision))
+
+
+def output(x_ED, w_gate_DF, w_up_DF, w_down_FD, precision, sum_slices=lambda out_ED: out_ED):
     """The one square of a sum over F: what slices of F give is added up by `sum_slices` before it is squared."""
-    return _squares(sum_slices(_matmul(jax.nn.silu(_matmul(x_ED, w_gate_DF)) * _matmul(x_ED, w_up_DF), w_down_FD)))
+    hidden_EF = _hidden(x_ED, w_gate_DF, w_up_DF, precision)
+    return _squares(sum_slices(_matmul(hidden_EF, w_down_FD, precision)))
 
 
-# activation -> (squared response of one expert to every proxy, the weights it reads)
+# activation -> (squared response of one expert to every proxy, at a `precision` of its matmuls; the weights it reads)
 RESPONSES = {
     "gate": (linear, ("w_gate",)),
     "up": (linear, ("w_up",)),

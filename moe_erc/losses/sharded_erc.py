@@ -15,7 +15,7 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 from moe_erc.losses.erc import LAYER_REDUCTIONS, check_options, erc_loss, noise_bound, proxies, response, root, stack
-from moe_erc.losses.responses import RESPONSES, linear, output, relative, squared_responses
+from moe_erc.losses.responses import RESPONSES, linear, relative, squared_responses
 
 
 def sharded_erc_loss(params, rng, mesh, **options):
@@ -38,7 +38,13 @@ def sharded_erc_loss(params, rng, mesh, **options):
         bound_L1J = lax.map(lambda router_ED: noise_bound(router_ED, own_J), router_LED)[:, None, :]
         bound_LE = lax.psum(jnp.sum(jnp.where(own_EJ, bound_L1J, 0), axis=-1), expert)
         inputs, length2_LE = proxies(router_LED, bound_LE, keys_L, noise)
-        M_LEJ = root(_squares(response(activation, noise, options["normalize"]), inputs, weights, (data, expert)))
+        respond = response(activation, noise, options["normalize"], options["precision"])
+        if activation == "output":  # the one square of a sum over F: an (E, D) sum over its slices for every expert
+            respond = partial(respond, sum_slices=partial(lax.psum, axis_name=data))
+        squares_LEJ = squared_responses(respond, _varying(inputs, (data, expert)), weights)
+        if activation != "output":
+            squares_LEJ = lax.psum(squares_LEJ, data)
+        M_LEJ = root(squares_LEJ)
         if options["normalize"]:
             M_LEJ = relative(M_LEJ, root(length2_LE), router_LED.shape[-1])
         return _penalty(M_LEJ, own_EJ, options["alpha"], expert)
@@ -48,12 +54,13 @@ def sharded_erc_loss(params, rng, mesh, **options):
 
 
 def sharded_coupling_matrix(router_LED, w_gate_LEDF, mesh):
-    """`coupling_matrix` of every layer, (L, E, E) with columns split over expert."""
+    """`coupling_matrix` of every layer, (L, E, E) with columns split over expert; in full float32, as that is."""
+    data, expert = mesh.axis_names
+    respond = partial(linear, precision="highest")
 
     def local(router_LED, weights, _):
-        return root(_squares(linear, router_LED, weights, mesh.axis_names))
+        return root(lax.psum(squared_responses(respond, _varying(router_LED, mesh.axis_names), weights), data))
 
-    _, expert = mesh.axis_names
     return _over(mesh, local, "gate", P(None, None, expert))(router_LED.astype(jnp.float32), (w_gate_LEDF,), None)
 
 
@@ -69,13 +76,9 @@ def _over(mesh, local, activation, out_specs):
     return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=out_specs)
 
 
-def _squares(respond, inputs, weights, axes):
-    """Columns of S of this device's experts, summed over the slices of F."""
-    data, _ = axes
-    inputs = jax.tree.map(lambda leaf: lax.pcast(leaf, axes, to="varying"), inputs)  # one sum of its gradient
-    if respond is output:  # an (E, D) sum for every expert
-        return squared_responses(partial(output, sum_slices=partial(lax.psum, axis_name=data)), inputs, weights)
-    return lax.psum(squared_responses(respond, inputs, weights), data)
+def _varying(inputs, axes):
+    """Inputs as each device's own, so that there is one sum of their gradient."""
+    return jax.tree.map(lambda leaf: lax.pcast(leaf, axes, to="varying"), inputs)
 
 
 def _penalty(M_LEJ, own_EJ, alpha, expert):

@@ -3,7 +3,8 @@
     L_sp = mean over tokens and ordered pairs of chosen experts of cos(h_j, h_k),   h after the SwiGLU product
     L_cp = - mean_N sum over chosen e of layer l, chosen v of layer l + 1 of p[l, e] p[l + 1, v]
 
-The double sum of L_cp is a product of two sums: of each layer it needs one number a token.
+The double sum of L_cp is a product of two sums: of each layer it needs one number a token. It is a mean over the L - 1
+pairs of adjacent layers.
 """
 
 import jax.numpy as jnp

@@ -5,6 +5,7 @@ import math
 
 from moe_erc.checks import BadInput
 from moe_erc.moe.routers import ROUTERS
+from moe_erc.moe.routers.xmoe import FEWEST_EXPERTS
 
 CHOICES = {
     "router": tuple(ROUTERS),
@@ -76,6 +77,12 @@ def check_routing(config):
         ),
         (config.top_p < 1 and not config.chooses_top, "top_p", "chooses by other means than probability; set it to 1"),
         (config.bias_rate and not config.chooses_top, "bias_rate", "has no top K that a bias could turn; set it to 0"),
+        (
+            config.router == "xmoe" and config.experts < FEWEST_EXPERTS,
+            "experts",
+            "compares them by angle in E / 2 dimensions, and in a single one all cosines are 1 or -1 and tie; "
+            f"use at least {FEWEST_EXPERTS}",
+        ),
     ):
         if refused:
             raise BadInput(f"model.{key}: {getattr(config, key)}, but router {config.router!r} {reason}")

@@ -44,12 +44,15 @@ def weighed(x, assigned, matrices, matmul, keep=()):
     """The weighed output, summed by token. Weighing the hidden rows spares the backward the down projection.
 
     `keep` may name "hidden", and "output", which is constant in the token: its gradient reaches the experts alone.
+    The first factor of a gate is applied before: `assigned` may hold its "low_of_constant" tokens, to reach it as well.
     """
     kept, hidden_RF = {}, hidden(x, assigned, matrices, matmul)
     if "hidden" in keep:
         kept["hidden"] = hidden_RF.astype(x.dtype)
     if "output" in keep:
         constant = jax.tree.map(lax.stop_gradient, (x, assigned))
+        if "low_of_constant" in assigned:
+            constant[1]["low"] = assigned["low_of_constant"]
         kept["output"] = output(*constant, matrices, matmul).astype(x.dtype)
     hidden_RF *= assigned["weight"][:, None]
     return matmul(hidden_RF.astype(x.dtype), matrices["w_down"]), kept

@@ -32,6 +32,7 @@ class Observation:
     kept: dict  # "hidden" (B, T, K, F) and "output" (B, T, K, D) of the chosen experts, as observers ask for them
     competition: Competition | None  # where the router is "competition" and the model is being trained
     score: Callable  # x_BTD -> Scores
+    score_alone: Callable  # () -> Scores whose gradient reaches the router's own parameters, and nothing else
     run_all: Callable  # an expert function of `experts.py` -> (summed, kept) of all experts on every token
 
     @property
@@ -75,8 +76,15 @@ class MoE(nn.Module):
         def score(x_BTD):
             return router.score(config, mesh, parameters, x_BTD)
 
-        def run(expert, chosen):
-            return parallel.apply(partial(implementation, expert), mesh, x_BTD, chosen, matrices, scores.low_BTEr)
+        def score_alone():
+            # MPI's rows read the gates as well, which are the experts': only what the router declares is its own.
+            own = router.declare(config)
+            frozen = {name: leaf if name in own else lax.stop_gradient(leaf) for name, leaf in parameters.items()}
+            return router.score(config, mesh, frozen, lax.stop_gradient(x_BTD))
+
+        def run(expert, chosen, low_of_constant_BTEr=None):
+            lows = scores.low_BTEr, low_of_constant_BTEr
+            return parallel.apply(partial(implementation, expert), mesh, x_BTD, chosen, matrices, *lows)
 
         def run_all(expert):
             every_BTE = jnp.broadcast_to(jnp.arange(config.experts), scores.probabilities_BTE.shape)
@@ -91,12 +99,18 @@ class MoE(nn.Module):
         competing = None
         if "competing" in router_state:
             chosen, competing = _compete(config, mesh, router_state["competing"], run_all, chosen, scores)
+            balance_BTE = jnp.where(competing.active, competing.competitors_BTE, scores.balance_BTE)
+            scores = scores._replace(balance_BTE=balance_BTE)
 
         keep = tuple(sorted({name for _, _, needed in self.observers for name in needed}))
-        y_BTD, kept = run(partial(experts.weighed, keep=keep), chosen)
+        low_of_constant_BTEr = None
+        if config.gate_rank and "output" in keep:
+            # Of constant tokens, the first factor of the gate is still a parameter of the expert's output.
+            low_of_constant_BTEr = score(lax.stop_gradient(x_BTD)).low_BTEr
+        y_BTD, kept = run(partial(experts.weighed, keep=keep), chosen, low_of_constant_BTEr)
         if config.shared_experts:
             y_BTD += shared_experts(x_BTD, parameters, config.dtype)
-        layer = Observation(x_BTD, mask_BT, scores, chosen, kept, competing, score, run_all)
+        layer = Observation(x_BTD, mask_BT, scores, chosen, kept, competing, score, score_alone, run_all)
         observed = {name: observe(layer) for name, observe, _ in self.observers}
         return y_BTD, routing.statistics(scores, chosen, mask_BT), observed
 

@@ -22,33 +22,40 @@ def by_token(function, mesh):
     return function if mesh is None else jax.shard_map(function, mesh=mesh, in_specs=P(BATCH), out_specs=P(BATCH))
 
 
-def apply(run, mesh, x_BTD, routing, matrices, low_BTEr=None):
+def apply(run, mesh, x_BTD, routing, matrices, low_BTEr=None, low_of_constant_BTEr=None):
     """(summed (B, T, …), kept (B, T, K, …)) of `run`, an implementation of `experts.py` with its expert bound to it.
 
-    `low_BTEr` is what `project` made, for experts that go on from there. mesh: None means one device.
+    `low_BTEr` is what `project` made, for experts that go on from there, and `low_of_constant_BTEr` what it made of
+    constant tokens, where their outputs are kept. mesh: None means one device.
     """
+    lows = {"low": low_BTEr, "low_of_constant": low_of_constant_BTEr}
+    lows = {name: low for name, low in lows.items() if low is not None}
     if mesh is None:
-        return _flat(run, x_BTD, routing, matrices, low_BTEr)
+        return _flat(run, x_BTD, routing, matrices, lows)
     slices = {name: PARAMETERS[name] for name in matrices}
 
-    def local(x_BTD, routing, matrices, low_BTEr):
+    def local(x_BTD, routing, matrices, lows):
         # Gathered here rather than on the way in, the gradient is summed and cut again in one reduce-scatter.
         matrices = {name: _gather(leaf, DATA, slices[name].index(DATA)) for name, leaf in matrices.items()}
         x_BTD, routing = jax.tree.map(lambda leaf: _gather(leaf, EXPERT, 0), (x_BTD, routing))
         first = lax.axis_index(EXPERT) * len(matrices["w_down"])
         routing = routing._replace(experts_BTK=routing.experts_BTK - first)
-        results = _flat(run, x_BTD, routing, matrices, low_BTEr)
+        results = _flat(run, x_BTD, routing, matrices, lows)
         return jax.tree.map(_scatter, results)
 
     specs = (P(BATCH), P(BATCH), slices, BY_EXPERT)
-    return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=P(BATCH))(x_BTD, routing, matrices, low_BTEr)
+    return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=P(BATCH))(x_BTD, routing, matrices, lows)
 
 
 def project(mesh, x_BTD, w_low_EDr):
-    """x @ w_low of every expert, (B, T, E, r) float32, each expert's where its matrices are."""
+    """x @ w_low of every expert, (B, T, E, r) float32, each expert's where its matrices are.
+
+    Experts are chosen by it, so that float32 is not rounded to bfloat16 on a TPU; bfloat16 is exact in one pass.
+    """
 
     def local(x_BTD, w_low_EDr):
-        return jnp.einsum("btd,edr->bter", x_BTD, w_low_EDr, preferred_element_type=jnp.float32)
+        exact = {"precision": lax.Precision.HIGHEST, "preferred_element_type": jnp.float32}
+        return jnp.einsum("btd,edr->bter", x_BTD, w_low_EDr, **exact)
 
     if mesh is None:
         return local(x_BTD, w_low_EDr)
@@ -69,12 +76,12 @@ def _scatter(leaf):
     return lax.psum_scatter(leaf, EXPERT, tiled=True) if lax.axis_size(EXPERT) > 1 else leaf
 
 
-def _flat(run, x_BTD, routing, matrices, low_BTEr):
+def _flat(run, x_BTD, routing, matrices, lows):
     weights_NK, experts_NK = (leaf.reshape(-1, leaf.shape[-1]) for leaf in routing)
     assigned = {"weight": weights_NK}
-    if low_BTEr is not None:
+    for name, low_BTEr in lows.items():
         low_NEr = low_BTEr.reshape(-1, *low_BTEr.shape[2:])
         tokens_N1 = jnp.arange(len(low_NEr))[:, None]
-        assigned["low"] = low_NEr.at[tokens_N1, experts_NK].get(mode="fill", fill_value=0)
+        assigned[name] = low_NEr.at[tokens_N1, experts_NK].get(mode="fill", fill_value=0)
     results = run(x_BTD.reshape(-1, x_BTD.shape[-1]), assigned, experts_NK, matrices)
     return jax.tree.map(lambda leaf: leaf.reshape(*x_BTD.shape[:2], *leaf.shape[1:]), results)

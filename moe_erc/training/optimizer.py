@@ -2,6 +2,9 @@
 
     update = -rate(t) * (direction(clip(grad)) + weight_decay * matrix)
 
+Weight decay spares what is no matrix: scales of norms, biases, thresholds, temperatures. OLMoE decayed the scales of
+its norms as well: `decay_norms`.
+
 AdamW takes Adam's direction everywhere. Muon (Jordan et al., 2024) orthogonalises the momentum of every hidden matrix,
 each layer's and each expert's on its own, and leaves embeddings, head, router and norm scales to Adam. Its steps are
 scaled to the root mean square of Adam's (arXiv 2502.16982), so both share one learning rate and one weight decay.
@@ -9,6 +12,7 @@ scaled to the root mean square of Adam's (arXiv 2502.16982), so both share one l
 
 import dataclasses
 import difflib
+import functools
 import math
 
 import jax
@@ -21,6 +25,7 @@ OPTIMIZERS = ("adamw", "muon")
 SCHEDULES = ("constant", "cosine", "linear", "wsd")
 MUON_MOMENTUM = 0.95  # the published value, so that naming muon is all it takes
 ROWS = {"router", "expert_embedding"}  # parameters that are compared with tokens row by row
+NORM = "_norm"  # how the name of a norm's scale ends
 ADAM_RMS = 0.2  # what Adam's direction measures in practice; an orthogonal (m, n) matrix has 1 / sqrt(max(m, n))
 
 
@@ -39,6 +44,7 @@ class OptimizerConfig:
     eps: float
     weight_decay: float
     clip_norm: float  # of the gradient of all parameters together; inf never clips
+    decay_norms: bool = False  # whether the scales of norms decay as matrices do
 
     def __post_init__(self):
         _check_choice("name", self.name, OPTIMIZERS)
@@ -108,9 +114,16 @@ def _is_matrix(path, leaf):
     return leaf.ndim - ("layers" in _names(path)) >= 2
 
 
-def decay_mask(params):
-    """True for matrices, False for norm scales and biases, whose size is not a matter of overfitting."""
-    return jax.tree_util.tree_map_with_path(_is_matrix, params)
+def decay_mask(params, norms=False):
+    """True for matrices, False for norm scales and biases, whose size is not a matter of overfitting.
+
+    With `norms`, True for norm scales too; thresholds and temperatures of routers are spared still.
+    """
+
+    def decays(path, leaf):
+        return _is_matrix(path, leaf) or (norms and _names(path)[-1].endswith(NORM))
+
+    return jax.tree_util.tree_map_with_path(decays, params)
 
 
 def directions(params):
@@ -148,6 +161,6 @@ def make_optimizer(config, steps) -> optax.GradientTransformation:
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
         direction,
-        optax.add_decayed_weights(config.weight_decay, decay_mask),
+        optax.add_decayed_weights(config.weight_decay, functools.partial(decay_mask, norms=config.decay_norms)),
         optax.scale_by_learning_rate(learning_rate_schedule(config, steps)),
     )

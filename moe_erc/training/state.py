@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from moe_erc.random_keys import named
 from moe_erc.sharding import shard_state
 from moe_erc.training import guard, router_state
 
@@ -45,8 +46,9 @@ def initializer(model, optimizer, seed):
     """() -> TrainState of step 0."""
 
     def init():
-        params_rng, rng = jax.random.split(jax.random.key(seed))
-        weights, (_, loss_scales) = init_weights(model, params_rng), router_state.initial(model.config)
+        key = jax.random.key(seed)
+        rng = named(key, "steps")
+        weights, (_, loss_scales) = init_weights(model, named(key, "parameters")), router_state.initial(model.config)
         opt_state = optimizer.init(weights.params)
         return TrainState(jnp.int32(0), weights.params, opt_state, rng, weights.router, loss_scales, guard.initial())
 

@@ -1,6 +1,7 @@
 """One optimizer step, pure in (state, batch): forward, losses, gradients, update, unless the guard refuses it.
 
 Micro-batches are a scan over the accumulation axis. Losses on parameters alone are computed once per step, outside it.
+Whatever a step draws, it draws from a key of its own, named after its use (`random_keys.py`).
 """
 
 import functools
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from moe_erc.losses.load_balance import load_measures
+from moe_erc.random_keys import named
 from moe_erc.sharding import replicate, shard_batch
 from moe_erc.training import router_state
 from moe_erc.training.guard import GuardConfig, judge
@@ -20,22 +22,22 @@ def make_train_step(model, objective, optimizer, micro_batches, state_shardings,
     gradients_of = step_gradients(model, objective, micro_batches)
 
     def train_step(state, batch):
-        gradients, terms, (load_LE, active_L) = gradients_of(state, batch)
+        gradients, terms, counts = gradients_of(state, batch)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         params = objective.decouple(optax.apply_updates(state.params, updates))
-        router, scales = router_state.after_step(model.config, state.router, state.loss_scales, load_LE, active_L)
-        metrics = {f"loss/{name}": value for name, value in terms.items()} | load_measures(load_LE)
+        router, scales = router_state.after_step(model.config, state.router, state.loss_scales, counts)
+        metrics = {f"loss/{name}": value for name, value in terms.items()} | load_measures(counts.assignments_LE)
         metrics |= {f"scale/{name}": value for name, value in scales.items()}
         metrics |= {
             "loss/total": objective.total(terms, state.loss_scales),
-            "router/experts_per_token": active_L,
+            "router/experts_per_token": counts.experts_per_token_L,
             "norm/gradient": optax.tree.norm(gradients),
             "norm/parameters": optax.tree.norm(params),
         }
-        counts, after, told = judge(guard, state.guard, metrics)
+        accepted, after, told = judge(guard, state.guard, metrics)
         changed = {"params": params, "opt_state": opt_state, "router": router, "loss_scales": scales}
         kept = {name: getattr(state, name) for name in changed}
-        changed = jax.tree.map(functools.partial(jnp.where, counts), changed, kept)
+        changed = jax.tree.map(functools.partial(jnp.where, accepted), changed, kept)
         return state.replace(step=state.step + 1, guard=after, **changed), metrics | told
 
     batch_shardings = shard_batch(model.mesh)
@@ -48,25 +50,26 @@ def make_train_step(model, objective, optimizer, micro_batches, state_shardings,
 
 
 def step_gradients(model, objective, micro_batches):
-    """(state, batch) -> (gradients, terms, (mean load, experts a token)) of one step, before anything is changed."""
+    """(state, batch) -> (gradients, terms, StepCounts) of one step, before anything is changed."""
     model = model.clone(observers=objective.observers)
 
     def gradients_of(state, batch):
         rng = jax.random.fold_in(state.rng, state.step)
-        router = router_state.for_step(model.config, state.router, jax.random.fold_in(rng, 0))
+        router = router_state.for_step(model.config, state.router, named(rng, "competing layers"))
         of_batch = functools.partial(micro_batch_gradients, model, objective, state, router)
-        gradients, terms, routing = batch_gradients(of_batch, split(batch, micro_batches))
-        parameter_terms, parameter_gradients = parameter_only(objective, state.params, rng, state.loss_scales)
-        return jax.tree.map(jnp.add, gradients, parameter_gradients), terms | parameter_terms, routing
+        gradients, terms, counts = batch_gradients(of_batch, split(batch, micro_batches))
+        shape_BT = batch["mask_BT"].shape
+        parameter_terms, parameter_gradients = parameter_only(objective, state.params, rng, state.loss_scales, shape_BT)
+        return jax.tree.map(jnp.add, gradients, parameter_gradients), terms | parameter_terms, counts
 
     return gradients_of
 
 
-def parameter_only(objective, params, rng, scales):
-    """(terms, gradients) of the losses on parameters alone."""
+def parameter_only(objective, params, rng, scales, shape_BT=None):
+    """(terms, gradients) of the losses on parameters alone, on a step of a batch of that shape."""
 
     def loss(params):
-        terms = objective.of_parameters(params, rng)
+        terms = objective.of_parameters(params, rng, shape_BT)
         return objective.total(terms, scales), terms
 
     (_, terms), gradients = jax.value_and_grad(loss, has_aux=True)(params)
@@ -79,10 +82,12 @@ def split(batch, micro_batches):
 
 
 def batch_gradients(of_batch, micro_batches):
-    """(gradients, terms, (mean load, experts a token)) over micro-batches, weighed by their shares of unmasked tokens.
+    """(gradients, terms, StepCounts) over micro-batches: means by their shares of unmasked tokens, counts added up.
 
-    So the language-model loss and its gradient are those of the whole batch, whatever the number of micro-batches.
-    `of_batch(batch, earlier)` takes the sum of the loads and experts a token of the earlier ones, None for the first.
+    So every loss that is a mean over tokens and its gradient are those of the whole batch, whatever the number of
+    micro-batches. Those that are not additive say in their own file what they are then: `losses/load_balance.py`,
+    `pairs.py`, `expert_orthogonality.py`. `of_batch(batch, earlier)` takes the summed counts of the earlier ones, None
+    where there is one micro-batch alone.
     """
     first = jax.tree.map(lambda leaf: leaf[0], micro_batches)
     if len(micro_batches["mask_BT"]) == 1:  # spares two passes over memory as large as the parameters
@@ -93,23 +98,24 @@ def batch_gradients(of_batch, micro_batches):
     def accumulate(carry, share_and_batch):
         share, batch = share_and_batch
         gradients, terms, earlier = carry
-        *extra, routing = of_batch(batch, earlier)
+        *extra, counts = of_batch(batch, earlier)
         total = jax.tree.map(lambda so_far, term: so_far + share * term, (gradients, terms), tuple(extra))
-        return (*total, jax.tree.map(jnp.add, earlier, routing)), None
+        return (*total, jax.tree.map(jnp.add, earlier, counts)), None
 
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(of_batch, first, None))
-    (gradients, terms, routing), _ = jax.lax.scan(accumulate, zeros, (shares_M, micro_batches))
-    return gradients, terms, jax.tree.map(lambda total: total / len(shares_M), routing)
+    (gradients, terms, counts), _ = jax.lax.scan(accumulate, zeros, (shares_M, micro_batches))
+    return gradients, terms, counts
 
 
 def micro_batch_gradients(model, objective, state, router, batch, earlier):
-    """(gradients, terms, (load, experts a token)) of one micro-batch."""
+    """(gradients, terms, StepCounts) of one micro-batch."""
 
     def loss(params):
         output = model.apply({"params": params}, batch["inputs_BT"], batch["mask_BT"], router)
-        terms = objective.of_batch(output, batch, earlier and earlier[0])
-        routing = output.routing.load_E, output.routing.active
-        return objective.total(terms, state.loss_scales), (terms, routing)
+        terms = objective.of_batch(output, batch, earlier and earlier.assignments_LE)
+        tokens = jnp.sum(batch["mask_BT"], dtype=jnp.int32)
+        counts = router_state.StepCounts(output.routing.assignments_E, tokens)
+        return objective.total(terms, state.loss_scales), (terms, counts)
 
-    (_, (terms, routing)), gradients = jax.value_and_grad(loss, has_aux=True)(state.params)
-    return gradients, terms, routing
+    (_, (terms, counts)), gradients = jax.value_and_grad(loss, has_aux=True)(state.params)
+    return gradients, terms, counts

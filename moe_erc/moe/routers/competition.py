@@ -3,7 +3,9 @@
     a_e = mean softplus(expert_e(x)),   q = softmax(a),   experts = top K of q,   weights = a[experts] / sum
 
 On other steps the router is a softmax router. `losses/competition.py` draws it towards q; in which layers experts
-compete is drawn step by step (`router_state.py`). Dense while it lasts: the price is the point of the comparison.
+compete is drawn step by step (`router_state.py`), and of more than the allowed number the excess does not. In a layer
+that competes the balance loss reads q, as the tokens were routed by it. Dense while it lasts: the price is the point of
+the comparison.
 """
 
 import dataclasses

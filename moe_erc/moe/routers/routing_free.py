@@ -4,8 +4,10 @@
 
 How many experts a token meets is not fixed: the weight of the balance loss is raised while more than K of them do, and
 lowered while fewer (`training/router_state.py`). That loss reads g times the token's number of experts over K, a
-constant: where many run they are pushed most, or one layer's experts would run for all. The gate of an expert is
-factorised as in AoE, and w_low is its first factor.
+constant: where many run they are pushed most, or one layer's experts would run for all. With load_e the share of all
+assignments that expert e has, it is E sum_e load_e mean_n(g_e n_experts / K). Thresholds begin at the length to be
+expected of a normalised token. The paper's two losses, L_EB + L_TB with lambda_0 1e-10, are not offered. The gate of an
+expert is factorised as in AoE, and w_low is its first factor.
 """
 
 import jax

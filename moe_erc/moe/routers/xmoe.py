@@ -2,8 +2,9 @@
 
     score_e = cos(x @ projection, expert_embedding[e]),   probs = softmax(score / temperature), a learned scalar
 
-Both sides are normalised. The balance loss reads softmax(score / 0.3), whatever the temperature has become. Where a
-softmax router has E D parameters, this one has E D / 2 + E^2 / 2 + 1.
+Both sides are normalised. The balance loss reads softmax(score / 0.3), whatever the temperature has become; a learned
+temperature below 0.01 counts as 0.01. Where a softmax router has E D parameters, this one has E D / 2 + E^2 / 2 + 1.
+Fewer than 4 experts are refused: in the one dimension that is left, every cosine is 1 or -1, and experts tie.
 """
 
 import jax
@@ -15,6 +16,7 @@ from moe_erc.moe.routing import Router, Scores, unit
 
 TEMPERATURE = 0.3  # at first, and of the balance loss
 LOWEST_TEMPERATURE = 0.01  # a learned scalar must not reach 0
+FEWEST_EXPERTS = 4  # which make two dimensions
 
 
 def declare(config):
@@ -38,7 +40,8 @@ def score(config, mesh, parameters, x_BTD):
 
 def rows(config, parameters):
     """The direction in token space that each embedding stands for: its normalised self times the projection."""
-    return unit(parameters["expert_embedding"]) @ parameters["projection"].T
+    embedding_Ed, projection_Dd = unit(parameters["expert_embedding"]), parameters["projection"]
+    return jnp.matmul(embedding_Ed, projection_Dd.T, precision=lax.Precision.HIGHEST)
 
 
 def work(config):
@@ -47,7 +50,7 @@ def work(config):
 
 
 def _size(config):
-    return max(config.experts // 2, 1)
+    return config.experts // 2
 
 
 ROUTER = Router(declare, score, work, rows)

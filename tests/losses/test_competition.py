@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_erc.losses.competition import competition
+from moe_erc.losses.competition import competition, over_competing_layers
 
 loss, value_and_gradients = jax.jit(competition), jax.jit(jax.value_and_grad(competition, argnums=(0, 1)))
 
@@ -49,3 +49,9 @@ def test_bfloat16_is_read_in_float32():
     found = loss(*low, TOP_BTK, MASK_BT)
     assert found.dtype == jnp.float32
     assert found == loss(*(x.astype(jnp.float32) for x in low), TOP_BTK, MASK_BT)
+
+
+def test_layers_that_do_not_compete_are_no_part_of_the_mean():
+    # three layers, of which two compete, at 4 and 2: their mean is 3, that of all would be 2
+    assert over_competing_layers(jnp.array([[4.0, 1], [0, 0], [2, 1]])) == 3
+    assert over_competing_layers(jnp.zeros((3, 2))) == 0

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_erc.losses.load_balance import load_balance, load_measures
+from moe_erc.losses.load_balance import load, load_balance, load_measures
 
 # two layers, four experts: balanced; and half of the load on experts 0 and 1 each, probabilities likewise
 LOAD_LE = jnp.array([[0.25, 0.25, 0.25, 0.25], [0.5, 0.5, 0.0, 0.0]])
@@ -44,3 +44,11 @@ def test_measures_by_hand():
 def test_a_layer_without_load_is_even_and_so_is_one_expert():
     check(np.array([[0.0, 0.0, 0.0, 0.0], [0, 0, 1, 0]]), max_load=[1, 4], load_entropy=[1, 0], max_violation=[0, 3])
     check(np.array([[1.0], [0.0], [5.0]]), max_load=[1, 1, 1], load_entropy=[1, 1, 1], max_violation=[0, 0, 0])
+
+
+def test_a_load_is_divided_once_by_the_number_of_assignments():
+    np.testing.assert_array_equal(load(jnp.array([[3, 1, 0, 4], [0, 0, 0, 0]])), [[3 / 8, 1 / 8, 0, 1 / 2], [0] * 4])
+    # 3.1 million tokens with 8 of 64 experts each: float32 holds each count, their total is an integer
+    counts_LE = jnp.full((1, 64), 3_145_728 * 8 // 64, jnp.int32)
+    np.testing.assert_array_equal(load(counts_LE), np.full((1, 64), 1 / 64))
+    np.testing.assert_array_equal(load_measures(counts_LE)["router/max_load"], [1])

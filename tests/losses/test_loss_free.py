@@ -42,3 +42,20 @@ def test_a_skewed_router_is_balanced():
     assert last["router/max_violation"] < 0.1
     assert last["router/load_entropy"] > 0.999
     assert np.all(np.diff(bias_LE[0]) < 0)  # the more popular, the lower
+
+
+def test_an_expert_at_exactly_the_mean_count_stands_still():
+    # As shares these are sums of roundings: 7 of 49 over 7 experts, 1 of 3, 2^23 + 1 of 3 (2^23 + 1) are at the mean.
+    for count, experts in ((7, 7), (1, 3), (2**23 + 1, 3), (715_827_882, 3), (8_388_607, 256)):
+        at_mean_LE = jnp.full((1, experts), count, jnp.int32)
+        np.testing.assert_array_equal(balance_bias(jnp.zeros((1, experts)), at_mean_LE, 0.5), np.zeros((1, experts)))
+        moved_LE = at_mean_LE.at[0, 0].add(-1).at[0, 1].add(1)
+        expected_LE = np.zeros((1, experts))
+        expected_LE[0, :2] = 0.5, -0.5
+        np.testing.assert_array_equal(balance_bias(jnp.zeros((1, experts)), moved_LE, 0.5), expected_LE)
+
+
+def test_a_mean_between_whole_numbers_leaves_nobody_at_it():
+    # 11 of 4 experts: the mean is 2.75
+    found_LE = balance_bias(jnp.zeros((1, 4)), jnp.array([[2, 3, 1, 5]]), 1.0)
+    np.testing.assert_array_equal(found_LE, [[1, -1, 1, -1]])

@@ -12,12 +12,13 @@ from moe_erc.losses.erc import erc_loss
 from moe_erc.losses.objective import Objective
 from moe_erc.model.transformer import Transformer
 from moe_erc.moe.routers import mpi
+from moe_erc.random_keys import named
 from moe_erc.training.step import parameter_only
 
 
 def output():
     routing = types.SimpleNamespace(
-        load_E=jnp.array([[0.5, 0.5]]), probability_E=jnp.array([[0.75, 0.25]]), logsumexp2=jnp.array([3.0])
+        assignments_E=jnp.array([[2, 2]]), probability_E=jnp.array([[0.75, 0.25]]), logsumexp2=jnp.array([3.0])
     )
     return types.SimpleNamespace(
         x_BTD=jnp.ones((1, 1, 1)),
@@ -68,8 +69,9 @@ def test_scales_multiply_the_weights_of_their_terms_alone(model):
 
 def test_balance_over_the_step_counts_earlier_micro_batches(model):
     losses = {"load_balance": {"weight": 1.0, "scope": "step"}}
-    # earlier load (1, 0) and ours (0.5, 0.5) average to (0.75, 0.25): 2 * (0.75 * 0.75 + 0.25 * 0.25) = 1.25
-    terms = Objective(losses, model()).of_batch(output(), BATCH, jnp.array([[1.0, 0.0]]))
+    # earlier counts (10, 2) and ours (2, 2) are (12, 4) together: 2 * (12/16 * 0.75 + 4/16 * 0.25) = 1.25; a mean of
+    # shares would be (2/3, 1/3)
+    terms = Objective(losses, model()).of_batch(output(), BATCH, jnp.array([[10, 2]]))
     assert terms["load_balance"] == pytest.approx(1.25)
 
 
@@ -105,8 +107,9 @@ def test_erc_of_mpi_is_that_of_the_turned_rows(model):
     moe = params["layers"]["moe"]
     found = Objective({"erc": ERC}, turning).of_parameters(params, rng)["erc"]
     turned_LED = jax.vmap(lambda of_layer: mpi.rows(turning.config, of_layer))(moe)
-    assert found == pytest.approx(float(erc_loss(moe | {"router": turned_LED}, rng)), rel=1e-6)
-    assert abs(found - erc_loss(moe, rng)) > 0.1  # not that of the rows as they are
+    key = named(rng, "losses.erc")
+    assert found == pytest.approx(float(erc_loss(moe | {"router": turned_LED}, key)), rel=1e-6)
+    assert abs(found - erc_loss(moe, key)) > 0.1  # not that of the rows as they are
 
 
 def orthogonality(decoupled):
@@ -151,6 +154,7 @@ def test_decoupling_subtracts_weight_times_gradient_from_the_router_alone(model)
     ({"lm": {"weight": float("nan")}}, ["losses.lm.weight", "nan"]),
     ({"erc": ERC | {"noise": "gauss"}}, ["losses.erc", "noise", "gauss"]),
     ({"erc": ERC | {"alpha": -0.5}}, ["losses.erc", "alpha", "-0.5"]),
+    ({"erc": ERC | {"precision": "higher"}}, ["losses.erc", "precision", "higher", "auto, default, high, highest"]),
     ({"erc": ERC | {"activation": "swiglu", "normalize": True}}, ["losses.erc", "normalize", "swiglu"]),
     ({"load_balance": {"weight": 1.0, "scope": "epoch"}}, ["losses.load_balance", "scope", "epoch"]),
 ])  # fmt: skip

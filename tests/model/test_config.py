@@ -23,7 +23,7 @@ TINY |= {"vocab_size": 16}
         {"router": "aoe", "gate_rank": 5},
         {"router": "routing_free", "gate_rank": 5},
         {"router": "xmoe"},
-        {"router": "xmoe", "experts": 1, "experts_per_token": 1},
+        {"router": "xmoe", "experts": 5, "experts_per_token": 1},
         {"router": "mpi"},
         {"router": "competition"},
     ],
@@ -120,6 +120,8 @@ FREE = {"router": "routing_free", "gate_rank": 8}
     ({"router": "competition", "bias_rate": 1e-3}, ["bias_rate", "competition", "set it to 0"]),
     (FREE | {"router_init": "orthogonal"}, ["router_init", "orthogonal", "routing_free", "rows"]),
     ({"router": "xmoe", "router_init": "orthogonal"}, ["router_init", "orthogonal", "xmoe", "rows"]),
+    *(({"router": "xmoe", "experts": few, "experts_per_token": 1}, [f"model.experts: {few}", "xmoe", "at least 4"])
+      for few in (1, 2, 3)),
     ({"top_p": 0.0}, ["top_p", "0.0", "above 0"]),
     ({"top_p": 1.1}, ["top_p", "1.1", "at most 1"]),
     ({"bias_rate": -1e-3}, ["bias_rate", "-0.001", "at least 0"]),

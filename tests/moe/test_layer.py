@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from moe_erc.losses.expert_orthogonality import output_overlap
 from moe_erc.losses.objective import LAYER_TERMS
 from moe_erc.moe.layer import MoE, declare
 from moe_erc.moe.routers import competition
@@ -182,3 +183,51 @@ def test_a_term_trains_what_its_paper_says(tiny):
 
 def test_competition_trains_the_router_alone(tiny):
     assert_routes(largest_gradients(tiny(router="competition"), ("competition",), {"competing": jnp.array(True)}))
+
+
+def test_variance_of_turned_rows_trains_the_rows_and_not_the_gates_that_turn_them(tiny):
+    assert_routes(largest_gradients(tiny(router="mpi"), ("routing_variance",), {}))
+
+
+@pytest.mark.parametrize("router", ["aoe", "routing_free"])
+def test_overlap_trains_both_factors_of_a_gate(tiny, router):
+    config = tiny(router=router, gate_rank=4, theta=0.01)
+    [gradients] = largest_gradients(config, ("output_overlap",), {}).values()
+    assert min(gradients[name] for name in ("w_low", "w_high", "w_up", "w_down")) > 1e-5
+    assert gradients["x"] == 0 and gradients.get("threshold", 0) == 0
+
+
+def test_overlap_of_factored_gates_has_the_gradient_of_their_product(tiny):
+    config = tiny(router="aoe", gate_rank=4)
+    params = parameters(config)
+    chosen_BTK = apply(config, params, {}, lambda layer: layer.routing)[2].experts_BTK
+
+    def overlap(w_low_EDr):
+        whole = params | {"w_gate": jnp.einsum("edr,erf->edf", w_low_EDr, params["w_high"])}
+        output_BTKD = jnp.take_along_axis(all_experts(whole)[1], chosen_BTK[..., None], axis=2)
+        return output_overlap(output_BTKD, jnp.broadcast_to(MASK_BT[..., None], chosen_BTK.shape))
+
+    def through_the_layer(w_low_EDr):
+        module = MoE(config, observers=(("it", LAYER_TERMS["output_overlap"].observe, ("output",)),))
+        return module.apply({"params": params | {"w_low": w_low_EDr}}, tokens(), MASK_BT, {})[2]["it"]
+
+    expected = jax.jit(jax.value_and_grad(overlap))(params["w_low"])
+    found = jax.jit(jax.value_and_grad(through_the_layer))(params["w_low"])
+    # sums over D, F and pairs in another order, relative to the largest element
+    largest = float(jnp.abs(expected[1]).max())
+    assert largest > 1e-3
+    np.testing.assert_allclose(found[0], expected[0], rtol=1e-5)
+    np.testing.assert_allclose(found[1], expected[1], rtol=0, atol=1e-5 * largest)
+
+
+def test_where_experts_compete_balance_reads_how_they_answered(tiny):
+    config = tiny(router="competition")
+    params = parameters(config)
+    for active in (True, False):
+        state = {"competing": jnp.array(active)}
+        _, stats, layer = apply(config, params, state, lambda layer: (layer.scores, layer.competition))
+        scores, competing = layer
+        read_BTE = competing.competitors_BTE if active else scores.probabilities_BTE
+        # a mean over 8 tokens
+        np.testing.assert_allclose(stats.probability_E, read_BTE[MASK_BT].mean(axis=0), rtol=1e-5)
+        assert abs(stats.probability_E - scores.probabilities_BTE[MASK_BT].mean(axis=0)).max() > 0.01 or not active

@@ -182,3 +182,17 @@ def test_warmup_must_end_before_the_run_and_leave_room_for_the_decay():
         make_optimizer(changed(warmup_steps=10), steps=10)
     with pytest.raises(ValueError, match=r"optimizer\.decay_fraction = 0\.5 decays over 5 of 10 steps, but only 4"):
         make_optimizer(changed(schedule="wsd", warmup_steps=6, decay_fraction=0.5), steps=10)
+
+
+def test_norms_decay_where_they_are_asked_to_and_other_vectors_never():
+    params = random_params(0)
+    params["layers"]["moe"] |= {"threshold": jnp.ones((L, E)), "temperature": jnp.ones(L)}
+    grads = jax.tree.map(jnp.zeros_like, params)
+    for decay_norms in (False, True):
+        update = first_update(changed(weight_decay=0.5, decay_norms=decay_norms), grads, params)
+        shares = jax.tree.map(lambda u, p: float((u / p).ravel()[0]), update, params)
+        norms = -0.5 if decay_norms else 0.0
+        assert shares["layers"]["attention_norm"] == shares["layers"]["attention"]["query_norm"] == norms
+        assert shares["layers"]["moe_norm"] == shares["final_norm"] == norms
+        assert shares["layers"]["moe"]["threshold"] == shares["layers"]["moe"]["temperature"] == 0
+        assert shares["embed"] == shares["layers"]["moe"]["router"] == -0.5

@@ -10,10 +10,12 @@ import pytest
 
 from configs import base
 from moe_erc import sharding
+from moe_erc.checks import BadInput
 from moe_erc.losses.objective import Objective
 from moe_erc.model.transformer import Transformer
 from moe_erc.training import router_state
 from moe_erc.training.checkpoint import Checkpoints
+from moe_erc.training.router_state import StepCounts
 from moe_erc.training.state import Weights, abstract_state, create_state, init_weights, initializer, shardings
 from moe_erc.training.step import make_train_step
 
@@ -76,7 +78,7 @@ def test_a_bias_moves_by_the_sign_of_the_load_of_the_whole_step(trainer, token_b
     model, state, _, step = trainer("loss_free")
     np.testing.assert_array_equal(state.router["bias"], np.zeros((2, 4)))
     assert state.loss_scales == {}
-    # Of two micro-batches one has a single unmasked token: its load is a mean like the other's.
+    # Of two micro-batches one has a single unmasked token: it counts as one of 33, not as much as the other 32.
     batch = token_batch(4, 16)
     batch["mask_BT"] = np.array([[True] * 16, [True] + [False] * 15] * 2)
     batch["mask_BT"][3] = False
@@ -84,24 +86,26 @@ def test_a_bias_moves_by_the_sign_of_the_load_of_the_whole_step(trainer, token_b
     @jax.jit
     def seen(weights, batch):
         output = model.apply({"params": weights.params}, batch["inputs_BT"], batch["mask_BT"], weights.router)
-        return output.routing.load_E
+        return output.routing.assignments_E
 
     for _ in range(2):
         halves = [jax.tree.map(lambda leaf: leaf[part::2], batch) for part in (0, 1)]  # noqa: B023
-        load_LE = np.mean([seen(state.weights, half) for half in halves], axis=0)
+        counts_LE = np.sum([seen(state.weights, half) for half in halves], axis=0)
+        assert counts_LE.sum(axis=1).tolist() == [66, 66]  # two experts each of 33 tokens
         before = np.asarray(state.router["bias"])
         state, metrics = step(state, batch)
         change_LE = np.asarray(state.router["bias"]) - before
         assert set(np.abs(change_LE).ravel()) <= {0, RATE}
-        np.testing.assert_array_equal(change_LE, RATE * np.sign(0.25 - load_LE))
+        np.testing.assert_array_equal(change_LE, RATE * np.sign(66 - 4 * counts_LE))
         assert change_LE.any()
-        np.testing.assert_allclose(metrics["router/max_load"], 4 * load_LE.max(axis=-1), rtol=1e-6)
+        # a quotient of integers, in float32
+        np.testing.assert_allclose(metrics["router/max_load"], 4 * counts_LE.max(axis=-1) / 66, rtol=1e-6)
 
 
 def test_a_bias_stands_still_at_equal_load():
     config = type("config", (), {"bias_rate": RATE, "experts_per_token": 2})
-    load_LE = jnp.array([[0.25, 0.25, 0.25, 0.25], [0.5, 0.25, 0.125, 0.125]])
-    router, scales = router_state.after_step(config, {"bias": jnp.ones((2, 4))}, {}, load_LE, jnp.full(2, 2.0))
+    counts = StepCounts(jnp.array([[4, 4, 4, 4], [8, 4, 2, 2]]), jnp.int32(8))
+    router, scales = router_state.after_step(config, {"bias": jnp.ones((2, 4))}, {}, counts)
     np.testing.assert_array_equal(router["bias"], [[1, 1, 1, 1], [0.75, 1, 1.25, 1.25]])
     assert scales == {}
 
@@ -110,9 +114,14 @@ def test_the_controller_weighs_balance_more_while_too_many_experts_run(model_con
     config = model_config(**ROUTERS["routing_free"] | {"controller_rate": 0.5})  # K is 2
     router, scales = router_state.initial(config)
     assert router == {} and scales == {"load_balance": 1.0}
-    # mean of layers 3 > 2: times 1.5;  2: as it is;  1 < 2: over 1.5
-    for active_L, expected in (([2.0, 4.0], 1.5), ([1.0, 3.0], 1.0), ([2.0, 0.0], 1 / 1.5)):
-        router, found = router_state.after_step(config, {}, scales, jnp.full((2, 4), 0.25), jnp.array(active_L))
+    # of 3 tokens, 6 assignments a layer are 2 each.  18 > 12: times 1.5;  12: as it is;  11 < 12: over 1.5
+    for assignments_LE, expected in (
+        ([[3, 3, 0, 0], [3, 3, 3, 3]], 1.5),
+        ([[3, 0, 0, 0], [3, 3, 3, 0]], 1.0),
+        ([[3, 0, 0, 0], [3, 3, 2, 0]], 1 / 1.5),
+    ):
+        counts = StepCounts(jnp.array(assignments_LE), jnp.int32(3))
+        router, found = router_state.after_step(config, {}, scales, counts)
         assert router == {} and found["load_balance"] == pytest.approx(expected)
 
 
@@ -185,3 +194,21 @@ def test_a_run_goes_on_where_it_was_saved_bit_for_bit(name, trainer, token_batch
     jax.tree.map(np.testing.assert_array_equal, [*before, *after], history)
     carried = {"loss_free": resumed.router, "routing_free": resumed.loss_scales}.get(name, {"": jnp.ones(())})
     assert all(leaf.any() for leaf in jax.tree.leaves(carried))
+
+
+@pytest.mark.parametrize("numbers, sign", [
+    ([0, 0], 0), ([1, -1], 0), ([2**31 - 1] * 24, 1), ([-(2**31)] * 24, -1), ([2**31 - 1, -(2**31), 1], 0),
+    ([2**31 - 1, 2**31 - 1, -(2**31), -(2**31), 3], 1), ([-1, 0], -1), ([-(2**15), 2**15 - 1], -1),
+])  # fmt: skip
+def test_the_sign_of_a_sum_that_an_int32_does_not_hold(numbers, sign):
+    assert np.sign(sum(numbers)) == sign
+    assert router_state.sign_of_sum(jnp.array(numbers, jnp.int32)) == sign
+
+
+def test_more_assignments_than_are_counted_are_refused(model_config):
+    top, free = model_config(), model_config(**ROUTERS["routing_free"])  # K is 2; routing-free may run all 4
+    router_state.check_counts(top, 2**17, 2**12)  # the last that fit: 2^30 of 2^31 - 1
+    for config, batch_size, most in ((top, 2**18, 262143), (free, 2**17, 131071)):
+        router_state.check_counts(config, most, 2**12)
+        with pytest.raises(BadInput, match=rf"train.batch_size: {batch_size} .*2,147,483,648.*at most {most}$"):
+            router_state.check_counts(config, batch_size, 2**12)

@@ -13,6 +13,7 @@ from moe_erc import erc_loss, sharding
 from moe_erc.losses import objective as objective_module
 from moe_erc.losses.objective import Objective
 from moe_erc.model.transformer import Transformer
+from moe_erc.random_keys import named
 from moe_erc.training import step as step_module
 from moe_erc.training.state import abstract_state, initializer, shardings
 
@@ -53,7 +54,7 @@ def close(expected, found, tolerance):
 def test_metrics_are_the_unweighted_terms_and_their_weighted_total(trainer, token_batch):
     state, step = trainer()
     moe = jax.tree.map(jnp.copy, state.params["layers"]["moe"])
-    erc = erc_loss(moe, jax.random.fold_in(state.rng, 0), alpha=0.5)
+    erc = erc_loss(moe, named(jax.random.fold_in(state.rng, 0), "losses.erc"), alpha=0.5)
     state, metrics = step(state, token_batch(BATCH, LENGTH))
     assert metrics["loss/erc"] == pytest.approx(float(erc), rel=1e-5)
     total = sum(weight * float(metrics[f"loss/{name}"]) for name, weight in

@@ -1,4 +1,4 @@
-"""Micro-batches of different numbers of unmasked tokens and of assignments: a step is what the whole batch says it is."""
+"""Micro-batches of different numbers of unmasked tokens and of assignments: the step is that of the whole batch."""
 
 import functools
 
@@ -77,9 +77,9 @@ def taker(model_config):
     return of
 
 
-def assert_same(expected, found):
+def assert_same(expected, found, largest=None):
     def same(path, a, b):
-        atol = WITHIN * float(jnp.max(jnp.abs(a)))
+        atol = WITHIN * (largest or float(jnp.max(jnp.abs(a))))
         np.testing.assert_allclose(b, a, rtol=0, atol=atol, err_msg=jax.tree_util.keystr(path))
 
     jax.tree_util.tree_map_with_path(same, expected, found)
@@ -100,7 +100,8 @@ def test_losses_that_are_means_over_tokens_are_those_of_the_whole_batch(router, 
     whole, parts = gradients_of[1](state, uneven_batch), gradients_of[PARTS](state, uneven_batch)
     assert set(whole[1]) == {"lm", *ADDITIVE[router]}
     assert_same(whole[0], parts[0])
-    assert_same(whole[1], parts[1])
+    for name, term in whole[1].items():  # cosines of about 0.1 cancel in their mean
+        assert_same(term, parts[1][name], largest=max(0.1, abs(float(term))) if name == "specialization" else None)
     jax.tree.map(np.testing.assert_array_equal, whole[2], parts[2])  # integers
     assert parts[2].tokens == uneven_batch["mask_BT"].sum()
 
@@ -146,11 +147,8 @@ def test_a_layer_that_does_not_compete_is_no_part_of_the_loss(model_config, toke
         goal = Objective(losses, model)
         competing = {"competing": jnp.array([True, most == 2])}
 
-        @jax.jit
-        def observed(params, model=model.clone(observers=goal.observers), competing=competing):
-            return model.apply({"params": params}, batch["inputs_BT"], batch["mask_BT"], competing)
-
-        output = observed(state.params)
+        observed = jax.jit(model.clone(observers=goal.observers).apply)
+        output = observed({"params": state.params}, batch["inputs_BT"], batch["mask_BT"], competing)
         found[most] = goal.of_batch(output, batch, None)["competition"], output.observed["competition"]
     both, errors_L2 = found[2]
     assert errors_L2[:, 1].tolist() == [1, 1] and both == pytest.approx(float(errors_L2[:, 0].mean()), rel=1e-6)

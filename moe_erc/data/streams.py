@@ -141,7 +141,8 @@ def _read_index(directory: Path) -> tuple[np.dtype, list[dict], Account]:
     """Type of the tokens, entries of the streams, each in a file of the directory itself, and the account."""
     try:
         index = json.loads((directory / _INDEX).read_text())
-        dtype, entries, account = index["dtype"], index["streams"], Account(**index["account"])
+        dtype, entries = index["dtype"], index["streams"]
+        account = Account(**index.get("account", {"splits": "", "ignored": {}}))
         sound = dtype in _DTYPES and all(map(_is_entry, entries)) and _is_account(account)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         sound = False

@@ -20,7 +20,7 @@ from moe_erc.data.document import Account, Document, divided_by_hash, split_by_h
 from moe_erc.data.split_names import TRAIN, SplitNames, held_out_name
 
 _SUFFIXES = (".txt", ".jsonl", ".json")
-_READABLE = ".txt, .jsonl or .json file (or one of them as .gz)"
+_READABLE = ".txt or .jsonl file"
 # What tools of the field write beside the text: never text, whatever its suffix says.
 _NO_TEXT = ("dataset_dict.json", "dataset_info.json", "dataset_infos.json", "metadata.json", "state.json")
 # Files that would be text of a split if they could be read. Others of such a name may be anything, such as train.py.
@@ -86,7 +86,8 @@ def survey(path: Path, validation_fraction: float) -> Survey:
     files = [entry for entry in entries if entry.kind == "file" and _is_text(entry)]
     ignored.update(_of_other_suffixes(entries))
     if not files:
-        raise BadInput(f"data.sources: no {_READABLE} in '{path}'{_said(ignored)}; add some, or give another directory")
+        said = _said(ignored)
+        raise BadInput(f"data.sources: no {_READABLE} in '{path}'{said}; add some, or give another directory")
     by_split = _by_split(entries, files, ignored)
     taken, split_rule = _choose(path, by_split, ignored, validation_fraction)
     found = sorted((path.joinpath(*file.parts), split) for split, named in taken.items() for file in named.files)

@@ -6,8 +6,9 @@ import json
 import pytest
 
 from moe_erc.checks import BadInput
-from moe_erc.data.document import held_out_name, split_by_hash
+from moe_erc.data.document import split_by_hash
 from moe_erc.data.sources import open_source
+from moe_erc.data.split_names import held_out_name
 
 
 def write(directory, files):

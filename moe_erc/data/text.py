@@ -14,6 +14,7 @@ from pathlib import Path
 from moe_erc.checks import BadInput
 from moe_erc.data import cache, sources, streams
 from moe_erc.data.config import DataConfig
+from moe_erc.data.document import Account
 from moe_erc.data.mixture import whole_weights
 from moe_erc.data.streams import Corpus, Stream
 from moe_erc.data.tokenizer import Tokenizer
@@ -33,9 +34,13 @@ def prepare(config: DataConfig) -> Corpus:
     tokenizer = load_tokenizer(config.tokenizer)
     by_split: dict[str, dict[str, Stream]] = {"train": {}, "validation": {}}
     content = [tokenizer.identity, list(weights.values()), config.sequence_length]
-    accounts = {}
+    accounts: dict[str, Account] = {}
+    names_by_identity: dict[str, str] = {}
     for name in config.sources:
         source = sources.open_source(name, config)
+        if first := names_by_identity.get(source.identity):
+            raise BadInput(f"data.sources: '{name}' is the same text as '{first}'; list it once, with data.weights")
+        names_by_identity[source.identity] = name
         directory = _tokenised(source, tokenizer, cache.root(config.cache_dir))
         found = list(streams.read(directory, name))
         accounts[name] = streams.read_account(directory)

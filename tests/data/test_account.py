@@ -11,6 +11,7 @@ from moe_erc.data import streams
 from moe_erc.data.document import Account, Document
 from moe_erc.data.sources import Source
 from moe_erc.data.text import describe, prepare
+from moe_erc.data.tokenizer import ByteTokenizer
 
 
 def write(directory, files):
@@ -83,8 +84,6 @@ def test_a_split_whose_documents_are_all_empty_is_refused(config, tmp_path, empt
 def test_domains_of_any_name_have_files_of_their_own(tmp_path):
     domains = ["", "text", "Code", "code", "a/b", "../up", "a_b", "x" * 300, "ж"]
     documents = [Document("train", domain, f"text of {number}".encode()) for number, domain in enumerate(domains)]
-    from moe_erc.data.tokenizer import ByteTokenizer
-
     source = Source("name", "label", "identity", lambda: iter(documents), Account("one line", {}), False)
     streams.write(tmp_path, source, ByteTokenizer())
     found = {domain: bytes(stream.tokens_N[:-1].astype("u1")) for _, domain, stream in streams.read(tmp_path, "name")}
@@ -94,8 +93,8 @@ def test_domains_of_any_name_have_files_of_their_own(tmp_path):
 
 
 @pytest.mark.parametrize("account", [
-    3, {"splits": "a\nb", "ignored": {}}, {"splits": "a", "ignored": {"b\x1b[2J": 1}}, {"splits": "a", "ignored": {"b": "1"}},
-    {"splits": "a"}, {"splits": "a", "ignored": []},
+    3, {"splits": "a\nb", "ignored": {}}, {"splits": "a", "ignored": {"b\x1b[2J": 1}},
+    {"splits": "a", "ignored": {"b": "1"}}, {"splits": "a"}, {"splits": "a", "ignored": []},
 ])  # fmt: skip
 def test_an_account_that_is_none_is_refused(config, divided, account):
     config = dataclasses.replace(config, sources=(divided,))
@@ -104,3 +103,11 @@ def test_an_account_that_is_none_is_refused(config, divided, account):
     index.write_text(json.dumps(json.loads(index.read_text()) | {"account": account}))
     with pytest.raises(BadInput, match=r"index\.json' is no table of token streams"):
         prepare(config)
+
+
+@pytest.mark.parametrize("spelling", ["{}/", "{}/../set", "{}-link"])
+def test_one_directory_under_two_names_is_refused(config, divided, spelling):
+    Path(f"{divided}-link").symlink_to(divided)
+    with pytest.raises(BadInput, match=r"^data\.sources: '.*' is the same text as '.*set'; list it once") as error:
+        prepare(dataclasses.replace(config, sources=(divided, spelling.format(divided))))
+    assert "\n" not in str(error.value)

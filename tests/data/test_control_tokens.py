@@ -10,7 +10,17 @@ from moe_erc.checks import BadInput
 from moe_erc.data import tokenizer as tokenizers_of_ours
 from moe_erc.data.tokenizer import END_OF_DOCUMENT
 
-CONTROL = [*END_OF_DOCUMENT, "<|im_start|>", "<｜end▁of▁sentence｜>", "<pad>", "<s>", "<mask>", "[CLS]", "[PAD]", "<unk>"]
+CONTROL = [
+    *END_OF_DOCUMENT,
+    "<|im_start|>",
+    "<｜end▁of▁sentence｜>",
+    "<pad>",
+    "<s>",
+    "<mask>",
+    "[CLS]",
+    "[PAD]",
+    "<unk>",
+]
 NUMBER = 270  # of the first token that is added to `byte_level`
 
 
@@ -134,7 +144,7 @@ def test_the_end_that_only_a_file_beside_it_names(name, content, tmp_path):
 @pytest.mark.parametrize("content", ["{", "[]", '{"eos_token": "absent"}', '{"eos_token": null}', '{"eos_token": []}'])
 def test_a_file_that_names_no_end_is_passed_over(content, tmp_path):
     (tmp_path / "tokenizer_config.json").write_text(content)
-    with pytest.raises(BadInput, match="has no end-of-document token; add one of .* or name it as eos_token"):
+    with pytest.raises(BadInput, match=r"has no end-of-document token; add one of .* or name it as eos_token"):
         load(byte_level(), tmp_path)
 
 

@@ -68,7 +68,9 @@ def test_names_that_only_look_like_splits(name):
 
 
 def test_names_that_only_look_like_splits_are_divided_by_hash(tmp_path):
-    write(tmp_path, {"training_notes/a.jsonl": lines("A"), "validated.jsonl": lines("B"), "night-test.jsonl": lines("C")})
+    write(
+        tmp_path, {"training_notes/a.jsonl": lines("A"), "validated.jsonl": lines("B"), "night-test.jsonl": lines("C")}
+    )
     assert words_by_split(tmp_path) == {"train": {"A", "B", "C"}, "validation": {"A", "B", "C"}}
 
 
@@ -113,8 +115,8 @@ def test_what_is_neither_and_a_second_held_out_set_are_counted(tmp_path):
 @pytest.mark.parametrize("files, said", [
     ({"validation/a.txt": "x"}, ["no training split (nothing is named so)", "'validation/' (1 file)"]),
     ({"validation/a.txt": "x", "b.txt": "y"}, ["no training split (nothing is named so)"]),
-    ({"train/a.parquet": "x", "validation/a.txt": "x"}, ["no training split (no text in 'train/')", "1 '.parquet' files"]),
-    ({"train/a.txt": "x", "validation/a.jsonl.zst": "x"}, ["no held-out split (no text in 'validation/')", ".jsonl.zst"]),
+    ({"train/a.parquet": "x", "validation/a.txt": "x"}, ["no training split (no text in 'train/')", "1 '.parquet'"]),
+    ({"train/a.txt": "x", "validation/a.jsonl.zst": "x"}, ["no held-out split (no text in 'validation/')", ".zst"]),
     ({"train/a.txt": "x", "validation/.a.txt": "x"}, ["no held-out split", "1 hidden files or directories"]),
     ({"en/train/a.txt": "", "en/dev/a.txt": "x"}, ["no training split (no text in 'en/train/')", "'en/dev/'"]),
     ({"train.parquet": "x", "validation.jsonl": "{}"}, ["no training split (no text in 'train.parquet')"]),
@@ -165,7 +167,9 @@ def test_links_to_directories_and_files_are_followed(tmp_path):
 def test_a_loop_is_refused_by_name(target, tmp_path):
     write(tmp_path / "set", {"a.txt": "x", "other/b.txt": "y"})
     (tmp_path / "set" / "other" / "loop").symlink_to(target)
-    with pytest.raises(BadInput, match=r"other/loop' is a link that leads back to itself or to a directory above") as error:
+    with pytest.raises(
+        BadInput, match=r"other/loop' is a link that leads back to itself or to a directory above"
+    ) as error:
         text_files.survey(tmp_path / "set", 0.02)
     assert "\n" not in str(error.value)
 

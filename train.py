@@ -69,6 +69,7 @@ def main(_):
         with processes.first():  # it fills the cache
             corpus = text.prepare(data_config)
         model_config.check_vocabulary(corpus.tokenizer.vocab_size)
+        print("\n".join(text.describe(corpus, length, steps * batch_size)))
 
         # ---------------------------------------------------------------- evaluators
         put, put_whole = (functools.partial(put, mesh) for put in (sharding.put_batch, sharding.put_whole_batch))

@@ -101,11 +101,12 @@ def _losses():
 def _data():
     """moe_erc/data/."""
     data = ConfigDict()
-    data.sources = ("embedded",)  # embedded | TFDS name (c4/en) | prepared TFDS directory | directory of .txt, .jsonl
+    # embedded | TFDS name (c4/en) | prepared TFDS directory | directory of .txt, .jsonl, .json lines, also .gz
+    data.sources = ("embedded",)
     data.weights = ()  # one per source; () is in proportion to size
     data.tokenizer = "bytes"  # or the path of a Hugging Face tokenizer.json
     data.text_key = "text"  # the feature or JSON key that holds the text
-    data.validation_fraction = 0.02  # of the documents, by hash, where a source has no split of its own
+    data.validation_fraction = 0.02  # of the documents, by hash, where no name in a source says what is held out
     data.sequence_length = 64  # T
     data.cache_dir = ""  # "" is $MOE_ERC_CACHE, else ~/.cache/moe_erc
     return data

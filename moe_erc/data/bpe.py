@@ -28,6 +28,7 @@ def training_texts(config: DataConfig) -> Iterator[str]:
     """Every training document of the configured sources, once, whatever their weights."""
     for name in config.sources:
         source = sources.open_source(name, config)
+        print(f"{name!r}: {source.account.splits}", file=sys.stderr)
         for document in tqdm(
             source.documents(), desc=f"Reading {source.label}", total=source.count, unit=" documents", disable=None
         ):

@@ -1,15 +1,13 @@
-"""A document and the split it belongs to.
+"""A document, the split it belongs to, and the account of how a source was divided.
 
 Where a source has no validation split, the hash of the text decides: the same text is always on the same side, on every
 machine, in any order of reading, and whatever else the source holds. Equal texts cannot end up in both splits.
 """
 
+import dataclasses
 import hashlib
-from collections.abc import Collection
+from collections.abc import Mapping
 from typing import NamedTuple
-
-# The names under which people keep held-out text, the most fitting first.
-HELD_OUT_NAMES = ("validation", "valid", "val", "dev", "test")
 
 
 class Document(NamedTuple):
@@ -20,12 +18,20 @@ class Document(NamedTuple):
     text: bytes
 
 
+@dataclasses.dataclass(frozen=True)
+class Account:
+    """What is said of a source before it is used: which part became which split, and what is not read."""
+
+    splits: str  # one line
+    ignored: Mapping[str, int]  # what kind of thing -> how many of them
+
+
 def split_by_hash(text: bytes, validation_fraction: float) -> str:
     """Put a text into "validation" with the given probability, as a pure function of the text."""
     position = int.from_bytes(hashlib.sha256(text).digest()[:8], "little") / 2**64
     return "validation" if position < validation_fraction else "train"
 
 
-def held_out_name(names: Collection[str]) -> str | None:
-    """The one of a source's own splits to validate on, or None if it has none."""
-    return next((name for name in HELD_OUT_NAMES if name in names), None)
+def divided_by_hash(what: str, validation_fraction: float) -> str:
+    """How an `Account` says that nothing but the hash of a text decides."""
+    return f"{what}: {100 * validation_fraction:g} % of the documents are held out, by the hash of their text"

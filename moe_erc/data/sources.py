@@ -12,7 +12,10 @@ from pathlib import Path
 from moe_erc.checks import BadInput
 from moe_erc.data import cache, text_files, tfds_source
 from moe_erc.data.config import DataConfig
-from moe_erc.data.document import Document
+from moe_erc.data.document import Account, Document
+
+_RULES = 2  # counts up when the same files or records may give other documents or splits
+_LONGEST_LABEL = 64  # characters; file systems allow 255 for the names made of it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,6 +26,8 @@ class Source:
     label: str  # short, usable in file and metric names
     identity: str  # changes when the documents may have changed
     documents: Callable[[], Iterator[Document]]
+    account: Account
+    has_own_splits: bool  # then neither may be without text
     count: int | None = None  # number of documents, where known without reading them
 
 
@@ -36,10 +41,11 @@ def open_source(name: str, config: DataConfig) -> Source:
         return _from_tfds(name, tfds_source.in_directory(path), config, config.text_key)
     if path.is_dir():
         settings = [config.text_key, config.validation_fraction]
-        identity = cache.digest([str(path.resolve()), text_files.fingerprint(path), settings])
-        return Source(
-            name, _label(path.resolve().name), identity, functools.partial(text_files.documents, path, *settings)
-        )
+        survey = text_files.survey(path, config.validation_fraction)
+        key = [_RULES, "text files", str(path.resolve()), text_files.fingerprint(path), settings]
+        documents = functools.partial(text_files.documents, path, *settings)
+        label = _label(path.resolve().name)
+        return Source(name, label, cache.digest(key), documents, survey.account, survey.has_own_splits)
     if name[0] in "/.~" or path.exists():
         raise BadInput(
             f"data.sources: no such directory '{name}'; "
@@ -52,13 +58,19 @@ def _from_tfds(
     name: str, builder: tfds_source.Builder, config: DataConfig, text_key: str, domain_key: str = ""
 ) -> Source:
     tfds_source.check_text(builder, text_key)
-    settings = [text_key, config.validation_fraction]
-    identity = cache.digest([tfds_source.fingerprint(builder), str(builder.data_dir), settings])
-    documents = functools.partial(tfds_source.documents, builder, *settings, domain_key)
-    return Source(
-        name, _label(builder.info.full_name.rsplit("/", 1)[0]), identity, documents, tfds_source.count(builder)
-    )
+    settings = [text_key, config.validation_fraction, domain_key]
+    splits = tfds_source.splits(builder)
+    if not domain_key:
+        tfds_source.check_splits(builder, splits)
+    key = [_RULES, "tfds", tfds_source.fingerprint(builder), str(builder.data_dir), settings]
+    documents = functools.partial(tfds_source.documents, builder, *settings)
+    label = _label(builder.info.full_name.rsplit("/", 1)[0])
+    account = tfds_source.account(builder, splits, config.validation_fraction)
+    # The embedded corpus divides itself by the hash of each text: a small one may have nothing held out.
+    has_own_splits = not domain_key and len(set(splits.values())) > 1
+    count = tfds_source.count(builder)
+    return Source(name, label, cache.digest(key), documents, account, has_own_splits, count)
 
 
 def _label(name: str) -> str:
-    return re.sub(r"\W+", "_", name).strip("_").lower() or "text"
+    return re.sub(r"\W+", "_", name).strip("_").lower()[:_LONGEST_LABEL] or "text"

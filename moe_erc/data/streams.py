@@ -1,13 +1,16 @@
 """Documents as flat arrays of token ids on disk, one per domain and split, each followed by the end-of-document token.
 
 Little-endian uint16, or uint32 where the vocabulary needs it. `index.json` is the table of contents. Reading is a
-memory map: a step touches the pages of its own windows and nothing else.
+memory map: a step touches the pages of its own windows and nothing else. The table also keeps the account of how the
+source was divided, so that a run that reads the cache says the same as the one that filled it.
 """
 
+import collections
 import contextlib
 import dataclasses
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO
@@ -16,15 +19,17 @@ import numpy as np
 from tqdm import tqdm
 
 from moe_erc.checks import BadInput
-from moe_erc.data.document import Document
+from moe_erc.data.document import Account, Document
 from moe_erc.data.sources import Source
 from moe_erc.data.tokenizer import Tokenizer
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _INDEX = "index.json"
 _DTYPES = ("<u2", "<u4")
 _KINDS = {"split": str, "domain": str, "file": str, "tokens": int, "bytes": int, "documents": int, "sha256": str}
 _BYTES_PER_BATCH = 2**20  # of text held in memory while it is tokenised
+_WITHOUT_TEXT = "documents without text"
+_PLAIN_NAME = re.compile(r"[a-z0-9_]{1,64}")  # of a domain that names its file: alike on every file system
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +51,7 @@ class Corpus:
     streams: Mapping[str, Mapping[str, Stream]]  # "train" or "validation" -> domain -> stream
     weights: Mapping[str, int]  # source -> its share of the training windows; empty means proportional to size
     identity: str  # differs when any batch could hold other tokens
+    accounts: Mapping[str, Account] = dataclasses.field(default_factory=dict)  # by source
 
 
 class _Writer:
@@ -69,28 +75,47 @@ class _Writer:
 
 
 def write(directory: Path, source: Source, tokenizer: Tokenizer) -> None:
-    """Tokenise every document of a source once, in bounded memory, and write the index last."""
+    """Tokenise every document of a source once, in bounded memory, and write the index last.
+
+    BadInput if the source has splits of its own and one of them has no document with text.
+    """
     dtype = np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
     writers: dict[tuple[str, str], _Writer] = {}
+    without_text: collections.Counter[str] = collections.Counter()
     bar = tqdm(desc=f"Tokenising {source.label}", total=source.count, unit=" documents", disable=None)
     with bar, contextlib.ExitStack() as files:
-        for batch in _batches(source.documents()):
+        for batch in _batches(source.documents(), without_text):
             for document, ids in zip(batch, tokenizer.encode_batch([document.text for document in batch]), strict=True):
                 key = document.split, document.domain
                 if key not in writers:
                     writers[key] = _Writer(files.enter_context(open(directory / _file_name(*key), "wb")), dtype)
                 writers[key].append(ids, tokenizer.eos_id, len(document.text))
             bar.update(len(batch))
+    _check_splits(source, {split for split, _ in writers}, without_text)
     entries = [
         {"split": split, "domain": domain, "file": _file_name(split, domain)} | writer.summary()
         for (split, domain), writer in sorted(writers.items())
     ]
-    (directory / _INDEX).write_text(json.dumps({"dtype": dtype.str, "streams": entries}, indent=1))
+    ignored = dict(source.account.ignored)
+    if without_text:
+        ignored[_WITHOUT_TEXT] = without_text.total()
+    account = {"splits": source.account.splits, "ignored": ignored}
+    (directory / _INDEX).write_text(json.dumps({"dtype": dtype.str, "streams": entries, "account": account}, indent=1))
+
+
+def _check_splits(source: Source, written: set[str], without_text: Mapping[str, int]) -> None:
+    """Refuse splits of the source's own of which one holds nothing: the other alone is not what was meant."""
+    for split in ("train", "validation"):
+        if source.has_own_splits and written and split not in written:
+            raise BadInput(
+                f"data.sources: '{source.name}' has no document with text in its {split} split "
+                f"({without_text[split]} without; {source.account.splits}); add some, or check data.text_key"
+            )
 
 
 def read(directory: Path, source: str) -> Iterator[tuple[str, str, Stream]]:
     """Split, domain and memory-mapped stream of everything that `write` left in a directory."""
-    dtype, entries = _read_index(directory)
+    dtype, entries, _ = _read_index(directory)
     for entry in entries:
         file = directory / entry["file"]
         size, written = file.stat().st_size, entry["tokens"] * dtype.itemsize
@@ -106,17 +131,31 @@ def read(directory: Path, source: str) -> Iterator[tuple[str, str, Stream]]:
         )
 
 
-def _read_index(directory: Path) -> tuple[np.dtype, list[dict]]:
-    """Type of the tokens and entries of the streams, each in a file of the directory itself."""
+def read_account(directory: Path) -> Account:
+    """What `write` kept of how the source was divided, and of what it did not read."""
+    _, _, account = _read_index(directory)
+    return account
+
+
+def _read_index(directory: Path) -> tuple[np.dtype, list[dict], Account]:
+    """Type of the tokens, entries of the streams, each in a file of the directory itself, and the account."""
     try:
         index = json.loads((directory / _INDEX).read_text())
         dtype, entries = index["dtype"], index["streams"]
-        sound = dtype in _DTYPES and all(map(_is_entry, entries))
+        account = Account(**index.get("account", {"splits": "", "ignored": {}}))
+        sound = dtype in _DTYPES and all(map(_is_entry, entries)) and _is_account(account)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         sound = False
     if not sound:
         raise BadInput(f"data.cache_dir: '{directory / _INDEX}' is no table of token streams; delete '{directory}'")
-    return np.dtype(dtype), entries
+    return np.dtype(dtype), entries, account
+
+
+def _is_account(account: Account) -> bool:
+    lines = [account.splits, *account.ignored]
+    return all(isinstance(line, str) and line.isprintable() for line in lines) and all(
+        type(count) is int for count in account.ignored.values()
+    )
 
 
 def _is_entry(entry: dict) -> bool:
@@ -124,11 +163,15 @@ def _is_entry(entry: dict) -> bool:
     return kinds == _KINDS and entry["file"] == _file_name(entry["split"], entry["domain"]) and "/" not in entry["file"]
 
 
-def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    """Non-empty documents in lists that a tokenizer can work on in parallel, of about a megabyte each."""
+def _batches(documents: Iterable[Document], without_text: collections.Counter[str]) -> Iterator[list[Document]]:
+    """Documents in lists that a tokenizer can work on in parallel, of about a megabyte each.
+
+    Those of nothing, or nothing but white space, are counted by split in `without_text` instead.
+    """
     batch, size = [], 0
     for document in documents:
-        if not document.text:
+        if not document.text.strip():
+            without_text[document.split] += 1
             continue
         batch.append(document)
         size += len(document.text)
@@ -140,4 +183,10 @@ def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
 
 
 def _file_name(split: str, domain: str) -> str:
-    return f"{split}-{domain or 'text'}.bin"
+    """A name that no other domain has: no part of a path, and unlike others if capitals are not told apart."""
+    if not domain:
+        return f"{split}-text.bin"
+    if _PLAIN_NAME.fullmatch(domain) and domain != "text":
+        return f"{split}-{domain}.bin"
+    plain = re.sub(r"[^a-z0-9]+", "_", domain.lower())[:64]
+    return f"{split}-{plain}-{hashlib.sha256(domain.encode()).hexdigest()[:16]}.bin"

@@ -1,25 +1,27 @@
 """From `config.data` to batches: the part of this package that scripts talk to.
 
     corpus = prepare(DataConfig(**config.data))
+    for line in describe(corpus, sequence_length, windows): print(line)
     for batch in train_batches(corpus, sequence_length, batch_size, seed, start_step): ...
 
 Text is tokenised once and opened from the cache ever after; a batch is {"inputs_BT", "targets_BT": int32, "mask_BT":
 bool}.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from moe_erc.checks import BadInput
 from moe_erc.data import cache, sources, streams
 from moe_erc.data.config import DataConfig
+from moe_erc.data.document import Account
 from moe_erc.data.mixture import whole_weights
 from moe_erc.data.streams import Corpus, Stream
 from moe_erc.data.tokenizer import Tokenizer
 from moe_erc.data.tokenizer import load as load_tokenizer
 from moe_erc.data.windows import count_windows, train_batches, validation_batches
 
-__all__ = ["Corpus", "DataConfig", "Stream", "prepare", "train_batches", "validation_batches"]
+__all__ = ["Corpus", "DataConfig", "Stream", "describe", "prepare", "train_batches", "validation_batches"]
 
 
 def prepare(config: DataConfig) -> Corpus:
@@ -32,16 +34,52 @@ def prepare(config: DataConfig) -> Corpus:
     tokenizer = load_tokenizer(config.tokenizer)
     by_split: dict[str, dict[str, Stream]] = {"train": {}, "validation": {}}
     content = [tokenizer.identity, list(weights.values()), config.sequence_length]
+    accounts: dict[str, Account] = {}
+    names_by_identity: dict[str, str] = {}
     for name in config.sources:
         source = sources.open_source(name, config)
-        found = list(streams.read(_tokenised(source, tokenizer, cache.root(config.cache_dir)), name))
+        if first := names_by_identity.get(source.identity):
+            raise BadInput(f"data.sources: '{name}' is the same text as '{first}'; list it once, with data.weights")
+        names_by_identity[source.identity] = name
+        directory = _tokenised(source, tokenizer, cache.root(config.cache_dir))
+        found = list(streams.read(directory, name))
+        accounts[name] = streams.read_account(directory)
         taken = {domain for split in by_split.values() for domain in split}
         names = _domain_names([domain for _, domain, _ in found], source.label, taken)
         for split, domain, stream in found:
             by_split[split][names[domain]] = stream
         content.append([(split, stream.sha256) for split, _, stream in found])
     _check_length(config, by_split["train"].values())
-    return Corpus(tokenizer, by_split, weights, cache.digest(content))
+    return Corpus(tokenizer, by_split, weights, cache.digest(content), accounts)
+
+
+def describe(corpus: Corpus, sequence_length: int, windows: int) -> Iterator[str]:
+    """Of each source the lines that say what a run of so many training windows makes of it.
+
+    Documents and tokens by split, and the epochs: how often the run reads each training window (of `sequence_length`
+    tokens). Then which part of the source became which split, and what is not read at all.
+    """
+    shares = corpus.weights or {
+        source: sum(count_windows(stream, sequence_length) for stream in _of_source(corpus, "train", source))
+        for source in corpus.accounts
+    }
+    for source, account in corpus.accounts.items():
+        counts = []
+        for split in ("train", "validation"):
+            members = _of_source(corpus, split, source)
+            documents = sum(stream.documents for stream in members)
+            tokens = sum(len(stream.tokens_N) for stream in members)
+            counts.append(f"{split} {documents:,} documents of {tokens:,} tokens")
+        held = sum(count_windows(stream, sequence_length) for stream in _of_source(corpus, "train", source))
+        # A source too short for one window gives none, however often the others are read.
+        drawn = windows * shares[source] / max(sum(shares.values()), 1)
+        yield f"data {source!r}: {', '.join(counts)}; {drawn / max(held, 1):.3g} epochs of train in this run"
+        ignored = ", ".join(f"{count:,} {what}" for what, count in account.ignored.items())
+        yield f"  {account.splits}" + (f"; ignored: {ignored}" if ignored else "")
+
+
+def _of_source(corpus: Corpus, split: str, source: str) -> list[Stream]:
+    return [stream for stream in corpus.streams[split].values() if stream.source == source]
 
 
 def _tokenised(source: sources.Source, tokenizer: Tokenizer, cache_root: Path) -> Path:

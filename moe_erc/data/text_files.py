@@ -1,56 +1,211 @@
-"""Documents from a directory of .txt and .jsonl files, read in the order of their paths.
+"""Documents from a directory of text files, read in the order of their paths.
 
 A .txt file is one document, passed on byte for byte (a tokenizer that needs Unicode replaces what is not UTF-8). A line
-of a .jsonl file is an object with the text under `text_key`. Entries called `train` and `validation` (or `test`) at the
-top, as files or directories, are taken as the splits they are named after; otherwise the hash of each text decides.
+of a .jsonl or .json file is an object with the text under `text_key`. Each may be compressed (.gz). Files whose path
+names a split are that split (`split_names.py`); without a held-out name the hash of each text decides.
 """
 
+import collections
+import dataclasses
+import gzip
 import json
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from moe_erc.checks import BadInput
-from moe_erc.data.document import Document, held_out_name, split_by_hash
+from moe_erc.data import file_tree
+from moe_erc.data.document import Account, Document, divided_by_hash, split_by_hash
+from moe_erc.data.split_names import TRAIN, SplitNames, held_out_name
 
-_SUFFIXES = (".txt", ".jsonl")
+_SUFFIXES = (".txt", ".jsonl", ".json")
+_READABLE = ".txt or .jsonl file"
+# What tools of the field write beside the text: never text, whatever its suffix says.
+_NO_TEXT = ("dataset_dict.json", "dataset_info.json", "dataset_infos.json", "metadata.json", "state.json")
+# Files that would be text of a split if they could be read. Others of such a name may be anything, such as train.py.
+_DATA_SUFFIXES = (".parquet", ".arrow", ".csv", ".tsv", ".zst", ".bz2", ".xz", ".lz4", ".zip", ".tar", ".bin")
+_LISTED = 3  # entries or suffixes that a line names before it counts the others
+
+
+@dataclasses.dataclass(frozen=True)
+class Survey:
+    """What a directory holds: the files to read with their splits, and an account of the others."""
+
+    files: tuple[tuple[Path, str | None], ...]  # split None: the hash of each text decides
+    account: Account
+    has_own_splits: bool
+
+
+@dataclasses.dataclass
+class _Named:
+    """Of one split: the files that can be read, and the entries that are so named."""
+
+    files: list[file_tree.Entry] = dataclasses.field(default_factory=list)
+    entries: dict[str, None] = dataclasses.field(default_factory=dict)  # in the order of their paths
+
+    def __str__(self) -> str:
+        return f"{_some(list(map(repr, self.entries)))} ({_counted(len(self.files), 'file')})"
+
+    @property
+    def hold_text(self) -> bool:
+        """A file of no bytes gives no text."""
+        return any(file.bytes for file in self.files)
 
 
 def find(path: Path) -> list[Path]:
-    """The text files under a directory, sorted."""
-    files = sorted(file for file in path.rglob("*") if file.suffix in _SUFFIXES and file.is_file())
-    if not files:
-        raise BadInput(f"data.sources: no .txt or .jsonl file in '{path}'; add some, or give another directory")
-    return files
+    """The text files under a directory that are read, sorted."""
+    return [file for file, _ in survey(path, 0.0).files]
 
 
-def fingerprint(path: Path) -> list[tuple[str, int, int]]:
-    """Name, size and time of change of every file: it differs as soon as a file is added, removed or written."""
-    found = ((file, file.stat()) for file in find(path))
-    return [(file.relative_to(path).as_posix(), stat.st_size, stat.st_mtime_ns) for file, stat in found]
+def fingerprint(path: Path) -> list[tuple]:
+    """Name, size, times of change and inode of every file: it differs as soon as one is added, removed or written.
+
+    The time of the last change of the inode (ctime) cannot be set, as a copy sets the time of the last write: another
+    text of the same size and date is noticed.
+    """
+    return [(file.relative_to(path).as_posix(), *file_tree.stamp(file)) for file in find(path)]
 
 
 def documents(path: Path, text_key: str, validation_fraction: float) -> Iterator[Document]:
     """Every text of a directory once, with its split."""
-    files = find(path)
-    top_names = {file: Path(file.relative_to(path).parts[0]).stem for file in files}
-    held_out = held_out_name(set(top_names.values()))
-    has_own_splits = held_out is not None and "train" in top_names.values()
-    own_splits = {"train": "train", held_out: "validation"} if has_own_splits else {}
-    for file in files:
-        if own_splits and top_names[file] not in own_splits:
-            continue  # a second held-out set, kept out of training
+    for file, split in survey(path, validation_fraction).files:
         for text in _texts(file, text_key):
-            yield Document(own_splits.get(top_names[file]) or split_by_hash(text, validation_fraction), "", text)
+            yield Document(split or split_by_hash(text, validation_fraction), "", text)
+
+
+def survey(path: Path, validation_fraction: float) -> Survey:
+    """Look at every name under a directory, reading no text.
+
+    BadInput of one line for a directory without text, for a split that is empty while the other is not, and for a link
+    that leads back to a directory above it.
+    """
+    entries = sorted(file_tree.entries(path), key=lambda entry: entry.parts)
+    ignored = collections.Counter(entry.ignored for entry in entries if entry.ignored)
+    entries = [entry for entry in entries if entry.ignored != file_tree.HIDDEN]
+    files = [entry for entry in entries if entry.kind == "file" and _is_text(entry)]
+    ignored.update(_of_other_suffixes(entries))
+    if not files:
+        said = _said(ignored)
+        raise BadInput(f"data.sources: no {_READABLE} in '{path}'{said}; add some, or give another directory")
+    by_split = _by_split(entries, files, ignored)
+    taken, split_rule = _choose(path, by_split, ignored, validation_fraction)
+    found = sorted((path.joinpath(*file.parts), split) for split, named in taken.items() for file in named.files)
+    has_own_splits = len(taken) > 1
+    if not has_own_splits:
+        found = [(file, None) for file, _ in found]
+    return Survey(tuple(found), Account(split_rule, dict(ignored)), has_own_splits)
+
+
+def _by_split(entries: list, files: list, ignored: collections.Counter) -> dict[str | None, _Named]:
+    """Entries by the split that their paths name; each real file in one of them only, however many paths lead to it."""
+    names = SplitNames(part for entry in entries for part in entry.parts)
+    decided = {entry.parts: names.decide(entry.parts) for entry in entries}
+    by_split: dict[str | None, _Named] = collections.defaultdict(_Named)
+    for entry in entries:
+        split, depth = decided[entry.parts]
+        is_split = entry.kind != "file" or depth < len(entry.parts) or _is_data(entry)
+        if split and is_split:
+            ending = "/" if depth < len(entry.parts) or entry.kind == "directory" else ""
+            by_split[split].entries.setdefault("/".join(entry.parts[:depth]) + ending)
+    # Held-out paths come first: a text that is held out under one name is not trained on under another.
+    order = {None: 2, TRAIN: 1}
+    seen = set()
+    for file in sorted(files, key=lambda file: order.get(decided[file.parts][0], 0)):
+        if file.identity in seen:
+            ignored["reached by another path as well"] += 1
+            continue
+        seen.add(file.identity)
+        by_split[decided[file.parts][0]].files.append(file)
+    return by_split
+
+
+def _choose(
+    path: Path, by_split: dict[str | None, _Named], ignored: collections.Counter, validation_fraction: float
+) -> tuple[dict[str | None, _Named], str]:
+    """The splits to read under the names of ours, and the sentence that says which they are."""
+    train = by_split.get(TRAIN, _Named())
+    unnamed = by_split.get(None, _Named())
+    held_out = held_out_name(by_split)
+    if held_out is None:
+        if train.entries and not train.hold_text:
+            raise BadInput(_one_is_empty(path, "training", train, f"{len(unnamed.files)} others", ignored))
+        everything = _Named(train.files + unnamed.files)
+        what = f"{_counted(len(everything.files), 'file')}, none of them named as held out"
+        return {None: everything}, divided_by_hash(what, validation_fraction)
+    validation = by_split[held_out]
+    for name, split, other in (("training", train, validation), ("held-out", validation, train)):
+        if not split.hold_text:
+            raise BadInput(_one_is_empty(path, name, split, str(other), ignored))
+    for word, named in by_split.items():
+        if word not in (None, TRAIN, held_out) and named.files:
+            ignored[f"files in another held-out split, {_some(list(map(repr, named.entries)))}"] += len(named.files)
+    if unnamed.files:
+        ignored["text files whose names say no split"] += len(unnamed.files)
+    return {TRAIN: train, "validation": validation}, f"train is {train}, validation is {validation}"
+
+
+def _one_is_empty(path: Path, name: str, empty: _Named, other: str, ignored: collections.Counter) -> str:
+    said = f"no text in {_some(list(map(repr, empty.entries)))}" if empty.entries else "nothing is named so"
+    return (
+        f"data.sources: '{path}' has no {name} split ({said}), though it has {other}{_said(ignored)}; "
+        f"give both splits a {_READABLE}, named such as train/ and validation/, or name neither so"
+    )
+
+
+def _is_text(entry: file_tree.Entry) -> bool:
+    name = entry.parts[-1].lower()
+    return name.removesuffix(".gz").endswith(_SUFFIXES) and name not in _NO_TEXT
+
+
+def _is_data(entry: file_tree.Entry) -> bool:
+    return _is_text(entry) or entry.parts[-1].lower().endswith(_DATA_SUFFIXES)
+
+
+def _of_other_suffixes(entries: list) -> dict[str, int]:
+    """How many files of which suffixes are not read, the frequent ones by name."""
+    others = [entry.parts[-1] for entry in entries if entry.kind == "file" and not _is_text(entry)]
+    suffixes = collections.Counter(_suffix(name) for name in others).most_common()
+    counts = {f"{suffix!r} files" if suffix else "files without suffix": count for suffix, count in suffixes[:_LISTED]}
+    rest = sum(count for _, count in suffixes[_LISTED:])
+    return counts | ({"files of other suffixes": rest} if rest else {})
+
+
+def _suffix(name: str) -> str:
+    """With the one in front of it where the last is that of a compression: .jsonl.zst."""
+    suffixes = Path(name).suffixes[-2:]
+    return "".join(suffixes if suffixes and suffixes[-1] in (".gz", ".zst", ".bz2", ".xz") else suffixes[-1:])
+
+
+def _said(ignored: collections.Counter) -> str:
+    counts = ", ".join(f"{count} {what}" for what, count in ignored.items())
+    return f" (ignored: {counts})" if counts else ""
+
+
+def _some(names: list[str]) -> str:
+    rest = len(names) - _LISTED
+    return " ".join(names[:_LISTED]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count:,} {what}" + ("" if count == 1 else "s")
 
 
 def _texts(file: Path, text_key: str) -> Iterator[bytes]:
-    if file.suffix == ".txt":
-        yield file.read_bytes()
-        return
-    with open(file, "rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                yield _text_of_line(line, text_key, f"{file}:{number}")
+    try:
+        with _open(file) as content:
+            if file.name.lower().removesuffix(".gz").endswith(".txt"):
+                yield content.read()
+                return
+            for number, line in enumerate(content, start=1):
+                if line.strip():
+                    yield _text_of_line(line, text_key, f"{file}:{number}")
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise BadInput(f"data.sources: '{file}' cannot be unpacked ({error}); fetch it again") from None
+
+
+def _open(file: Path) -> BinaryIO:
+    return gzip.open(file, "rb") if file.suffix.lower() == ".gz" else open(file, "rb")
 
 
 def _text_of_line(line: bytes, text_key: str, place: str) -> bytes:
@@ -60,7 +215,8 @@ def _text_of_line(line: bytes, text_key: str, place: str) -> bytes:
             raise TypeError
     except (ValueError, KeyError, TypeError, IndexError, RecursionError):
         message = (
-            f"data.sources: {place} is not a JSON object with a string under '{text_key}'; mend it or data.text_key"
+            f"data.sources: {place} is not a JSON object with a string under '{text_key}'; "
+            "mend it or data.text_key (a file holds one object a line)"
         )
         raise BadInput(message) from None
     return text.encode(errors="replace")  # JSON can spell half a surrogate pair, UTF-8 cannot

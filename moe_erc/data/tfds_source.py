@@ -6,16 +6,17 @@ import importlib
 import os
 import pkgutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import tensorflow_datasets as tfds
 
 from moe_erc.checks import BadInput
-from moe_erc.data import cache, tfds_metadata
+from moe_erc.data import cache, file_tree, tfds_metadata
 from moe_erc.data.corpus import EmbeddedCorpus, directory
-from moe_erc.data.document import Document, held_out_name, split_by_hash
+from moe_erc.data.document import Account, Document, divided_by_hash, split_by_hash
 from moe_erc.data.python_source import installed_roots
+from moe_erc.data.split_names import TRAIN, held_out_name, split_word
 
 Builder = tfds.core.DatasetBuilder
 _LONGEST_REASON = 200  # characters
@@ -103,42 +104,86 @@ def check_text(builder: Builder, text_key: str) -> None:
         )
 
 
+def check_splits(builder: Builder, splits: Mapping[str, str]) -> None:
+    """Refuse a data set of which one split is empty while the other is not."""
+    counts = {name: info.num_examples for name, info in builder.info.splits.items()}
+    for ours in sorted(set(splits.values())):
+        names = [name for name in splits if splits[name] == ours and name in counts]  # a mocked data set has no counts
+        if names and not sum(counts[name] for name in names):
+            raise BadInput(
+                f"data.sources: '{builder.info.full_name}' has no documents in its split {', '.join(map(repr, names))} "
+                f"(documents by split: {counts}); prepare it again, or give a data set that has some"
+            )
+
+
+def account(builder: Builder, splits: Mapping[str, str], validation_fraction: float) -> Account:
+    """Which of the data set's splits became which of ours, and how many documents of the others are not read."""
+    ignored = {
+        f"documents of the split {name!r}": info.num_examples
+        for name, info in builder.info.splits.items()
+        if name not in splits
+    }
+    names = {ours: " ".join(repr(name) for name in splits if splits[name] == ours) for ours in splits.values()}
+    if len(names) == 1:
+        return Account(divided_by_hash(f"split {names[TRAIN]}, and none held out", validation_fraction), ignored)
+    return Account(f"train is the split {names[TRAIN]}, validation is the split {names['validation']}", ignored)
+
+
 def fingerprint(builder: Builder) -> list:
-    """Name, configuration and version of a data set, and the sizes of its splits."""
+    """Name, configuration and version of a data set, its features, sizes of its splits, and its files."""
     bytes_by_split = {name: split.num_bytes for name, split in builder.info.splits.items()}
+    # On a disk. In a bucket, where files have no such stamps, sizes must do; a mocked data set has no files at all.
+    directory = Path(os.fspath(builder.data_path))
     return [
         builder.info.full_name,
-        [(name, len(_open(builder, name)), bytes_by_split.get(name)) for name in _splits(builder)],
+        sorted(builder.info.features),
+        [(name, split, len(_open(builder, name)), bytes_by_split.get(name)) for name, split in splits(builder).items()],
+        sorted((file.name, *file_tree.stamp(file)) for file in directory.iterdir()) if directory.is_dir() else [],
     ]
 
 
 def count(builder: Builder) -> int:
     """The number of documents that `documents` yields."""
-    return sum(len(_open(builder, name)) for name in _splits(builder))
+    return sum(len(_open(builder, name)) for name in splits(builder))
 
 
 def documents(builder: Builder, text_key: str, validation_fraction: float, domain_key: str = "") -> Iterator[Document]:
     """Every text of the data set's train split and of the one it holds out, else of train divided by hash."""
-    splits = _splits(builder)
-    for name, split in splits.items():
-        for record in _open(builder, name):
+    found = splits(builder)
+    has_own_splits = len(set(found.values())) > 1
+    for name, split in found.items():
+        for record in _records(builder, name):
             text = _as_bytes(record[text_key])
-            own_split = split if len(splits) > 1 else split_by_hash(text, validation_fraction)
+            own_split = split if has_own_splits else split_by_hash(text, validation_fraction)
             yield Document(own_split, _as_bytes(record[domain_key]).decode() if domain_key else "", text)
 
 
-def _splits(builder: Builder) -> dict[str, str]:
-    """The data set's own names of the splits to read -> "train" or "validation"."""
-    names = list(builder.info.splits) or ["train"]  # a mocked data set has no metadata, and any split
-    if "train" not in names:
+def splits(builder: Builder) -> dict[str, str]:
+    """The data set's own names of the splits to read -> "train" or "validation".
+
+    A split that is called exactly so wins over those whose names only begin so (train_clean).
+    """
+    names = list(builder.info.splits) or [TRAIN]  # a mocked data set has no metadata, and any split
+    words = {name: split_word(name) for name in names}
+    train = _called(TRAIN, words)
+    if not train:
         raise BadInput(
             f"data.sources: '{builder.info.full_name}' has the splits {names}, none called 'train'; give one that has"
         )
-    held_out = held_out_name(names)
-    return {"train": "train"} | ({held_out: "validation"} if held_out else {})
+    held_out = _called(held_out_name(words.values()), words)
+    return dict.fromkeys(train, TRAIN) | dict.fromkeys(held_out, "validation")
+
+
+def _called(word: str | None, words: Mapping[str, str | None]) -> list[str]:
+    if word is None:
+        return []
+    return [word] if word in words else [name for name, found in words.items() if found == word]
 
 
 def _open(builder: Builder, split: str):
+    info = builder.info.splits.get(split)
+    if info and not info.num_examples:
+        return []  # the reader wants a file at least
     try:
         return builder.as_data_source(split=split)
     except NotImplementedError:
@@ -146,6 +191,20 @@ def _open(builder: Builder, split: str):
             f"data.sources: '{builder.data_dir}' is in the {builder.info.file_format.value} format; "
             "prepare it as array_record"
         ) from None
+
+
+def _records(builder: Builder, split: str) -> Iterator[dict]:
+    records = iter(_open(builder, split))
+    while True:
+        try:
+            record = next(records)
+        except StopIteration:
+            return
+        except RuntimeError as error:  # all that the reader of array_record says of a file that is missing or damaged
+            raise BadInput(
+                f"data.sources: '{builder.data_dir}' cannot be read ({_one_line(error)}); prepare it again"
+            ) from None
+        yield record
 
 
 def _register_legacy_builders() -> None:

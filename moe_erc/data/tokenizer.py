@@ -6,7 +6,9 @@ so `decode` ignores ids that it does not know. `bpe.py` makes such a file from t
 """
 
 import hashlib
-from collections.abc import Iterable, Sequence
+import json
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -16,6 +18,19 @@ from moe_erc.checks import BadInput
 
 # How published tokenizers spell the end of a document.
 END_OF_DOCUMENT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]", "[SEP]")
+
+
+# How published tokenizers spell other tokens that text must not make, where a file forgets to call them special.
+_CONTROL = ("<s>", "<bos>", "<|bos|>", "[BOS]", "[CLS]", "<cls>", "<sep>", "<pad>", "[PAD]", "<unk>", "[UNK]")
+_CONTROL += ("<mask>", "[MASK]", "<eod>", "<eot>", "<eop>")
+_CONTROL_FORM = re.compile(r"<[|｜][^<>]+[|｜]>")  # <|im_start|>
+# Files beside a tokenizer.json that say how a document ends, and under which keys.
+_SETTINGS = (
+    ("tokenizer_config.json", "eos_token"),
+    ("special_tokens_map.json", "eos_token"),
+    ("generation_config.json", "eos_token_id"),
+    ("config.json", "eos_token_id"),
+)
 
 
 class Tokenizer(Protocol):
@@ -56,7 +71,12 @@ class ByteTokenizer:
 
 
 class HuggingFaceTokenizer:
-    """A `tokenizer.json` of the `tokenizers` library; text that spells a special token stays text."""
+    """A `tokenizer.json` of the `tokenizers` library; text that spells a control token stays text.
+
+    Control tokens are those that the file calls special, the end of a document, and added tokens that are spelled like
+    one (`_CONTROL`, `<|…|>`) and that the file calls ordinary. Other ordinary added tokens, such as runs of spaces, are
+    text and encode as in transformers.
+    """
 
     def __init__(self, path: Path):
         self.identity = hashlib.sha256(path.read_bytes()).hexdigest()
@@ -67,18 +87,27 @@ class HuggingFaceTokenizer:
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocabulary.values(), default=0) + 1
         ends = [token for token in END_OF_DOCUMENT if token in vocabulary]
-        if not ends:
+        declared = [] if ends else list(_declared_ends(path.parent, vocabulary))
+        if not ends and not declared:
             raise BadInput(
-                f"data.tokenizer: '{path}' has no end-of-document token; add one of {', '.join(END_OF_DOCUMENT)}"
+                f"data.tokenizer: '{path}' has no end-of-document token; add one of {', '.join(END_OF_DOCUMENT)}, "
+                "or name it as eos_token in a tokenizer_config.json beside it"
             )
-        self.eos = ends[0]
+        self.eos = (ends or declared)[0]
         self.eos_id = vocabulary[self.eos]
+        marked = self._mark_special()
+        if marked or declared:  # else the file alone decides the ids, as it always did
+            self.identity = hashlib.sha256(json.dumps([self.identity, self.eos, marked]).encode()).hexdigest()
+        self._is_control = self._control_ids()
+        self._unknown_id = _unknown_id(self._tokenizer)
 
     def encode_batch(self, texts: Sequence[str | bytes]) -> list[np.ndarray]:
         strings = [text.decode(errors="replace") if isinstance(text, bytes) else text for text in texts]
+        found = self._tokenizer.encode_batch_fast(strings, add_special_tokens=False)
+        ids = [np.array(encoding.ids, np.uint32) for encoding in found]
         return [
-            np.array(found.ids, np.uint32)
-            for found in self._tokenizer.encode_batch_fast(strings, add_special_tokens=False)
+            np.array(list(self._spelled(text)), np.uint32) if self._is_control[ids_N].any() else ids_N
+            for text, ids_N in zip(strings, ids, strict=True)
         ]
 
     def encode(self, text: str | bytes) -> np.ndarray:
@@ -86,6 +115,48 @@ class HuggingFaceTokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         return self._tokenizer.decode([int(token) for token in ids if 0 <= token < self.vocab_size])
+
+    def _mark_special(self) -> list[str]:
+        """Call special what is a control token in all but name; returns what was not called so."""
+        marked = []
+        for _, token in sorted(self._tokenizer.get_added_tokens_decoder().items()):
+            known = token.content in (*END_OF_DOCUMENT, *_CONTROL, self.eos)
+            if not token.special and (known or _CONTROL_FORM.fullmatch(token.content)):
+                token.special = True
+                self._tokenizer.add_special_tokens([token])
+                marked.append(token.content)
+        return marked
+
+    def _control_ids(self) -> np.ndarray:
+        """By id, whether no text may make it."""
+        added = self._tokenizer.get_added_tokens_decoder()
+        is_control = np.zeros(self.vocab_size, bool)
+        is_control[[number for number, token in added.items() if token.special] + [self.eos_id]] = True
+        return is_control
+
+    def _spelled(self, text: str) -> Iterator[int]:
+        """Ids of a text of which the model itself makes a control token, since its vocabulary holds them as words.
+
+        Such a token is cut in two in the text, and what lies before and behind the cut is encoded by itself.
+        """
+        waiting = [text]
+        while waiting:
+            piece = waiting.pop()
+            found = self._tokenizer.encode(piece, add_special_tokens=False)
+            cut = self._first_cut(piece, found)
+            if cut is None:
+                yield from found.ids
+            elif len(piece) > 1:  # else a single character that is a control token: it has no other spelling
+                waiting += [piece[cut:], piece[:cut]]
+
+    def _first_cut(self, piece: str, found) -> int | None:
+        """Where to cut a piece of text within the first control token that it spells; None if it spells none."""
+        for token, (start, end) in zip(found.ids, found.offsets, strict=True):
+            spelled = piece[start:end].strip() == self._tokenizer.id_to_token(token)
+            # What is not in the vocabulary is the unknown token, rightly, unless the text spells just that.
+            if self._is_control[token] and (token != self._unknown_id or spelled):
+                return min(max((start + end) // 2, 1), len(piece) - 1)
+        return None
 
 
 def load(spec: str) -> Tokenizer:
@@ -107,6 +178,31 @@ def library():
             "data.tokenizer: the library 'tokenizers' is missing; pip install 'moe_erc[tokenizers]', or use 'bytes'"
         ) from None
     return tokenizers
+
+
+def _declared_ends(directory: Path, vocabulary: dict[str, int]) -> Iterator[str]:
+    """Tokens of the vocabulary that the files beside a tokenizer.json call the end of a text."""
+    spellings = {number: token for token, number in vocabulary.items()}
+    for name, key in _SETTINGS:
+        try:
+            value = json.loads((directory / name).read_bytes()).get(key)
+        except (OSError, ValueError, AttributeError, RecursionError):
+            continue  # absent, or of something else
+        first = value[0] if isinstance(value, list) and value else value
+        token = first.get("content") if isinstance(first, dict) else first
+        token = spellings.get(token) if isinstance(token, int) else token
+        if isinstance(token, str) and token in vocabulary:
+            yield token
+
+
+def _unknown_id(tokenizer) -> int | None:
+    """The id of what is not in the vocabulary, or None if there is none."""
+    token = getattr(tokenizer.model, "unk_token", None)
+    if token is not None:
+        return tokenizer.token_to_id(token)
+    # The library tells that of a Unigram model in the file alone.
+    is_unigram = type(tokenizer.model).__name__ == "Unigram"
+    return json.loads(tokenizer.to_str())["model"].get("unk_id") if is_unigram else None
 
 
 def _read(path: Path):

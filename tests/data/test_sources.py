@@ -1,13 +1,16 @@
 """Sources: what a name stands for, how its documents are divided, and what is said when there is nothing."""
 
 import dataclasses
+import gzip
 import json
+import os
 
 import pytest
 
 from moe_erc.checks import BadInput
-from moe_erc.data.document import held_out_name, split_by_hash
+from moe_erc.data.document import split_by_hash
 from moe_erc.data.sources import open_source
+from moe_erc.data.split_names import held_out_name
 
 
 def write(directory, files):
@@ -124,3 +127,42 @@ def test_unusable_directories(config, tmp_path, files, message):
     with pytest.raises(ValueError, match=r"^data\.sources: ") as error:
         texts(open_source(name, config))
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["a.txt.gz", "a.jsonl.gz", "a.json", "a.JSON.GZ", "a.JSONL"])
+def test_compressed_files_and_other_names_of_lines(config, tmp_path, name):
+    text = "first ☕"
+    content = text.encode() if ".txt" in name else json.dumps({"text": text}).encode() + b"\n"
+    directory = write(tmp_path / "text", {name: gzip.compress(content) if name.lower().endswith("gz") else content})
+    assert texts(open_source(directory, config)) == [text.encode()]
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"a.json": '[{"text": "x"}]'}, "a.json:1 is not a JSON object"),
+        ({"a.json": '{\n"text": "x"}'}, "(a file holds one object a line)"),
+        ({"a.jsonl.gz": b"not packed"}, "a.jsonl.gz' cannot be unpacked (Not a gzipped file"),
+        ({"a.jsonl.gz": gzip.compress(b'{"text": "x"}\n' * 999)[:-20]}, "a.jsonl.gz' cannot be unpacked (Compressed"),
+        ({"a.txt.gz": gzip.compress(b"text")[:10] + b"\xff" * 20}, "a.txt.gz' cannot be unpacked"),
+    ],
+)
+def test_files_that_are_not_what_their_names_say(config, tmp_path, files, message):
+    name = write(tmp_path / "text", files)
+    with pytest.raises(BadInput, match=r"^data\.sources: ") as error:
+        texts(open_source(name, config))
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_identity_notices_another_text_of_the_same_size_and_date(config, tmp_path):
+    name = write(tmp_path / "text", {"a.txt": "one"})
+    first = open_source(name, config).identity
+    date = (tmp_path / "text" / "a.txt").stat()
+    write(tmp_path / "text", {"a.txt": "two"})
+    os.utime(tmp_path / "text" / "a.txt", ns=(date.st_atime_ns, date.st_mtime_ns))
+    assert open_source(name, config).identity != first
+
+
+def test_a_long_name_of_a_directory_gives_a_short_label(config, tmp_path):
+    name = write(tmp_path / ("x" * 250), {"a.txt": "one"})
+    assert open_source(name, config).label == "x" * 64

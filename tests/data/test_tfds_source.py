@@ -1,11 +1,14 @@
 """TFDS as a source: prepared directories, data sets by name, and which of their splits and features are read."""
 
 import dataclasses
+import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
+from moe_erc.checks import BadInput
 from moe_erc.data.sources import open_source
 
 
@@ -105,3 +108,75 @@ def test_a_data_set_in_another_format(config, tmp_path):
     info.write_text(info.read_text().replace("array_record", "tfrecord"))
     with pytest.raises(ValueError, match="is in the tfrecord format; prepare it as array_record"):
         open_source(path, dataclasses.replace(config, text_key="body"))
+
+
+@pytest.mark.parametrize(
+    ("splits", "train", "validation"),
+    [
+        ({"train": ["a"], "train_small": ["b"], "dev": ["c"]}, [b"a"], [b"c"]),
+        ({"train_clean": ["a"], "train_other": ["b"], "valid_clean": ["c"]}, [b"a", b"b"], [b"c"]),
+        ({"train": ["a"], "eval": ["c"], "test": ["d"]}, [b"a"], [b"c"]),
+    ],
+)
+def test_names_of_splits(config, tmp_path, splits, train, validation):
+    source = open_source(prepared(tmp_path, splits), dataclasses.replace(config, text_key="body"))
+    assert (sorted(texts(source, "train")), texts(source, "validation")) == (train, validation)
+
+
+def test_splits_that_are_not_read_are_counted(config, tmp_path):
+    path = prepared(tmp_path, {"train": ["a", "b"], "validation": ["c"], "test": ["d"] * 3})
+    account = open_source(path, dataclasses.replace(config, text_key="body")).account
+    assert account.splits == "train is the split 'train', validation is the split 'validation'"
+    assert account.ignored == {"documents of the split 'test'": 3}
+
+
+def empty(path, split):
+    """Makes the metadata say that a split has no documents, which TFDS does not write itself."""
+    info = Path(path) / "dataset_info.json"
+    content = json.loads(info.read_text())
+    for entry in content["splits"]:
+        entry["shardLengths"] = [] if entry["name"] == split else entry["shardLengths"]
+    info.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize(
+    ("splits", "emptied"),
+    [
+        ({"train": ["b"], "validation": ["a"]}, "train"),
+        ({"train": ["a"], "dev": ["b"]}, "dev"),
+        ({"train": ["a"]}, "train"),
+    ],
+)
+def test_a_data_set_of_which_a_split_is_empty(config, tmp_path, splits, emptied):
+    path = prepared(tmp_path, splits)
+    empty(path, emptied)
+    message = rf"^data\.sources: 'splits/1.0.0' has no documents in its split '{emptied}' \(.*: .*'{emptied}': 0"
+    with pytest.raises(BadInput, match=message) as error:
+        open_source(path, dataclasses.replace(config, text_key="body"))
+    assert "\n" not in str(error.value)
+
+
+def test_one_of_several_training_splits_may_be_empty(config, tmp_path):
+    path = prepared(tmp_path, {"train_clean": ["a"], "train_other": ["b"], "dev": ["c"]})
+    empty(path, "train_other")
+    assert texts(open_source(path, dataclasses.replace(config, text_key="body"))) == [b"a", b"c"]
+
+
+@pytest.mark.parametrize("content", [None, b"not records"])
+def test_a_data_set_whose_files_are_gone_or_damaged(config, tmp_path, content):
+    path = prepared(tmp_path, {"train": ["a"], "validation": ["b"]})
+    (file,) = Path(path).glob("*validation*")
+    file.unlink() if content is None else file.write_bytes(content)
+    with pytest.raises(BadInput, match=r"^data\.sources: '.*splits/1.0.0' cannot be read \(.*\); prepare it again$"):
+        texts(open_source(path, dataclasses.replace(config, text_key="body")))
+
+
+def test_the_feature_of_the_domain_and_the_files_belong_to_the_identity(config, tree, tmp_path, monkeypatch):
+    monkeypatch.setattr("moe_erc.data.tfds_source.installed_roots", lambda: tree)
+    embedded = open_source("embedded", config)
+    (directory,) = (tmp_path / "cache" / "embedded").rglob("1.0.0")
+    as_directory = open_source(str(directory), config)
+    assert embedded.identity != as_directory.identity
+    (record, *_) = directory.glob("*.array_record*")
+    record.write_bytes(record.read_bytes())  # the same number of documents and bytes, and perhaps another text
+    assert open_source(str(directory), config).identity != as_directory.identity

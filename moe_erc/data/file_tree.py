@@ -1,0 +1,75 @@
+"""Everything under a directory, links followed: no name is passed over without a word."""
+
+import errno
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from moe_erc.checks import BadInput
+
+HIDDEN = "hidden files or directories"
+BROKEN = "broken links"
+SPECIAL = "entries that are neither files nor directories"
+
+
+class Entry(NamedTuple):
+    """One name under a directory."""
+
+    parts: tuple[str, ...]  # of the path below it
+    kind: str  # "file", "directory", or "" for what is neither
+    bytes: int
+    identity: tuple  # of the file that a name or a link leads to
+    ignored: str = ""  # why it is never read
+
+
+def entries(root: Path) -> Iterator[Entry]:
+    """Every file and directory below `root`, in no order; what is hidden is one entry, and not entered.
+
+    BadInput names a link that leads to a directory above it. OSError for a directory that may not be read.
+    """
+    top = os.stat(root)
+    waiting = [((), ((top.st_dev, top.st_ino),))]
+    while waiting:
+        parts, above = waiting.pop()
+        for name in os.listdir(root.joinpath(*parts)):
+            entry, device_and_inode = _look_at(root, (*parts, name))
+            yield entry
+            if entry.kind != "directory" or entry.ignored:
+                continue
+            if device_and_inode in above:
+                raise _loop(root, entry.parts)
+            waiting.append((entry.parts, (*above, device_and_inode)))
+
+
+def stamp(path: Path) -> tuple[int, int, int, int]:
+    """Size, times and inode of a file: another content has another stamp."""
+    found = path.stat()
+    return found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino
+
+
+def _look_at(root: Path, parts: tuple[str, ...]) -> tuple[Entry, tuple[int, int]]:
+    nowhere = (0, 0)
+    if parts[-1].startswith("."):
+        return Entry(parts, "", 0, nowhere, HIDDEN), nowhere
+    try:
+        found = root.joinpath(*parts).stat()
+    except FileNotFoundError:
+        return Entry(parts, "", 0, nowhere, BROKEN), nowhere
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise _loop(root, parts) from None
+        raise
+    place = found.st_dev, found.st_ino
+    if stat.S_ISDIR(found.st_mode):
+        return Entry(parts, "directory", 0, place), place
+    if stat.S_ISREG(found.st_mode):
+        identity = place if found.st_ino else parts  # some file systems number nothing
+        return Entry(parts, "file", found.st_size, identity), place
+    return Entry(parts, "", 0, place, SPECIAL), place
+
+
+def _loop(root: Path, parts: tuple[str, ...]) -> BadInput:
+    link = root.joinpath(*parts)
+    return BadInput(f"data.sources: '{link}' is a link that leads back to itself or to a directory above; remove it")

@@ -67,6 +67,8 @@ def main(_):
         with processes.first():  # it fills the cache
             corpus = text.prepare(data_config)
         model_config.check_vocabulary(corpus.tokenizer.vocab_size)
+        if not data_config.attend_across_documents:
+            print(f"attention within documents: {text.documents_per_window(corpus, length):.1f} in a window on average")
 
         # ---------------------------------------------------------------- evaluators
         put, put_whole = (functools.partial(put, mesh) for put in (sharding.put_batch, sharding.put_whole_batch))

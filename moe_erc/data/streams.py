@@ -46,6 +46,7 @@ class Corpus:
     streams: Mapping[str, Mapping[str, Stream]]  # "train" or "validation" -> domain -> stream
     weights: Mapping[str, int]  # source -> its share of the training windows; empty means proportional to size
     identity: str  # differs when any batch could hold other tokens
+    attend_across_documents: bool = True  # False: windows say which of their tokens are one document
 
 
 class _Writer:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from moe_erc.losses.load_balance import load_measures
+from moe_erc.model.context import of_batch
 from moe_erc.sharding import replicate, shard_batch
 from moe_erc.training import router_state
 from moe_erc.training.guard import GuardConfig, judge
@@ -106,7 +107,7 @@ def micro_batch_gradients(model, objective, state, router, batch, earlier):
     """(gradients, terms, (load, experts a token)) of one micro-batch."""
 
     def loss(params):
-        output = model.apply({"params": params}, batch["inputs_BT"], batch["mask_BT"], router)
+        output = model.apply({"params": params}, batch["inputs_BT"], batch["mask_BT"], router, of_batch(batch))
         terms = objective.of_batch(output, batch, earlier and earlier[0])
         routing = output.routing.load_E, output.routing.active
         return objective.total(terms, state.loss_scales), (terms, routing)

@@ -70,6 +70,8 @@ def main(_):
             corpus = text.prepare(data_config)
         model_config.check_vocabulary(corpus.tokenizer.vocab_size)
         print("\n".join(text.describe(corpus, length, steps * batch_size)))
+        if not data_config.attend_across_documents:
+            print(f"attention within documents: {text.documents_per_window(corpus, length):.1f} in a window on average")
 
         # ---------------------------------------------------------------- evaluators
         put, put_whole = (functools.partial(put, mesh) for put in (sharding.put_batch, sharding.put_whole_batch))

@@ -80,6 +80,8 @@ def lower(config, devices):
     state = abstract_state(initializer(network, optimizer, config.seed), mesh)
     rows = functools.partial(jax.ShapeDtypeStruct, (batch_size, length), sharding=sharding.shard_batch(mesh))
     batch = {"inputs_BT": rows(jnp.int32), "targets_BT": rows(jnp.int32), "mask_BT": rows(bool)}
+    if not config.data.attend_across_documents:
+        batch["segments_BT"] = rows(jnp.int32)
 
     def lower_step(objective):
         return make_train_step(network, objective, optimizer, micro_batches, shardings(state)).lower(state, batch)

@@ -58,7 +58,7 @@ def _model():
     model.dtype = "float32"  # of matmuls: float32 or bfloat16; parameters, losses and norms are float32
     model.remat = "none"  # "block" recomputes each layer in the backward pass: less memory, a third more time
     model.scan_unroll = 1  # layers per turn of the scan over layers: fewer copies, longer compilation
-    model.attention_implementation = "auto"  # xla (in slices of queries), cudnn (GPU, bfloat16)
+    model.attention_implementation = "auto"  # xla (in slices of queries), cudnn (GPU, bfloat16; T even by documents)
     model.experts_implementation = "auto"  # dense (oracle), block_loop (CPU), ragged (TPU), pallas or tokamax (GPU)
     return model
 
@@ -109,6 +109,10 @@ def _data():
     data.validation_fraction = 0.02  # of the documents, by hash, where no name in a source says what is held out
     data.sequence_length = 64  # T
     data.cache_dir = ""  # "" is $MOE_ERC_CACHE, else ~/.cache/moe_erc
+    # A window holds documents end to end. True, as the ERC paper and OLMoE trained: a token attends to all before it in
+    # the window, other documents too. False: to its own document alone, in which positions start at 0; a document that
+    # begins before the window starts at 0 where the window does. Evaluation follows the run's setting.
+    data.attend_across_documents = True
     return data
 
 

@@ -151,6 +151,7 @@ def open_run(workdir) -> Run:
         data_config, model_config = text.DataConfig(**config["data"]), ModelConfig(**config["model"])
     except (KeyError, TypeError) as error:
         raise BadInput(f"{workdir} is of another version of moe_erc ({error}); evaluate it with that one") from None
+    config["data"] = dataclasses.asdict(data_config)  # with the keys that are younger than the run
     with processes.first():
         corpus = text.prepare(data_config)
     processes.agree({"data": corpus.identity})

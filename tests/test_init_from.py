@@ -66,6 +66,7 @@ def test_an_export_says_what_it_is(exported):
         "| step | 6 |",
         f"{loss:.4f}",
         "1,536, in batches of 8",
+        "| attention | across the documents of a window |",
     ):
         assert words in card, card
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from moe_erc.analysis.coupling import measure_coupling, summarize_coupling
 from moe_erc.analysis.specialization import pairwise_cosine
+from moe_erc.model.context import of_batch
 from moe_erc.sharding import replicate
 
 
@@ -27,7 +28,8 @@ class Diagnosis:
 
         @functools.partial(jax.jit, out_shardings=replicate(model.mesh))
         def measure(weights, probe):
-            output = probed.apply({"params": weights.params}, probe["inputs_BT"], probe["mask_BT"], weights.router)
+            tokens = probe["inputs_BT"], probe["mask_BT"]
+            output = probed.apply({"params": weights.params}, *tokens, weights.router, of_batch(probe))
             rows_LED, moe = model.router_rows(weights.params), weights.params["layers"]["moe"]
             return {
                 "coupling": None if rows_LED is None else measure_coupling(rows_LED, moe["w_gate"], model.mesh),

@@ -17,6 +17,7 @@ class DataConfig:
     validation_fraction: float  # share of the documents held out of a source that has no validation split
     sequence_length: int  # T, predicted tokens per window
     cache_dir: str  # "" is $MOE_ERC_CACHE, or ~/.cache/moe_erc
+    attend_across_documents: bool = True  # tokens attend to earlier documents of their window; as runs did without it
 
     def __post_init__(self):
         if isinstance(self.sources, str) or not self.sources:

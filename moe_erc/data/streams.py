@@ -52,6 +52,7 @@ class Corpus:
     weights: Mapping[str, int]  # source -> its share of the training windows; empty means proportional to size
     identity: str  # differs when any batch could hold other tokens
     accounts: Mapping[str, Account] = dataclasses.field(default_factory=dict)  # by source
+    attend_across_documents: bool = True  # False: windows say which of their tokens are one document
 
 
 class _Writer:

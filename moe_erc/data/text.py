@@ -5,7 +5,7 @@
     for batch in train_batches(corpus, sequence_length, batch_size, seed, start_step): ...
 
 Text is tokenised once and opened from the cache ever after; a batch is {"inputs_BT", "targets_BT": int32, "mask_BT":
-bool}.
+bool}, and "segments_BT": int32, the document in its window of every input, where attention is to stay within documents.
 """
 
 from collections.abc import Iterable, Iterator
@@ -19,9 +19,18 @@ from moe_erc.data.mixture import whole_weights
 from moe_erc.data.streams import Corpus, Stream
 from moe_erc.data.tokenizer import Tokenizer
 from moe_erc.data.tokenizer import load as load_tokenizer
-from moe_erc.data.windows import count_windows, train_batches, validation_batches
+from moe_erc.data.windows import count_windows, documents_per_window, train_batches, validation_batches
 
-__all__ = ["Corpus", "DataConfig", "Stream", "describe", "prepare", "train_batches", "validation_batches"]
+__all__ = [
+    "Corpus",
+    "DataConfig",
+    "Stream",
+    "describe",
+    "documents_per_window",
+    "prepare",
+    "train_batches",
+    "validation_batches",
+]
 
 
 def prepare(config: DataConfig) -> Corpus:
@@ -50,7 +59,8 @@ def prepare(config: DataConfig) -> Corpus:
             by_split[split][names[domain]] = stream
         content.append([(split, stream.sha256) for split, _, stream in found])
     _check_length(config, by_split["train"].values())
-    return Corpus(tokenizer, by_split, weights, cache.digest(content), accounts)
+    across = config.attend_across_documents
+    return Corpus(tokenizer, by_split, weights, cache.digest(content), accounts, across)
 
 
 def describe(corpus: Corpus, sequence_length: int, windows: int) -> Iterator[str]:

@@ -5,7 +5,8 @@ target is in exactly one window. A training batch is a pure function of (corpus,
 nothing, and a batch has the same rows in the same order whether one process reads all of it or several read some each.
 """
 
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 
 import grain
 import numpy as np
@@ -59,7 +60,8 @@ def train_batches(
     shuffled = [_shuffled(group, sequence_length, (seed, position)) for position, group in enumerate(groups)]
     mixture = Mixture(list(corpus.weights.values()) or [1], batch_size, rows)
     windows = grain.MapDataset.select_from_datasets(shuffled, mixture)
-    batches = iter(windows.batch(len(rows)).map(_inputs_and_targets).to_iter_dataset(_READING))
+    of_windows = functools.partial(_inputs_and_targets, _document_end(corpus))
+    batches = iter(windows.batch(len(rows)).map(of_windows).to_iter_dataset(_READING))
     batches.set_state({"next_index": start_step})
     return batches
 
@@ -74,11 +76,23 @@ def validation_batches(
     streams = corpus.streams["validation"]
     if domain not in streams:
         raise BadInput(f"no validation text in domain '{domain}'; the domains that have some are {sorted(streams)}")
-    return _validation_batches(streams[domain].tokens_N, sequence_length, batch_size, limit)
+    of_windows = functools.partial(_inputs_and_targets, _document_end(corpus))
+    return _validation_batches(streams[domain].tokens_N, sequence_length, batch_size, limit, of_windows)
+
+
+def documents_per_window(corpus: Corpus, sequence_length: int) -> float:
+    """How many documents a training window meets on average, whole or in part."""
+    train = corpus.streams["train"].values()
+    weights, expected = corpus.weights or {None: 1}, 0.0
+    for source, weight in weights.items():
+        streams = [stream for stream in train if source in (None, stream.source)]
+        ends_per_token = sum(stream.documents for stream in streams) / sum(len(stream.tokens_N) for stream in streams)
+        expected += weight / sum(weights.values()) * (1 + (sequence_length - 1) * ends_per_token)
+    return expected
 
 
 def _validation_batches(
-    tokens_N: np.ndarray, sequence_length: int, batch_size: int, limit: int | None
+    tokens_N: np.ndarray, sequence_length: int, batch_size: int, limit: int | None, of_windows: Callable
 ) -> Iterator[dict[str, np.ndarray]]:
     total = -(-(len(tokens_N) - 1) // sequence_length)
     kept = min(limit or total, total)
@@ -90,7 +104,7 @@ def _validation_batches(
             window = tokens_N[start : start + sequence_length + 1]
             window_BT[row, : len(window)] = window
             mask_BT[row, : len(window) - 1] = True
-        yield _inputs_and_targets(window_BT) | {"mask_BT": mask_BT}
+        yield of_windows(window_BT) | {"mask_BT": mask_BT}
 
 
 def _shuffled(streams: list[Stream], sequence_length: int, entropy: tuple[int, int]) -> grain.MapDataset:
@@ -104,11 +118,27 @@ def _shuffled(streams: list[Stream], sequence_length: int, entropy: tuple[int, i
     return grain.MapDataset.concatenate(sets).shuffle(seed).repeat()
 
 
-def _inputs_and_targets(window_BT: np.ndarray) -> dict[str, np.ndarray]:
-    """Windows of T + 1 tokens as T predictions each, all of them counted."""
+def _document_end(corpus: Corpus) -> int | None:
+    """The token at which attention ends, None where it crosses documents."""
+    return None if corpus.attend_across_documents else corpus.tokenizer.eos_id
+
+
+def _inputs_and_targets(eos_id: int | None, window_BT: np.ndarray) -> dict[str, np.ndarray]:
+    """Windows of T + 1 tokens as T predictions each, all counted; with `eos_id` their documents are numbered."""
     window_BT = window_BT.astype(np.int32)
-    return {
+    batch = {
         "inputs_BT": window_BT[:, :-1],
         "targets_BT": window_BT[:, 1:],
         "mask_BT": np.ones_like(window_BT[:, 1:], bool),
     }
+    return batch if eos_id is None else batch | {"segments_BT": _number_documents(batch["inputs_BT"], eos_id)}
+
+
+def _number_documents(inputs_BT: np.ndarray, eos_id: int) -> np.ndarray:
+    """(B, T) int32: how many documents ended in the window before each token.
+
+    The end-of-document token is the last of its own document, and what it predicts is the first token of the next: that
+    target is counted too, so that a loss is over the same targets whether attention crosses documents or not.
+    """
+    ends_BT = inputs_BT == eos_id
+    return np.cumsum(ends_BT, axis=1, dtype=np.int32) - ends_BT

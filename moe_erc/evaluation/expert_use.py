@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_erc.data.text import validation_batches
+from moe_erc.model.context import of_batch
 from moe_erc.sharding import replicate
 
 
@@ -27,8 +28,8 @@ class ExpertUse:
 
         @functools.partial(jax.jit, out_shardings=replicate(model.mesh))
         def count(weights, batch):
-            tokens_BT = batch["inputs_BT"]
-            output = observed.apply({"params": weights.params}, tokens_BT, batch["mask_BT"], weights.router)
+            tokens_BT, context = batch["inputs_BT"], of_batch(batch)
+            output = observed.apply({"params": weights.params}, tokens_BT, batch["mask_BT"], weights.router, context)
 
             def of_layer(experts_BTK):
                 zeros_VE = jnp.zeros((config.vocab_size, config.experts), jnp.int32)

@@ -15,6 +15,7 @@ import numpy as np
 
 from moe_erc.checks import BadInput
 from moe_erc.data.text import validation_batches
+from moe_erc.model.context import of_batch
 from moe_erc.sharding import replicate
 
 PROBE_ROWS = 8  # sequences on which the outputs of all experts are compared
@@ -36,7 +37,8 @@ class Perplexity:
 
         @functools.partial(jax.jit, out_shardings=replicate(model.mesh))
         def sums(weights, batch):
-            output = model.apply({"params": weights.params}, batch["inputs_BT"], batch["mask_BT"], weights.router)
+            tokens = batch["inputs_BT"], batch["mask_BT"]
+            output = model.apply({"params": weights.params}, *tokens, weights.router, of_batch(batch))
             losses_BT = token_losses(output.x_BTD, output.head_VD, batch["targets_BT"])
             return {
                 "loss": jnp.sum(losses_BT * batch["mask_BT"]),

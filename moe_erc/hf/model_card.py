@@ -40,6 +40,10 @@ ROUTERS = {
     "competition": "Router: softmax, the top {K} of {E} experts, taught by experts that competed (CompeteSMoE).",
     "mpi": "Router: softmax, the top {K} of {E} experts, by rows as manifold power iteration (MPI) turned them.",
 }
+ATTENTION = {  # of training and validation, by data.attend_across_documents
+    True: "across the documents of a window",
+    False: "within documents, with positions that restart at each",
+}
 
 
 def model_card(name, model, config, step, validation):
@@ -52,6 +56,7 @@ def model_card(name, model, config, step, validation):
         "tokens": f"{tokens:,}, in batches of {train['batch_size']} x {data['sequence_length']}",
         "validation loss": found,
         "data": ", ".join(data["sources"]),
+        "attention": ATTENTION[data["attend_across_documents"]],
         "optimizer": "{name}, learning rate {learning_rate:g}, {schedule}".format(**config["optimizer"]),
         "started from": config["init_from"] or "random weights",
         "seed": config["seed"],

@@ -1,6 +1,7 @@
 """Where tokens stand and what they attend to, where that is not simply: each in its place, to all before it.
 
     packed    several sequences in a row; padding, left or right, is a sequence of its own
+    of_batch  the documents of a training or validation window, where attention stays within them
     branched  several sequences in a row that share their beginnings
     cached    the next T tokens of every row, which attend to the S slots of a key/value cache
 
@@ -22,12 +23,21 @@ class Cache(NamedTuple):
 
 
 class Context(NamedTuple):
-    """What attention is told beside the tokens."""
+    """What attention is told beside the tokens: who attends to whom, token by token or by the sequences of a row.
+
+    Sequences are compared where scores are made, a slice of queries at a time: of a long row no mask of (T, T) exists.
+    """
 
     positions_BT: jax.Array  # below S; RoPE turns by them
-    attends_BTS: jax.Array  # bool; S is T without a cache
+    attends_BTS: jax.Array | None  # bool; S is T without a cache
     cache: Cache | None = None
     slot: Any = 0  # of the cache, where the keys and values of the T tokens go
+    segments_BT: jax.Array | None = None  # instead of attends_BTS: to one's own number, and to nothing behind
+
+    @property
+    def slots(self):
+        """S, the keys there are."""
+        return (self.segments_BT if self.attends_BTS is None else self.attends_BTS).shape[-1]
 
     def write(self, key_BTHD, value_BTHD):
         """The layer's cache with these in their slots."""
@@ -36,11 +46,19 @@ class Context(NamedTuple):
 
 
 def packed(segments_BT):
-    """Context of sequences side by side: neighbours of one number are a sequence, whose positions start at 0."""
+    """Context of sequences side by side: neighbours of one number are a sequence, whose positions start at 0.
+
+    `segments_BT` holds integers or bools. A row may begin in the middle of a sequence: its positions start at 0 there.
+    """
     slots_T = jnp.arange(segments_BT.shape[1])
     starts_BT = jnp.diff(segments_BT, axis=1, prepend=segments_BT[:, :1]) != 0
     sequence_BT, first_BT = jnp.cumsum(starts_BT, axis=1), lax.cummax(jnp.where(starts_BT, slots_T, 0), axis=1)
-    return Context(slots_T - first_BT, _attends(slots_T, sequence_BT, sequence_BT))
+    return Context(slots_T - first_BT, None, segments_BT=sequence_BT)
+
+
+def of_batch(batch):
+    """Context of a batch of `data/windows.py`: None, which attends to all before it, unless it numbers documents."""
+    return packed(batch["segments_BT"]) if "segments_BT" in batch else None
 
 
 def branched(positions_BT, trees_BT, branches_BT):

@@ -20,7 +20,7 @@ from moe_erc.moe.routing import RoutingStats
 from moe_erc.sharding import BATCH
 
 # What of a context is every layer's, and what has an axis of layers.
-BY_LAYER = Context(nn.broadcast, nn.broadcast, cache=0, slot=nn.broadcast)
+BY_LAYER = Context(nn.broadcast, nn.broadcast, cache=0, slot=nn.broadcast, segments_BT=nn.broadcast)
 
 
 class Output(NamedTuple):

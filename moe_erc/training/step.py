@@ -12,6 +12,7 @@ import optax
 
 from moe_erc.losses.load_balance import load_measures
 from moe_erc.random_keys import named
+from moe_erc.model.context import of_batch
 from moe_erc.sharding import replicate, shard_batch
 from moe_erc.training import router_state
 from moe_erc.training.guard import GuardConfig, judge
@@ -111,7 +112,7 @@ def micro_batch_gradients(model, objective, state, router, batch, earlier):
     """(gradients, terms, StepCounts) of one micro-batch."""
 
     def loss(params):
-        output = model.apply({"params": params}, batch["inputs_BT"], batch["mask_BT"], router)
+        output = model.apply({"params": params}, batch["inputs_BT"], batch["mask_BT"], router, of_batch(batch))
         terms = objective.of_batch(output, batch, earlier and earlier.assignments_LE)
         tokens = jnp.sum(batch["mask_BT"], dtype=jnp.int32)
         counts = router_state.StepCounts(output.routing.assignments_E, tokens)

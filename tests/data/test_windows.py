@@ -1,13 +1,15 @@
 """Windows and batches, on streams that count upwards so that every token tells where it came from."""
 
+import dataclasses
 import itertools
 import math
+import types
 
 import numpy as np
 import pytest
 
-from moe_erc.data.streams import Corpus
-from moe_erc.data.windows import Windows, count_windows, train_batches, validation_batches
+from moe_erc.data.streams import Corpus, Stream
+from moe_erc.data.windows import Windows, count_windows, documents_per_window, train_batches, validation_batches
 
 T = 4
 
@@ -137,3 +139,54 @@ def test_a_limit_spreads_windows_evenly(corpus_of):
 def test_an_unknown_domain_is_refused_at_the_call(counting_corpus):
     with pytest.raises(ValueError, match=r"no validation text in domain 'b'; the domains that have some are \['a'\]"):
         validation_batches(counting_corpus, "b", T, 2)
+
+
+@pytest.fixture
+def ending_corpus():
+    """A corpus whose stream is documents that end with token 9, one of them empty, in windows of T = 4."""
+    tokens_N = np.array([9, 1, 2, 9, 9, 3, 4, 5, 6, 7, 8, 9, 1, 9], "<u2")
+    stream = Stream("s", tokens_N, 9, 5, "sha256")
+    tokenizer = types.SimpleNamespace(eos_id=9)
+    return Corpus(tokenizer, {"train": {"a": stream}, "validation": {"a": stream}}, {}, "identity", False)
+
+
+SEGMENTS = {  # by the first token of a window and the next
+    (9, 1): [0, 1, 1, 1],
+    (9, 3): [0, 1, 1, 1],
+    (6, 7): [0, 0, 0, 0],
+}
+
+
+def test_documents_of_a_window_are_numbered_and_end_with_their_end(ending_corpus):
+    first, second, third, last = validation_batches(ending_corpus, "a", T, 1)
+    assert [batch["inputs_BT"][0].tolist() for batch in (first, second, third)] == [
+        [9, 1, 2, 9], [9, 3, 4, 5], [6, 7, 8, 9],
+    ]  # fmt: skip
+    for batch in (first, second, third, last):
+        assert batch["segments_BT"].dtype == np.int32
+        # The last window is 1 and the end, and padding behind.
+        expected = SEGMENTS[tuple(batch["inputs_BT"][0, :2].tolist())] if batch is not last else [0, 0, 1, 1]
+        assert batch["segments_BT"][0].tolist() == expected
+    assert last["mask_BT"][0].tolist() == [True, False, False, False]  # 1, before the last end
+    # The end predicts what comes next, and is counted: the targets are those of attention across documents.
+    across = validation_batches(dataclasses.replace(ending_corpus, attend_across_documents=True), "a", T, 1)
+    for within, other in zip((first, second, third, last), across, strict=True):
+        assert set(within) - set(other) == {"segments_BT"}
+        for name in other:
+            np.testing.assert_array_equal(within[name], other[name])
+
+
+def test_training_batches_number_documents_too_in_whatever_rows_are_read(ending_corpus):
+    for batch in take(train_batches(ending_corpus, T, 3, seed=0), 4):
+        for inputs, segments in zip(batch["inputs_BT"].tolist(), batch["segments_BT"].tolist(), strict=True):
+            assert segments == SEGMENTS[tuple(inputs[:2])]
+    alone = take(train_batches(ending_corpus, T, 4, seed=0), 3)
+    for mine, expected in zip(take(train_batches(ending_corpus, T, 4, 0, 0, (1, 3)), 3), alone, strict=True):
+        np.testing.assert_array_equal(mine["segments_BT"], expected["segments_BT"][[1, 3]])
+
+
+def test_documents_of_a_window_on_average(ending_corpus, weighted_corpus):
+    # 5 ends in 14 tokens, of which the first 3 of a window begin another document in it
+    assert documents_per_window(ending_corpus, T) == pytest.approx(1 + 3 * 5 / 14)
+    # 2 streams of "one" hold 45 tokens and 2 documents, "two" 21 and 1; drawn 1 : 3
+    assert documents_per_window(weighted_corpus, T) == pytest.approx(1 + 3 * (2 / 45 / 4 + 1 / 21 * 3 / 4))

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from moe_erc import sharding
-from moe_erc.model.context import branched, cached, empty_cache, packed
+from moe_erc.model.attention import same_segment
+from moe_erc.model.context import branched, cached, empty_cache, of_batch, packed
 from moe_erc.model.transformer import Transformer
 from moe_erc.training.state import init_weights
 
@@ -63,6 +64,7 @@ def assert_close(found, expected):
 def test_packed_by_hand():
     context = packed(jnp.array([[0, 0, 1, 1, 1, 0]]))
     np.testing.assert_array_equal(context.positions_BT, [[0, 1, 0, 1, 2, 0]])
+    assert context.attends_BTS is None and context.slots == 6
     expected = [
         [1, 0, 0, 0, 0, 0],
         [1, 1, 0, 0, 0, 0],
@@ -71,7 +73,14 @@ def test_packed_by_hand():
         [0, 0, 1, 1, 1, 0],
         [0, 0, 0, 0, 0, 1],  # another 0, another sequence
     ]
-    np.testing.assert_array_equal(context.attends_BTS[0], expected)
+    np.testing.assert_array_equal(np.tri(6, dtype=bool) & same_segment(context.segments_BT)[0], expected)
+
+
+def test_a_batch_has_a_context_if_it_numbers_documents(token_batch):
+    batch = token_batch(2, 4)
+    assert of_batch(batch) is None  # the plain program, to the bit
+    context = of_batch(batch | {"segments_BT": jnp.array([[0, 1, 1, 2], [0, 0, 0, 0]])})
+    np.testing.assert_array_equal(context.positions_BT, [[0, 0, 1, 0], [0, 1, 2, 3]])
 
 
 def test_branched_by_hand():

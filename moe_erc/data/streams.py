@@ -46,6 +46,7 @@ class Corpus:
     streams: Mapping[str, Mapping[str, Stream]]  # "train" or "validation" -> domain -> stream
     weights: Mapping[str, int]  # source -> its share of the training windows; empty means proportional to size
     identity: str  # differs when any batch could hold other tokens
+    record: Mapping = dataclasses.field(default_factory=dict)  # where it lies in the cache: `text.reopen`
 
 
 class _Writer:

@@ -22,6 +22,7 @@ from moe_erc.checks import BadInput
 from moe_erc.evaluation.sampling import Sampling
 from moe_erc.evaluation.tasks import load_tasks
 from moe_erc.hf import inspect, shard_writer
+from moe_erc.resume import history_lines
 from moe_erc.runs import open_checkpoint, open_run
 
 WORKDIR = flags.DEFINE_list("workdir", [], "directories of runs of train.py")
@@ -53,14 +54,22 @@ def main(_):
         sharding.use_cpu_cores()
         processes.mute_all_but_first()
         tasks = load_tasks(TASKS.value, TASK_DIR.value, NUM_FEWSHOT.value)
+    reports = FIGURES.value or not (COUPLING.value or EXPORT.value or TASKS.value or GENERATE.value is not None)
+    defaults = base.get_config().to_dict()
     evaluated = {}
     for place in WORKDIR.value or [CHECKPOINT.value]:
         with command_line.refusing_bad_input(), processes.ending_together():
-            opened = open_run(place) if WORKDIR.value else open_checkpoint(place, base.get_config().model.to_dict())
+            if WORKDIR.value:
+                opened = open_run(place, defaults, with_text=bool(reports))
+            else:
+                opened = open_checkpoint(place, defaults["model"])
             layers = opened.router_and_gates() if COUPLING.value else None
             if EXPORT.value:
                 opened.export(EXPORT.value)
         print(place if opened.step is None else f"{place}: step {opened.step}")
+        if WORKDIR.value:
+            for line in history_lines(opened.earlier.history):
+                print(line)
         if COUPLING.value:
             report_survey(output(place), place, layers, range(opened.model.config.layers))
         with command_line.refusing_bad_input():
@@ -68,9 +77,11 @@ def main(_):
                 write_report(output(opened.directory) / "tasks.json", opened.print_tasks(tasks, LIMIT.value))
             if GENERATE.value is not None:
                 opened.print_text(GENERATE.value, sampling)
-        if FIGURES.value or not (COUPLING.value or EXPORT.value or TASKS.value or GENERATE.value is not None):
+        if reports:
             report = opened.report(WINDOWS.value)
             print_report(report)
+            if line := opened.compare_text(opened.directory / "eval.json", report):
+                print(line)
             write_report(opened.directory / "eval.json", report)
             evaluated[place] = opened.to_draw(report, WINDOWS.value) if FIGURES.value else None
     if FIGURES.value:

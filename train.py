@@ -13,9 +13,10 @@ import sys
 from absl import flags
 from etils import epath
 
-from moe_erc import command_line, compilation_cache, processes, sharding
+from configs import base
+from moe_erc import command_line, compilation_cache, processes, resume, sharding
 from moe_erc.analysis.diagnosis import Diagnosis, headline, summarize
-from moe_erc.analysis.report import print_report, write_report
+from moe_erc.analysis.report import print_report, read_report, write_report
 from moe_erc.data import text
 from moe_erc.evaluation.generate import Generator, Sampling
 from moe_erc.evaluation.ngram import ngram_losses
@@ -30,10 +31,9 @@ from moe_erc.training import router_state
 from moe_erc.training.checkpoint import Checkpoints, holds_steps, prepare_directory
 from moe_erc.training.failure import EXPECTED, LastWords
 from moe_erc.training.guard import GuardConfig
-from moe_erc.training.identity import check_same_run
 from moe_erc.training.interrupt import StopRequest
 from moe_erc.training.metrics import MetricWriter, check_package
-from moe_erc.training.optimizer import OptimizerConfig, make_optimizer
+from moe_erc.training.optimizer import OptimizerConfig, learning_rate_schedule, make_optimizer, updates_done
 from moe_erc.training.progress import Progress
 from moe_erc.training.state import abstract_state, create_state, initializer, shardings
 from moe_erc.training.step import make_train_step, step_gradients
@@ -65,9 +65,35 @@ def main(_):
         processes.mute_all_but_first()
         print(f"{workdir}: {model_config.parameters():,} parameters, {model_config.active_parameters():,} active")
 
+        # ---------------------------------------------------------------- where it stopped
+        # The checkpoint comes before the text: a run that goes on reads the text that it was begun with.
+        resuming, settings = holds_steps(workdir / "checkpoints"), config.to_dict()
+        processes.agree({"checkpoint": resuming})
+        checkpoints, start, earlier = None, 0, resume.Earlier()
+        if resuming:
+            _lock, checkpoints = open_checkpoints(workdir, config.checkpoint.keep)
+            start = checkpoints.newest_intact()
+        if start:
+            earlier = resume.read(checkpoints.read_meta(start), start, base.get_config().to_dict())
+        earlier = resume.compare(earlier, settings)
+        if start > steps:
+            print(f"train.steps: {steps} are fewer than the {start} that are done: nothing is trained")
+
         # ---------------------------------------------------------------- data
+        finished = read_report(workdir / "report.json", start) if start >= steps else None
         with processes.first():  # it fills the cache
-            corpus = text.prepare(data_config)
+            try:
+                corpus, other_text = resume.open_text(earlier, data_config, config.resume.allow)
+            except resume.TextGone as gone:
+                if not finished:
+                    raise
+                print(f"{gone}; the report of step {start} is the one in report.json")
+                corpus = None
+        if corpus is None:
+            print_report(finished)
+            return
+        changes = [*earlier.changes, *other_text]
+        resume.print_changes(earlier, changes)
         model_config.check_vocabulary(corpus.tokenizer.vocab_size)
         print("\n".join(text.describe(corpus, length, steps * batch_size)))
         if not data_config.attend_across_documents:
@@ -83,26 +109,23 @@ def main(_):
         tasks = load_tasks(config.eval.tasks, config.eval.task_dir)
         task_scores = TaskScores(tasks, config.eval.task_limit, model, corpus.tokenizer, rows)
 
-        # ---------------------------------------------------------------- what the run is, and where it stopped
-        data = {"tokenizer": corpus.tokenizer.identity, "corpus": corpus.identity}
-        identity = {"model": model_config.identity(), "data": data, "optimizer": {"name": config.optimizer.name}}
-        identity |= {"seed": config.seed, "init_from": config.init_from}
+        # ---------------------------------------------------------------- what the run is
         init = initializer(model, optimizer, config.seed)
         shapes = abstract_state(init, mesh)
-        source = None if holds_steps(workdir / "checkpoints") else config.init_from
+        resume.check_state(earlier, model, shapes)
+        source = None if start else config.init_from
         given = source and olmoe.open_olmoe(source, model_config, shapes.params)
-        with processes.first():  # it clears up what a killed run left, and keeps other runs out while this one lasts
-            _lock = prepare_directory(workdir / "checkpoints")
-        checkpoints = Checkpoints(workdir / "checkpoints", config.checkpoint.keep)
-        start = checkpoints.newest_intact()
-        meta = identity | {"config": config.to_dict()}
-        processes.agree(meta | {"checkpoint": start})
-        check_same_run(checkpoints.read_meta() if start else identity, identity)
+        if not resuming:  # what is refused leaves no directory
+            _lock, checkpoints = open_checkpoints(workdir, config.checkpoint.keep)
+        meta = {"config": settings, "data": corpus.record, "history": earlier.history_with(changes)}
+        processes.agree({"config": settings, "data": corpus.identity, "checkpoint": [start, earlier.rows]})
         sharding.print_plan(shapes)
 
     # -------------------------------------------------------------------- state and step
     state = checkpoints.restore(shapes)[0] if start else create_state(init, shapes, given.read() if given else None)
-    train_step = make_train_step(model, objective, optimizer, micro_batches, shardings(shapes), guard)
+    schedule = learning_rate_schedule(OptimizerConfig(**config.optimizer), steps)
+    train_step = make_train_step(model, objective, optimizer, micro_batches, shardings(shapes), guard, schedule)
+    resume.print_schedule(earlier, settings, int(updates_done(state.opt_state)))
 
     def evaluate(step, weights):
         found, measured = perplexity.run(weights, config.eval.windows), diagnosis.run(weights)
@@ -114,9 +137,12 @@ def main(_):
 
     # -------------------------------------------------------------------- loop
     step_size = (batch_size * length, 3 * model_config.flops_per_token(length) * batch_size * length)
-    batches_from = functools.partial(text.train_batches, corpus, length, batch_size, config.seed)
+
+    def batches_from(step, rows=None):
+        return text.train_batches(corpus, length, batch_size, config.seed, earlier.row_at(step, batch_size), rows)
+
     batches = batches_from(start, sharding.local_rows(mesh, batch_size))
-    writer = MetricWriter(workdir, config.log.tensorboard, config.log.wandb_project, meta["config"], start + 1)
+    writer = MetricWriter(workdir, config.log.tensorboard, config.log.wandb_project, settings, start + 1)
     progress = Progress(writer, config.log.every, (start, steps), step_size, guard)
     trace = Trace(workdir / "profile", config.train.profile_step, (start, steps))
     last_words = LastWords(workdir, step_gradients(model, objective, micro_batches), batches_from)
@@ -136,7 +162,7 @@ def main(_):
                         evaluate(step, state.weights)
                 if saving:
                     writer.flush()
-                    checkpoints.save(step, state, meta)
+                    checkpoints.save(step, state, meta | {"rows": earlier.row_at(step, batch_size)})
                 if leaving:
                     break
     except EXPECTED as error:
@@ -146,9 +172,17 @@ def main(_):
 
     # -------------------------------------------------------------------- report
     validation = perplexity.run(state.weights, config.eval.report_windows)
-    report = {"validation": validation, "baselines": ngram_losses(corpus)} | diagnosis.run(state.weights)
+    report = {"step": max(start, steps), "history": resume.history_lines(meta["history"]), "validation": validation}
+    report |= {"baselines": ngram_losses(corpus)} | diagnosis.run(state.weights)
     write_report(workdir / "report.json", report)
     print_report(report)
+
+
+def open_checkpoints(workdir, keep):
+    """(lock, checkpoints) of a writer: it clears up what a killed run left, and keeps other runs out while it lasts."""
+    with processes.first():
+        lock = prepare_directory(workdir / "checkpoints")
+    return lock, Checkpoints(workdir / "checkpoints", keep)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ def get_config(size=""):
     config.eval = _evaluation()
     config.checkpoint = _checkpoint()
     config.log = _log()
+    config.resume = _resume()
     sizes.apply(config, size or "tiny")
     return config
 
@@ -194,3 +195,12 @@ def _log():
     log.tensorboard = True
     log.wandb_project = ""  # "" does not use Weights & Biases
     return log
+
+
+def _resume():
+    """What a run started again on its workdir may change: moe_erc/training/identity.py has the rule of every key."""
+    resume = ConfigDict()
+    # Names of blocks or keys, such as ('losses', 'model.top_p'), whose change is meant. Without it a run whose model,
+    # losses, text, optimizer (but for its schedule) or seed differ is refused.
+    resume.allow = ()
+    return resume

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from moe_erc import processes, sharding
+from moe_erc import processes, resume, sharding
 from moe_erc.analysis.curves import read_metrics
 from moe_erc.analysis.diagnosis import Diagnosis
 from moe_erc.analysis.gate_map import gate_map
@@ -32,6 +32,7 @@ from moe_erc.training.checkpoint import Checkpoints
 from moe_erc.training.state import Weights, abstract_state, init_weights
 
 MAP_EXPERTS, MAP_UNITS = 6, 200  # in the map of gates; t-SNE takes minutes for thousands of points
+MEND = "or evaluate the run where its cache is (MOE_ERC_CACHE)"
 ROWS = 8  # of a batch for a checkpoint, which does not say
 
 
@@ -66,7 +67,8 @@ class Run(Opened):
     """A run, as of its newest checkpoint."""
 
     config: dict  # as in configs/base.py
-    corpus: text.Corpus
+    corpus: text.Corpus | None  # None where it was opened without its text
+    earlier: resume.Earlier  # what its checkpoint says of it
 
     def report(self, windows=None):
         """Coupling, specialisation, baselines, and validation on so many windows a domain (0: all, None: the run's)."""
@@ -74,9 +76,25 @@ class Run(Opened):
         perplexity = Perplexity(self.model, self.corpus, losses, self._put, self.shape_BT)
         return {
             "step": self.step,
+            "history": resume.history_lines(self.earlier.history),
+            "text": self._text(windows),
             "validation": perplexity.run(self.weights, self._windows(windows)),
             "baselines": ngram_losses(self.corpus),
         } | Diagnosis(self.model, perplexity.probe(self.model.mesh.size)).run(self.weights)
+
+    def _text(self, windows):
+        """What a loss was measured on, in words that are equal for equal text."""
+        return f"{self.corpus.identity}, {self._windows(windows) or 'all'} windows of each domain"
+
+    def compare_text(self, path, report):
+        """One line where the report at `path`, which this one is to replace, was measured on other text; or ""."""
+        try:
+            before = json.loads(path.read_text()).get("text") if path.exists() else None
+        except (ValueError, AttributeError):
+            before = None
+        if before in (None, report["text"]):
+            return ""
+        return f"{path}: its results were measured on other text ({before}; now {report['text']}) and are replaced"
 
     def to_draw(self, report, windows=None):
         """What `run_figures` takes of a run, with its report: maps are of the clean router and of those windows."""
@@ -122,7 +140,7 @@ class Run(Opened):
             "max_position_embeddings": length,
             "router_aux_loss_coef": balance / model.experts_per_token,  # of a loss that is K when balanced, not 1
         }
-        card = model_card.model_card(epath.Path(directory).name, model, self.config, self.step, self._validation())
+        card = model_card.model_card(epath.Path(directory).name, model, self.earlier, self._validation())
         files = tokenizer_files.tokenizer_files(data["tokenizer"], tokenizer.eos, length) | {"README.md": card}
         olmoe.export_olmoe(directory, self.model, self.weights.params, olmoe.About(entries, files))
 
@@ -136,31 +154,36 @@ class Run(Opened):
         return None
 
 
-def open_run(workdir) -> Run:
+def open_run(workdir, defaults=None, with_text=True) -> Run:
     """Of a directory or bucket. Of several processes all open it, and the first fills the cache.
 
-    ValueError or OSError of one line, before anything is compiled, where there is no such run or its data are gone.
+    defaults: a whole configuration, for keys that are younger than the run. Its text is that of its beginning, out of
+    the cache; without text a run can write, export, be asked tasks and tell of its coupling.
+
+    BadInput or OSError of one line, before anything is compiled, where there is no such run or its data are gone.
     """
     directory = epath.Path(workdir)
     checkpoints = Checkpoints(directory / "checkpoints")
     step = checkpoints.newest_intact()
     processes.agree({"checkpoint": step})
-    meta = checkpoints.read_meta(step or None)
+    earlier = resume.read(checkpoints.read_meta(step or None), step, defaults)
+    config = earlier.config
     try:
-        config, trained_with = meta["config"], meta["data"]["tokenizer"]
         data_config, model_config = text.DataConfig(**config["data"]), ModelConfig(**config["model"])
     except (KeyError, TypeError) as error:
         raise BadInput(f"{workdir} is of another version of moe_erc ({error}); evaluate it with that one") from None
     config["data"] = dataclasses.asdict(data_config)  # with the keys that are younger than the run
-    with processes.first():
-        corpus = text.prepare(data_config)
-    processes.agree({"data": corpus.identity})
-    if corpus.tokenizer.identity != trained_with:
-        raise BadInput(f"data.tokenizer: {data_config.tokenizer!r} is not the one the run was trained with")
+    corpus, identity = None, earlier.data["tokenizer"]
+    if with_text:
+        with processes.first():
+            corpus, _ = resume.open_text(earlier, data_config, mend=MEND)
+        identity = corpus.identity
+    tokenizer = resume.open_tokenizer(earlier, data_config, MEND)
+    processes.agree({"data": identity})
     model, abstract = _lay_out(model_config)
     shape_BT = _rows(model, config["eval"]["batch_size"]), config["data"]["sequence_length"]
     weights = checkpoints.restore_weights(abstract, step)
-    return Run(step, directory, model, weights, corpus.tokenizer, shape_BT, config, corpus)
+    return Run(step, directory, model, weights, tokenizer, shape_BT, config, corpus, earlier)
 
 
 def open_checkpoint(directory, model_block) -> Opened:

@@ -31,6 +31,26 @@ def write_report(path, report):
     write_text(path, json.dumps(_plain(report), indent=1))
 
 
+def read_report(path, step: int) -> dict | None:
+    """The report at `path` if it is of that step, with NaN where a number was not finite; None without one."""
+    if not path.exists():
+        return None
+    try:
+        report = json.loads(path.read_text())
+    except ValueError:
+        return None
+    return _with_nan(report) if isinstance(report, dict) and report.get("step") == step else None
+
+
+def _with_nan(value):
+    """Lists of numbers as `_plain` found them; a part that is None stays so."""
+    if isinstance(value, dict):
+        return {name: _with_nan(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [math.nan if item is None else _with_nan(item) for item in value]
+    return value
+
+
 def write_text(path, text):
     """As `write_bytes`, in UTF-8."""
     write_bytes(path, text.encode())

@@ -53,6 +53,7 @@ class Corpus:
     identity: str  # differs when any batch could hold other tokens
     accounts: Mapping[str, Account] = dataclasses.field(default_factory=dict)  # by source
     attend_across_documents: bool = True  # False: windows say which of their tokens are one document
+    record: Mapping = dataclasses.field(default_factory=dict)  # where it lies in the cache: `text.reopen`
 
 
 class _Writer:

@@ -2,17 +2,17 @@
 
     corpus = prepare(DataConfig(**config.data))
     for line in describe(corpus, sequence_length, windows): print(line)
-    for batch in train_batches(corpus, sequence_length, batch_size, seed, start_step): ...
+    for batch in train_batches(corpus, sequence_length, batch_size, seed, start_row): ...
 
 Text is tokenised once and opened from the cache ever after; a batch is {"inputs_BT", "targets_BT": int32, "mask_BT":
 bool}, and "segments_BT": int32, the document in its window of every input, where attention is to stay within documents.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from moe_erc.checks import BadInput
-from moe_erc.data import cache, sources, streams
+from moe_erc.data import cache, origin, sources, streams
 from moe_erc.data.config import DataConfig
 from moe_erc.data.document import Account
 from moe_erc.data.mixture import whole_weights
@@ -27,7 +27,10 @@ __all__ = [
     "Stream",
     "describe",
     "documents_per_window",
+    "identity_of",
     "prepare",
+    "reopen",
+    "streams_of",
     "train_batches",
     "validation_batches",
 ]
@@ -36,31 +39,86 @@ __all__ = [
 def prepare(config: DataConfig) -> Corpus:
     """Open the token streams of a configuration, tokenising each source the first time it is seen with this tokenizer.
 
-    Raises ValueError or OSError, with one line that names the value and the mend, for anything wrong with the
+    Raises BadInput or OSError, with one line that names the value and the mend, for anything wrong with the
     configuration or the text.
     """
-    weights = dict(zip(config.sources, whole_weights(config.weights), strict=True)) if config.weights else {}
+    # Weights that cannot be mixed are refused before anything is tokenised.
+    whole_weights(config.weights)
     tokenizer = load_tokenizer(config.tokenizer)
-    by_split: dict[str, dict[str, Stream]] = {"train": {}, "validation": {}}
-    content = [tokenizer.identity, list(weights.values()), config.sequence_length]
-    accounts: dict[str, Account] = {}
+    root = cache.root(config.cache_dir)
+    entries = []
     names_by_identity: dict[str, str] = {}
     for name in config.sources:
+        # Described before it is read: what changes while it is read then shows as a change.
+        seen = origin.describe(name)
         source = sources.open_source(name, config)
         if first := names_by_identity.get(source.identity):
             raise BadInput(f"data.sources: '{name}' is the same text as '{first}'; list it once, with data.weights")
         names_by_identity[source.identity] = name
-        directory = _tokenised(source, tokenizer, cache.root(config.cache_dir))
-        found = list(streams.read(directory, name))
-        accounts[name] = streams.read_account(directory)
+        directory = _tokenised(source, tokenizer, root)
+        place = directory.relative_to(root).as_posix()
+        entries.append({"name": name, "label": source.label, "directory": place, "origin": seen})
+    return _corpus(config, tokenizer, entries)
+
+
+def reopen(record: Mapping, config: DataConfig) -> Corpus | None:
+    """The corpus of an earlier run as it lies in the cache, whatever has become of its sources; None if it is gone.
+
+    `record` is the `Corpus.record` of then. Weights and window length are those of `config`.
+    """
+    entries = record.get("sources", ())
+    root = cache.root(config.cache_dir)
+    if not entries or not all(_lies_in(root / entry["directory"], root) for entry in entries):
+        return None
+    corpus = _corpus(config, load_tokenizer(config.tokenizer), entries)
+    return corpus if streams_of(corpus.record) == streams_of(record) else None
+
+
+def streams_of(record: Mapping) -> list:
+    """The digests of all token streams of a record: the text, wherever it lies."""
+    return [entry["streams"] for entry in record["sources"]]
+
+
+def identity_of(record: Mapping, weights: Sequence[int], sequence_length: int) -> str:
+    """The `Corpus.identity` of a record's text under other weights and another window length."""
+    return cache.digest([record["tokenizer"], list(weights), sequence_length, *streams_of(record)])
+
+
+def _lies_in(directory: Path, root: Path) -> bool:
+    """Whether it is there, below the cache, whatever a damaged checkpoint says."""
+    return directory.resolve().is_relative_to(root.resolve()) and directory.is_dir()
+
+
+def _corpus(config: DataConfig, tokenizer: Tokenizer, entries: Sequence[Mapping]) -> Corpus:
+    """The streams in the directories of `entries`, {"name", "label", "directory", "origin"} of each source."""
+    whole = whole_weights(config.weights)
+    weights = dict(zip(config.sources, whole, strict=True)) if config.weights else {}
+    root = cache.root(config.cache_dir)
+    by_split: dict[str, dict[str, Stream]] = {"train": {}, "validation": {}}
+    accounts: dict[str, Account] = {}
+    described = []
+    for entry in entries:
+        directory = root / entry["directory"]
+        found = list(streams.read(directory, entry["name"]))
+        accounts[entry["name"]] = streams.read_account(directory)
         taken = {domain for split in by_split.values() for domain in split}
-        names = _domain_names([domain for _, domain, _ in found], source.label, taken)
+        names = _domain_names([domain for _, domain, _ in found], entry["label"], taken)
         for split, domain, stream in found:
             by_split[split][names[domain]] = stream
-        content.append([(split, stream.sha256) for split, _, stream in found])
+        digests = [[split, stream.sha256] for split, _, stream in found]
+        described.append(dict(entry) | {"streams": digests})
     _check_length(config, by_split["train"].values())
-    across = config.attend_across_documents
-    return Corpus(tokenizer, by_split, weights, cache.digest(content), accounts, across)
+    record = {"tokenizer": tokenizer.identity, "sources": described}
+    identity = identity_of(record, list(weights.values()), config.sequence_length)
+    return Corpus(
+        tokenizer,
+        by_split,
+        weights,
+        identity,
+        accounts,
+        config.attend_across_documents,
+        record | {"corpus": identity},
+    )
 
 
 def describe(corpus: Corpus, sequence_length: int, windows: int) -> Iterator[str]:

@@ -46,10 +46,14 @@ ATTENTION = {  # of training and validation, by data.attend_across_documents
 }
 
 
-def model_card(name, model, config, step, validation):
-    """Markdown of a run: its name, ModelConfig, configuration (`configs/base.py`), step and validation loss or None."""
+def model_card(name, model, earlier, validation):
+    """Markdown of a run: its name, ModelConfig, what its checkpoint says of it, and validation loss or None.
+
+    earlier: `step`, `rows`, `config` (`configs/base.py`) and `history` of the run: {"from_step", "key", …} each.
+    """
+    config, step = earlier.config, earlier.step
     data, train = config["data"], config["train"]
-    tokens = step * train["batch_size"] * data["sequence_length"]
+    tokens = earlier.rows * data["sequence_length"]
     found = "not measured" if validation is None else f"{validation:.4f} nats a token, mean over domains"
     run = {
         "step": f"{step:,}",
@@ -61,6 +65,8 @@ def model_card(name, model, config, step, validation):
         "started from": config["init_from"] or "random weights",
         "seed": config["seed"],
     }
+    for change in earlier.history:
+        run |= {f"{change['key']}, from step {change['from_step']} on": f"{change['after']}, {change['before']} before"}
     return CARD.format(
         name=name,
         parameters=model.parameters(),

@@ -85,6 +85,14 @@ def learning_rate_schedule(config, steps) -> optax.Schedule:
     )
 
 
+def updates_done(opt_state) -> jax.Array:
+    """The updates that the schedule has counted, int32; steps that the guard skipped are not among them.
+
+    opt_state: of the chain that `make_optimizer` makes, whose last link is the schedule.
+    """
+    return opt_state[-1].count
+
+
 def _after_warmup(config, steps):
     peak, final = config.learning_rate, config.learning_rate * config.final_fraction
     remaining = steps - config.warmup_steps

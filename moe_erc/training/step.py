@@ -11,15 +11,27 @@ import jax.numpy as jnp
 import optax
 
 from moe_erc.losses.load_balance import load_measures
-from moe_erc.random_keys import named
 from moe_erc.model.context import of_batch
+from moe_erc.random_keys import named
 from moe_erc.sharding import replicate, shard_batch
 from moe_erc.training import router_state
 from moe_erc.training.guard import GuardConfig, judge
+from moe_erc.training.optimizer import updates_done
 
 
-def make_train_step(model, objective, optimizer, micro_batches, state_shardings, guard=GuardConfig()):  # noqa: B008
-    """The jitted (state, batch) -> (state, metrics); the state is donated, the batch holds a step's micro-batches."""
+def make_train_step(
+    model,
+    objective,
+    optimizer,
+    micro_batches,
+    state_shardings,
+    guard=GuardConfig(),  # noqa: B008
+    schedule=None,
+):
+    """The jitted (state, batch) -> (state, metrics); the state is donated, the batch holds a step's micro-batches.
+
+    schedule: of the learning rate of an optimizer of `make_optimizer`; where it is given, the rate is a metric.
+    """
     gradients_of = step_gradients(model, objective, micro_batches)
 
     def train_step(state, batch):
@@ -35,6 +47,8 @@ def make_train_step(model, objective, optimizer, micro_batches, state_shardings,
             "norm/gradient": optax.tree.norm(gradients),
             "norm/parameters": optax.tree.norm(params),
         }
+        if schedule:
+            metrics["optimizer/learning_rate"] = schedule(updates_done(state.opt_state))
         accepted, after, told = judge(guard, state.guard, metrics)
         changed = {"params": params, "opt_state": opt_state, "router": router, "loss_scales": scales}
         kept = {name: getattr(state, name) for name in changed}

@@ -12,10 +12,9 @@ An OLMoE --checkpoint has tasks and text too. A workdir may be gs://bucket/path.
 """
 
 from absl import flags
-from etils import epath
 
 from configs import base
-from moe_erc import command_line, compilation_cache, processes, sharding
+from moe_erc import command_line, compilation_cache, paths, processes, sharding
 from moe_erc.analysis.report import print_report, write_report
 from moe_erc.analysis.survey_report import report_survey
 from moe_erc.checks import BadInput
@@ -25,7 +24,7 @@ from moe_erc.hf import inspect, shard_writer
 from moe_erc.resume import history_lines
 from moe_erc.runs import open_checkpoint, open_run
 
-WORKDIR = flags.DEFINE_list("workdir", [], "directories of runs of train.py")
+WORKDIR = flags.DEFINE_string("workdir", "", "directories of runs of train.py, separated by commas")
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "a local directory of a Hugging Face MoE")
 COUPLING = flags.DEFINE_bool("coupling", False, "all there is to know of router rows and gates")
 FIGURES = flags.DEFINE_bool("figures", False, "figures of the run, or of several side by side")
@@ -57,7 +56,7 @@ def main(_):
     reports = FIGURES.value or not (COUPLING.value or EXPORT.value or TASKS.value or GENERATE.value is not None)
     defaults = base.get_config().to_dict()
     evaluated = {}
-    for place in WORKDIR.value or [CHECKPOINT.value]:
+    for place in workdirs() or [CHECKPOINT.value]:
         with command_line.refusing_bad_input(), processes.ending_together():
             if WORKDIR.value:
                 opened = open_run(place, defaults, with_text=bool(reports))
@@ -96,16 +95,22 @@ def check_flags():
         raise BadInput("--workdir, --checkpoint: give one of them, the directory of a run or of a Hugging Face MoE")
     if given and (FIGURES.value or EXPORT.value or not others):
         raise BadInput(f"--checkpoint={given}: has --coupling, --tasks and --generate, but no --figures or --export")
-    if len(WORKDIR.value) > 1 and (EXPORT.value or (OUTPUT.value and not FIGURES.value)):
+    if len(workdirs()) > 1 and (EXPORT.value or (OUTPUT.value and not FIGURES.value)):
         raise BadInput(f"--output={OUTPUT.value}, --export={EXPORT.value}: for one run; name one workdir")
     if EXPORT.value:
         shard_writer.free_path(EXPORT.value)
+    if OUTPUT.value and output("").exists() and not output("").is_dir():
+        raise BadInput(f"--output={OUTPUT.value}: is a file; name a directory")
     if FIGURES.value or COUPLING.value:
         from moe_erc.analysis import figures  # noqa: F401  refuses where the extra `plot` is missing
 
 
+def workdirs():
+    return paths.several(WORKDIR.value) if WORKDIR.value else []
+
+
 def output(default):
-    return epath.Path(OUTPUT.value or default)
+    return paths.absolute(OUTPUT.value or default)
 
 
 if __name__ == "__main__":

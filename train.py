@@ -11,10 +11,9 @@ import functools
 import sys
 
 from absl import flags
-from etils import epath
 
 from configs import base
-from moe_erc import command_line, compilation_cache, processes, resume, sharding
+from moe_erc import command_line, compilation_cache, paths, processes, resume, sharding
 from moe_erc.analysis.diagnosis import Diagnosis, headline, summarize
 from moe_erc.analysis.report import print_report, read_report, write_report
 from moe_erc.data import text
@@ -44,14 +43,15 @@ WORKDIR = flags.DEFINE_string("workdir", None, "everything of the run goes here;
 
 def main(_):
     config = flags.FLAGS.config
-    workdir = epath.Path(WORKDIR.value or f"runs/{command_line.config_name()}")
     with command_line.refusing_bad_input(), processes.ending_together():
+        workdir = paths.absolute(WORKDIR.value or f"runs/{command_line.config_name()}")
         # ---------------------------------------------------------------- configuration and devices
         processes.initialize()
         compilation_cache.enable()
         command_line.check_numbers(config)
         check_package(config.log.wandb_project)
         steps, length, batch_size = config.train.steps, config.data.sequence_length, config.train.batch_size
+        config.init_from = config.init_from and str(paths.local(config.init_from))
         config.data.tokenizer = tokenizer_files.tokenizer_of(config.init_from, config.data.tokenizer)
         model_config, data_config = ModelConfig(**config.model), text.DataConfig(**config.data)
         optimizer = make_optimizer(OptimizerConfig(**config.optimizer), steps)
@@ -128,12 +128,18 @@ def main(_):
     resume.print_schedule(earlier, settings, int(updates_done(state.opt_state)))
 
     def evaluate(step, weights):
-        found, measured = perplexity.run(weights, config.eval.windows), diagnosis.run(weights)
-        reached = task_scores.run(weights)
-        writer.write(step, validation_metrics(found) | summarize(measured) | task_metrics(reached))
-        print(f"step {step}: validation {found['loss']:.3f}, {headline(measured)}")
-        if prompt := config.eval.prompt:
-            print(repr(prompt + generator.run(weights, [prompt], sampling)[0]))
+        with progress.paused():
+            found, measured = perplexity.run(weights, config.eval.windows), diagnosis.run(weights)
+            reached = task_scores.run(weights)
+            writer.write(step, validation_metrics(found) | summarize(measured) | task_metrics(reached))
+            writer.flush()
+            writer.check()
+            print(f"step {step}: validation {found['loss']:.3f}, {headline(measured)}")
+            if prompt := config.eval.prompt:
+                print(repr(prompt + generator.run(weights, [prompt], sampling)[0]))
+
+    def evaluated(step):
+        return step == steps or step % config.eval.every == 0
 
     # -------------------------------------------------------------------- loop
     step_size = (batch_size * length, 3 * model_config.flops_per_token(length) * batch_size * length)
@@ -142,12 +148,14 @@ def main(_):
         return text.train_batches(corpus, length, batch_size, config.seed, earlier.row_at(step, batch_size), rows)
 
     batches = batches_from(start, sharding.local_rows(mesh, batch_size))
-    writer = MetricWriter(workdir, config.log.tensorboard, config.log.wandb_project, settings, start + 1)
-    progress = Progress(writer, config.log.every, (start, steps), step_size, guard)
     trace = Trace(workdir / "profile", config.train.profile_step, (start, steps))
     last_words = LastWords(workdir, step_gradients(model, objective, micro_batches), batches_from)
     try:
+        writer = MetricWriter(workdir, config.log.tensorboard, config.log.wandb_project, settings, start + 1)
+        progress = Progress(writer, config.log.every, (start, steps), step_size, guard)
         with checkpoints, writer, progress, StopRequest() as stop:
+            if start and evaluated(start) and not writer.holds(start, "validation/mean"):
+                evaluate(start, state.weights)  # the run was killed between this checkpoint and its evaluation
             for step in range(start + 1, steps + 1):
                 trace.before(step)
                 state, metrics = train_step(state, put(next(batches)))
@@ -157,12 +165,12 @@ def main(_):
                 if saving or step % config.log.every == 0:
                     progress.flush()
                 trace.after(step)
-                if step == steps or step % config.eval.every == 0:
-                    with progress.paused():
-                        evaluate(step, state.weights)
-                if saving:
+                if saving:  # before anything that may fail: evaluators, and what writers of logs have met with
                     writer.flush()
                     checkpoints.save(step, state, meta | {"rows": earlier.row_at(step, batch_size)})
+                writer.check()
+                if evaluated(step) and (step == steps or not leaving):  # who leaves early is evaluated when it returns
+                    evaluate(step, state.weights)
                 if leaving:
                     break
     except EXPECTED as error:
@@ -174,8 +182,12 @@ def main(_):
     validation = perplexity.run(state.weights, config.eval.report_windows)
     report = {"step": max(start, steps), "history": resume.history_lines(meta["history"]), "validation": validation}
     report |= {"baselines": ngram_losses(corpus)} | diagnosis.run(state.weights)
-    write_report(workdir / "report.json", report)
-    print_report(report)
+    try:
+        write_report(workdir / "report.json", report)
+    except OSError as error:
+        sys.exit(last_words.say(error, state, checkpoints.newest))
+    finally:  # a full disk leaves the tables
+        print_report(report)
 
 
 def open_checkpoints(workdir, keep):

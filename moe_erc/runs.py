@@ -4,14 +4,13 @@ import dataclasses
 import functools
 import itertools
 import json
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from etils import epath
 
-from moe_erc import processes, resume, sharding
+from moe_erc import paths, processes, resume, sharding
 from moe_erc.analysis.curves import read_metrics
 from moe_erc.analysis.diagnosis import Diagnosis
 from moe_erc.analysis.gate_map import gate_map
@@ -140,7 +139,7 @@ class Run(Opened):
             "max_position_embeddings": length,
             "router_aux_loss_coef": balance / model.experts_per_token,  # of a loss that is K when balanced, not 1
         }
-        card = model_card.model_card(epath.Path(directory).name, model, self.earlier, self._validation())
+        card = model_card.model_card(paths.local(directory).name, model, self.earlier, self._validation())
         files = tokenizer_files.tokenizer_files(data["tokenizer"], tokenizer.eos, length) | {"README.md": card}
         olmoe.export_olmoe(directory, self.model, self.weights.params, olmoe.About(entries, files))
 
@@ -162,7 +161,7 @@ def open_run(workdir, defaults=None, with_text=True) -> Run:
 
     BadInput or OSError of one line, before anything is compiled, where there is no such run or its data are gone.
     """
-    directory = epath.Path(workdir)
+    directory = paths.absolute(workdir)
     checkpoints = Checkpoints(directory / "checkpoints")
     step = checkpoints.newest_intact()
     processes.agree({"checkpoint": step})
@@ -191,7 +190,7 @@ def open_checkpoint(directory, model_block) -> Opened:
 
     ValueError or OSError of one line for what is none, or has no tokenizer.json.
     """
-    source = Path(directory).expanduser()
+    source = paths.local(directory)
     config = shards.read_config(source)
     model_config = ModelConfig(**model_block | olmoe_config.model_fields(config))
     tokenizer = load_tokenizer(tokenizer_files.tokenizer_of(source, tokenizer_files.BYTES))
@@ -199,7 +198,7 @@ def open_checkpoint(directory, model_block) -> Opened:
     model, abstract = _lay_out(model_config)
     weights = Weights(olmoe.import_olmoe(source, model_config, abstract.params), {})
     shape_BT = _rows(model, ROWS), olmoe_config.context_length(config)
-    return Opened(None, epath.Path("tasks") / source.name, model, weights, tokenizer, shape_BT)
+    return Opened(None, paths.absolute("tasks") / source.name, model, weights, tokenizer, shape_BT)
 
 
 def _lay_out(model_config):

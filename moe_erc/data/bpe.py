@@ -15,7 +15,7 @@ from pathlib import Path
 from absl import flags
 from tqdm import tqdm
 
-from moe_erc import command_line
+from moe_erc import command_line, paths
 from moe_erc.checks import BadInput
 from moe_erc.data import sources
 from moe_erc.data.config import DataConfig
@@ -74,9 +74,10 @@ def main() -> None:
 
     def run(_):
         with command_line.refusing_bad_input():
+            path = paths.writable_file(output.value)  # learning takes minutes: what it gave would be lost
             tokenizer = train(training_texts(DataConfig(**flags.FLAGS.config.data)), vocab_size.value)
-            save(tokenizer, Path(output.value).expanduser())
-        print(f"{tokenizer.get_vocab_size()} tokens; use them with --config.data.tokenizer={output.value}")
+            save(tokenizer, path)
+        print(f"{tokenizer.get_vocab_size()} tokens; use them with --config.data.tokenizer={path}")
 
     command_line.run(run, default_config="configs/erc.py:tiny")
 

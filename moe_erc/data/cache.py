@@ -14,12 +14,13 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from moe_erc import paths
 from moe_erc.checks import BadInput
 
 
 def root(cache_dir: str) -> Path:
     """The cache directory of a configuration; "" means $MOE_ERC_CACHE, or ~/.cache/moe_erc."""
-    return Path(cache_dir or os.environ.get("MOE_ERC_CACHE", "") or "~/.cache/moe_erc").expanduser().absolute()
+    return paths.local(cache_dir or os.environ.get("MOE_ERC_CACHE", "") or "~/.cache/moe_erc")
 
 
 def make_writable(directory: Path) -> None:

@@ -7,8 +7,8 @@ import dataclasses
 import functools
 import re
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
+from moe_erc import paths
 from moe_erc.checks import BadInput
 from moe_erc.data import cache, text_files, tfds_source
 from moe_erc.data.config import DataConfig
@@ -36,7 +36,7 @@ def open_source(name: str, config: DataConfig) -> Source:
     if name == "embedded":
         builder = tfds_source.embedded(cache.root(config.cache_dir))
         return _from_tfds(name, builder, config, "text", "domain")
-    path = Path(name).expanduser()
+    path = paths.local(name)
     if (path / "dataset_info.json").is_file():
         return _from_tfds(name, tfds_source.in_directory(path), config, config.text_key)
     if path.is_dir():

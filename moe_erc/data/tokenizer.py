@@ -14,6 +14,7 @@ from typing import Protocol
 
 import numpy as np
 
+from moe_erc import paths
 from moe_erc.checks import BadInput
 
 # How published tokenizers spell the end of a document.
@@ -163,7 +164,7 @@ def load(spec: str) -> Tokenizer:
     """The tokenizer that `data.tokenizer` names: "bytes" or the path of a tokenizer.json."""
     if spec == "bytes":
         return ByteTokenizer()
-    path = Path(spec).expanduser()
+    path = paths.local(spec)
     if not path.is_file():
         raise BadInput(f"data.tokenizer: no such file '{spec}'; give 'bytes' or the path of a tokenizer.json")
     return HuggingFaceTokenizer(path)

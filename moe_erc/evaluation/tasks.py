@@ -9,6 +9,7 @@ import difflib
 import io
 import pathlib
 
+from moe_erc import paths
 from moe_erc.checks import BadInput
 
 PAPER = {  # the tasks of the ERC paper's two models
@@ -32,6 +33,7 @@ def load_tasks(names, directory="", num_fewshot=None):
     """
     if not names:
         return {}
+    directory = str(paths.local(directory)) if directory else ""
     if directory and not pathlib.Path(directory).is_dir():
         raise BadInput(f"task_dir: no such directory '{directory}'; give one that has YAML files of tasks")
     from moe_erc.evaluation import harness

@@ -7,10 +7,10 @@ Dense layers and shared experts are left out, no router row being theirs, and so
 """
 
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 
+from moe_erc import paths
 from moe_erc.checks import BadInput
 from moe_erc.hf.families import FAMILIES
 from moe_erc.hf.layers import Layer, locate_layers
@@ -56,7 +56,7 @@ def open_moe(directory) -> Moe:
     Reads config.json and the headers of the shards, no tensor. ValueError or FileNotFoundError of one line for an
     unknown family, and where names, dtypes, shapes or counts in the shards are not what config.json makes them.
     """
-    directory = Path(directory)
+    directory = paths.local(directory)
     config = read_config(directory)
     family = config.get("model_type")
     if not isinstance(family, str) or family not in FAMILIES:

@@ -11,7 +11,6 @@ import dataclasses
 import functools
 import itertools
 import re
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -19,6 +18,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from moe_erc import paths
 from moe_erc.checks import BadInput
 from moe_erc.hf.families import FLOATS
 from moe_erc.hf.olmoe_config import check_plain, check_same, config_json, model_fields
@@ -53,7 +53,7 @@ def open_olmoe(directory, config, abstract) -> Olmoe:
     ValueError or FileNotFoundError of one line for what is no such model, and for tensors that are missing, unknown,
     there twice, or of another shape.
     """
-    directory = Path(directory).expanduser()
+    directory = paths.local(directory)
     check_same(config, model_fields(read_config(directory)), directory)
     tensors = _unpacked(find_tensors(directory))
     _check_tensors(tensors, entries(abstract))

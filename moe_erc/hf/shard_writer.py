@@ -13,6 +13,7 @@ import secrets
 import shutil
 from pathlib import Path
 
+from moe_erc import paths
 from moe_erc.checks import BadInput
 from moe_erc.hf.shards import DTYPES
 
@@ -73,9 +74,9 @@ def write_json(path: Path, value):
 
 def free_path(directory) -> Path:
     """The local path of this name; ValueError or FileExistsError of one line if it is none, or something is there."""
-    if "://" in str(directory):
+    if paths.is_remote(directory):
         raise BadInput(f"{directory} is in a bucket; give a local directory, and copy it there")
-    path = Path(directory).expanduser()
+    path = paths.local(directory)
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise BadInput(f"{path} is there already; give a new or an empty directory")
     return path

@@ -1,8 +1,8 @@
 """The tokenizer of a checkpoint: tokenizer.json, and what transformers wants to know of it."""
 
 import json
-from pathlib import Path
 
+from moe_erc import paths
 from moe_erc.checks import BadInput
 
 BYTES = "bytes"
@@ -47,7 +47,7 @@ def tokenizer_files(spec, end_of_document, length):
         "model_max_length": length,
         "clean_up_tokenization_spaces": False,
     }
-    content = BYTE_LEVEL if spec == BYTES else Path(spec).expanduser().read_text(encoding="utf-8")
+    content = BYTE_LEVEL if spec == BYTES else paths.local(spec).read_text(encoding="utf-8")
     return {"tokenizer.json": content, "tokenizer_config.json": json.dumps(options, indent=1)}
 
 
@@ -55,11 +55,13 @@ def tokenizer_of(directory, spec):
     """`data.tokenizer` of a run that starts from a checkpoint: its tokenizer.json where `spec` was left at "bytes".
 
     One that is plain bytes, as `tokenizer_files` writes it, is "bytes" again. FileNotFoundError if there is none.
-    `spec` as it is for a run that starts from nothing, "".
+    For a run that starts from nothing, "", what `spec` names. A path is one from the root: a run is evaluated anywhere.
     """
-    if not directory or spec != BYTES:
+    if spec != BYTES:
+        return str(paths.local(spec))
+    if not directory:
         return spec
-    path = Path(directory).expanduser() / "tokenizer.json"
+    path = paths.local(directory) / "tokenizer.json"
     if not path.is_file():
         raise BadInput(f"no tokenizer.json in {path.parent}; name the model's with --config.data.tokenizer")
     return BYTES if path.read_bytes() == BYTE_LEVEL.encode() else str(path)

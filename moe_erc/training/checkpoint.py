@@ -14,9 +14,9 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from moe_erc.checks import BadInput
-from moe_erc.training import digests
+from moe_erc.paths import absolute
+from moe_erc.training import contents, digests
 from moe_erc.training.lock import lock
-from moe_erc.training.paths import absolute
 
 MANY = 100  # checkpoints that are looked at
 
@@ -43,8 +43,8 @@ class Checkpoints:
             options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=False),
             # In this order they are completed.
             item_handlers={
-                "state": ocp.PyTreeCheckpointHandler(),
-                "meta": ocp.JsonCheckpointHandler(),
+                contents.STATE: ocp.PyTreeCheckpointHandler(),
+                contents.META: ocp.JsonCheckpointHandler(),
                 digests.ITEM: digests.DigestHandler(),
             },
         )
@@ -99,9 +99,13 @@ class Checkpoints:
         A step that is not newer than the latest is left as it is. A failed write is a SaveError at the next save, wait
         or close.
         """
-        items = {"state": ocp.args.PyTreeSave(state), "meta": ocp.args.JsonSave(meta)}
+        items = {
+            contents.STATE: ocp.args.PyTreeSave(state),
+            contents.META: ocp.args.JsonSave(meta),
+            digests.ITEM: digests.DigestSave(contents.shapes_on_disk(state)),
+        }
         with self._writing():
-            self._manager.save(step, args=ocp.args.Composite(**items, **{digests.ITEM: digests.DigestSave()}))
+            self._manager.save(step, args=ocp.args.Composite(**items))
         self.newest = max(step, self.newest)
 
     def restore(self, abstract_state, step=None):
@@ -138,8 +142,13 @@ class Checkpoints:
     def __enter__(self):
         return self
 
-    def __exit__(self, *_):
-        self.close()
+    def __exit__(self, _kind, error, _trace):
+        try:
+            self.close()
+        except SaveError as failure:
+            if error is None or isinstance(error, SaveError):
+                raise
+            print(f"error: {failure}", file=sys.stderr)  # beside what ends the run, which goes on its way
 
     @contextlib.contextmanager
     def _writing(self):
@@ -147,7 +156,7 @@ class Checkpoints:
             yield
         except Exception as error:  # orbax lets through what its back ends raise
             self.newest = self.latest_step() or 0
-            reason = str(error).strip().splitlines()[0]
+            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
             raise SaveError(f"a checkpoint could not be written to {self._directory} ({reason})") from error
 
     def _existing(self, step):

@@ -1,5 +1,7 @@
 """Whether a checkpoint is what was saved: size and CRC of every file, written with it and compared before it is read.
 
+Right bytes do not make a checkpoint: `contents.py` looks, at both times, for all that a restore takes from them.
+
 They are one more item of the checkpoint, finished last, before the step gets its number: a numbered step without them
 is damaged, or of an earlier version. CRC-32 finds what disks and interrupted copies do; it is no proof against malice.
 """
@@ -14,6 +16,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
+from moe_erc.training import contents
+
 ITEM, FILE = "digests", "files.json"
 CHUNK = 1 << 24  # bytes read at a time
 READING_LIMIT = 6 * 60 * 60  # seconds for the slowest process
@@ -23,15 +27,24 @@ _comparisons = itertools.count()
 class DigestHandler(ocp.CheckpointHandler):
     """The item's handler; `finalize` runs on process 0 alone, in the background, once the items before are complete."""
 
+    def __init__(self):
+        self._expected = None
+
     def save(self, directory, args):
-        """There is nothing to write yet."""
+        """There is nothing to write yet; of one save at a time it is noted what it must hold."""
+        self._expected = args.shapes
 
     def restore(self, directory, args):
         """Only `find_fault` reads it."""
 
     def finalize(self, directory):
-        """Writes {path: [bytes, CRC-32]} of all files of the other items; orbax still changes its own beside them."""
+        """Writes {path: [bytes, CRC-32]} of all files of the other items; orbax still changes its own beside them.
+
+        ValueError if they cannot be restored: the step does not get its number, and the next save, wait or close fails.
+        """
         step = directory.parent
+        if gap := contents.find_gap(step, self._expected):
+            raise ValueError(gap)
         items = sorted(path for path in step.iterdir() if path.is_dir() and path != directory)
         found = {path.relative_to(step).as_posix(): digest(path) for item in items for path in _files(item)}
         (directory / FILE).write_text(json.dumps(found))
@@ -41,6 +54,8 @@ class DigestHandler(ocp.CheckpointHandler):
 @dataclasses.dataclass
 class DigestSave(ocp.args.CheckpointArgs):
     """What asks for the item."""
+
+    shapes: list | None = None  # `contents.shapes_on_disk` of the state that is saved
 
 
 def _files(directory):
@@ -78,12 +93,11 @@ def find_fault(step_directory):
     names = sorted(saved)
     share = names[jax.process_index() :: jax.process_count()]
     faults = {name: fault for name in share if (fault := _compare(step_directory / name, saved[name]))}
-    first = min(map(names.index, faults), default=len(names))
-    _wait_for_all()
-    first = int(np.min(multihost_utils.process_allgather(np.int32(first))))
-    if first == len(names):
-        return ""
-    return faults.get(names[first], f"{names[first]} is not what was saved")
+    first = _least(min(map(names.index, faults), default=len(names)))
+    if first < len(names):
+        return faults.get(names[first], f"{names[first]} is not what was saved")
+    gap = contents.find_gap(step_directory) if jax.process_index() == 0 else ""
+    return "" if _least(int(not gap)) else gap or "it cannot be restored"
 
 
 def _is_table(saved):
@@ -97,11 +111,15 @@ def _is_table(saved):
     )
 
 
-def _wait_for_all():
-    """Where waiting is cheap: the exchange behind it, a device collective, has a short time limit of its own."""
+def _least(number):
+    """The least of the numbers of all processes.
+
+    First they wait where that is cheap: the exchange, a device collective, has a short time limit of its own.
+    """
     if jax.process_count() > 1:
         wait = ocp.multihost.get_barrier_sync_fn()
         wait(key=f"moe_erc digests {next(_comparisons)}", timeout_ms=1000 * READING_LIMIT)
+    return int(np.min(multihost_utils.process_allgather(np.int32(number))))
 
 
 def _compare(path, saved):

@@ -16,7 +16,11 @@ class LocalJsonLines:
 
     def __init__(self, path, first_step):
         truncate(path, first_step)
-        self._file = path.open("a", encoding="utf-8")
+        self._path, self._file = path, path.open("a", encoding="utf-8")
+
+    def holds(self, step, name):
+        """Whether a line of that step has that metric."""
+        return _holds(self._path.read_text(encoding="utf-8"), step, name)
 
     def write(self, step, values):
         self._file.write(_line(step, values))
@@ -34,6 +38,10 @@ class RemoteJsonLines:
 
     def __init__(self, path, first_step):
         self._path, self._text = path, _before(path, first_step) if path.exists() else ""
+
+    def holds(self, step, name):
+        """Whether a line of that step has that metric."""
+        return _holds(self._text, step, name)
 
     def write(self, step, values):
         self._text += _line(step, values)
@@ -62,8 +70,12 @@ def _before(path, first_step):
 def _is_before(line, first_step):
     try:
         return line.endswith("\n") and json.loads(line)["step"] < first_step
-    except json.JSONDecodeError:
+    except (ValueError, KeyError, TypeError, RecursionError):  # no line of ours
         return False
+
+
+def _holds(text, step, name):
+    return any(line["step"] == step and name in line for line in map(json.loads, text.splitlines()))
 
 
 def _line(step, values):

@@ -15,10 +15,10 @@ from fsspec.implementations.memory import MemoryFileSystem
 from tensorboardX.proto.event_pb2 import Event
 
 from moe_erc.analysis.report import write_report
+from moe_erc.paths import absolute
 from moe_erc.training.checkpoint import prepare_directory
 from moe_erc.training.json_lines import truncate
 from moe_erc.training.metrics import MetricWriter, check_package, peak_flops
-from moe_erc.training.paths import absolute
 
 
 def lines(directory):

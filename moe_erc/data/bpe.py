@@ -13,9 +13,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from absl import flags
-from tqdm import tqdm
 
-from moe_erc import command_line
+from moe_erc import bars, command_line
 from moe_erc.checks import BadInput
 from moe_erc.data import sources
 from moe_erc.data.config import DataConfig
@@ -28,9 +27,7 @@ def training_texts(config: DataConfig) -> Iterator[str]:
     """Every training document of the configured sources, once, whatever their weights."""
     for name in config.sources:
         source = sources.open_source(name, config)
-        for document in tqdm(
-            source.documents(), desc=f"Reading {source.label}", total=source.count, unit=" documents", disable=None
-        ):
+        for document in bars.over(source.documents(), f"Reading {source.label}", source.count, "documents"):
             if document.split == "train":
                 yield document.text.decode(errors="replace")
 

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from tqdm import tqdm
 
+from moe_erc import bars
 from moe_erc.checks import BadInput
 from moe_erc.data.document import Document
 from moe_erc.data.sources import Source
@@ -72,7 +72,7 @@ def write(directory: Path, source: Source, tokenizer: Tokenizer) -> None:
     """Tokenise every document of a source once, in bounded memory, and write the index last."""
     dtype = np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
     writers: dict[tuple[str, str], _Writer] = {}
-    bar = tqdm(desc=f"Tokenising {source.label}", total=source.count, unit=" documents", disable=None)
+    bar = bars.bar(f"Tokenising {source.label}", source.count, "documents")
     with bar, contextlib.ExitStack() as files:
         for batch in _batches(source.documents()):
             for document, ids in zip(batch, tokenizer.encode_batch([document.text for document in batch]), strict=True):
@@ -85,7 +85,8 @@ def write(directory: Path, source: Source, tokenizer: Tokenizer) -> None:
         {"split": split, "domain": domain, "file": _file_name(split, domain)} | writer.summary()
         for (split, domain), writer in sorted(writers.items())
     ]
-    (directory / _INDEX).write_text(json.dumps({"dtype": dtype.str, "streams": entries}, indent=1))
+    index = json.dumps({"dtype": dtype.str, "streams": entries}, indent=1)
+    (directory / _INDEX).write_text(index, encoding="utf-8")
 
 
 def read(directory: Path, source: str) -> Iterator[tuple[str, str, Stream]]:
@@ -109,7 +110,7 @@ def read(directory: Path, source: str) -> Iterator[tuple[str, str, Stream]]:
 def _read_index(directory: Path) -> tuple[np.dtype, list[dict]]:
     """Type of the tokens and entries of the streams, each in a file of the directory itself."""
     try:
-        index = json.loads((directory / _INDEX).read_text())
+        index = json.loads((directory / _INDEX).read_text(encoding="utf-8"))
         dtype, entries = index["dtype"], index["streams"]
         sound = dtype in _DTYPES and all(map(_is_entry, entries))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):

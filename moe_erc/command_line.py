@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import math
 import pathlib
 import re
 import sys
@@ -16,7 +17,8 @@ from moe_erc.checks import BadInput
 CONFIG = re.compile(r"--?config(=|$)")
 OVERRIDE = re.compile(r"--?(?:no)?config\.([^=]*)")
 PREFIX = re.compile(r"^(?:\w+Error: )+")  # of a message that a library wraps
-ANY = float("inf")
+ANY = 2**31 - 1  # steps and sizes are int32 on the devices
+SMALLEST, LARGEST = 1.2e-38, 3.4e38  # of the real numbers, which are float32 there
 LIMITS = {
     "seed": (0, 2**32 - 1),
     "train.steps": (1, ANY),
@@ -62,7 +64,8 @@ def run(main, default_config: str | None = None) -> None:
     if default_config:
         # The library would read overrides of its own default while it is being defined, where nothing can be refused.
         text = f"Config file and size, as --config=configs/vanilla.py:tiny; {default_config} if not given"
-        config_flags.DEFINE_config_file("config", None, text)
+        with refusing_bad_input(), _refusing_flags():  # a file of flags is read here already
+            config_flags.DEFINE_config_file("config", None, text)
     # Before anything is parsed: help is printed beside a flag that is wrong, too.
     if help_text.asked(sys.argv[1:]):
         full = any(argument.endswith("helpfull") for argument in sys.argv)
@@ -74,10 +77,16 @@ def run(main, default_config: str | None = None) -> None:
 
 
 def define_fields(kind, text):
-    """A flag for every number of a dataclass, so named; returns a function that makes one of their values."""
+    """A flag for every number of a dataclass, so named; returns a function that makes one of their values.
+
+    `text` says in `--help` what they are of; the default is the example.
+    """
     define = {int: flags.DEFINE_integer, float: flags.DEFINE_float}
     fields = [field for field in dataclasses.fields(kind) if field.type in define]
-    holders = {field.name: define[field.type](field.name, field.default, text) for field in fields}
+    holders = {}
+    for field in fields:
+        example = f"{text}: --{field.name}={field.default}"
+        holders[field.name] = define[field.type](field.name, field.default, example)
     return lambda: kind(**{name: holder.value for name, holder in holders.items()})
 
 
@@ -89,6 +98,8 @@ def config_name():
 
 def check_numbers(config):
     """Refuses numbers of a config that scripts read themselves, out of the range that LIMITS gives their keys."""
+    for key, value in config_file.leaves(config):
+        _check_representable(key, value)
     for key, (least, most) in LIMITS.items():
         value = functools.reduce(getattr, key.split("."), config)
         if not least <= value <= most:
@@ -96,21 +107,38 @@ def check_numbers(config):
             raise BadInput(f"{key}: {value} is {bound}; give a number from {least} to {most}")
 
 
+def _check_representable(key, value):
+    """Refuses what devices and file systems cannot hold. Whether inf and nan are allowed the owner of a key knows."""
+    most = LIMITS.get(key, (0, ANY))[1]
+    if isinstance(value, int) and abs(value) > most:
+        raise BadInput(f"{key}: {value} is beyond {most}; give a number nearer to 0")
+    if isinstance(value, float) and math.isfinite(value) and value and not SMALLEST <= abs(value) <= LARGEST:
+        raise BadInput(f"{key}: {value} is no number of float32; give one from {SMALLEST} to {LARGEST}, or 0")
+    if isinstance(value, str) and "\0" in value:
+        raise BadInput(f"{key}: {value!r} has a NUL character; leave it out")
+
+
 def _parse(default_config, argv):
-    with refusing_bad_input():
-        try:
-            if "config" in flags.FLAGS:
-                _check_config(default_config, argv)
-            _, *strays = arguments = flags.FLAGS(argv)
-            if not flags.FLAGS["verbosity"].present:
-                logging.set_verbosity(logging.WARNING)  # the libraries tell too much at the default
-        except (flags.Error, TypeError, OSError) as error:
-            raise BadInput(PREFIX.sub("", str(error).strip().splitlines()[-1])) from error
+    with refusing_bad_input(), _refusing_flags():
+        if "config" in flags.FLAGS:
+            _check_config(default_config, argv)
+        _, *strays = arguments = flags.FLAGS(argv)
+        if not flags.FLAGS["verbosity"].present:
+            logging.set_verbosity(logging.WARNING)  # the libraries tell too much at the default
         if strays:
             raise BadInput(f"{strays[0]!r} is no option: options look like --workdir=DIR or --config.a.b=value")
         if "config" in flags.FLAGS:
             _check_values(default_config)
         return arguments
+
+
+@contextlib.contextmanager
+def _refusing_flags():
+    """What the libraries raise for flags is bad input; their last line says it."""
+    try:
+        yield
+    except flags.Error as error:
+        raise BadInput(PREFIX.sub("", str(error).strip().splitlines()[-1])) from error
 
 
 def _check_config(default_config, argv):

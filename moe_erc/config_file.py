@@ -1,4 +1,4 @@
-"""A config file as `--config` names it, FILE[:SIZE]: read, or refused in one line that names the nearest file or key."""
+"""A config file as `--config` names it, FILE[:SIZE]: read, or refused in one line that names the nearest."""
 
 import difflib
 import pathlib
@@ -50,10 +50,11 @@ def check_exists(path: str) -> None:
 
 
 def known_files() -> Iterator[str]:
-    """The configs below the directory `configs` of the current directory, else of the project."""
+    """The configs below the directory `configs` of the current directory, else of the project; ablations last."""
     here = pathlib.Path("configs")
     project = pathlib.Path(__file__).parents[1] / "configs"
-    for path in sorted((here if here.is_dir() else project).rglob("*.py")):
+    found = (here if here.is_dir() else project).rglob("*.py")
+    for path in sorted(found, key=lambda path: (len(path.parts), path)):
         if path.name not in NO_CONFIGS:
             yield str(path)
 

@@ -65,8 +65,8 @@ def save(tokenizer, output: Path) -> None:
 
 def main() -> None:
     """The command: train on `config.data`, write a tokenizer.json."""
-    vocab_size = flags.DEFINE_integer("vocab_size", 8192, "Number of token ids.")
-    output = flags.DEFINE_string("output", "tokenizer.json", "File to write.")
+    vocab_size = flags.DEFINE_integer("vocab_size", 8192, "Number of token ids, as --vocab_size=32000")
+    output = flags.DEFINE_string("output", "tokenizer.json", "File to write, as --output=tokenizer.json")
 
     def run(_):
         with command_line.refusing_bad_input():

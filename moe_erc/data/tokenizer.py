@@ -75,7 +75,9 @@ class HuggingFaceTokenizer:
         self.eos_id = vocabulary[self.eos]
 
     def encode_batch(self, texts: Sequence[str | bytes]) -> list[np.ndarray]:
-        strings = [text.decode(errors="replace") if isinstance(text, bytes) else text for text in texts]
+        # A text from the command line that is no UTF-8 has surrogates, which the library does not take.
+        encoded = [text if isinstance(text, bytes) else text.encode(errors="replace") for text in texts]
+        strings = [text.decode(errors="replace") for text in encoded]
         return [
             np.array(found.ids, np.uint32)
             for found in self._tokenizer.encode_batch_fast(strings, add_special_tokens=False)

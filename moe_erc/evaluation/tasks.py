@@ -34,6 +34,9 @@ def load_tasks(names, directory="", num_fewshot=None):
         return {}
     if directory and not pathlib.Path(directory).is_dir():
         raise BadInput(f"task_dir: no such directory '{directory}'; give one that has YAML files of tasks")
+    for name in names:
+        if not isinstance(name, str):
+            raise BadInput(f"tasks: {name!r} is no text; give names in quotes, such as ('sciq',)")
     from moe_erc.evaluation import harness
 
     names = list(dict.fromkeys(task for name in names for task in PAPER.get(name, (name,))))

@@ -19,6 +19,7 @@ class Lines:
         self._what = what
         self._total = total
         self._unit = unit
+        self._stream = sys.stderr  # that of now: a library's bars are sent elsewhere while it works
         self._done = 0
         self._begun = self._said = time.monotonic()
         self._say(f"{total:,} {unit}" if total is not None else f"all {unit}")
@@ -42,7 +43,7 @@ class Lines:
         return tqdm.format_interval(time.monotonic() - self._begun)
 
     def _say(self, line: str) -> None:
-        print(f"{self._what}: {line}", file=sys.stderr)
+        print(f"{self._what}: {line}", file=self._stream)
 
 
 def bar(what: str, total: int | None, unit: str):

@@ -16,7 +16,7 @@ ALLOWED = {
     "model": {"model", "moe", "sharding"},
     "data": {"data", "bars", "command_line"},
     "training": {"training", "model", "losses", "sharding"},
-    "evaluation": {"evaluation", "model", "data", "sharding", "tables"},
+    "evaluation": {"evaluation", "model", "data", "sharding", "bars", "tables"},
     "analysis": {"analysis", "model", "losses", "sharding", "tables"},
     "hf": {"hf", "model"},
     "checks": set(),

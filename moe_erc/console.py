@@ -56,7 +56,7 @@ def _nowhere(number):
     A number that nobody holds would be that of the next file opened, such as a checkpoint, and libraries written in C++
     print to it.
     """
-    stream = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  it stays open as long as the process
+    stream = open(os.devnull, "w", encoding="utf-8", errors="backslashreplace")  # noqa: SIM115  it stays open as long as the process
     try:
         os.fstat(number)
     except OSError:

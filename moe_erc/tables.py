@@ -3,6 +3,8 @@
 A terminal is as wide as it is; what is redirected has 80 columns, whatever terminal it was started from.
 """
 
+import shutil
+import sys
 from collections.abc import Sequence
 
 from rich.cells import cell_len
@@ -23,8 +25,8 @@ def print_table(
 
     A name longer than half of the width goes over several lines. No other cell is ever broken or shortened.
     """
-    rows = [list(row) for row in rows]
-    footer = [list(row) for row in footer]
+    rows = [[_one_line(name), *cells] for name, *cells in rows]
+    footer = [[_one_line(name), *cells] for name, *cells in footer]
     limit = _width()
     widths = [_narrowest(heading, cells) for heading, *cells in zip(columns, *rows, *footer, strict=True)]
     widths[0] = min(widths[0], max(limit // 2 - FRAME, cell_len(max(columns[0].split(), key=len, default=""))))
@@ -45,12 +47,16 @@ def print_table(
         for row in footer:
             table.add_row(*_cells(row, group))
         # A column wider than the console is printed whole: rich would shorten what does not fit.
-        Console(width=max(limit, _total(widths, group))).print(table)
+        # With a height as well: a dumb terminal has 80 columns for it in any case otherwise.
+        Console(width=max(limit, _total(widths, group)), height=25).print(table)
 
 
 def _width() -> int:
-    console = Console()
-    return console.width if console.is_terminal else REDIRECTED
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else REDIRECTED
+
+
+def _one_line(name: str) -> str:
+    return printable(name).replace("\n", "\\n").replace("\t", "\\t")
 
 
 def _narrowest(heading: str, cells: Sequence[str]) -> int:
@@ -73,6 +79,5 @@ def _total(widths: Sequence[int], group: Sequence[int]) -> int:
 
 
 def _cells(row: Sequence[str], group: Sequence[int]) -> list[Text]:
-    """As text: a name such as 'runs/lr[/b]' is no markup, and one with control characters moves no cursor."""
-    name = printable(row[0]).replace("\n", "\\n")
-    return [Text(name), *(Text(row[column], no_wrap=True) for column in group)]
+    """As text: a name such as 'runs/lr[/b]' is no markup."""
+    return [Text(row[0]), *(Text(row[column], no_wrap=True) for column in group)]

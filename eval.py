@@ -24,19 +24,29 @@ from moe_erc.hf import inspect, shard_writer
 from moe_erc.resume import history_lines
 from moe_erc.runs import open_checkpoint, open_run
 
-WORKDIR = flags.DEFINE_string("workdir", "", "directories of runs of train.py, separated by commas")
-CHECKPOINT = flags.DEFINE_string("checkpoint", None, "a local directory of a Hugging Face MoE")
-COUPLING = flags.DEFINE_bool("coupling", False, "all there is to know of router rows and gates")
-FIGURES = flags.DEFINE_bool("figures", False, "figures of the run, or of several side by side")
-EXPORT = flags.DEFINE_string("export", None, "a new local directory for the run's model as an OLMoE")
-OUTPUT = flags.DEFINE_string("output", None, "where --coupling, --figures and --tasks write, if not as above")
-WINDOWS = flags.DEFINE_integer("windows", None, "windows of each domain, 0 is all; by default the run's own number")
-TASKS = flags.DEFINE_list("tasks", [], "of the lm-evaluation-harness; paper_3b and paper_15b are the ERC paper's")
-TASK_DIR = flags.DEFINE_string("task_dir", "", "a directory of YAML files of more tasks")
-NUM_FEWSHOT = flags.DEFINE_integer("num_fewshot", None, "examples shown; the task's own number if unset", lower_bound=0)
-LIMIT = flags.DEFINE_integer("limit", 0, "documents of each task, 0 is all", lower_bound=0)
-GENERATE = flags.DEFINE_string("generate", None, "a prompt, which the model continues")
-SAMPLING = command_line.define_fields(Sampling, "of --generate; see evaluation/sampling.py")
+WORKDIR = flags.DEFINE_string("workdir", "", "Directories of runs of train.py, as --workdir=runs/a,runs/b")
+CHECKPOINT = flags.DEFINE_string(
+    "checkpoint", None, "A local directory of a Hugging Face MoE, as --checkpoint=OLMoE-1B-7B"
+)
+COUPLING = flags.DEFINE_bool("coupling", False, "All there is to know of router rows and gates: --coupling")
+FIGURES = flags.DEFINE_bool("figures", False, "Figures of the run, or of several side by side: --figures")
+EXPORT = flags.DEFINE_string("export", None, "A new local directory for the run's model as an OLMoE, as --export=model")
+OUTPUT = flags.DEFINE_string(
+    "output", None, "Where --coupling, --figures and --tasks write, as --output=found; else as above"
+)
+WINDOWS = flags.DEFINE_integer(
+    "windows", None, "Windows of each domain, as --windows=8, 0 is all; by default as in the run", lower_bound=0
+)
+TASKS = flags.DEFINE_list(
+    "tasks", [], "Of the lm-evaluation-harness, as --tasks=sciq,copa; paper_3b and paper_15b are the ERC paper's"
+)
+TASK_DIR = flags.DEFINE_string("task_dir", "", "A directory of YAML files of more tasks, as --task_dir=my_tasks")
+NUM_FEWSHOT = flags.DEFINE_integer(
+    "num_fewshot", None, "Examples shown, as --num_fewshot=5; else the task's own", lower_bound=0
+)
+LIMIT = flags.DEFINE_integer("limit", 0, "Documents of each task, as --limit=100; 0 is all", lower_bound=0)
+GENERATE = flags.DEFINE_string("generate", None, "A prompt, which the model continues, as --generate='def main('")
+SAMPLING = command_line.define_fields(Sampling, "Of --generate, see evaluation/sampling.py")
 
 
 def main(_):

@@ -38,7 +38,9 @@ from moe_erc.training.state import abstract_state, create_state, initializer, sh
 from moe_erc.training.step import make_train_step, step_gradients
 from moe_erc.training.trace import Trace
 
-WORKDIR = flags.DEFINE_string("workdir", None, "everything of the run goes here; runs/CONFIG-SIZE if not given")
+WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Everything of the run goes here, as --workdir=runs/mine; runs/CONFIG-SIZE if not given"
+)
 
 
 def main(_):
@@ -106,6 +108,7 @@ def main(_):
         diagnosis = Diagnosis(model, perplexity.probe(mesh.size))
         generator = Generator(model, corpus.tokenizer)
         sampling = Sampling(config.eval.sample_tokens, config.eval.temperature)
+        generator.check(config.eval.prompt, sampling)
         tasks = load_tasks(config.eval.tasks, config.eval.task_dir)
         task_scores = TaskScores(tasks, config.eval.task_limit, model, corpus.tokenizer, rows)
 

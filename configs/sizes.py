@@ -10,6 +10,10 @@ The ERC paper counts 0.5B (3b) and 0.7B (15b) active parameters, as these do wit
 the key/value heads of its 15B: 384 and 4 give both totals. It trains on 500B tokens in batches of 3M.
 """
 
+import difflib
+
+from moe_erc.checks import BadInput
+
 MODELS = {
     #              layers width heads kv experts K  expert_width vocab
     "debug": (2, 32, 2, 1, 4, 2, 16, 512),
@@ -40,7 +44,8 @@ LARGE_CADENCE = (10, 1_000, 1_000, 256, 0)
 def apply(config, size):
     """Sets the fields of one size; an unknown one is refused by name."""
     if size not in MODELS:
-        raise ValueError(f"config size {size!r} is none of {', '.join(MODELS)}")
+        (nearest,) = difflib.get_close_matches(size, MODELS, n=1, cutoff=0)
+        raise BadInput(f"--config: size {size!r} is none of {', '.join(MODELS)}; the nearest is {nearest!r}")
     for field, value in zip(MODEL_FIELDS, MODELS[size], strict=True):
         config.model[field] = value
     length, batch_size, micro_batches, steps, learning_rate, warmup_steps, dtype, remat, mesh = RUNS[size]

@@ -34,6 +34,6 @@ def enable():
 def _processor():
     """A name for the processor and the number of its cores."""
     with contextlib.suppress(OSError):  # where there is no such file, the architecture must do
-        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+        lines = pathlib.Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         return cache.digest([os.cpu_count(), sorted({line for line in lines if line.startswith(_OF_A_PROCESSOR)})])
     return cache.digest([os.cpu_count(), platform.machine()])

@@ -30,6 +30,6 @@ def enable():
 
 def _left_to_programs():
     try:
-        return "[madvise]" in MODE.read_text()
+        return "[madvise]" in MODE.read_text(encoding="utf-8")
     except OSError:  # another system, or a container that shows nothing of it
         return False

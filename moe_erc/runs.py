@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import itertools
 import json
+import sys
 from typing import Any
 
 import jax
@@ -15,6 +16,7 @@ from moe_erc.analysis.curves import read_metrics
 from moe_erc.analysis.diagnosis import Diagnosis
 from moe_erc.analysis.gate_map import gate_map
 from moe_erc.checks import BadInput
+from moe_erc.console import printable
 from moe_erc.data import text
 from moe_erc.data.tokenizer import load as load_tokenizer
 from moe_erc.evaluation.expert_use import ExpertUse
@@ -55,9 +57,8 @@ class Opened:
     def print_text(self, prompt, sampling):
         """Prints the prompt and how the model goes on, piece by piece."""
         pieces = Generator(self.model, self.tokenizer).stream(self.weights, prompt, sampling)
-        print(prompt, end="", flush=True)
-        for piece in pieces:
-            print(piece, end="", flush=True)
+        for piece in itertools.chain([prompt], pieces):
+            print(printable(piece) if sys.stdout.isatty() else piece, end="", flush=True)
         print()
 
 
@@ -147,7 +148,7 @@ class Run(Opened):
         """The loss that eval.py, or the end of training, wrote down for these weights; None if neither did."""
         for name, step in (("eval.json", self.step), ("report.json", self.config["train"]["steps"])):
             path = self.directory / name
-            report = json.loads(path.read_text()) if path.exists() else {}
+            report = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
             if report and report.get("step", step) == self.step:
                 return report["validation"]["loss"]
         return None

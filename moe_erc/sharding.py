@@ -11,10 +11,9 @@ import jax
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from rich.console import Console
-from rich.table import Table
 
 from moe_erc.checks import BadInput
+from moe_erc.tables import print_table
 
 DATA, EXPERT = "data", "expert"
 BATCH = (DATA, EXPERT)
@@ -113,16 +112,15 @@ def print_plan(abstract):
     leaves = jax.tree_util.tree_leaves_with_path(abstract.params)
     mesh = leaves[0][1].sharding.mesh
     title = f"{mesh.size} x {mesh.devices.flat[0].device_kind}, mesh {dict(mesh.shape)}"
-    table = Table("parameter", "shape", "spec", "MB a device", title=title)
+    rows = []
     for path, leaf in leaves:
         spec = ",".join(axis or "-" for axis in leaf.sharding.spec)
         name, shape = jax.tree_util.keystr(path, simple=True, separator="."), ",".join(map(str, leaf.shape))
-        table.add_row(name, shape, spec, f"{bytes_per_device(leaf) / 1e6:,.2f}")
-    table.add_section()
+        rows.append((name, shape, spec, f"{bytes_per_device(leaf) / 1e6:,.2f}"))
     parameters, moments = abstract.params, abstract.opt_state
-    for name, tree in (("parameters", parameters), ("moments", moments), ("together", (parameters, moments))):
-        table.add_row(name, "", "", f"{bytes_per_device(tree) / 1e6:,.2f}")
-    Console().print(table)
+    totals = {"parameters": parameters, "moments": moments, "together": (parameters, moments)}
+    footer = [(name, "", "", f"{bytes_per_device(tree) / 1e6:,.2f}") for name, tree in totals.items()]
+    print_table(title, ("parameter", "shape", "spec", "MB a device"), rows, footer)
 
 
 def bytes_per_device(abstract):

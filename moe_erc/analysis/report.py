@@ -5,13 +5,12 @@ import math
 
 import jax
 import numpy as np
-from rich.console import Console
-from rich.table import Table
 
 from moe_erc.analysis.coupling import ALPHAS
 from moe_erc.losses.load_balance import load_measures
+from moe_erc.tables import print_table
 
-# row of the layers table -> measure by layer
+# column of the tables by layer -> measure by layer
 ROWS = {
     "noise bound": "noise_bound_L",
     "diagonal rows": "diagonal_rows_L",
@@ -24,6 +23,8 @@ ROWS = {
     "gate spread": "gate_spread_L",
     "output cosine": "output_cosine_L",
 }
+WEIGHTS = ("router norm", "router spread", "gate norm", "gate spread")
+COUPLING = tuple(name for name in ROWS if name not in WEIGHTS)
 
 
 def write_report(path, report):
@@ -79,51 +80,59 @@ def _plain(value):
     return value if isinstance(value, str) or math.isfinite(value) else None
 
 
-def print_report(report):
-    """Validation, coupling and load, as far as the report has them.
+def print_report(report: dict) -> None:
+    """Validation, coupling and load, as far as the report has them. A layer is a row, so that any number of them fits.
 
     report["coupling"] is None for a model without router rows; report["specialization"] may be absent.
     """
-    console, coupling = Console(), report["coupling"]
-    console.print(_validation(report["validation"], report["baselines"]))
+    coupling = report["coupling"]
+    _print_validation(report["validation"], report["baselines"])
     if coupling is not None:
-        console.print(_erc_by_alpha(coupling))
+        _print_erc_by_alpha(coupling)
     measures = (coupling or {}) | (report.get("specialization") or {})
-    console.print(_layers(measures, np.asarray(report["validation"]["load_LE"])))
+    load_LE = np.asarray(report["validation"]["load_LE"])
+    _print_layers("Layers: coupling", _measured(COUPLING, measures))
+    _print_layers("Router rows and gates", _measured(WEIGHTS, measures))
+    _print_layers("Load", _load(load_LE))
 
 
-def _validation(validation, baselines):
-    table = Table("domain", "loss", "bits/byte", "unigram", "bigram", "tokens", title="Validation, nats per token")
+def _print_validation(validation, baselines):
+    columns = ("domain", "loss", "bits/byte", "unigram", "bigram", "tokens")
+    rows = []
     for domain, values in validation["domains"].items():
+        reached = [f"{values['loss']:.3f}", f"{values['bits_per_byte']:.3f}"]
         counted = [f"{baselines[order][domain]:.3f}" for order in ("unigram", "bigram")]
-        table.add_row(
-            domain, f"{values['loss']:.3f}", f"{values['bits_per_byte']:.3f}", *counted, f"{values['tokens']:,}"
-        )
-    table.add_section()
+        rows.append([domain, *reached, *counted, f"{values['tokens']:,}"])
     means = [f"{np.mean(list(baselines[order].values())):.3f}" for order in ("unigram", "bigram")]
-    table.add_row("mean", f"{validation['loss']:.3f}", "", *means, "")
-    return table
+    mean = ["mean", f"{validation['loss']:.3f}", "", *means, ""]
+    print_table("Validation, nats per token", columns, rows, [mean])
 
 
-def _erc_by_alpha(coupling):
-    layers = len(coupling["erc_LA"])
-    table = Table("alpha", *(f"layer {layer}" for layer in range(layers)), title="ERC of the clean router")
-    for column, alpha in enumerate(ALPHAS):
-        table.add_row(f"{alpha:g}", *(f"{row[column]:.4f}" for row in np.asarray(coupling["erc_LA"])))
-    table.add_section()
-    table.add_row("vanishes at", *(f"{alpha:.2f}" for alpha in coupling["vanishing_alpha_L"]))
-    return table
+def _print_erc_by_alpha(coupling):
+    erc_AL = np.asarray(coupling["erc_LA"]).T
+    by_alpha = {f"{alpha:g}": [f"{value:.4f}" for value in erc_L] for alpha, erc_L in zip(ALPHAS, erc_AL, strict=True)}
+    vanishes = {"vanishes at": [f"{alpha:.2f}" for alpha in coupling["vanishing_alpha_L"]]}
+    _print_layers("ERC of the clean router by alpha", by_alpha | vanishes)
 
 
-def _layers(measures, load_LE):
-    layers, experts = load_LE.shape
-    table = Table("", *(f"layer {layer}" for layer in range(layers)), title="Layers")
-    for name, key in ROWS.items():
-        if key in measures:
-            table.add_row(name, *(f"{value:.3f}" for value in measures[key]))
+def _measured(names, measures):
+    present = {name: measures[ROWS[name]] for name in names if ROWS[name] in measures}
+    return {name: [f"{value:.3f}" for value in value_L] for name, value_L in present.items()}
+
+
+def _load(load_LE):
     load = load_measures(load_LE)
-    table.add_row("highest load", *(f"{value:.2f}x" for value in load["router/max_load"]))
-    table.add_row("lowest load", *(f"{value:.2f}x" for value in load_LE.min(axis=1) * experts))
-    table.add_row("load entropy", *(f"{value:.3f}" for value in load["router/load_entropy"]))
-    table.add_row("MaxVio", *(f"{value:.2f}" for value in load["router/max_violation"]))
-    return table
+    lowest_L = load_LE.min(axis=1) * load_LE.shape[1]
+    return {
+        "highest load": [f"{value:.2f}x" for value in load["router/max_load"]],
+        "lowest load": [f"{value:.2f}x" for value in lowest_L],
+        "load entropy": [f"{value:.3f}" for value in load["router/load_entropy"]],
+        "MaxVio": [f"{value:.2f}" for value in load["router/max_violation"]],
+    }
+
+
+def _print_layers(title, columns):
+    """{heading: cells by layer} as a table of a row per layer; nothing where nothing was measured."""
+    if columns:
+        cells_LC = zip(*columns.values(), strict=True)
+        print_table(title, ("layer", *columns), [(str(layer), *cells) for layer, cells in enumerate(cells_LC)])

@@ -1,13 +1,12 @@
 """What a survey of a model's coupling found: a verdict, tables on screen and in Markdown, numbers as JSON, figures."""
 
 import numpy as np
-import rich.table
-from rich.console import Console
 
 from moe_erc.analysis.coupling import ALPHAS
 from moe_erc.analysis.html import Table
 from moe_erc.analysis.report import ROWS, write_report, write_text
 from moe_erc.analysis.survey import survey
+from moe_erc.tables import print_table
 
 HEADINGS = ROWS | {"displaced": "displaced_L", "matching gain": "matching_gain_L"}  # heading -> measure by layer
 OWN_EXPERTS = ("diagonal rows", "diagonal columns", "displaced", "matching gain")
@@ -59,13 +58,9 @@ def _table(caption, layers, columns):
 
 def print_survey(name, measures, layers):
     """On screen."""
-    console = Console()
     for made in tables(measures, layers):
-        shown = rich.table.Table(*made.columns, title=made.caption)
-        for row in made.rows:
-            shown.add_row(*map(str, row))
-        console.print(shown)
-    console.print(f"{name}: {verdict(measures)}", highlight=False)
+        print_table(made.caption, made.columns, [tuple(map(str, row)) for row in made.rows])
+    print(f"{name}: {verdict(measures)}")
 
 
 def write_survey(directory, name, measures, layers, pictures):

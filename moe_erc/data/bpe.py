@@ -13,9 +13,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from absl import flags
-from tqdm import tqdm
 
-from moe_erc import command_line, paths
+from moe_erc import bars, command_line, paths
 from moe_erc.checks import BadInput
 from moe_erc.data import sources
 from moe_erc.data.config import DataConfig
@@ -29,9 +28,7 @@ def training_texts(config: DataConfig) -> Iterator[str]:
     for name in config.sources:
         source = sources.open_source(name, config)
         print(f"{name!r}: {source.account.splits}", file=sys.stderr)
-        for document in tqdm(
-            source.documents(), desc=f"Reading {source.label}", total=source.count, unit=" documents", disable=None
-        ):
+        for document in bars.over(source.documents(), f"Reading {source.label}", source.count, "documents"):
             if document.split == "train":
                 yield document.text.decode(errors="replace")
 
@@ -69,8 +66,8 @@ def save(tokenizer, output: Path) -> None:
 
 def main() -> None:
     """The command: train on `config.data`, write a tokenizer.json."""
-    vocab_size = flags.DEFINE_integer("vocab_size", 8192, "Number of token ids.")
-    output = flags.DEFINE_string("output", "tokenizer.json", "File to write.")
+    vocab_size = flags.DEFINE_integer("vocab_size", 8192, "Number of token ids, as --vocab_size=32000")
+    output = flags.DEFINE_string("output", "tokenizer.json", "File to write, as --output=tokenizer.json")
 
     def run(_):
         with command_line.refusing_bad_input():

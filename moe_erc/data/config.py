@@ -25,6 +25,8 @@ class DataConfig:
                 f"data.sources: {self.sources!r} is not a list of sources; give at least one, such as ('embedded',)"
             )
         for source in self.sources:
+            if not isinstance(source, str):
+                raise BadInput(f"data.sources: {source!r} is no text; give names in quotes, such as ('embedded',)")
             if not source or self.sources.count(source) > 1:
                 raise BadInput(
                     f"data.sources: {source!r} is empty or listed twice in {tuple(self.sources)}; list it once"
@@ -33,6 +35,9 @@ class DataConfig:
             raise BadInput(
                 f"data.weights: {len(self.weights)} weights for {len(self.sources)} data.sources; give one each, or ()"
             )
+        for weight in self.weights:
+            if isinstance(weight, bool) or not isinstance(weight, int | float):
+                raise BadInput(f"data.weights: {weight!r} is no number; give one per source, such as (0.7, 0.3)")
         if any(not 0 < weight < math.inf for weight in self.weights):
             raise BadInput(f"data.weights: {tuple(self.weights)} must all be above 0; drop the source to leave it out")
         if not 0 <= self.validation_fraction < 1:

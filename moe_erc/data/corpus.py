@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import ClassVar
 
 import tensorflow_datasets as tfds
-from tqdm import tqdm
 
+from moe_erc import bars
 from moe_erc.checks import BadInput
 from moe_erc.data import cache
 from moe_erc.data.document import split_by_hash
@@ -45,7 +45,7 @@ class EmbeddedCorpus(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         del dl_manager  # nothing is downloaded
         examples, manifest = {}, {}
         files = [(root, name, path) for root in self._roots for name, path in source_files(root)]
-        for root, name, path in tqdm(files, desc="Reading installed source", unit=" files", disable=None):
+        for root, name, path in bars.over(files, "Reading installed source", len(files), "files"):
             try:
                 source = path.read_bytes()
                 code, prose = separate(source)
@@ -62,7 +62,7 @@ class EmbeddedCorpus(tfds.core.GeneratorBasedBuilder, skip_registration=True):
             )
         # TFDS points data_path at a temporary directory here: manifest and data appear together or not at all.
         (self.data_path / MANIFEST).write_text(
-            json.dumps({"versions": versions(self._roots), "files": manifest}, indent=1)
+            json.dumps({"versions": versions(self._roots), "files": manifest}, indent=1), encoding="utf-8"
         )
         return {split: self._generate_examples(examples, split) for split in ("train", "validation")}
 

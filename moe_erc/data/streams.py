@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from tqdm import tqdm
 
+from moe_erc import bars
 from moe_erc.checks import BadInput
 from moe_erc.data.document import Account, Document
 from moe_erc.data.sources import Source
@@ -84,7 +84,7 @@ def write(directory: Path, source: Source, tokenizer: Tokenizer) -> None:
     dtype = np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
     writers: dict[tuple[str, str], _Writer] = {}
     without_text: collections.Counter[str] = collections.Counter()
-    bar = tqdm(desc=f"Tokenising {source.label}", total=source.count, unit=" documents", disable=None)
+    bar = bars.bar(f"Tokenising {source.label}", source.count, "documents")
     with bar, contextlib.ExitStack() as files:
         for batch in _batches(source.documents(), without_text):
             for document, ids in zip(batch, tokenizer.encode_batch([document.text for document in batch]), strict=True):
@@ -102,7 +102,8 @@ def write(directory: Path, source: Source, tokenizer: Tokenizer) -> None:
     if without_text:
         ignored[_WITHOUT_TEXT] = without_text.total()
     account = {"splits": source.account.splits, "ignored": ignored}
-    (directory / _INDEX).write_text(json.dumps({"dtype": dtype.str, "streams": entries, "account": account}, indent=1))
+    index = json.dumps({"dtype": dtype.str, "streams": entries, "account": account}, indent=1)
+    (directory / _INDEX).write_text(index, encoding="utf-8")
 
 
 def _check_splits(source: Source, written: set[str], without_text: Mapping[str, int]) -> None:
@@ -142,7 +143,7 @@ def read_account(directory: Path) -> Account:
 def _read_index(directory: Path) -> tuple[np.dtype, list[dict], Account]:
     """Type of the tokens, entries of the streams, each in a file of the directory itself, and the account."""
     try:
-        index = json.loads((directory / _INDEX).read_text())
+        index = json.loads((directory / _INDEX).read_text(encoding="utf-8"))
         dtype, entries = index["dtype"], index["streams"]
         account = Account(**index.get("account", {"splits": "", "ignored": {}}))
         sound = dtype in _DTYPES and all(map(_is_entry, entries)) and _is_account(account)

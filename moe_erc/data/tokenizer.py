@@ -103,7 +103,9 @@ class HuggingFaceTokenizer:
         self._unknown_id = _unknown_id(self._tokenizer)
 
     def encode_batch(self, texts: Sequence[str | bytes]) -> list[np.ndarray]:
-        strings = [text.decode(errors="replace") if isinstance(text, bytes) else text for text in texts]
+        # A text from the command line that is no UTF-8 has surrogates, which the library does not take.
+        encoded = [text if isinstance(text, bytes) else text.encode(errors="replace") for text in texts]
+        strings = [text.decode(errors="replace") for text in encoded]
         found = self._tokenizer.encode_batch_fast(strings, add_special_tokens=False)
         ids = [np.array(encoding.ids, np.uint32) for encoding in found]
         return [

@@ -31,6 +31,10 @@ class Generator:
         self._prefill = jax.jit(self._fill, static_argnames="length", out_shardings=with_rows)
         self._decode = jax.jit(self._extend, donate_argnames="cache", out_shardings=(with_rows, everywhere))
 
+    def check(self, prompt, sampling):
+        """BadInput for a prompt that `run` would refuse, before anything is compiled."""
+        self._lay_out([Continuation(self._tokenizer, prompt, sampling)], sampling.new_tokens)
+
     def run(self, weights, prompts, sampling):
         """The continuations alone. Row b draws from its own key, whatever the other rows are and wherever it lies."""
         continuations = [Continuation(self._tokenizer, prompt, sampling) for prompt in prompts]

@@ -17,11 +17,11 @@ try:
     from lm_eval.evaluator import evaluate
     from lm_eval.models.utils import normalize_gen_kwargs
     from lm_eval.tasks import TaskManager
-    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, make_table
+    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 except ImportError:
     raise BadInput('tasks need the lm-evaluation-harness, which is missing: pip install -e ".[eval]"') from None
 
-__all__ = ("LanguageModel", "Rehearsal", "TaskManager", "evaluate", "make_table")
+__all__ = ("LanguageModel", "Rehearsal", "TaskManager", "evaluate")
 NEW_TOKENS = 256  # at most, where a task does not say
 
 

@@ -28,7 +28,7 @@ class Sampling:
         for name, (holds, limit) in {
             "new_tokens": (self.new_tokens >= 1, "at least 1"),
             "temperature": (0 <= self.temperature < math.inf, "at least 0 and finite"),
-            "top_k": (self.top_k >= 0, "at least 0 (0 keeps all)"),
+            "top_k": (0 <= self.top_k < 2**31, "from 0 to 2^31 - 1 (0 keeps all)"),
             "top_p": (0 < self.top_p <= 1, "above 0 and at most 1 (1 keeps all)"),
             "seed": (0 <= self.seed < 2**32, "from 0 to 2^32 - 1"),
             "stop": (not isinstance(self.stop, str) and "" not in self.stop, "a tuple of texts and token ids"),

@@ -9,8 +9,11 @@ import difflib
 import io
 import pathlib
 
-from moe_erc import paths
+import jax
+
+from moe_erc import bars, paths
 from moe_erc.checks import BadInput
+from moe_erc.tables import print_table
 
 PAPER = {  # the tasks of the ERC paper's two models
     "paper_3b": (
@@ -36,6 +39,9 @@ def load_tasks(names, directory="", num_fewshot=None):
     directory = str(paths.local(directory)) if directory else ""
     if directory and not pathlib.Path(directory).is_dir():
         raise BadInput(f"task_dir: no such directory '{directory}'; give one that has YAML files of tasks")
+    for name in names:
+        if not isinstance(name, str):
+            raise BadInput(f"tasks: {name!r} is no text; give names in quotes, such as ('sciq',)")
     from moe_erc.evaluation import harness
 
     names = list(dict.fromkeys(task for name in names for task in PAPER.get(name, (name,))))
@@ -61,7 +67,7 @@ class TaskScores:
     """
 
     def __init__(self, tasks, limit, model, tokenizer, shape_BT):
-        self._tasks, self._limit = tasks, limit or None
+        self._tasks, self._limit, self._requests = tasks, limit or None, 0
         if tasks:
             from moe_erc.evaluation import harness
 
@@ -69,7 +75,7 @@ class TaskScores:
             rehearsal = harness.Rehearsal(model, None, tokenizer, shape_BT)
             for name, task in tasks["tasks"].items():
                 try:
-                    _rehearse(rehearsal, task, self._limit)
+                    self._requests += _rehearse(rehearsal, task, self._limit)
                 except BadInput as error:
                     raise BadInput(f"tasks: {name}: {error}; leave it out or train on longer rows") from None
 
@@ -83,13 +89,17 @@ class TaskScores:
         for task in self._tasks["tasks"].values():
             task.set_fewshot_seed(SEED)  # every run shows the same
         options = {"limit": self._limit, "bootstrap_iters": RESAMPLES, "log_samples": False}
-        with contextlib.redirect_stderr(io.StringIO()):  # a progress bar for every task
-            found = harness.evaluate(lm=self._language_model, task_dict=self._tasks, **options)
+        shown = bars.bar("Answering tasks", self._requests, "requests") if jax.process_index() == 0 else None
+        with shown or contextlib.nullcontext():
+            with contextlib.redirect_stderr(io.StringIO()):  # a progress bar for every task
+                found = harness.evaluate(lm=self._language_model, task_dict=self._tasks, **options)
+            if shown:
+                shown.update(self._requests)
         return {key: found[key] for key in KEPT if key in found}
 
 
 def _rehearse(rehearsal, task, limit):
-    """Asks the rehearsal all that the model will be asked."""
+    """Asks the rehearsal all that the model will be asked, and returns how much that is."""
     task.set_fewshot_seed(SEED)
     task.build_all_requests(limit=limit)
     by_kind = collections.defaultdict(list)
@@ -97,6 +107,7 @@ def _rehearse(rehearsal, task, limit):
         by_kind[request.request_type].append(request)
     for kind, requests in by_kind.items():
         getattr(rehearsal, kind)(requests)
+    return len(task.instances)
 
 
 def task_metrics(found):
@@ -109,10 +120,26 @@ def task_metrics(found):
     }
 
 
-def print_tasks(found):
-    """The harness's tables, of tasks and of groups."""
-    from moe_erc.evaluation import harness
-
+def print_tasks(found: dict) -> None:
+    """The results of `TaskScores.run` as tables, of tasks and of groups."""
     for kind in ("results", "groups"):
         if kind in found:
-            print(harness.make_table(found, kind))
+            columns = ("task", "metric", "value", "stderr", "filter", "n-shot", "version")
+            rows = [row for task in found[kind] for row in _rows(found, kind, task)]
+            print_table("Tasks" if kind == "results" else "Groups of tasks", columns, rows)
+
+
+def _rows(found, kind, task):
+    """A row per metric of a task or a group."""
+    values = found[kind][task]
+    shown = str(values.get("alias", task))
+    told = [str(found.get(key, {}).get(task, "")) for key in ("n-shot", "versions")]
+    for name, value in values.items():
+        metric, comma, filtered = name.partition(",")
+        if comma and not metric.endswith("_stderr"):
+            error = values.get(f"{metric}_stderr,{filtered}", "")
+            yield [shown, metric, _number(value), _number(error), filtered, *told]
+
+
+def _number(value):
+    return f"{value:.4f}" if isinstance(value, float) else str(value)

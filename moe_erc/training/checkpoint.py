@@ -195,7 +195,7 @@ def prepare_directory(directory):
     probe = directory / f".writable-{jax.process_index()}"
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        probe.write_text("")
+        probe.write_text("", encoding="utf-8")
         probe.unlink()
     except OSError as error:
         reason = error.strerror or error

@@ -47,7 +47,7 @@ class DigestHandler(ocp.CheckpointHandler):
             raise ValueError(gap)
         items = sorted(path for path in step.iterdir() if path.is_dir() and path != directory)
         found = {path.relative_to(step).as_posix(): digest(path) for item in items for path in _files(item)}
-        (directory / FILE).write_text(json.dumps(found))
+        (directory / FILE).write_text(json.dumps(found), encoding="utf-8")
 
 
 @ocp.args.register_with_handler(DigestHandler, for_save=True, for_restore=True)
@@ -81,7 +81,7 @@ def find_fault(step_directory):
     Of several processes each reads its share of the files.
     """
     try:
-        saved = json.loads((step_directory / ITEM / FILE).read_text())
+        saved = json.loads((step_directory / ITEM / FILE).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return f"{ITEM}/{FILE} is missing"
     except OSError as error:

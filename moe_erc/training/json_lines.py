@@ -47,7 +47,7 @@ class RemoteJsonLines:
         self._text += _line(step, values)
 
     def flush(self):
-        self._path.write_text(self._text)
+        self._path.write_text(self._text, encoding="utf-8")
 
     def close(self):
         self.flush()
@@ -58,7 +58,7 @@ def truncate(path, first_step):
     path = epath.Path(path)
     if path.exists():
         shorter = path.with_suffix(".tmp")
-        shorter.write_text(_before(path, first_step))
+        shorter.write_text(_before(path, first_step), encoding="utf-8")
         shorter.replace(path)
 
 

@@ -147,12 +147,12 @@ class _WeightsAndBiases:
         # The id lies beside the checkpoints, so that a resumed run continues its own curves.
         identity = directory / "wandb_id"
         if not identity.exists():
-            identity.write_text(secrets.token_hex(4))
+            identity.write_text(secrets.token_hex(4), encoding="utf-8")
         self._run = wandb.init(
             project=project,
             dir=None if is_remote(directory) else str(directory),
             config=config,
-            id=identity.read_text(),
+            id=identity.read_text(encoding="utf-8"),
             resume="allow",
         )
 

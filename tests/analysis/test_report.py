@@ -28,32 +28,70 @@ def report():
     }
 
 
+def tables(text):
+    """{title: {heading: cells down the page}} of what was printed; parts of a table that was split are joined."""
+    found, title = {}, ""
+    for line in text.splitlines():
+        if line.strip(" ┏┓━┳") and not set(line) & set("┃│┡├└"):
+            title = line.split("(")[0].strip()
+        elif set(line) & set("┃│"):
+            cells = [cell.strip() for cell in line.strip().strip("┃│").replace("┃", "│").split("│")]
+            rows = found.setdefault(title, [])
+            rows.append((cells, "┃" in line))
+    return {title: _columns(rows) for title, rows in found.items()}
+
+
+def _columns(rows):
+    columns, headings = {}, []
+    for cells, in_head in rows:
+        if in_head:
+            continued = headings and not any(columns.get(name) for name in headings)
+            joined = [" ".join(pair).strip() for pair in zip(headings, cells, strict=True)] if continued else cells
+            for name in headings if continued else ():
+                columns.pop(name, None)
+            headings = joined
+            columns |= {name: [] for name in headings}
+        else:
+            for name, cell in zip(headings, cells, strict=True):
+                columns[name].append(cell)
+    return columns
+
+
 def printed(report, capsys):
-    """({first cell of a row: its other cells}, all of it)."""
+    """(tables, all of it) that is printed."""
     print_report(report)
     text = capsys.readouterr().out
-    rows = (line.strip("│┃ ").split("│") for line in text.splitlines() if "│" in line)
-    return {name.strip(): [cell.strip() for cell in cells] for name, *cells in rows}, text
+    return tables(text), text
 
 
 def test_coupling_and_load_by_layer(report, capsys):
-    rows, text = printed(report, capsys)
-    assert "ERC of the clean router" in text and rows["2"] == ["0.2500", "0.0000"]
-    assert rows["alignment"] == ["3.000", "3.500"] and rows["row cosine"] == ["4.000", "4.500"]
-    assert rows["gate norm"] == ["7.000", "7.500"] and rows["gate spread"] == ["8.000", "8.500"]
-    assert "output cosine" not in rows
-    assert rows["highest load"] == ["2.00x", "4.00x"] and rows["lowest load"] == ["0.00x", "0.00x"]
+    found, _ = printed(report, capsys)
+    erc = found["ERC of the clean router by alpha"]
+    assert erc["layer"] == ["0", "1"] and erc["2"] == ["0.2500", "0.0000"] and erc["vanishes at"] == ["9.00", "9.50"]
+    coupling, weights, load = found["Layers: coupling"], found["Router rows and gates"], found["Load"]
+    assert coupling["alignment"] == ["3.000", "3.500"] and coupling["row cosine"] == ["4.000", "4.500"]
+    assert weights["gate norm"] == ["7.000", "7.500"] and weights["gate spread"] == ["8.000", "8.500"]
+    assert "output cosine" not in coupling
+    assert load["highest load"] == ["2.00x", "4.00x"] and load["lowest load"] == ["0.00x", "0.00x"]
     # shares 1/2, 1/4, 1/4, 0: (1/2 * 1 + 2 * 1/4 * 2) / log2(4) bits = 1.5 / 2; all on one expert: 0
-    assert rows["load entropy"] == ["0.750", "0.000"]
-    assert rows["MaxVio"] == ["1.00", "3.00"]  # 1/2 * 4 - 1, 1 * 4 - 1
+    assert load["load entropy"] == ["0.750", "0.000"]
+    assert load["MaxVio"] == ["1.00", "3.00"]  # 1/2 * 4 - 1, 1 * 4 - 1
 
 
 def test_without_router_rows_all_but_coupling_is_printed(report, capsys, tmp_path):
     report |= {"coupling": None, "specialization": {"output_cosine_L": np.array([0.25, -0.125])}}
-    rows, text = printed(report, capsys)
-    assert "ERC" not in text and not {"noise bound", "alignment", "row cosine", "gate norm"} & rows.keys()
-    assert rows["prose"] == ["2.000", "1.000", "4.000", "3.000", "1,000"]
-    assert rows["output cosine"] == ["0.250", "-0.125"] and rows["MaxVio"] == ["1.00", "3.00"]
+    found, text = printed(report, capsys)
+    assert "ERC" not in text and "Router rows and gates" not in found
+    assert {name: cells[0] for name, cells in found["Validation, nats per token"].items()} == {
+        "domain": "prose",
+        "loss": "2.000",
+        "bits/byte": "1.000",
+        "unigram": "4.000",
+        "bigram": "3.000",
+        "tokens": "1,000",
+    }
+    assert found["Layers: coupling"] == {"layer": ["0", "1"], "output cosine": ["0.250", "-0.125"]}
+    assert found["Load"]["MaxVio"] == ["1.00", "3.00"]
     write_report(tmp_path / "report.json", report)
     found = json.loads((tmp_path / "report.json").read_text())
     assert found["coupling"] is None and found["specialization"] == {"output_cosine_L": [0.25, -0.125]}
@@ -61,8 +99,40 @@ def test_without_router_rows_all_but_coupling_is_printed(report, capsys, tmp_pat
 
 def test_output_cosine_stands_beside_coupling(report, capsys):
     report["specialization"] = {"output_cosine_L": np.array([0.25, -0.125])}
-    rows, _ = printed(report, capsys)
-    assert rows["output cosine"] == ["0.250", "-0.125"] and rows["alignment"] == ["3.000", "3.500"]
+    coupling = printed(report, capsys)[0]["Layers: coupling"]
+    assert coupling["output cosine"] == ["0.250", "-0.125"] and coupling["alignment"] == ["3.000", "3.500"]
+
+
+def of_layers(layers, domain):
+    """A report in which every measure of every layer is another number."""
+    rng = np.random.default_rng(0)
+    coupling = {key: rng.uniform(0.1, 1, layers) for key in (*ROWS.values(), "vanishing_alpha_L")}
+    load_LE = rng.uniform(0.1, 1, (layers, 8))
+    values = {"loss": 2.0, "bits_per_byte": 1.0, "tokens": 1_234_567_890}
+    return {
+        "validation": {"loss": 2.0, "domains": {domain: values}, "load_LE": load_LE / load_LE.sum(1, keepdims=True)},
+        "baselines": {"unigram": {domain: 4.0}, "bigram": {domain: 3.0}},
+        "coupling": coupling | {"erc_LA": rng.uniform(0.1, 1, (layers, 5))},
+    }
+
+
+@pytest.mark.parametrize("columns", ["", "40", "80", "200"])
+@pytest.mark.parametrize("layers", [2, 12, 24, 48, 64])
+def test_every_number_is_printed_whole_within_80_columns(layers, columns, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", columns)  # of the terminal: what is redirected does not depend on it
+    domain = "a_domain_of_a_very_long_name_that_has_no_end_and_goes_on_and_on_for_ever"
+    report = of_layers(layers, domain)
+    found, text = printed(report, capsys)
+    assert max(map(len, text.splitlines())) <= 80 and "…" not in text
+    for name, key in ROWS.items():
+        column = found["Layers: coupling"].get(name) or found["Router rows and gates"][name]
+        assert column == [f"{value:.3f}" for value in report["coupling"][key]], name
+    erc = found["ERC of the clean router by alpha"]
+    assert erc["layer"] == [str(layer) for layer in range(layers)]
+    assert erc["1"] == [f"{row[0]:.4f}" for row in report["coupling"]["erc_LA"]]
+    validation = found["Validation, nats per token"]
+    assert "1,234,567,890" in validation["tokens"]
+    assert domain in "".join(validation["domain"])  # over several lines
 
 
 def test_every_row_but_the_optional_is_a_measure_of_coupling():
@@ -72,5 +142,5 @@ def test_every_row_but_the_optional_is_a_measure_of_coupling():
 
 def test_one_expert_is_balanced(report, capsys):
     report["validation"]["load_LE"] = np.ones((2, 1))
-    rows, _ = printed(report, capsys)
-    assert rows["load entropy"] == ["1.000", "1.000"] and rows["MaxVio"] == ["0.00", "0.00"]
+    load = printed(report, capsys)[0]["Load"]
+    assert load["load entropy"] == ["1.000", "1.000"] and load["MaxVio"] == ["0.00", "0.00"]

@@ -31,9 +31,12 @@ def whole_weights(weights: Sequence[float]) -> list[int]:
 
 
 class Mixture(grain.transforms.DatasetSelectionMap):
-    """Number among the `rows` of all batches -> (source, how many windows were drawn from it before)."""
+    """Number among the `rows` of all batches -> (source, how many windows were drawn from it before).
 
-    def __init__(self, weights: Sequence[int], batch_size: int, rows: Sequence[int]):
+    `start_row`: the rows drawn before the first of these batches, in batches of whatever size.
+    """
+
+    def __init__(self, weights: Sequence[int], batch_size: int, rows: Sequence[int], start_row: int = 0):
         # The j-th of a source's turns in a period comes at time (j + 1/2) / weight.
         times = np.concatenate([(np.arange(weight) + 0.5) / weight for weight in weights])
         order = np.argsort(times, kind="stable")
@@ -41,12 +44,14 @@ class Mixture(grain.transforms.DatasetSelectionMap):
         self._sources = np.repeat(np.arange(len(weights)), weights)[order]
         self._turns = np.concatenate([np.arange(weight) for weight in weights])[order]
         self._batch_size, self._rows = batch_size, rows
+        self._start_row = start_row
 
     def __len__(self) -> int:
         return sys.maxsize
 
     def __getitem__(self, index: int) -> tuple[int, int]:
-        step, number = divmod(index, len(self._rows))
-        period, turn = divmod(step * self._batch_size + self._rows[number], len(self._sources))
+        batch, number = divmod(index, len(self._rows))
+        row = self._start_row + batch * self._batch_size + self._rows[number]
+        period, turn = divmod(row, len(self._sources))
         source = int(self._sources[turn])
         return source, period * self._weights[source] + int(self._turns[turn])

@@ -1,7 +1,7 @@
 """From `config.data` to batches: the part of this package that scripts talk to.
 
     corpus = prepare(DataConfig(**config.data))
-    for batch in train_batches(corpus, sequence_length, batch_size, seed, start_step): ...
+    for batch in train_batches(corpus, sequence_length, batch_size, seed, start_row): ...
 
 Text is tokenised once and opened from the cache ever after; a batch is {"inputs_BT", "targets_BT": int32, "mask_BT":
 bool}.

@@ -1,8 +1,9 @@
 """Batches of fixed windows, addressed by one integer.
 
 Window i of a stream is tokens [i T, i T + T]; its inputs are all but the last, its targets all but the first. Every
-target is in exactly one window. A training batch is a pure function of (corpus, seed, step): resuming at a step costs
-nothing, and a batch has the same rows in the same order whether one process reads all of it or several read some each.
+target is in exactly one window. A training batch is a pure function of (corpus, seed, rows read before it): resuming
+costs nothing, also in batches of another size, and a batch has the same rows in the same order whether one process
+reads all of it or several read some each.
 """
 
 from collections.abc import Iterator, Sequence
@@ -45,23 +46,22 @@ def train_batches(
     sequence_length: int,
     batch_size: int,
     seed: int,
-    start_step: int = 0,
+    start_row: int = 0,
     rows: Sequence[int] | None = None,
 ) -> Iterator[dict[str, np.ndarray]]:
-    """The endless training batches from `start_step` on, shuffled by `seed` and anew in every epoch.
+    """The endless training batches from `start_row` on, shuffled by `seed` and anew in every epoch.
 
-    `batch_size` counts the rows of all processes; `rows` are those read here, None reads all. Every source is a random
-    permutation of the windows of all its domains, then another one.
+    `start_row` counts the rows (windows) that all batches before had together, whatever their sizes were: it need not
+    be a multiple of `batch_size`. `batch_size` counts the rows of all processes; `rows` are those of each batch that
+    are read here, None reads all. Every source is a random permutation of the windows of all its domains, then another.
     """
     rows = range(batch_size) if rows is None else rows
     train = corpus.streams["train"].values()
     groups = [[stream for stream in train if stream.source == source] for source in corpus.weights] or [list(train)]
     shuffled = [_shuffled(group, sequence_length, (seed, position)) for position, group in enumerate(groups)]
-    mixture = Mixture(list(corpus.weights.values()) or [1], batch_size, rows)
+    mixture = Mixture(list(corpus.weights.values()) or [1], batch_size, rows, start_row)
     windows = grain.MapDataset.select_from_datasets(shuffled, mixture)
-    batches = iter(windows.batch(len(rows)).map(_inputs_and_targets).to_iter_dataset(_READING))
-    batches.set_state({"next_index": start_step})
-    return batches
+    return iter(windows.batch(len(rows)).map(_inputs_and_targets).to_iter_dataset(_READING))
 
 
 def validation_batches(

@@ -41,3 +41,11 @@ def test_some_rows_are_those_rows_of_every_batch(rows):
     for step in range(5):
         mine = [some[step * len(rows) + number] for number in range(len(rows))]
         assert mine == [alone[step * 8 + row] for row in rows]
+
+
+@pytest.mark.parametrize("start_row", [0, 3, 8, 10**12 + 7])
+def test_rows_are_counted_on_from_any_start(start_row):
+    alone, later = Mixture([2, 3], 8, range(8)), Mixture([2, 3], 5, (1, 4), start_row)
+    for batch in range(4):
+        rows = [start_row + 5 * batch + row for row in (1, 4)]
+        assert [later[2 * batch], later[2 * batch + 1]] == [alone[row] for row in rows]

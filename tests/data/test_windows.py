@@ -84,7 +84,7 @@ def test_resuming_at_a_step_gives_its_batch(request, corpus_name, step):
     corpus = request.getfixturevalue(corpus_name)
     uninterrupted = take(train_batches(corpus, T, 4, seed=3), step + 3)
     for expected, resumed in zip(
-        uninterrupted[step:], train_batches(corpus, T, 4, seed=3, start_step=step), strict=False
+        uninterrupted[step:], train_batches(corpus, T, 4, seed=3, start_row=4 * step), strict=False
     ):
         for name in expected:
             np.testing.assert_array_equal(resumed[name], expected[name])
@@ -94,7 +94,7 @@ def test_resuming_reads_only_what_it_returns(counting_corpus, monkeypatch):
     read = []
     getitem = Windows.__getitem__
     monkeypatch.setattr(Windows, "__getitem__", lambda self, index: read.append(index) or getitem(self, index))
-    take(train_batches(counting_corpus, T, 4, seed=3, start_step=10**9), 1)
+    take(train_batches(counting_corpus, T, 4, seed=3, start_row=4 * 10**9), 1)
     assert (
         4 <= len(read) <= 4 * 16
     )  # the batch and what is prefetched after it, not a thousand million batches before it
@@ -104,11 +104,34 @@ def test_resuming_reads_only_what_it_returns(counting_corpus, monkeypatch):
 @pytest.mark.parametrize("shares", [[(0, 1, 2, 3), (4, 5, 6, 7)], [(0, 1, 6, 7), (2, 3), (4, 5)]])
 def test_processes_read_the_rows_of_one_batch_without_overlap(request, corpus_name, shares):
     corpus = request.getfixturevalue(corpus_name)
-    alone = take(train_batches(corpus, T, 8, seed=5, start_step=2), 6)
+    alone = take(train_batches(corpus, T, 8, seed=5, start_row=16), 6)
     for rows in shares:
-        for mine, expected in zip(take(train_batches(corpus, T, 8, 5, 2, rows), 6), alone, strict=True):
+        for mine, expected in zip(take(train_batches(corpus, T, 8, 5, 16, rows), 6), alone, strict=True):
             for name in expected:
                 np.testing.assert_array_equal(mine[name], expected[name][list(rows)])
+
+
+@pytest.mark.parametrize("corpus_name", ["counting_corpus", "weighted_corpus"])
+@pytest.mark.parametrize("sizes", [(8, 4), (4, 8), (6, 5, 7, 1, 3), (1, 9)])
+def test_batches_of_any_size_go_on_where_the_last_one_stopped(request, corpus_name, sizes):
+    # Two batches of each size in turn, over several epochs of the 15 windows: no row twice, none left out.
+    corpus = request.getfixturevalue(corpus_name)
+    read, drawn = 0, []
+    for size in (*sizes, *sizes):
+        drawn += starts(take(train_batches(corpus, T, size, seed=3, start_row=read), 2))
+        read += 2 * size
+    assert drawn == starts(take(train_batches(corpus, T, 1, seed=3), read))
+
+
+@pytest.mark.parametrize("corpus_name", ["counting_corpus", "weighted_corpus"])
+def test_processes_share_batches_of_another_size_from_any_row_on(request, corpus_name):
+    corpus = request.getfixturevalue(corpus_name)
+    alone = starts(take(train_batches(corpus, T, 6, seed=3, start_row=7), 5))
+    shares = [starts(take(train_batches(corpus, T, 6, 3, 7, rows), 5)) for rows in ((0, 1, 4), (2, 3, 5))]
+    for batch in range(5):
+        expected = alone[6 * batch : 6 * batch + 6]
+        assert shares[0][3 * batch : 3 * batch + 3] == [expected[row] for row in (0, 1, 4)]
+        assert shares[1][3 * batch : 3 * batch + 3] == [expected[row] for row in (2, 3, 5)]
 
 
 @pytest.mark.parametrize("tokens", [2, 4, 5, 6, 23, 25])

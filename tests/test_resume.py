@@ -109,7 +109,9 @@ def test_eval_reads_the_run(undisturbed):
     assert all(title in printed for title in ("Validation", "ERC of the clean router", "noise bound", "highest load"))
     report, found = (json.loads((undisturbed / name).read_text()) for name in ("report.json", "eval.json"))
     assert found.pop("step") == STEPS
-    assert found["validation"]["loss"] == pytest.approx(report["validation"]["loss"], rel=within(64))
+    # two programs of the same sums: of layers, as in test_init_from.py, but without a power step
+    terms = 2 * (5 * 32 + 32) + 32
+    assert found["validation"]["loss"] == pytest.approx(report["validation"]["loss"], rel=within(terms))
     assert found["coupling"] == report["coupling"] and found["baselines"] == report["baselines"]
 
 

@@ -139,7 +139,9 @@ def assert_a_cache_changes_nothing(model, weights, tokens_BT, prompt):
     expected, _ = applier(model)(weights, tokens_BT, packed(jnp.asarray(inside_BT)))
     found = through_a_cache(model, weights, tokens_BT, prompt)
     assert_close(found[inside_BT], np.asarray(expected)[inside_BT])
-    np.testing.assert_array_equal(found.argmax(axis=-1)[inside_BT], expected.argmax(axis=-1)[inside_BT])
+    # The token that is most probable in the one is so in the other, but for a tie.
+    best, chosen = np.max(expected, axis=-1), found.argmax(axis=-1)[..., None]
+    assert_close(np.take_along_axis(np.asarray(expected), chosen, axis=-1)[..., 0][inside_BT], best[inside_BT])
 
 
 @pytest.mark.parametrize("router", ROUTERS)

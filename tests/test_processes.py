@@ -77,7 +77,7 @@ def assert_same_curve(found, expected):
 
 
 def within_drift(name, found, expected):
-    """Whether a metric is the same but for sums in another order, which steps carry on and the optimizer's roots amplify.
+    """Whether a metric is the same but for sums in another order, which steps carry on and the optimizer amplifies.
 
     Of what was seen, on several instruction sets, ten times as much: 1e-5 of the metric's size, or of 1 where it is
     smaller. A token whose two best experts tie but for rounding is moved to the other, which a load of 1,024 tokens
@@ -147,9 +147,8 @@ def test_two_processes_stop_together_and_one_goes_on(train, alone, stopped, tmp_
     jax.tree.map(np.testing.assert_array_equal, state, saved_state(tmp_path, (2, 4))[1])
     norm = float(np.sqrt(sum(np.sum(np.square(leaf, dtype=np.float64)) for leaf in jax.tree.leaves(state.params))))
     steps = [line for line in metrics(tmp_path) if "norm/parameters" in line]  # the last line may be a validation's
-    assert steps[-1]["norm/parameters"] == pytest.approx(
-        norm, rel=within(200)
-    )  # float32 sums of 512 * 32 at most, pairwise
+    # Of the 512 * 32 squares of the largest matrix: random roundings add up to the root of so many, 128.
+    assert steps[-1]["norm/parameters"] == pytest.approx(norm, rel=within(128))
 
     # to the end on one process with another mesh
     members = train(1, tmp_path, "--config.mesh.data=2", "--config.mesh.expert=2", JAX_NUM_CPU_DEVICES=4)

@@ -145,8 +145,8 @@ def test_muon_orthogonalises_every_expert_of_every_layer_alone():
             alone = {"layers": {"w": params["layers"]["moe"][name][None, layer, expert]}}
             gradient = {"layers": {"w": grads["layers"]["moe"][name][None, layer, expert]}}
             expected = first_update(changed(name="muon"), gradient, alone)["layers"]["w"][0]
-            # Each of five steps of Newton-Schulz makes the smallest singular values 3.4445 times as large, and with them
-            # what the norm and the first product have rounded.
+            # Each of five steps of Newton-Schulz makes the smallest singular values 3.4445 times as large, and with
+            # them what the norm and the first product have rounded.
             assert_close(update[name][layer, expert], expected, terms=2 * 3.4445**5)
 
 

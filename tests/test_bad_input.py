@@ -7,7 +7,7 @@ import pytest
 from tests import script
 
 SOURCE = "--config.data.sources=('{%s}',)"
-OLMOE = script.ROOT / "tests" / "hf" / "olmoe" / "default"
+OLMOE = script.ROOT / "tests" / "hf" / "olmoe" / "plain"  # a checkpoint without a tokenizer.json
 TRAINING = [
     # keys, types, words
     (["--config.model.widht=3"], ["config.model.widht", "config.model.width"]),
@@ -132,6 +132,7 @@ def places(tmp_path_factory):
         (root / name).mkdir()
         for file, text in files.items():
             (root / name / file).write_text(text)
+    assert (OLMOE / "config.json").is_file() and not (OLMOE / "tokenizer.json").exists()
     (root / "file").write_text("")
     (root / "half_json").write_text('{"model": ')
     return {path.name: str(path) for path in root.iterdir()} | {"olmoe": str(OLMOE)}

@@ -9,6 +9,7 @@ import pytest
 from moe_erc.data import bpe
 from moe_erc.hf.shards import find_tensors, read_config
 from tests import script
+from tests.tolerance import within
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +94,9 @@ def test_a_run_goes_on_from_an_export(flags, exported, tmp_path):
     code, printed = script.run("train.py", going_on, tmp_path / "out")
     assert code == 0, printed
     before, after = (json.loads((place / "report.json").read_text()) for place in (workdir, tmp_path / "run"))
-    assert after["validation"]["loss"] == pytest.approx(before["validation"]["loss"], rel=1e-5)
+    # two layers of five sums over widths of at most 32 and attention over as many, the head, and the power step
+    terms = 2 * (5 * 32 + 32) + 32 + 48
+    assert after["validation"]["loss"] == pytest.approx(before["validation"]["loss"], rel=within(terms))
     (source / "model.safetensors").unlink()  # a resumed run has its own weights
     code, printed = script.run("train.py", going_on, tmp_path / "out")
     assert code == 0 and "Validation" in printed, printed

@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import re
 import sys
 
 import nbformat
@@ -14,6 +15,8 @@ from nbclient.exceptions import CellExecutionError
 ROOT = pathlib.Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 STRIP = "pip install nbconvert && jupyter nbconvert --clear-output --inplace notebooks/*.ipynb"
+COLAB = re.compile(r"https://colab\.research\.google\.com/github/(?P<repository>[^/]+/[^/]+)/blob/main/(?P<path>.+)\)")
+REPOSITORY = re.compile(r"github(?:\.com)?/([\w.-]+/\w+)")
 GUARD = 'if importlib.util.find_spec("moe_erc") is None:'
 
 
@@ -44,8 +47,18 @@ def test_a_notebook_is_valid_and_stripped(path):
 def test_a_notebook_begins_with_its_question_and_a_badge(path):
     title, *rest = read(path).cells[0].source.splitlines()
     assert title.startswith("# ") and title.endswith("?"), title
-    opens = f"(https://colab.research.google.com/github/OWNER/moe_erc/blob/main/notebooks/{path.name})"
-    assert any(line.startswith("[![Open In Colab](") and line.endswith(opens) for line in rest), opens
+    (badge,) = [line for line in rest if line.startswith("[![Open In Colab](")]
+    opened = COLAB.fullmatch(badge.rpartition("](")[2])
+    assert opened and (ROOT / opened["path"]).samefile(path), f"the badge opens {badge}"
+    # Whoever the owner is: what is opened is what is installed, and one repository for all notebooks and pages.
+    assert {opened["repository"]} == repositories(), f"{opened['repository']} and {repositories()}"
+
+
+def repositories():
+    """OWNER/NAME of every mention of this project on GitHub, in notebooks and pages."""
+    pages = [*NOTEBOOKS, ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+    found = (REPOSITORY.findall(page.read_text(encoding="utf-8")) for page in pages)
+    return {name for names in found for name in names if name.endswith("/moe_erc")}
 
 
 @each()

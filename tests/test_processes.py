@@ -1,5 +1,6 @@
 """Two and four local processes train the curve of one, stop together, and hand over to another number of processes."""
 
+import itertools
 import json
 import os
 import shutil
@@ -19,6 +20,7 @@ from moe_erc.training.checkpoint import Checkpoints
 from moe_erc.training.optimizer import OptimizerConfig, make_optimizer
 from moe_erc.training.state import abstract_state, initializer
 from tests import script
+from tests.tolerance import within
 from tests.training.test_damage import flip
 
 STEPS, FEW = 80, 5
@@ -63,11 +65,27 @@ def metrics(workdir):
 
 
 def assert_same_curve(found, expected):
+    """Every metric of every step, to what rounding makes of 80 steps: see `within_drift`."""
     assert [line["step"] for line in found] == [line["step"] for line in expected]
     for mine, theirs in zip(found, expected, strict=True):
         assert mine.keys() == theirs.keys()
         for name, value in theirs.items():
-            np.testing.assert_allclose(mine[name], value, rtol=1e-5, atol=1e-6, err_msg=name)
+            assert within_drift(name, mine[name], value), (theirs["step"], name, mine[name], value)
+    losses = [line["loss/lm"] for line in expected if "loss/lm" in line]
+    apart = [not within_drift("loss/lm", one, other) for one, other in itertools.pairwise(losses)]
+    assert np.mean(apart) > 0.9  # a step too many or too few, or another batch, would be seen
+
+
+def within_drift(name, found, expected):
+    """Whether a metric is the same but for sums in another order, which steps carry on and the optimizer amplifies.
+
+    Of what was seen, on several instruction sets, ten times as much: 1e-5 of the metric's size, or of 1 where it is
+    smaller. A token whose two best experts tie but for rounding is moved to the other, which a load of 1,024 tokens
+    with two experts each shows as 4 / 2,048 of E = 4 times a share: two such are allowed.
+    """
+    moved = 2 * 4 / 2048 if name.startswith("router/") else 0
+    size = max(1.0, float(np.max(np.abs(expected), initial=0)))
+    return bool(np.all(np.abs(np.subtract(found, expected)) <= 1e-5 * size + moved))
 
 
 @pytest.fixture(scope="module")
@@ -129,14 +147,18 @@ def test_two_processes_stop_together_and_one_goes_on(train, alone, stopped, tmp_
     jax.tree.map(np.testing.assert_array_equal, state, saved_state(tmp_path, (2, 4))[1])
     norm = float(np.sqrt(sum(np.sum(np.square(leaf, dtype=np.float64)) for leaf in jax.tree.leaves(state.params))))
     steps = [line for line in metrics(tmp_path) if "norm/parameters" in line]  # the last line may be a validation's
-    assert steps[-1]["norm/parameters"] == pytest.approx(norm, rel=1e-6)
+    # Of the 512 * 32 squares of the largest matrix: random roundings add up to the root of so many, 128.
+    assert steps[-1]["norm/parameters"] == pytest.approx(norm, rel=within(128))
 
     # to the end on one process with another mesh
     members = train(1, tmp_path, "--config.mesh.data=2", "--config.mesh.expert=2", JAX_NUM_CPU_DEVICES=4)
     assert script.join(members, LIMIT) == [0], printed(tmp_path)
     assert_same_curve(metrics(tmp_path), metrics(alone))
     (_, final), (_, expected) = saved_state(tmp_path), saved_state(alone)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), final.params, expected.params)
+    # Adam moves a parameter by up to the rate, 3e-4, each step, also one whose gradient is but rounding: of 80 steps a
+    # difference of one is allowed to single parameters, and a tenth of it to the whole.
+    for one, other in zip(jax.tree.leaves(final.params), jax.tree.leaves(expected.params), strict=True):
+        assert np.abs(one - other).max() < 3e-4 and np.sqrt(np.mean(np.square(one - other))) < 3e-5
 
 
 def test_two_processes_go_on_from_the_checkpoint_before_a_damaged_one(train, alone, stopped, tmp_path):

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from moe_erc.analysis.specialization import pairwise_cosine
+from tests.tolerance import assert_close, within
 
 EVERY = jnp.ones((1, 1), bool)
 
@@ -25,7 +26,7 @@ def unit_sum(*vectors):
 def test_cosines_by_hand(vectors, cosine):
     found = pairwise_cosine(unit_sum(*vectors), len(vectors), EVERY)
     assert found.dtype == jnp.float32 and found.shape == ()
-    assert found == pytest.approx(cosine, abs=1e-6)
+    assert_close(found, cosine, terms=8, largest=1)  # cosines that cancel
 
 
 def test_a_mean_over_unmasked_tokens():
@@ -38,4 +39,4 @@ def test_a_mean_over_unmasked_tokens():
 def test_sums_in_half_precision_are_squared_in_float32():
     # 256 experts that agree, as bfloat16: |256|^2 + 1 needs 17 bits, bfloat16 has 8; (65,537 - 256) / (256 * 255)
     sums_BTD = jnp.array([[[256.0, 1.0]]], jnp.bfloat16)
-    assert pairwise_cosine(sums_BTD, 256, EVERY) == pytest.approx(65281 / 65280, rel=1e-7)
+    assert pairwise_cosine(sums_BTD, 256, EVERY) == pytest.approx(65281 / 65280, rel=within(1))

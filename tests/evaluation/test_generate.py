@@ -12,6 +12,7 @@ from moe_erc.data.tokenizer import ByteTokenizer
 from moe_erc.evaluation.generate import Generator, Sampling
 from moe_erc.model.transformer import Transformer
 from moe_erc.training.state import Weights, init_weights
+from tests.tolerance import assert_decided
 
 PROMPTS = ["the rou", "d", "sends every token to the ex", "", "what it"]
 LENGTH = 64
@@ -67,7 +68,11 @@ def logits_after(config, ids):
 
 def greedy(config, prompt, new_tokens=20):
     ids, written = list(Latin().encode(prompt)) or [Latin.eos_id], []
-    while len(written) < new_tokens and (token := int(logits_after(config, ids + written).argmax())) != Latin.eos_id:
+    while len(written) < new_tokens:
+        logits_V = logits_after(config, ids + written)
+        assert_decided(logits_V, terms=2 * 5 * 32)  # or a mesh might write another text: sums of two layers over 32
+        if (token := int(logits_V.argmax())) == Latin.eos_id:
+            break
         written.append(token)
     return Latin().decode(written)
 

@@ -14,6 +14,7 @@ from moe_erc.evaluation.perplexity import Perplexity
 from moe_erc.losses.language_model import token_losses
 from moe_erc.model.transformer import Transformer
 from moe_erc.training.state import init_weights
+from tests.tolerance import assert_close
 
 LENGTH = 32
 
@@ -61,6 +62,8 @@ def test_loss_is_the_mean_over_every_validation_token(corpus, model_and_weights)
         total -= float(log_probs[np.arange(len(window) - 1), window[1:]].sum())
     values = found["domains"][domain]
     assert values["tokens"] == len(tokens_N) - 1
-    assert values["loss"] == pytest.approx(total / (len(tokens_N) - 1), rel=1e-5)
-    assert values["bits_per_byte"] == pytest.approx(total / math.log(2) / stream.bytes, rel=1e-5)
-    np.testing.assert_allclose(found["load_LE"].sum(axis=1), 1, rtol=1e-6)
+    # losses of one sign, each known to two layers of five sums over at most 32, and the head; batches of 4 * 32 tokens
+    terms = 2 * 5 * 32 + 32 + 4 * LENGTH
+    assert_close(np.float32(values["loss"]), total / (len(tokens_N) - 1), terms)
+    assert_close(np.float32(values["bits_per_byte"]), total / math.log(2) / stream.bytes, terms)
+    assert_close(found["load_LE"].sum(axis=1), 1, terms=8)

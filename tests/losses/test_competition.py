@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from moe_erc.losses.competition import competition, over_competing_layers
+from tests.tolerance import assert_close
 
 loss, value_and_gradients = jax.jit(competition), jax.jit(jax.value_and_grad(competition, argnums=(0, 1)))
 
@@ -26,7 +27,7 @@ def test_gradient_reaches_the_router_alone():
     _, (to_p_BTE, to_q_BTE) = value_and_gradients(P_BTE, Q_BTE, TOP_BTK, MASK_BT)
     np.testing.assert_array_equal(to_q_BTE, np.zeros(Q_BTE.shape))
     # token 0 of two: 2 (p - q) / 3 = (0.8, 0, -0.8) / 3, and of the chosen expert 2 also 0.2 * 2 * -0.4 / 2 = -0.08
-    np.testing.assert_allclose(to_p_BTE[0, 0], np.array([0.8 / 3, 0, -0.8 / 3 - 0.08]) / 2, rtol=1e-5, atol=1e-8)
+    assert_close(to_p_BTE[0, 0], np.array([0.8 / 3, 0, -0.8 / 3 - 0.08]) / 2, terms=8)
     np.testing.assert_array_equal(to_p_BTE[0, 2], np.zeros(3))
 
 

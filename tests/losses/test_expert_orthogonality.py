@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from moe_erc.losses.expert_orthogonality import output_overlap, routing_variance
+from tests.tolerance import assert_close, magnitude
 
 overlap, overlap_and_gradient = jax.jit(output_overlap), jax.jit(jax.value_and_grad(output_overlap))
 variance, variance_and_gradient = jax.jit(routing_variance), jax.jit(jax.value_and_grad(routing_variance))
@@ -46,9 +47,9 @@ def test_overlap_by_hand():
 def test_overlap_matches_the_definition():
     output_BTKD, chosen_BTK = random_outputs()
     found = overlap(output_BTKD, chosen_BTK)
-    assert found == pytest.approx(reference_overlap(output_BTKD, chosen_BTK), rel=1e-5)
+    assert_close(found, reference_overlap(output_BTKD, chosen_BTK), terms=2 * 3 * 4 * 4 + 5)  # pairs, of 5 coordinates
     found = overlap(output_BTKD, chosen_BTK, eps=0.5)
-    assert found == pytest.approx(reference_overlap(output_BTKD, chosen_BTK, eps=0.5), rel=1e-5)
+    assert_close(found, reference_overlap(output_BTKD, chosen_BTK, eps=0.5), terms=2 * 3 * 4 * 4 + 5)
 
 
 def test_overlap_trains_the_chosen_alone():
@@ -60,7 +61,9 @@ def test_overlap_trains_the_chosen_alone():
         change = np.zeros(output_BTKD.shape)
         change[index] = step
         ahead, behind = (reference_overlap(output_BTKD + sign * change, chosen_BTK) for sign in (1, -1))
-        assert gradient_BTKD[index] == pytest.approx((ahead - behind) / (2 * step), rel=1e-4, abs=1e-6)
+        # sums over 4 partners and 5 coordinates, to the size of the largest; the differences are of float64
+        slope = (ahead - behind) / (2 * step)
+        assert_close(gradient_BTKD[index], slope, terms=4 * 5, largest=magnitude(gradient_BTKD))
 
 
 def test_overlap_of_outputs_at_right_angles_and_of_no_pair_is_zero():
@@ -83,7 +86,8 @@ def test_bfloat16_outputs_are_summed_in_float32():
     low_BTKD = jnp.asarray(output_BTKD, jnp.bfloat16)
     value, gradient_BTKD = overlap_and_gradient(low_BTKD, chosen_BTK)
     assert value.dtype == jnp.float32 and gradient_BTKD.dtype == jnp.bfloat16
-    assert value == pytest.approx(reference_overlap(np.asarray(low_BTKD, np.float32), chosen_BTK), rel=1e-5)
+    expected = reference_overlap(np.asarray(low_BTKD, np.float32), chosen_BTK)
+    assert_close(value, expected, terms=300 + 2 * 3 * 4 * 4)  # a sum in bfloat16 would be off by 1e-2
 
 
 def test_nothing_has_k_times_k_times_d_numbers_a_token():
@@ -117,14 +121,15 @@ def test_variance_reaches_the_chosen_of_unmasked_tokens_alone():
     np.testing.assert_array_equal(gradient_BTE[0, 2], np.zeros(3))
     # Token 0: dL/ds = -2 (s - mean) / 6 = (-0.125, 0, 0.125), of which the chosen p = (0.6, 0.2) of sum 0.8 get
     # (dL/ds_e - <s, dL/ds>) / 0.8 = (-0.125 + 0.09375, 0.09375) / 0.8
-    np.testing.assert_allclose(gradient_BTE[0, 0], [-0.0390625, 0.1171875, 0], rtol=1e-5)
+    assert_close(gradient_BTE[0, 0], [-0.0390625, 0.1171875, 0], terms=8)
 
 
 def test_a_small_variance_keeps_its_digits():
     # scores 0.5 +- 2^-14: the squares 2^-28 are less than half a unit in the last place of the mean square, 0.25
     probability_BTE = 0.5 + np.float32([[[2**-14, -(2**-14)], [-(2**-14), 2**-14]]])
     found = variance(probability_BTE, np.array([[[0, 1], [0, 1]]]), np.ones((1, 2), bool))
-    assert found == pytest.approx(-(2.0**-28), rel=1e-3)
+    # A score of 0.5 is known to half of 2^-24, 2^-11 of its deviation 2^-14; squared, to twice as much.
+    assert found == pytest.approx(-(2.0**-28), rel=2.0**-9)
 
 
 @pytest.mark.parametrize("case", ["alike", "all masked", "all empty", "probability 0"])
@@ -140,4 +145,4 @@ def test_nothing_to_tell_apart_is_zero_and_finite(case):
     value, gradient_BTE = variance_and_gradient(probability_BTE, experts_BTK, mask_BT)
     assert value == 0
     # A rounding of 1 / 3 is left where a mean over three tokens is not multiplied out in one go.
-    np.testing.assert_allclose(gradient_BTE, np.zeros((1, 3, 3)), atol=1e-7)
+    assert_close(gradient_BTE, np.zeros((1, 3, 3)), terms=4, largest=1)

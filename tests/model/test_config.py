@@ -89,6 +89,7 @@ def test_the_work_of_competition_counts_its_limit_of_layers(model_config):
 )
 def test_published_sizes(size, total, active):
     config = ModelConfig(**base.get_config(size).model)
+    # counts of integers, against what papers print with three digits and two
     assert config.parameters() == pytest.approx(total, rel=0.002)
     assert config.active_parameters() == pytest.approx(active, rel=0.01)
 

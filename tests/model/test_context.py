@@ -12,6 +12,7 @@ from moe_erc.model.attention import same_segment
 from moe_erc.model.context import branched, cached, empty_cache, of_batch, packed
 from moe_erc.model.transformer import Transformer
 from moe_erc.training.state import init_weights
+from tests import tolerance
 
 ROUTERS = {
     "softmax": {},
@@ -58,7 +59,8 @@ def applier(model):
 
 
 def assert_close(found, expected):
-    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max())
+    # two layers: in each sums over at most 16 slots and over widths of 32, 32, 16 and 32 again, then the head's 32
+    tolerance.assert_close(found, expected, terms=2 * (16 + 4 * 32) + 32)
 
 
 def test_packed_by_hand():
@@ -146,7 +148,9 @@ def assert_a_cache_changes_nothing(model, weights, tokens_BT, prompt):
     expected, _ = applier(model)(weights, tokens_BT, packed(jnp.asarray(inside_BT)))
     found = through_a_cache(model, weights, tokens_BT, prompt)
     assert_close(found[inside_BT], np.asarray(expected)[inside_BT])
-    np.testing.assert_array_equal(found.argmax(axis=-1)[inside_BT], expected.argmax(axis=-1)[inside_BT])
+    # The token that is most probable in the one is so in the other, but for a tie.
+    best, chosen = np.max(expected, axis=-1), found.argmax(axis=-1)[..., None]
+    assert_close(np.take_along_axis(np.asarray(expected), chosen, axis=-1)[..., 0][inside_BT], best[inside_BT])
 
 
 @pytest.mark.parametrize("router", ROUTERS)
@@ -173,4 +177,5 @@ def test_queries_keys_and_values_are_clipped(model_and_weights, tokens_BT):
     )
     assert np.abs(within.value_BSHD).max() == 0.5 < np.abs(cache.value_BSHD).max()
     # RoPE turns pairs of what was clipped before: no key is longer than the diagonal.
-    assert 0.5 < np.abs(within.key_BSHD).max() <= 0.5 * 2**0.5 + 1e-6 < np.abs(cache.key_BSHD).max()
+    diagonal = 0.5 * 2**0.5 * (1 + tolerance.within(4))
+    assert 0.5 < np.abs(within.key_BSHD).max() <= diagonal < np.abs(cache.key_BSHD).max()

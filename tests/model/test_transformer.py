@@ -9,6 +9,7 @@ import pytest
 
 from moe_erc import sharding
 from moe_erc.model.transformer import Transformer
+from tests.tolerance import assert_close
 
 
 def logits(output):
@@ -29,7 +30,7 @@ def test_initial_parameters_are_cut_at_three_sigma_and_norms_are_one(model_confi
         assert np.abs(leaf).max() <= 0.06 and 0.018 < leaf.std() < 0.022, name
     assert (params["final_norm"] == 1).all() and (params["layers"]["attention"]["query_norm"] == 1).all()
     gates = params["layers"]["moe"]["w_gate"]
-    assert not np.allclose(gates[0], gates[1])  # every layer draws its own
+    assert not np.array_equal(gates[0], gates[1])  # every layer draws its own
 
 
 def test_a_token_sees_only_what_came_before(model_config, token_batch):
@@ -40,7 +41,7 @@ def test_a_token_sees_only_what_came_before(model_config, token_batch):
     before, after = (
         logits(model.apply(variables, tokens, batch["mask_BT"], {})) for tokens in (batch["inputs_BT"], changed)
     )
-    np.testing.assert_allclose(before[:, :8], after[:, :8], atol=1e-6)
+    np.testing.assert_array_equal(before[:, :8], after[:, :8])  # one program, and nothing of what was changed
     assert np.abs(before[:, 8:] - after[:, 8:]).max() > 1e-3
 
 
@@ -49,12 +50,12 @@ def test_statistics_are_by_layer_and_ignore_masked_tokens(model_config, token_ba
     model, variables = setup(config)
     routing = model.apply(variables, batch["inputs_BT"], batch["mask_BT"], {}).routing
     assert routing.load_E.shape == (config.layers, config.experts)
-    np.testing.assert_allclose(routing.load_E.sum(axis=-1), 1, rtol=1e-6)
-    np.testing.assert_allclose(routing.probability_E.sum(axis=-1), 1, rtol=1e-6)
+    assert_close(routing.load_E.sum(axis=-1), 1, terms=8)
+    assert_close(routing.probability_E.sum(axis=-1), 1, terms=8)
     tokens = batch["inputs_BT"].copy()
     tokens[-1, -1] = (tokens[-1, -1] + 7) % 512  # a masked position, which no other sees
     again = model.apply(variables, tokens, batch["mask_BT"], {}).routing
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), routing, again)
+    jax.tree.map(np.testing.assert_array_equal, routing, again)  # one program, and nothing of what was changed
 
 
 @pytest.mark.optimized
@@ -72,9 +73,8 @@ def test_recomputation_changes_no_gradient_and_saves_memory(model_config, token_
         return jax.jit(jax.grad(loss)).lower(variables).compile()
 
     kept, recomputed = compiled("none"), compiled("block")
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-7), kept(variables), recomputed(variables)
-    )
+    # six layers, forward and backward, with sums over widths of at most 32 and over 64 tokens; the head sums 256 tokens
+    assert_close(kept(variables), recomputed(variables), terms=2 * 6 * (3 * 32 + 64) + 256)
     assert recomputed.memory_analysis().temp_size_in_bytes < 0.5 * kept.memory_analysis().temp_size_in_bytes
 
 
@@ -103,4 +103,5 @@ def test_a_mesh_gives_the_oracles_outputs(model_config, token_batch):
     expected = oracle.apply(variables, batch["inputs_BT"], batch["mask_BT"], {})
     model = Transformer(model_config(), sharding.make_mesh(2, 4))
     found = jax.jit(model.apply)(variables, batch["inputs_BT"], batch["mask_BT"], {})
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), expected, jax.device_get(found))
+    # two layers with five sums over widths of at most 32 each; loads and probabilities are sums over 93 tokens
+    assert_close(jax.device_get(found), expected, terms=2 * 5 * 32 + 93)

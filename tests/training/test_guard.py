@@ -12,11 +12,12 @@ from configs import base
 from moe_erc import sharding
 from moe_erc.losses.objective import Objective
 from moe_erc.model.transformer import Transformer
-from moe_erc.training import guard
+from moe_erc.training import failure, guard
 from moe_erc.training.failure import deepest, find_origin, save_batch
 from moe_erc.training.guard import IN_A_ROW, SKIPPED, ZSCORE, GuardConfig, Stopped
 from moe_erc.training.state import abstract_state, initializer, shardings
 from moe_erc.training.step import make_train_step, step_gradients
+from tests.tolerance import assert_close
 
 LENGTH, BATCH = 16, 8
 
@@ -38,7 +39,7 @@ def test_the_distance_to_earlier_losses_in_standard_deviations():
     # Window 2: shares 1, 1/2, 1/2, so mean 4, 5, 6 and variance 0, 1/2 (0 + 1/2 2^2) = 1, 1/2 (1 + 1/2 2^2) = 1.5.
     scores = [told[ZSCORE] for _, told in watch(GuardConfig(window=2), [4, 6, 7, 12])]
     assert scores[:2] == [0, 0]  # nothing to compare with yet
-    assert scores[2:] == pytest.approx([2.0, 6 / np.sqrt(1.5)], rel=1e-5)
+    assert_close(np.array(scores[2:]), [2.0, 6 / np.sqrt(1.5)], terms=16)  # a mean and a variance of three losses
 
 
 def test_a_spike_is_reported_or_skipped_and_a_skipped_one_moves_no_mean():
@@ -151,9 +152,13 @@ def test_where_it_began_is_named(trainer, token_batch):
 
 
 def test_of_several_the_deepest_is_named_and_of_finite_ones_the_largest():
-    nan, one = np.float32(np.inf), np.float32(1)
-    layers = {"router": np.array([nan, nan, one]), "w_up": np.array([nan, nan, one])}
-    assert deepest({"embed": nan, "layers": layers}) == (np.inf, 1, "layers.w_up")
+    one = np.float32(1)
+    for bad in (np.nan, np.inf, -np.inf):
+        by_layer = np.float32([[0, bad], [bad, -2], [1, 1]])  # the largest of the last of three layers is 1
+        tree = {"embed": np.float32([[bad]]), "layers": {"router": by_layer, "w_up": by_layer}}
+        sizes = jax.device_get(jax.tree_util.tree_map_with_path(failure._largest, tree))
+        np.testing.assert_array_equal(sizes["layers"]["router"], [np.inf, np.inf, 1])
+        assert deepest(sizes) == (np.inf, 1, "layers.w_up"), bad
     assert deepest({"embed": np.float32(3), "layers": {"router": np.array([one, 2 * one])}}) == (3.0, -1, "embed")
 
 

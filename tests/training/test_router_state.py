@@ -18,6 +18,7 @@ from moe_erc.training.checkpoint import Checkpoints
 from moe_erc.training.router_state import StepCounts
 from moe_erc.training.state import Weights, abstract_state, create_state, init_weights, initializer, shardings
 from moe_erc.training.step import make_train_step
+from tests.tolerance import assert_close
 
 RATE = 0.25
 ROUTERS = {
@@ -99,7 +100,7 @@ def test_a_bias_moves_by_the_sign_of_the_load_of_the_whole_step(trainer, token_b
         np.testing.assert_array_equal(change_LE, RATE * np.sign(66 - 4 * counts_LE))
         assert change_LE.any()
         # a quotient of integers, in float32
-        np.testing.assert_allclose(metrics["router/max_load"], 4 * counts_LE.max(axis=-1) / 66, rtol=1e-6)
+        assert_close(metrics["router/max_load"], 4 * counts_LE.max(axis=-1) / 66, terms=8)
 
 
 def test_a_bias_stands_still_at_equal_load():
@@ -132,7 +133,7 @@ def test_the_controller_moves_in_real_steps_and_its_scale_is_in_the_total(traine
         direction = np.sign(metrics["router/experts_per_token"].mean() - 2)
         assert direction and metrics["scale/load_balance"] == pytest.approx(before * 1.02**direction)
         total = metrics["loss/lm"] + 0.01 * before * metrics["loss/load_balance"]
-        assert metrics["loss/total"] == pytest.approx(float(total), rel=1e-6)
+        assert_close(metrics["loss/total"], total, terms=8)
     assert state.loss_scales["load_balance"] == second["scale/load_balance"]
 
 
@@ -148,9 +149,9 @@ def test_layers_compete_with_the_probability_but_no_more_than_so_many(model_conf
     uncut = np.random.default_rng(0).binomial(layers, rate, 1_000_000)
     share = np.minimum(uncut, most).mean() / layers
     sigma = (share * (1 - share) / draws) ** 0.5
-    np.testing.assert_allclose(np.mean(competing, axis=0), share, atol=4 * sigma + 1e-9)  # the worst of six layers
+    assert np.abs(np.mean(competing, axis=0) - share).max() <= 4 * sigma  # the worst of six layers
     if most >= layers:
-        assert share == pytest.approx(rate, abs=2e-3)
+        assert share == pytest.approx(rate, abs=2e-3)  # a million draws: 4 times 0.5 / sqrt(1e6)
     np.testing.assert_array_equal(competing[7], router_state.competing_layers(config, keys[7]))
 
 

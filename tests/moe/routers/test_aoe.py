@@ -7,6 +7,7 @@ import pytest
 
 from moe_erc.moe.layer import MoE, declare
 from moe_erc.moe.routers import aoe
+from tests.tolerance import assert_close, magnitude
 
 D, F = 4, 3
 
@@ -47,10 +48,10 @@ def test_scores_by_hand(config):
     w_low_EDr = jnp.array([[[3.0, 0.0], [0.0, 2.0]], [[0.0, 0.0], [0.0, 0.0]], [[0.0, 4.0], [0.0, 0.0]]])
     scores = aoe.score(config(), None, {"w_low": w_low_EDr}, jnp.array([[[1.0, 2.0]]]))
     # (1, 2) becomes (3, 4), (0, 0) and (0, 4): of length 5, 0 and 4
-    np.testing.assert_allclose(scores.low_BTEr, [[[[3, 4], [0, 0], [0, 4]]]])
-    np.testing.assert_allclose(scores.logits_BTE, [[[5, 0, 4]]], rtol=1e-6)
+    assert_close(scores.low_BTEr, [[[[3, 4], [0, 0], [0, 4]]]], terms=4)
+    assert_close(scores.logits_BTE, [[[5, 0, 4]]], terms=8)
     powers = np.exp([5, 0, 4])
-    np.testing.assert_allclose(scores.probabilities_BTE, [[powers / powers.sum()]], rtol=1e-5)
+    assert_close(scores.probabilities_BTE, [[powers / powers.sum()]], terms=16, largest=5)  # exponents of up to 5
     np.testing.assert_array_equal(scores.balance_BTE, scores.probabilities_BTE)
 
 
@@ -66,7 +67,7 @@ def test_one_expert_is_a_dense_factorised_swiglu(config):
     params, x_BTD = parameters(config), tokens()
     w_low, w_high, w_up, w_down = (params[name][0] for name in ("w_low", "w_high", "w_up", "w_down"))
     y_BTD, _ = apply(config, params, x_BTD)  # softmax of one score: weight 1
-    np.testing.assert_allclose(y_BTD, swiglu(x_BTD, x_BTD @ w_low @ w_high, w_up, w_down), rtol=1e-4, atol=1e-5)
+    assert_close(y_BTD, swiglu(x_BTD, x_BTD @ w_low @ w_high, w_up, w_down), terms=2 * D + F + 2 + 8)
 
 
 def test_a_first_factor_that_keeps_the_token_is_a_whole_gate(config):
@@ -78,10 +79,11 @@ def test_a_first_factor_that_keeps_the_token_is_a_whole_gate(config):
     assert (chosen.experts_BTK == jnp.array([2, 0])).all()
     lengths_BTE = jnp.linalg.norm(x_BTD, axis=-1, keepdims=True) * scale_E
     weights_BTK = jax.nn.softmax(lengths_BTE, axis=-1)[..., jnp.array([2, 0])]
-    np.testing.assert_allclose(chosen.weights_BTK, weights_BTK, rtol=1e-5)
+    # exponents of up to twice a length
+    assert_close(chosen.weights_BTK, weights_BTK, terms=D + 16, largest=magnitude(lengths_BTE))
     outputs = [swiglu(x_BTD, x_BTD @ w_gate_EDF[e], params["w_up"][e], params["w_down"][e]) for e in (2, 0)]
     expected_BTD = weights_BTK[..., :1] * outputs[0] + weights_BTK[..., 1:] * outputs[1]
-    np.testing.assert_allclose(y_BTD, expected_BTD, rtol=1e-4, atol=1e-5)
+    assert_close(y_BTD, expected_BTD, terms=3 * D + F + 16)
 
 
 def test_renormalized_weights_are_a_softmax_over_the_chosen(config):
@@ -90,4 +92,5 @@ def test_renormalized_weights_are_a_softmax_over_the_chosen(config):
     lengths_BTE = jnp.linalg.norm(jnp.einsum("btd,edr->bter", x_BTD, params["w_low"]), axis=-1)
     lengths_BTK, experts_BTK = jax.lax.top_k(lengths_BTE, 2)
     np.testing.assert_array_equal(chosen.experts_BTK, experts_BTK)
-    np.testing.assert_allclose(chosen.weights_BTK, jax.nn.softmax(lengths_BTK, axis=-1), rtol=1e-5)
+    expected_BTK = jax.nn.softmax(lengths_BTK, axis=-1)
+    assert_close(chosen.weights_BTK, expected_BTK, terms=D + 16, largest=magnitude(lengths_BTK))

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from moe_erc.moe.routers.mpi import rows, score
+from tests.tolerance import assert_close
 
 
 @pytest.fixture
@@ -26,10 +27,10 @@ def test_a_power_step_by_hand(config):
     # (1, 0) @ w = (1, 1), @ w.T = (1 + 1, 0 + 1) = (2, 1) of length sqrt 5;  (0, 1) @ w = (0, 3), @ w.T = (0, 9)
     length = 4 / np.sqrt(2)
     expected_ED = length * np.array([[2 / np.sqrt(5), 1 / np.sqrt(5)], [0, 1]])
-    np.testing.assert_allclose(rows(config, parameters), expected_ED, rtol=1e-6)
+    assert_close(rows(config, parameters), expected_ED, terms=8)
     logits_BTE = score(config, None, parameters, jnp.array([[[1.0, 0.0], [1.0, 1.0]]])).logits_BTE
     expected_BTE = [[[length * 2 / np.sqrt(5), 0], [length * 3 / np.sqrt(5), length]]]
-    np.testing.assert_allclose(logits_BTE, expected_BTE, rtol=1e-6)
+    assert_close(logits_BTE, expected_BTE, terms=8)
 
 
 def test_a_gate_that_answers_to_all_directions_alike_keeps_the_rows_direction(config):
@@ -37,7 +38,7 @@ def test_a_gate_that_answers_to_all_directions_alike_keeps_the_rows_direction(co
     w_gate_EDF = jnp.array([3.0, 0.5])[:, None, None] * jnp.eye(4, 6)
     found_ED = rows(config, {"router": router_ED, "w_gate": w_gate_EDF})
     expected_ED = 4 / np.sqrt(2) * router_ED / np.linalg.norm(router_ED, axis=-1, keepdims=True)
-    np.testing.assert_allclose(found_ED, expected_ED, rtol=1e-5)
+    assert_close(found_ED, expected_ED, terms=6 + 4 + 16)  # a power step over 6 and 4, norms and quotients
 
 
 def test_scaling_router_or_gates_changes_nothing(config):
@@ -48,9 +49,9 @@ def test_scaling_router_or_gates_changes_nothing(config):
         "w_gate": parameters["w_gate"] * scale_E[:, None, None],
     }
     expected_ED = rows(config, parameters)
-    np.testing.assert_allclose(np.linalg.norm(expected_ED, axis=-1), 4 / np.sqrt(2), rtol=1e-6)
+    assert_close(np.linalg.norm(expected_ED, axis=-1), 4 / np.sqrt(2), terms=8)
     for name in parameters:
-        np.testing.assert_allclose(rows(config, parameters | {name: scaled[name]}), expected_ED, rtol=1e-5)
+        assert_close(rows(config, parameters | {name: scaled[name]}), expected_ED, terms=6 + 4 + 16)
 
 
 def test_the_gradient_reaches_router_and_gates(config):

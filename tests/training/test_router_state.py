@@ -129,11 +129,14 @@ def test_the_controller_weighs_balance_more_while_too_many_experts_run(model_con
 def test_the_controller_moves_in_real_steps_and_its_scale_is_in_the_total(trainer, token_batch):
     _, state, _, step = trainer("routing_free")
     state, (first, second) = take(step, state, batches(token_batch, 2))
+    directions = []
     for before, metrics in ((1.0, first), (float(first["scale/load_balance"]), second)):
-        direction = np.sign(metrics["router/experts_per_token"].mean() - 2)
-        assert direction and metrics["scale/load_balance"] == pytest.approx(before * 1.02**direction)
+        assignments = np.rint(60 * metrics["router/experts_per_token"]).sum()  # of 60 tokens in each of two layers
+        directions.append(np.sign(assignments - 2 * 2 * 60))
+        assert metrics["scale/load_balance"] == pytest.approx(before * 1.02 ** directions[-1])
         total = metrics["loss/lm"] + 0.01 * before * metrics["loss/load_balance"]
         assert_close(metrics["loss/total"], total, terms=8)
+    assert any(directions)
     assert state.loss_scales["load_balance"] == second["scale/load_balance"]
 
 

@@ -82,7 +82,7 @@ def test_a_split_whose_documents_are_all_empty_is_refused(config, tmp_path, empt
 
 
 def test_domains_of_any_name_have_files_of_their_own(tmp_path):
-    domains = ["", "text", "Code", "code", "a/b", "../up", "a_b", "x" * 300, "ж"]
+    domains = ["", "text", "Code", "CODE", "code", "a/b", "a b", "../up", "a_b", "x" * 300, "ж"]
     documents = [Document("train", domain, f"text of {number}".encode()) for number, domain in enumerate(domains)]
     source = Source("name", "label", "identity", lambda: iter(documents), Account("one line", {}), False)
     streams.write(tmp_path, source, ByteTokenizer())

@@ -94,8 +94,6 @@ def main(_):
         if corpus is None:
             print_report(finished)
             return
-        changes = [*earlier.changes, *other_text]
-        resume.print_changes(earlier, changes)
         model_config.check_vocabulary(corpus.tokenizer.vocab_size)
         print("\n".join(text.describe(corpus, length, steps * batch_size)))
         if not data_config.attend_across_documents:
@@ -120,6 +118,8 @@ def main(_):
         given = source and olmoe.open_olmoe(source, model_config, shapes.params)
         if not resuming:  # what is refused leaves no directory
             _lock, checkpoints = open_checkpoints(workdir, config.checkpoint.keep)
+        changes = [*earlier.changes, *other_text]
+        resume.print_changes(earlier, changes)
         meta = {"config": settings, "data": corpus.record, "history": earlier.history_with(changes)}
         processes.agree({"config": settings, "data": corpus.identity, "checkpoint": [start, earlier.rows]})
         sharding.print_plan(shapes)

@@ -160,7 +160,7 @@ def test_another_models_directory_is_refused(arguments, undisturbed):
     for change, words in (
         ("--config.model.experts=8", ["model.experts = 4", "8", "--workdir"]),
         ("--config.optimizer.name=muon", ["optimizer.name", "adamw", "muon"]),
-        ("--config.data.sequence_length=16", ["data.corpus", "--workdir"]),
+        ("--config.data.sequence_length=16", ["data.sequence_length = 32", "16", "--workdir"]),
     ):
         code, printed = script.run("train.py", [*arguments, f"--workdir={undisturbed}", change], undisturbed / "other")
         assert code == 2 and all(word in printed.splitlines()[-1] for word in words), printed

@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 from etils import epath
 from fsspec.implementations.memory import MemoryFileSystem
+from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event
 
 from moe_erc.analysis.report import write_report
 from moe_erc.paths import absolute
 from moe_erc.training.checkpoint import prepare_directory
-from moe_erc.training.json_lines import truncate
+from moe_erc.training.json_lines import LocalJsonLines, truncate
 from moe_erc.training.metrics import MetricWriter, check_package, peak_flops
 
 
@@ -173,3 +174,69 @@ def test_a_missing_wandb_is_one_line_with_its_mend(tmp_path, monkeypatch):
 )
 def test_peak_flops_reads_the_names_jax_gives(kind, peak):
     assert peak_flops(kind) == peak
+
+
+def test_a_copy_that_fails_is_switched_off_with_one_line_and_the_file_goes_on(tmp_path, monkeypatch, capfd):
+    with MetricWriter(tmp_path, tensorboard=True, wandb_project="", config={}) as writer:
+        monkeypatch.setattr(EventsWriter, "write_event", lambda *_: 1 / 0)
+        for step in (1, 2, 3):
+            writer.write(step, {"loss/lm": step})
+        writer.check()
+    assert capfd.readouterr().err == "TensorBoard is switched off (division by zero); metrics.jsonl goes on\n"
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3]
+
+
+def test_a_copy_that_cannot_begin_is_switched_off_as_well(tmp_path, capfd):
+    (tmp_path / "tensorboard").write_text("a file, where a directory should be")
+    with MetricWriter(tmp_path, tensorboard=True, wandb_project="", config={}) as writer:
+        writer.write(1, {"loss/lm": 1})
+    assert capfd.readouterr().err.startswith("TensorBoard is switched off (") and len(lines(tmp_path)) == 1
+
+
+FULL_DISK = """
+    import resource, signal, sys
+    from moe_erc.training.metrics import MetricWriter
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
+    writer = MetricWriter(sys.argv[1], tensorboard=True, wandb_project="", config={})
+    for step in range(100):
+        writer.write(step, {"loss/lm": 1.5})
+    writer.flush()
+    print("written")
+    try:
+        writer.check()
+    except OSError as error:
+        print(error.strerror)
+"""
+
+
+def test_a_full_disk_is_told_when_it_is_asked_for_and_nothing_waits_for_ever(tmp_path):
+    program = [sys.executable, "-c", textwrap.dedent(FULL_DISK), str(tmp_path)]
+    environment = os.environ | {"PYTHONPATH": os.getcwd()}
+    done = subprocess.run(program, env=environment, timeout=120, capture_output=True, text=True)
+    assert done.stdout == "written\nFile too large\n", done
+    assert done.stderr.count("TensorBoard is switched off") == 1
+
+
+def test_a_failed_file_is_an_error_of_the_check_and_hides_no_other(tmp_path, monkeypatch):
+    failing = lambda *_: (_ for _ in ()).throw(OSError("no space"))  # noqa: E731
+    monkeypatch.setattr(LocalJsonLines, "write", failing)
+    with pytest.raises(OSError, match="no space"), plain_writer(tmp_path) as writer:
+        writer.write(1, {"loss/lm": 1})
+    with pytest.raises(KeyError, match="mine"), plain_writer(tmp_path) as writer:
+        writer.write(1, {"loss/lm": 1})
+        raise KeyError("mine")
+
+
+def test_whether_a_metric_of_a_step_was_written(tmp_path):
+    with plain_writer(tmp_path) as writer:
+        writer.write(2, {"loss/lm": 1})
+        assert writer.holds(2, "loss/lm") and not writer.holds(2, "validation/mean") and not writer.holds(1, "loss/lm")
+    with plain_writer(tmp_path, first_step=3) as writer:
+        assert writer.holds(2, "loss/lm")
+
+
+def test_lines_that_are_none_of_ours_are_dropped(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n[]\n3\n{}\n{"step": "a"}\n{"step": 2}\n')
+    plain_writer(tmp_path, first_step=9).close()
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2]

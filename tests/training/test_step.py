@@ -18,6 +18,7 @@ from moe_erc.training import step as step_module
 from moe_erc.training.state import abstract_state, initializer, shardings
 
 LENGTH, BATCH = 16, 16
+SEED = 5  # of parameters with which tokens spread over the four experts that `route_to` leaves: 3.8 and 4.6 of 8
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +34,7 @@ def trainer(model_config):
         mesh, optimizer = sharding.make_mesh(*mesh_shape), optax.sgd(0.1)
         sizes = {"experts": experts, "experts_per_token": experts_per_token}
         model = Transformer(model_config(init_std=0.3, experts_implementation=implementation, **sizes), mesh)
-        init = initializer(model, optimizer, 0)
+        init = initializer(model, optimizer, SEED)
         shapes = abstract_state(init, mesh)
         step = step_module.make_train_step(model, Objective(losses, model), optimizer, micro_batches, shardings(shapes))
         return jax.jit(init, out_shardings=shardings(shapes)), lambda state, batch: step(

@@ -21,6 +21,7 @@ LENGTH, BATCH = 16, 16
 # A gradient is a sum over the tokens, of what two layers of five sums over widths of at most 32 make of each, forward
 # and backward; scores and weights besides.
 TERMS = BATCH * LENGTH + 2 * 2 * 5 * 32
+SEED = 5  # of parameters with which tokens spread over the four experts that `route_to` leaves: 3.8 and 4.6 of 8
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +37,7 @@ def trainer(model_config):
         mesh, optimizer = sharding.make_mesh(*mesh_shape), optax.sgd(0.1)
         sizes = {"experts": experts, "experts_per_token": experts_per_token}
         model = Transformer(model_config(init_std=0.3, experts_implementation=implementation, **sizes), mesh)
-        init = initializer(model, optimizer, 0)
+        init = initializer(model, optimizer, SEED)
         shapes = abstract_state(init, mesh)
         step = step_module.make_train_step(model, Objective(losses, model), optimizer, micro_batches, shardings(shapes))
         return jax.jit(init, out_shardings=shardings(shapes)), lambda state, batch: step(

@@ -49,6 +49,7 @@ def packed(segments_BT):
     """Context of sequences side by side: neighbours of one number are a sequence, whose positions start at 0.
 
     `segments_BT` holds integers or bools. A row may begin in the middle of a sequence: its positions start at 0 there.
+    RoPE compares positions, so that where they start changes no score by more than its rounding.
     """
     slots_T = jnp.arange(segments_BT.shape[1])
     starts_BT = jnp.diff(segments_BT, axis=1, prepend=segments_BT[:, :1]) != 0

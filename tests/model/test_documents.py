@@ -261,6 +261,29 @@ def test_positions_restart_by_hand():
     np.testing.assert_array_equal(turned, jnp.concatenate([rope(x_BTHD[:, :3], 100.0), rope(x_BTHD[:, :2], 100.0)], 1))
 
 
+def test_attention_turns_by_positions_that_restart(monkeypatch, model_config):
+    # Scores depend on differences of positions alone: where they start shows in queries and keys, not in what comes out.
+    turned = {}
+
+    def keep(query_BTHD, key_BTGD, *_):
+        turned["of"] = query_BTHD, key_BTGD
+        return query_BTHD
+
+    monkeypatch.setattr(attention, "attend", keep)
+    module = attention.Attention(model_config())
+    x_BTD = jax.random.normal(jax.random.key(0), (1, 5, module.config.width))
+    variables = module.init(jax.random.key(1), x_BTD)
+
+    def of(x_BTD, context=None):
+        module.apply(variables, x_BTD, context)
+        return turned["of"]
+
+    found = of(x_BTD, packed(jnp.array([[0, 0, 0, 1, 1]])))
+    for start, end in ((0, 3), (3, 5)):
+        # A dot product over D of 32 in another order
+        assert_close([leaf[:, start:end] for leaf in found], list(of(x_BTD[:, start:end])), 32 * 2.0**-24)
+
+
 def test_same_segment_of_slices_by_hand():
     segments_BT = jnp.array([[0, 0, 1, 2]])
     np.testing.assert_array_equal(same_segment(segments_BT, slice(1, 3), slice(3)), [[[1, 1, 0], [0, 0, 1]]])

@@ -57,8 +57,8 @@ def refusing_bad_input():
 def run(main, default_config: str | None = None, block: str = "") -> None:
     """`absl.app.run` that refuses an unknown flag, config file or config key in one line, and prints help of its own.
 
-    With a `default_config` there are --config=FILE[:SIZE] and --config.a.b=value, read as `flags.FLAGS.config`. Its keys
-    are those that a config has to have, or those of one `block`, such as "data.", if the script reads no other.
+    With a `default_config` there are --config=FILE[:SIZE] and --config.a.b=value, read as `flags.FLAGS.config`.
+    A config has to have the same keys, or those of one `block`, such as "data.", if the script reads no other.
     """
     huge_pages.enable()  # may start the program anew
     console.make_safe()

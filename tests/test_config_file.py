@@ -91,10 +91,11 @@ def test_it_is_refused(argument, words, files, monkeypatch):
     (["--config.train.steps"], ["config.train.steps"]),
     (["--noconfig.model.renormalise"], ["config.model.renormalise", "config.model.renormalize"]),
     (["--config.train.steps=3", "--config=configs/erc.py"], ["--config.train.steps=3", "--config"]),
-    (["--config.losses.erc={{'weight': 3}}"], ["config.losses.erc", "config.losses.erc."]),
+    (["--config.losses.erc={'weight': 3}"], ["config.losses.erc", "config.losses.erc."]),
 ])  # fmt: skip
 def test_a_script_says_so_in_one_line(arguments, words, files, tmp_path):
-    arguments = [argument.format(**files) if "{" in argument else argument for argument in arguments]
+    for name, path in files.items():
+        arguments = [argument.replace(f"{{{name}}}", path) for argument in arguments]
     code, printed = script.run("train.py", [f"--workdir={tmp_path / 'run'}", *arguments], tmp_path / "out")
     (line,) = printed.splitlines()
     assert code == 2 and line.startswith("error: ") and all(word in line for word in words), printed

@@ -132,6 +132,7 @@ TRAINING = [
     # work directories
     (["--workdir={file}"], ["{file}"]),
     (["--workdir=/proc/run"], ["/proc/run"]),
+    (["--workdir=/tmp/no-such-\udcff/run"], ["no-such-", "UTF-8"]),
 ]
 
 

@@ -54,13 +54,15 @@ def refusing_bad_input():
     sys.exit(2)
 
 
-def run(main, default_config: str | None = None) -> None:
+def run(main, default_config: str | None = None, block: str = "") -> None:
     """`absl.app.run` that refuses an unknown flag, config file or config key in one line, and prints help of its own.
 
     With a `default_config` there are --config=FILE[:SIZE] and --config.a.b=value, read as `flags.FLAGS.config`.
+    A config has to have the same keys, or those of one `block`, such as "data.", if the script reads no other.
     """
     huge_pages.enable()  # may start the program anew
     console.make_safe()
+    default_config = config_file.beside_the_script(default_config)
     if default_config:
         # The library would read overrides of its own default while it is being defined, where nothing can be refused.
         text = f"Config file and size, as --config=configs/vanilla.py:tiny; {default_config} if not given"
@@ -73,7 +75,7 @@ def run(main, default_config: str | None = None) -> None:
         sys.exit(0)
     if default_config and not any(CONFIG.match(argument) for argument in sys.argv):
         sys.argv.insert(1, f"--config={default_config}")
-    app.run(main, argv=sys.argv, flags_parser=functools.partial(_parse, default_config))
+    app.run(main, argv=sys.argv, flags_parser=functools.partial(_parse, default_config, block))
 
 
 def define_fields(kind, text):
@@ -118,17 +120,17 @@ def _check_representable(key, value):
         raise BadInput(f"{key}: {value!r} has a NUL character; leave it out")
 
 
-def _parse(default_config, argv):
+def _parse(default_config, block, argv):
     with refusing_bad_input(), _refusing_flags():
         if "config" in flags.FLAGS:
-            _check_config(default_config, argv)
+            _check_config(default_config, block, argv)
         _, *strays = arguments = flags.FLAGS(argv)
         if not flags.FLAGS["verbosity"].present:
             logging.set_verbosity(logging.WARNING)  # the libraries tell too much at the default
         if strays:
             raise BadInput(f"{strays[0]!r} is no option: options look like --workdir=DIR or --config.a.b=value")
         if "config" in flags.FLAGS:
-            _check_values(default_config)
+            _check_values(default_config, block)
         return arguments
 
 
@@ -141,7 +143,7 @@ def _refusing_flags():
         raise BadInput(PREFIX.sub("", str(error).strip().splitlines()[-1])) from error
 
 
-def _check_config(default_config, argv):
+def _check_config(default_config, block, argv):
     """Every config file, and every `--config.a.b` against the keys of the last one, as that is the one that counts.
 
     The library would tell of a missing file in two sentences and suggest nothing for a key that is far from any.
@@ -152,14 +154,14 @@ def _check_config(default_config, argv):
         if match := CONFIG.match(argument):
             named.append(argument[match.end() :] if match[1] else following)
     configs = [config_file.load(name) for name in named]
-    config_file.check_fields(named[-1], configs[-1], config_file.load(default_config))
+    config_file.check_fields(named[-1], configs[-1], config_file.load(default_config), block)
     known = [key for key, _ in config_file.leaves(configs[-1])]
     for override in filter(None, map(OVERRIDE.match, argv)):
         if override[1] not in known:
             raise BadInput(f"config.{override[1]}: no such key; {config_file.nearest_key(override[1], known)}")
 
 
-def _check_values(default_config):
+def _check_values(default_config, block):
     """The types of values once more, now with those of the command line."""
     config = flags.FLAGS.config
-    config_file.check_fields(flags.FLAGS["config"].config_filename, config, config_file.load(default_config))
+    config_file.check_fields(flags.FLAGS["config"].config_filename, config, config_file.load(default_config), block)

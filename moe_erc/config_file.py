@@ -49,6 +49,14 @@ def check_exists(path: str) -> None:
         raise BadInput(f"--config: there is no file {path!r}; {mend}")
 
 
+def beside_the_script(argument: str | None) -> str | None:
+    """The same where the current directory has that file; else that of the project, wherever it was started from."""
+    project = pathlib.Path(__file__).parents[1]
+    if argument and not pathlib.Path(argument.partition(":")[0]).exists():
+        return str(project / argument)
+    return argument
+
+
 def known_files() -> Iterator[str]:
     """The configs below the directory `configs` of the current directory, else of the project; ablations last."""
     here = pathlib.Path("configs")
@@ -59,8 +67,11 @@ def known_files() -> Iterator[str]:
             yield str(path)
 
 
-def check_fields(argument: str, config: ConfigDict, reference: ConfigDict) -> None:
-    """Refuses a config with a key that the reference lacks, without one that it has, or with one of another type."""
+def check_fields(argument: str, config: ConfigDict, reference: ConfigDict, block: str = "") -> None:
+    """Refuses a config with a key that the reference lacks or has in another type, or without one of it.
+
+    With a `block` only the keys of that block have to be there.
+    """
     kinds = dict(leaves(reference))
     found = dict(leaves(config))
     for key, value in found.items():
@@ -70,7 +81,7 @@ def check_fields(argument: str, config: ConfigDict, reference: ConfigDict) -> No
             wanted = type(kinds[key]).__name__
             raise BadInput(f"--config={argument}: config.{key} is {value!r}; give a value of type {wanted}")
     for key in kinds:
-        if key not in found:
+        if key not in found and key.startswith(block):
             raise BadInput(
                 f"--config={argument}: config.{key} is missing; begin with config = configs.base.get_config(size)"
             )

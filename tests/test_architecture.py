@@ -80,3 +80,25 @@ def test_configs_import_ml_collections_each_other_and_the_way_to_refuse_alone(pa
 def test_no_file_of_no_subject():
     vague = {"utils", "util", "common", "helpers", "misc"}
     assert not [path for path in ROOT.glob("moe_erc/**/*.py") if path.stem in vague]
+
+
+def encodings(path):
+    """(line, whether it names the encoding) of every call by which a file opens text."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Call) and not ast.unparse(node.func).startswith("os."):
+            name = getattr(node.func, "attr", getattr(node.func, "id", ""))
+            texts = [item.value for item in (*node.args, *(keyword.value for keyword in node.keywords))
+                     if isinstance(item, ast.Constant) and isinstance(item.value, str)]  # fmt: skip
+            binary = any("b" in text and set(text) <= set("rwxab+") for text in texts)
+            if name in ("read_text", "write_text") or (name == "open" and not binary):
+                yield node.lineno, any(keyword.arg == "encoding" for keyword in node.keywords)
+
+
+OF_OUR_OWN = {"report.py", "survey_report.py", "run_report.py"}  # call analysis.report.write_text, which is UTF-8
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "moe_erc").rglob("*.py")), ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_text_is_read_or_written_in_the_encoding_of_the_console(path):
+    """Where it is none of UTF-8, a file would be written in it, or not at all."""
+    opened = dict(encodings(path)) if path.name not in OF_OUR_OWN else {}
+    assert all(opened.values()), [line for line, named in opened.items() if not named]

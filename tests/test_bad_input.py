@@ -111,9 +111,31 @@ TRAINING = [
     (["--config.init_from=/no"], ["/no", "tokenizer.json"]),
     (["--config.init_from={olmoe}"], ["{olmoe}", "tokenizer.json", "--config.data.tokenizer"]),
     (["--config.eval.tasks=('sciq',)", "--config.eval.task_dir=/no/tasks"], ["task_dir", "/no/tasks"]),
+    # what is of another kind, or beyond what devices hold
+    (["--config.data.sources=3"], ["data.sources", "3", "quotes"]),
+    (["--config.data.sources=(None,)"], ["data.sources", "None"]),
+    (["--config.data.sources=('embedded',1)"], ["data.sources", "1", "quotes"]),
+    (["--config.data.weights=('x',)"], ["data.weights", "'x'", "number"]),
+    (["--config.data.weights=(True,)"], ["data.weights", "True"]),
+    (["--config.data.weights=((),)"], ["data.weights", "()"]),
+    (["--config.data.weights=(nan,)"], ["data.weights", "nan"]),
+    (["--config.eval.tasks=(1,)"], ["tasks", "1", "quotes"]),
+    (["--config.model.layers=9999999999"], ["model.layers", "9999999999", "2147483647"]),
+    (["--config.model.experts=3000000000"], ["model.experts", "3000000000", "2147483647"]),
+    (["--config.model.vocab_size=2147483648"], ["model.vocab_size", "2147483648"]),
+    (["--config.train.steps=3000000000"], ["train.steps", "3000000000", "2147483647"]),
+    (["--config.eval.batch_size=100000000000000000000"], ["eval.batch_size", "100000000000000000000"]),
+    (["--config.mesh.data=-99999999999"], ["mesh.data", "-99999999999"]),
+    (["--config.optimizer.eps=1e-320"], ["optimizer.eps", "float32"]),
+    (["--config.model.norm_eps=1e308"], ["model.norm_eps", "1e+308", "float32"]),
+    (["--config.losses.erc.alpha=1e-50"], ["losses.erc.alpha", "1e-50"]),
+    (["--config.model.width="], ["config.model.width"]),
+    (["--config.model.router="], ["model.router", "''", "softmax"]),
+    (["--config.eval.sample_tokens=40000"], ["40000", "32768", "new_tokens"]),
     # work directories
     (["--workdir={file}"], ["{file}"]),
     (["--workdir=/proc/run"], ["/proc/run"]),
+    (["--workdir=/tmp/no-such-\udcff/run"], ["no-such-", "UTF-8"]),
 ]
 
 
@@ -182,6 +204,18 @@ def test_a_config_that_does_not_exist(arguments, words, tmp_path):
     (["--workdir=/no/run", "--generate=def", "--temperature=-1"], ["temperature", "-1.0"]),
     (["--workdir=/no/run", "--tasks=sciq", "--task_dir=/no/tasks"], ["task_dir", "/no/tasks"]),
     (["--workdir=a,b", "--coupling", "--output=c"], ["--output=c", "one workdir"]),
+    (["--workdir="], ["--workdir", "--checkpoint"]),
+    (["--workdir=/no/run", "--windows=-3"], ["windows", "-3"]),
+    (["--workdir=/no/run", "--windows=many"], ["windows", "many"]),
+    (["--workdir=/no/run", "--limit=1e3"], ["limit", "1e3"]),
+    (["--workdir=/no/run", "--num_fewshot=-1"], ["num_fewshot", "-1"]),
+    (["--workdir=/no/run", "--generate=def", "--top_k=99999999999"], ["top_k", "99999999999"]),
+    (["--workdir=/no/run", "--generate=def", "--top_p=nan"], ["top_p", "nan"]),
+    (["--workdir=/no/run", "--generate=def", "--seed=-1"], ["seed", "-1"]),
+    (["--workdir=/no/run", "--generate=def", "--new_tokens=0"], ["new_tokens", "0"]),
+    (["--workdir=/no/run", "--generate"], ["generate"]),
+    (["--workdir=/no/run", "--genrate=x"], ["genrate"]),
+    (["--workdir=/no/run", "stray"], ["'stray'"]),
 ])  # fmt: skip
 def test_evaluation_refuses(arguments, words, tmp_path):
     code, printed = script.run("eval.py", arguments, tmp_path / "out")

@@ -76,7 +76,7 @@ def main() -> None:
             save(tokenizer, path)
         print(f"{tokenizer.get_vocab_size()} tokens; use them with --config.data.tokenizer={path}")
 
-    command_line.run(run, default_config="configs/erc.py:tiny")
+    command_line.run(run, default_config="configs/erc.py:tiny", block="data.")
 
 
 if __name__ == "__main__":

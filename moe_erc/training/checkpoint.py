@@ -192,6 +192,11 @@ def prepare_directory(directory):
     Of several processes the first cleans. Orbax's own cleaning would run in a thread that outlives close().
     """
     directory = absolute(directory)
+    try:
+        str(directory).encode()
+    except UnicodeEncodeError:  # bytes of a command line that are no UTF-8; the checkpoints' library takes UTF-8 alone
+        mend = "name another directory, or set LC_ALL=C.UTF-8 if it is UTF-8"
+        raise BadInput(f"cannot keep checkpoints in {str(directory)!r}, which is no text in UTF-8: {mend}") from None
     probe = directory / f".writable-{jax.process_index()}"
     try:
         directory.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,58 @@
+"""`--help` of each script: exit code 0, on standard output, every flag of its own with an example."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+
+from tests import script
+
+TRAIN = ("config", "workdir")
+EVALUATE = (
+    "checkpoint", "coupling", "export", "figures", "generate", "limit", "new_tokens", "num_fewshot", "output", "seed",
+    "task_dir", "tasks", "temperature", "top_k", "top_p", "windows", "workdir",
+)  # fmt: skip
+
+
+def asked(name, flag, tmp_path):
+    code, printed = script.run(name, [flag], tmp_path / "out")
+    assert code == 0, printed
+    return printed
+
+
+@pytest.mark.parametrize("flag", ["--help", "-h", "-help", "-?", "--helpshort", "--helpfull"])
+def test_training_names_its_flags_and_where_keys_are_listed(flag, tmp_path):
+    printed = asked("train.py", flag, tmp_path)
+    assert "Trains a Mixture-of-Experts" in printed and "configs/base.py" in printed
+    assert "--config.a.b=VALUE" in printed and "--config.train.steps=100" in printed
+    assert_examples(printed, TRAIN)
+    assert ("--config.model.width=128" in printed) == (flag == "--helpfull")
+
+
+def test_evaluation_names_its_flags(tmp_path):
+    printed = asked("eval.py", "--help", tmp_path)
+    assert "Evaluates a run" in printed
+    assert_examples(printed, EVALUATE)
+
+
+def assert_examples(printed, names):
+    listed = printed.split("Flags:")[1]
+    found = re.findall(r"^  --(\w+)$", listed, re.MULTILINE)
+    assert tuple(found) == tuple(names)
+    for name, text in zip(found, re.split(r"^  --\w+$", listed, flags=re.MULTILINE)[1:], strict=True):
+        assert f"--{name}" in text, name
+    assert max(map(len, listed.splitlines())) <= 110
+
+
+def test_help_is_printed_beside_what_is_wrong(tmp_path):
+    code, printed = script.run("train.py", ["--config=none.py", "--wrong", "--help"], tmp_path / "out")
+    assert code == 0 and "error" not in printed
+
+
+def test_learning_a_tokenizer_names_its_flags():
+    command = [sys.executable, "-m", "moe_erc.data.bpe", "--help"]
+    done = subprocess.run(command, cwd=script.ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and not done.stderr
+    assert "Byte-level byte-pair encoding" in done.stdout
+    assert_examples(done.stdout, ("config", "output", "vocab_size"))

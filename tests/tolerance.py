@@ -85,8 +85,8 @@ def _eps(dtype):
     return float(jax.numpy.finfo(dtype).eps) if jax.numpy.issubdtype(dtype, jax.numpy.floating) else 0.0
 
 
-def assert_same_change(start, actual, expected, terms, label=""):
-    """What steps have made of `start`: known to the terms of the steps, and to the rounding of the numbers themselves.
+def assert_same_change(start, actual, expected, terms, steps=1, label=""):
+    """What steps have made of `start`: known to the terms of the steps together, and to a rounding of the sum a step.
 
     Parameters are large where steps are small: compared themselves, they would hide a gradient that is wrong.
     """
@@ -94,5 +94,5 @@ def assert_same_change(start, actual, expected, terms, label=""):
     leaves = jax.tree.leaves_with_path(start), jax.tree.leaves(actual), jax.tree.leaves(expected)
     for (path, before), found, right in zip(*leaves, strict=True):
         before, found, right = (np.float64(_as_array(leaf)) for leaf in (before, found, right))
-        size = magnitude(right - before) + magnitude(before) / terms
+        size = magnitude(right - before) + magnitude(before) * steps / terms
         _assert_leaf(np.float32(found - before), right - before, terms, size, label + jax.tree_util.keystr(path))

@@ -35,12 +35,23 @@ def assert_close(actual, expected, terms, largest=None, label=""):
       AssertionError: with the elements that differ.
       ValueError: for so many terms that a fault of 1e-3 in float32 could not be seen.
     """
-    if isinstance(expected, dict | tuple) and not isinstance(actual, np.ndarray | jax.Array):
-        assert jax.tree.structure(actual) == jax.tree.structure(expected), label
-        for (path, found), right in zip(jax.tree.leaves_with_path(actual), jax.tree.leaves(expected), strict=True):
-            _assert_leaf(found, right, terms, largest, label + jax.tree_util.keystr(path))
-    else:
-        _assert_leaf(actual, expected, terms, largest, label)
+    assert _structure(actual) == _structure(expected), label
+    pairs = zip(_leaves(actual), _leaves(expected), strict=True)
+    for (path, found), (_, right) in pairs:
+        _assert_leaf(found, right, terms, largest, label + jax.tree_util.keystr(path))
+
+
+def _is_list(node):
+    """Numbers written out are one array."""
+    return isinstance(node, list)
+
+
+def _structure(tree):
+    return jax.tree.structure(tree, is_leaf=_is_list)
+
+
+def _leaves(tree):
+    return jax.tree.leaves_with_path(tree, is_leaf=_is_list)
 
 
 def _assert_leaf(actual, expected, terms, largest, label):

@@ -162,7 +162,7 @@ def assert_same_steps(name_or_config, expected, found):
     for step, (one, other) in enumerate(zip(history, history_found, strict=True)):
         tolerance.assert_close(other, one, terms, label=f"step {step}: ")
     start = initial_state(ModelConfig(**config.model)).params
-    tolerance.assert_same_change(start, state_found.params, state.params, terms)
+    tolerance.assert_same_change(start, state_found.params, state.params, terms, len(history))
     tolerance.assert_close(state_found.replace(params={}), state.replace(params={}), terms)
 
 

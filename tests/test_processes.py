@@ -79,13 +79,12 @@ def assert_same_curve(found, expected):
 def within_drift(name, found, expected):
     """Whether a metric is the same but for sums in another order, which steps carry on and the optimizer amplifies.
 
-    Of what was seen, on several instruction sets, ten times as much: 1e-5 of the metric's size, or of 1 where it is
-    smaller. A token whose two best experts tie but for rounding is moved to the other, which a load of 1,024 tokens
-    with two experts each shows as 4 / 2,048 of E = 4 times a share: two such are allowed.
+    On several instruction sets 8e-7 of a loss was seen, and 1e-7 of cosines, which are differences of numbers of 1: ten
+    times as much is allowed. A token whose two best experts tie but for rounding is moved to the other, which a load of
+    1,024 tokens with two experts each shows as E / 2,048 = 4 / 2,048 of a mean share: two such are allowed.
     """
     moved = 2 * 4 / 2048 if name.startswith("router/") else 0
-    size = max(1.0, float(np.max(np.abs(expected), initial=0)))
-    return bool(np.all(np.abs(np.subtract(found, expected)) <= 1e-5 * size + moved))
+    return bool(np.all(np.abs(np.subtract(found, expected)) <= 1e-5 * np.abs(expected) + 1e-6 + moved))
 
 
 @pytest.fixture(scope="module")

@@ -35,12 +35,23 @@ def assert_close(actual, expected, terms, largest=None, label=""):
       AssertionError: with the elements that differ.
       ValueError: for so many terms that a fault of 1e-3 in float32 could not be seen.
     """
-    if isinstance(expected, dict | tuple) and not isinstance(actual, np.ndarray | jax.Array):
-        assert jax.tree.structure(actual) == jax.tree.structure(expected), label
-        for (path, found), right in zip(jax.tree.leaves_with_path(actual), jax.tree.leaves(expected), strict=True):
-            _assert_leaf(found, right, terms, largest, label + jax.tree_util.keystr(path))
-    else:
-        _assert_leaf(actual, expected, terms, largest, label)
+    assert _structure(actual) == _structure(expected), label
+    pairs = zip(_leaves(actual), _leaves(expected), strict=True)
+    for (path, found), (_, right) in pairs:
+        _assert_leaf(found, right, terms, largest, label + jax.tree_util.keystr(path))
+
+
+def _is_list(node):
+    """Numbers written out are one array."""
+    return isinstance(node, list)
+
+
+def _structure(tree):
+    return jax.tree.structure(tree, is_leaf=_is_list)
+
+
+def _leaves(tree):
+    return jax.tree.leaves_with_path(tree, is_leaf=_is_list)
 
 
 def _assert_leaf(actual, expected, terms, largest, label):
@@ -85,8 +96,8 @@ def _eps(dtype):
     return float(jax.numpy.finfo(dtype).eps) if jax.numpy.issubdtype(dtype, jax.numpy.floating) else 0.0
 
 
-def assert_same_change(start, actual, expected, terms, label=""):
-    """What steps have made of `start`: known to the terms of the steps, and to the rounding of the numbers themselves.
+def assert_same_change(start, actual, expected, terms, steps=1, label=""):
+    """What steps have made of `start`: known to the terms of the steps together, and to a rounding of the sum a step.
 
     Parameters are large where steps are small: compared themselves, they would hide a gradient that is wrong.
     """
@@ -94,5 +105,5 @@ def assert_same_change(start, actual, expected, terms, label=""):
     leaves = jax.tree.leaves_with_path(start), jax.tree.leaves(actual), jax.tree.leaves(expected)
     for (path, before), found, right in zip(*leaves, strict=True):
         before, found, right = (np.float64(_as_array(leaf)) for leaf in (before, found, right))
-        size = magnitude(right - before) + magnitude(before) / terms
+        size = magnitude(right - before) + magnitude(before) * steps / terms
         _assert_leaf(np.float32(found - before), right - before, terms, size, label + jax.tree_util.keystr(path))

@@ -165,7 +165,7 @@ def test_any_mesh_takes_the_steps_of_the_oracle_on_one_device(five_steps, mesh_s
         for steps, one, other in zip((1, 5), expected[routing][1:], found[routing][1:], strict=True):
             assert_close(other[0], one[0], steps * TERMS, label=f"{routing}, metrics after {steps}: ")
             # Descent by 0.1 times the gradient: after one step what has changed is the gradient.
-            assert_same_change(start, other[1], one[1], steps * TERMS, label=f"{routing}, {steps} steps: ")
+            assert_same_change(start, other[1], one[1], steps * TERMS, steps, f"{routing}, {steps} steps: ")
 
 
 def test_state_lies_where_the_table_says(trainer):

@@ -3,15 +3,21 @@
 Compiling is most of what a test costs: programs are compiled fast rather than well, unless a test is `optimized`.
 """
 
+import gc
+import importlib.metadata
 import os
 import pathlib
 import shutil
 import tempfile
 
-# Two to three times faster where optimizations are off; where they are on, slower.
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_use_fusion_emitters=false"
+# Each of several parts of a program would be given passes of its own, and threads for which there is no core.
+CHEAPLY_COMPILED = " --xla_cpu_parallel_codegen_split_count=1"
+if importlib.metadata.version("jaxlib").startswith(("0.9.", "0.10.")):  # XLA aborts at a flag that it does not know
+    # Two to three times faster where optimizations are off; where they are on, slower.
+    CHEAPLY_COMPILED += " --xla_cpu_use_fusion_emitters=false"
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + CHEAPLY_COMPILED
 
-import jax
+import jax  # noqa: E402
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_disable_most_optimizations", True)
@@ -40,6 +46,9 @@ FIRST = (
     "moe/test_experts.py",
 )
 TESTS = pathlib.Path(__file__).parent
+# Tracing makes many small objects that live on: the collector would walk over all of them, and over what was imported,
+# hundreds of times a test.
+COLLECT_EVERY = (100_000, 20, 50)
 WORDS = ("the", "router", "sends", "every", "token", "to", "experts", "that", "know", "what", "it", "means")
 
 
@@ -47,6 +56,13 @@ def pytest_collection_modifyitems(items):
     """Stable: other files stay in their order, behind."""
     places = {TESTS / name: place for place, name in enumerate(FIRST)}
     items.sort(key=lambda item: places.get(item.path, len(FIRST)))
+
+
+def pytest_collection_finish():
+    """What is there before the first test stays: the garbage collector need not look at it again."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(*COLLECT_EVERY)
 
 
 def pytest_configure(config):

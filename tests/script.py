@@ -3,6 +3,7 @@
 Nor for programs that a script of this session has compiled before: `conftest.py` says where they are kept.
 """
 
+import gc
 import multiprocessing
 import os
 import pathlib
@@ -16,6 +17,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 # The server imports these once, before any backend exists, and forks for every script.
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["tests.script", "moe_erc.runs", "moe_erc.analysis.survey_report"])
+COLLECT_EVERY = (100_000, 20, 50)  # see conftest.py; scripts end before their garbage is much
 FAST = {"JAX_DISABLE_MOST_OPTIMIZATIONS": True, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": 0}  # to compile
 AS_FOR_USERS = {"JAX_DISABLE_MOST_OPTIMIZATIONS": False, "JAX_ENABLE_COMPILATION_CACHE": False, "XLA_FLAGS": ""}
 OPTIONS = (
@@ -68,6 +70,8 @@ def join(processes, timeout):
 
 
 def _run(name, arguments, output, environment):
+    gc.freeze()  # what the server has imported stays
+    gc.set_threshold(*COLLECT_EVERY)
     os.chdir(ROOT)
     os.environ |= {variable: str(value) for variable, value in environment.items() if value is not None}
     for option in OPTIONS:

@@ -167,7 +167,7 @@ def _mesh():
 def _evaluation():
     """What is evaluated, and when."""
     evaluation = ConfigDict()
-    evaluation.every = 10  # steps; the last step is always evaluated
+    evaluation.every = 10  # steps; the last step is always evaluated, each after its checkpoint
     evaluation.batch_size = 8  # sequences
     evaluation.windows = 8  # of each domain during training, evenly spaced
     evaluation.report_windows = 0  # of each domain for the final report and eval.py; 0 reads all
@@ -193,7 +193,7 @@ def _log():
     log = ConfigDict()
     log.every = 5  # steps
     log.tensorboard = True
-    log.wandb_project = ""  # "" does not use Weights & Biases
+    log.wandb_project = ""  # "" does not use Weights & Biases; where it fails, it is switched off with one line
     return log
 
 

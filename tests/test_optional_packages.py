@@ -158,7 +158,7 @@ GCSFS = """
 
 
 def test_gcsfs_keeps_metrics_and_reports_in_a_bucket(bucket):
-    # Told nothing, it asks Google which kind of bucket this is, and whoever has no network waits for that, at every call.
+    # Told nothing, it asks Google which kind of bucket this is, and without a network every call waits for that.
     run(GCSFS, STORAGE_EMULATOR_HOST=bucket.address, GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT="false")
     kept = {name: content for name, content in bucket.objects.items() if not name.endswith("/")}
     assert {name.rpartition("/")[2] for name in kept} == {"metrics.jsonl", "report.json"}

@@ -55,6 +55,8 @@ def main(_):
         steps, length, batch_size = config.train.steps, config.data.sequence_length, config.train.batch_size
         config.init_from = config.init_from and str(paths.local(config.init_from))
         config.data.tokenizer = tokenizer_files.tokenizer_of(config.init_from, config.data.tokenizer)
+        if config.data.tokenizer != tokenizer_files.BYTES:  # a run is evaluated in any directory
+            config.data.tokenizer = str(paths.local(config.data.tokenizer))
         model_config, data_config = ModelConfig(**config.model), text.DataConfig(**config.data)
         optimizer = make_optimizer(OptimizerConfig(**config.optimizer), steps)
         guard, micro_batches = GuardConfig(**config.guard), config.train.micro_batches

@@ -11,6 +11,7 @@ import platform
 
 import jax
 
+from moe_erc.checks import BadInput
 from moe_erc.data import cache
 
 _OF_A_PROCESSOR = ("model name", "flags", "CPU implementer", "CPU part", "Features")  # lines of /proc/cpuinfo
@@ -25,7 +26,7 @@ def enable():
     if jax.config.jax_compilation_cache_dir is not None or jax.distributed.is_initialized():
         return
     directory = cache.root("") / "programs" / _processor()
-    with contextlib.suppress(OSError):  # where nothing can be written, every start compiles
+    with contextlib.suppress(OSError, BadInput):  # where nothing can be written, every start compiles
         cache.make_writable(directory)
         jax.config.update("jax_compilation_cache_dir", str(directory))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)  # there are hundreds of small ones

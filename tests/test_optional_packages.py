@@ -77,11 +77,11 @@ class Bucket(http.server.BaseHTTPRequestHandler):
 
     def do_POST(self):
         path, query = self._read()
-        if "/rewriteTo/" in path:
-            source, _, target = path.partition("/o/")[2].partition("/rewriteTo/")
-            target = urllib.parse.unquote(target.partition("/o/")[2])
-            self.server.objects[target] = self.server.objects[urllib.parse.unquote(source)]
-            return self._answer({"done": True, "resource": described(target, self.server.objects[target])})
+        if "/moveTo/" in path:
+            source, _, target = (
+                urllib.parse.unquote(part) for part in path.partition("/o/")[2].partition("/moveTo/o/")
+            )
+            return self._store(target, self.server.objects.pop(source))
         if path == "/upload":  # to where the answer below sent it
             return self._store(query["name"], self.body)
         name = query.get("name") or json.loads(re.search(rb"\{.*?\}", self.body)[0])["name"]
@@ -158,7 +158,7 @@ GCSFS = """
 
 
 def test_gcsfs_keeps_metrics_and_reports_in_a_bucket(bucket):
-    # Told nothing, it asks Google which kind of bucket this is, and without a network every call waits for that.
+    # It would ask Google, with credentials, which kind of bucket this is.
     run(GCSFS, STORAGE_EMULATOR_HOST=bucket.address, GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT="false")
     kept = {name: content for name, content in bucket.objects.items() if not name.endswith("/")}
     assert {name.rpartition("/")[2] for name in kept} == {"metrics.jsonl", "report.json"}

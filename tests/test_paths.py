@@ -116,7 +116,6 @@ def test_every_reader_of_a_path_knows_the_home_directory(home):
     assert sources.open_source("~/texts", data_config()).label == "texts"
     assert shard_writer.free_path("~/export") == home / "export"
     assert tokenizer_files.tokenizer_of("~", "bytes") == str(home / "tokenizer.json")
-    assert tokenizer_files.tokenizer_of("", "~/tokenizer.json") == str(home / "tokenizer.json")
     readers = {
         "is not a tokenizer.json": lambda: tokenizer.load("~/tokenizer.json"),
         f"{home}/no": lambda: inspect.open_moe("~/no"),

@@ -201,6 +201,7 @@ PLACES_AND_AGREEMENT = """
     import sys
     import jax, numpy as np
     from moe_erc import command_line, processes, sharding
+    from moe_erc.checks import BadInput
     case = sys.argv[1]
     with command_line.refusing_bad_input(), processes.ending_together():
         processes.initialize()
@@ -221,7 +222,7 @@ PLACES_AND_AGREEMENT = """
         if case == "refuse":
             with processes.first():
                 if process == int(sys.argv[2]):
-                    raise ValueError("no such corpus")
+                    raise BadInput("no such corpus")
 """
 
 

@@ -55,11 +55,9 @@ def tokenizer_of(directory, spec):
     """`data.tokenizer` of a run that starts from a checkpoint: its tokenizer.json where `spec` was left at "bytes".
 
     One that is plain bytes, as `tokenizer_files` writes it, is "bytes" again. FileNotFoundError if there is none.
-    For a run that starts from nothing, "", what `spec` names. A path is one from the root: a run is evaluated anywhere.
+    `spec` as it is for a run that starts from nothing, "".
     """
-    if spec != BYTES:
-        return str(paths.local(spec))
-    if not directory:
+    if not directory or spec != BYTES:
         return spec
     path = paths.local(directory) / "tokenizer.json"
     if not path.is_file():

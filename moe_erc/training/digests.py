@@ -40,10 +40,11 @@ class DigestHandler(ocp.CheckpointHandler):
     def finalize(self, directory):
         """Writes {path: [bytes, CRC-32]} of all files of the other items; orbax still changes its own beside them.
 
-        ValueError if they cannot be restored: the step does not get its number, and the next save, wait or close fails.
+        ValueError if what was to be saved cannot be restored from them: the step does not get its number, and the next
+        save, wait or close fails.
         """
         step = directory.parent
-        if gap := contents.find_gap(step, self._expected):
+        if self._expected is not None and (gap := contents.find_gap(step, self._expected)):
             raise ValueError(gap)
         items = sorted(path for path in step.iterdir() if path.is_dir() and path != directory)
         found = {path.relative_to(step).as_posix(): digest(path) for item in items for path in _files(item)}

@@ -80,12 +80,12 @@ def remove_the_merged_index(step):
 def lose_a_chunk(step):
     """One of eight shares of the matrix is in no index, as if one process's part had not been merged."""
     index = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{step / 'state'}/"}}
-    tensorstore.KvStore.open(index).result().delete_range(tensorstore.KvStore.KeyRange("w/0.0", "w/0.00"))
+    tensorstore.KvStore.open(index).result().delete_range(tensorstore.KvStore.KeyRange("w/0.0", "w/0.00")).result()
 
 
 def lose_an_array(step):
     index = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{step / 'state'}/"}}
-    tensorstore.KvStore.open(index).result().delete_range(tensorstore.KvStore.KeyRange("rng/", "rng0"))
+    tensorstore.KvStore.open(index).result().delete_range(tensorstore.KvStore.KeyRange("rng/", "rng0")).result()
 
 
 def spoil_the_list(step):

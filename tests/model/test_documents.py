@@ -262,7 +262,7 @@ def test_positions_restart_by_hand():
 
 
 def test_attention_turns_by_positions_that_restart(monkeypatch, model_config):
-    # Scores depend on differences of positions alone: where they start shows in queries and keys, not in what comes out.
+    # Scores depend on differences of positions alone: where they start shows in queries and keys, not in the output.
     turned = {}
 
     def keep(query_BTHD, key_BTGD, *_):

@@ -41,7 +41,8 @@ def prepare(config: DataConfig) -> Corpus:
             by_split[split][names[domain]] = stream
         content.append([(split, stream.sha256) for split, _, stream in found])
     _check_length(config, by_split["train"].values())
-    return Corpus(tokenizer, by_split, weights, cache.digest(content), config.attend_across_documents)
+    across = config.attend_across_documents
+    return Corpus(tokenizer, by_split, weights, cache.digest(content), attend_across_documents=across)
 
 
 def _tokenised(source: sources.Source, tokenizer: Tokenizer, cache_root: Path) -> Path:

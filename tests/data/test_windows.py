@@ -170,9 +170,8 @@ def ending_corpus():
     tokens_N = np.array([9, 1, 2, 9, 9, 3, 4, 5, 6, 7, 8, 9, 1, 9], "<u2")
     stream = Stream("s", tokens_N, 9, 5, "sha256")
     tokenizer = types.SimpleNamespace(eos_id=9)
-    return Corpus(
-        tokenizer, {"train": {"a": stream}, "validation": {"a": stream}}, {}, "identity", attend_across_documents=False
-    )
+    streams = {"train": {"a": stream}, "validation": {"a": stream}}
+    return Corpus(tokenizer, streams, {}, "identity", attend_across_documents=False)
 
 
 SEGMENTS = {  # by the first token of a window and the next

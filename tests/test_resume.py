@@ -146,7 +146,7 @@ def test_eval_asks_the_harness(undisturbed, tmp_path):
     environment = {"HF_HOME": tmp_path, "HF_HUB_OFFLINE": 1}
     code, printed = script.run("eval.py", flags, undisturbed / "eval", environment=environment)
     assert code == 0 and " alphabet_choice " in printed and "Validation" not in printed, printed
-    assert "\r" not in printed and "Answering tasks: 4 requests in " in printed, printed
+    assert "\r" not in printed and "Answering tasks: 6 requests in " in printed, printed
     found = json.loads((undisturbed / "tasks.json").read_text())
     assert found["step"] == STEPS and found["n-samples"]["alphabet_choice"] == {"original": 3, "effective": 2}
     assert 0 <= found["results"]["alphabet_choice"]["acc,none"] <= 1

@@ -1,8 +1,10 @@
 """A config file as `--config` names it, FILE[:SIZE]: read, or refused in one line that names the nearest."""
 
 import difflib
+import importlib.machinery
 import pathlib
 import traceback
+import types
 from collections.abc import Iterator
 
 from ml_collections import ConfigDict
@@ -19,12 +21,12 @@ def load(argument: str) -> ConfigDict:
     """
     path, colon, size = argument.partition(":")
     check_exists(path)
-    module = {"__name__": "config", "__file__": path}
+    module = types.ModuleType("config")
     try:
-        exec(compile(pathlib.Path(path).read_bytes(), path, "exec"), module)
-        if not callable(module.get("get_config")):
+        importlib.machinery.SourceFileLoader("config", path).exec_module(module)
+        if not callable(getattr(module, "get_config", None)):
             raise BadInput(f"--config: {path!r} has no function get_config(size), which returns a config")
-        config = module["get_config"](*([size] if colon else []))
+        config = module.get_config(*([size] if colon else []))
     except (BadInput, OSError):
         raise
     except Exception as error:

@@ -150,7 +150,8 @@ def test_eval_asks_the_harness(undisturbed, tmp_path):
     flags = [f"--workdir={undisturbed}", "--tasks=alphabet_choice", "--task_dir=tests/evaluation/tasks", "--limit=2"]
     environment = {"HF_HOME": tmp_path, "HF_HUB_OFFLINE": 1}
     code, printed = script.run("eval.py", flags, undisturbed / "eval", environment=environment)
-    assert code == 0 and "|alphabet_choice|" in printed and "Validation" not in printed, printed
+    assert code == 0 and " alphabet_choice " in printed and "Validation" not in printed, printed
+    assert "\r" not in printed and "Answering tasks: 6 requests in " in printed, printed
     found = json.loads((undisturbed / "tasks.json").read_text())
     assert found["step"] == STEPS and found["n-samples"]["alphabet_choice"] == {"original": 3, "effective": 2}
     assert 0 <= found["results"]["alphabet_choice"]["acc,none"] <= 1

@@ -23,8 +23,10 @@ ROWS = {
     "gate spread": "gate_spread_L",
     "output cosine": "output_cosine_L",
 }
-WEIGHTS = ("router norm", "router spread", "gate norm", "gate spread")
-COUPLING = tuple(name for name in ROWS if name not in WEIGHTS)
+# The tables by layer: 80 columns hold each with its headings on one line.
+COUPLING = ("noise bound", "diagonal rows", "diagonal columns", "alignment")
+WEIGHTS = ("row cosine", "router norm", "router spread", "gate norm", "gate spread")
+EXPERTS = ("output cosine",)
 
 
 def write_report(path, report):
@@ -93,7 +95,7 @@ def print_report(report: dict) -> None:
     load_LE = np.asarray(report["validation"]["load_LE"])
     _print_layers("Layers: coupling", _measured(COUPLING, measures))
     _print_layers("Router rows and gates", _measured(WEIGHTS, measures))
-    _print_layers("Load", _load(load_LE))
+    _print_layers("Experts and their load", _measured(EXPERTS, measures) | _load(load_LE))
 
 
 def _print_validation(validation, baselines):

@@ -8,6 +8,7 @@ import contextlib
 import difflib
 import io
 import pathlib
+import sys
 
 import jax
 
@@ -52,7 +53,8 @@ def load_tasks(names, directory="", num_fewshot=None):
         if name not in manager.all_tasks:
             nearest = difflib.get_close_matches(name, [*PAPER, *manager.all_tasks], n=3, cutoff=0)
             raise BadInput(f"tasks: there is no {name!r}; the nearest are {', '.join(nearest)}")
-    loaded = manager.load(names)
+    with _without_bars():
+        loaded = manager.load(names)
     for task in loaded["tasks"].values():
         own = task.get_config("num_fewshot")
         shown = own if num_fewshot is None or own == 0 else num_fewshot
@@ -75,7 +77,8 @@ class TaskScores:
             rehearsal = harness.Rehearsal(model, None, tokenizer, shape_BT)
             for name, task in tasks["tasks"].items():
                 try:
-                    self._requests += _rehearse(rehearsal, task, self._limit)
+                    with _without_bars():
+                        self._requests += _rehearse(rehearsal, task, self._limit)
                 except BadInput as error:
                     raise BadInput(f"tasks: {name}: {error}; leave it out or train on longer rows") from None
 
@@ -96,6 +99,11 @@ class TaskScores:
             if shown:
                 shown.update(self._requests)
         return {key: found[key] for key in KEPT if key in found}
+
+
+def _without_bars():
+    """In a log: the libraries' bars, which write over their line, are left out; what they log is not."""
+    return contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO())
 
 
 def _rehearse(rehearsal, task, limit):

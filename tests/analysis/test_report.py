@@ -10,6 +10,7 @@ import pytest
 from moe_erc.analysis.coupling import measure_coupling
 from moe_erc.analysis.report import ROWS, print_report, write_report
 
+TITLES = ("Layers: coupling", "Router rows and gates", "Experts and their load")
 MEASURES = ("noise_bound", "diagonal_rows", "diagonal_columns", "alignment", "row_cosine")
 MEASURES += ("router_norm", "router_spread", "gate_norm", "gate_spread", "vanishing_alpha")
 
@@ -68,10 +69,10 @@ def test_coupling_and_load_by_layer(report, capsys):
     found, _ = printed(report, capsys)
     erc = found["ERC of the clean router by alpha"]
     assert erc["layer"] == ["0", "1"] and erc["2"] == ["0.2500", "0.0000"] and erc["vanishes at"] == ["9.00", "9.50"]
-    coupling, weights, load = found["Layers: coupling"], found["Router rows and gates"], found["Load"]
-    assert coupling["alignment"] == ["3.000", "3.500"] and coupling["row cosine"] == ["4.000", "4.500"]
+    coupling, weights, load = (found[title] for title in TITLES)
+    assert coupling["alignment"] == ["3.000", "3.500"] and weights["row cosine"] == ["4.000", "4.500"]
     assert weights["gate norm"] == ["7.000", "7.500"] and weights["gate spread"] == ["8.000", "8.500"]
-    assert "output cosine" not in coupling
+    assert "output cosine" not in load
     assert load["highest load"] == ["2.00x", "4.00x"] and load["lowest load"] == ["0.00x", "0.00x"]
     # shares 1/2, 1/4, 1/4, 0: (1/2 * 1 + 2 * 1/4 * 2) / log2(4) bits = 1.5 / 2; all on one expert: 0
     assert load["load entropy"] == ["0.750", "0.000"]
@@ -90,8 +91,9 @@ def test_without_router_rows_all_but_coupling_is_printed(report, capsys, tmp_pat
         "bigram": "3.000",
         "tokens": "1,000",
     }
-    assert found["Layers: coupling"] == {"layer": ["0", "1"], "output cosine": ["0.250", "-0.125"]}
-    assert found["Load"]["MaxVio"] == ["1.00", "3.00"]
+    assert "Layers: coupling" not in found
+    experts = found["Experts and their load"]
+    assert experts["output cosine"] == ["0.250", "-0.125"] and experts["MaxVio"] == ["1.00", "3.00"]
     write_report(tmp_path / "report.json", report)
     found = json.loads((tmp_path / "report.json").read_text())
     assert found["coupling"] is None and found["specialization"] == {"output_cosine_L": [0.25, -0.125]}
@@ -99,8 +101,9 @@ def test_without_router_rows_all_but_coupling_is_printed(report, capsys, tmp_pat
 
 def test_output_cosine_stands_beside_coupling(report, capsys):
     report["specialization"] = {"output_cosine_L": np.array([0.25, -0.125])}
-    coupling = printed(report, capsys)[0]["Layers: coupling"]
-    assert coupling["output cosine"] == ["0.250", "-0.125"] and coupling["alignment"] == ["3.000", "3.500"]
+    found, _ = printed(report, capsys)
+    coupling, _, experts = (found[title] for title in TITLES)
+    assert experts["output cosine"] == ["0.250", "-0.125"] and coupling["alignment"] == ["3.000", "3.500"]
 
 
 def of_layers(layers, domain):
@@ -125,7 +128,8 @@ def test_every_number_is_printed_whole_within_80_columns(layers, columns, capsys
     found, text = printed(report, capsys)
     assert max(map(len, text.splitlines())) <= 80 and "…" not in text
     for name, key in ROWS.items():
-        column = found["Layers: coupling"].get(name) or found["Router rows and gates"][name]
+        (column,) = (found[title][name] for title in TITLES if name in found[title])
+        assert f" {name} " in text  # on one line
         assert column == [f"{value:.3f}" for value in report["coupling"][key]], name
     erc = found["ERC of the clean router by alpha"]
     assert erc["layer"] == [str(layer) for layer in range(layers)]
@@ -142,5 +146,5 @@ def test_every_row_but_the_optional_is_a_measure_of_coupling():
 
 def test_one_expert_is_balanced(report, capsys):
     report["validation"]["load_LE"] = np.ones((2, 1))
-    load = printed(report, capsys)[0]["Load"]
+    load = printed(report, capsys)[0]["Experts and their load"]
     assert load["load entropy"] == ["1.000", "1.000"] and load["MaxVio"] == ["0.00", "0.00"]

@@ -34,7 +34,7 @@ def said(tmp_path):
         environment |= {"GLIBC_TUNABLES": given} if given else {}
         start = ["-m", "program"] if as_module else [tmp_path / "program.py"]
         command = [sys.executable, "-W", "ignore", *start, tmp_path / "enabled", tmp_path / "starts", "--a=b c", ""]
-        printed = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=60)
+        printed = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=300)
         return printed.stdout.strip(), len((tmp_path / "starts").read_text())
 
     return run

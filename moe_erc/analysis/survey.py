@@ -34,6 +34,7 @@ def survey(layers, draws=16, seed=0):
     rng = jax.random.key(seed)
 
     def survey_layer(number, layer):
+        layer = tuple(map(_without_float16, layer))
         keys = jax.random.split(jax.random.fold_in(rng, number), draws)
         measures, matrices = jax.device_get(_survey_layer(*layer, keys))
         for form, of_form in (("raw", measures), ("normalized", measures["normalized"])):
@@ -44,6 +45,11 @@ def survey(layers, draws=16, seed=0):
 
     by_layer = map(survey_layer, itertools.count(), layers)
     return jax.tree.map(lambda *leaves: np.stack(leaves), *by_layer)
+
+
+def _without_float16(array):
+    """XLA has no program for float16 on a processor that cannot convert it (no F16C); NumPy converts it anywhere."""
+    return np.asarray(array, np.float32) if array.dtype == np.float16 else array
 
 
 @jax.jit

@@ -150,13 +150,16 @@ def _gather(mesh, params, by_layer, dtype):
     """The tensors one by one on the host."""
     everywhere = None if mesh is None else NamedSharding(mesh, P())
     leaves = by_path(params)
+    # XLA has no program for float16 on a processor that cannot convert it (no F16C); NumPy converts it anywhere.
+    on_device = "float32" if dtype == "float16" else dtype
 
     @functools.partial(jax.jit, static_argnums=0, out_shardings=everywhere)
     def take(stored, array, *layer):
-        return stored.orient(array[layer]).astype(dtype)
+        return stored.orient(array[layer]).astype(on_device)
 
     for (path, layer), group in itertools.groupby(by_layer, lambda entry: (entry.path, entry.index[:1])):
-        taken = jax.device_get(take(TABLE[path], leaves[path], *layer))
+        with np.errstate(over="ignore"):  # what does not fit is refused below
+            taken = jax.device_get(take(TABLE[path], leaves[path], *layer)).astype(dtype, copy=False)
         if not np.isfinite(taken).all():
             raise BadInput(f"{TABLE[path].name.format(*layer, '*')} is not finite in {dtype}; use another dtype")
         for entry in group:

@@ -105,6 +105,7 @@ def test_where_experts_compete_the_winners_run(tiny):
 
     y_BTD, _, (routing, competing) = apply(config, params, {"competing": jnp.array(True)}, observe)
     affinity_BTE = jnp.mean(jnp.log1p(jnp.exp(all_experts(params)[1])), axis=-1)
+    tolerance.assert_decided(affinity_BTE, K, terms=2 * D + F + 16)
     expected, q_BTE = competition.winners(affinity_BTE, K)
     np.testing.assert_array_equal(routing.experts_BTK, expected.experts_BTK)
     assert_close(routing.weights_BTK, expected.weights_BTK)

@@ -119,7 +119,7 @@ KILLED_WHILE_WRITING = """
 
 def test_a_killed_writer_has_lost_nothing(tmp_path):
     program = [sys.executable, "-c", textwrap.dedent(KILLED_WHILE_WRITING), str(tmp_path)]
-    killed = subprocess.run(program, env=os.environ | {"PYTHONPATH": os.getcwd()}, timeout=60)
+    killed = subprocess.run(program, env=os.environ | {"PYTHONPATH": os.getcwd()}, timeout=300)
     assert killed.returncode == -signal.SIGKILL
     assert [line["step"] for line in lines(tmp_path)] == list(range(50))
 

@@ -7,7 +7,7 @@ import pytest
 
 from moe_erc.moe.layer import MoE, declare
 from moe_erc.moe.routers import aoe
-from tests.tolerance import assert_close, magnitude
+from tests.tolerance import assert_close, assert_decided, magnitude
 
 D, F = 4, 3
 
@@ -90,6 +90,7 @@ def test_renormalized_weights_are_a_softmax_over_the_chosen(config):
     params, x_BTD = parameters(config()), tokens()
     _, chosen = apply(config(renormalize=True), params, x_BTD)
     lengths_BTE = jnp.linalg.norm(jnp.einsum("btd,edr->bter", x_BTD, params["w_low"]), axis=-1)
+    assert_decided(lengths_BTE, 2, terms=D + 8)
     lengths_BTK, experts_BTK = jax.lax.top_k(lengths_BTE, 2)
     np.testing.assert_array_equal(chosen.experts_BTK, experts_BTK)
     expected_BTK = jax.nn.softmax(lengths_BTK, axis=-1)

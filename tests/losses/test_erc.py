@@ -7,11 +7,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_erc import coupling_matrix, coupling_penalty, erc_loss, noise_bound, perturb
+import moe_erc
 
 GOLDEN = sorted((pathlib.Path(__file__).parent / "golden").glob("erc_*.npz"))
 # One float32 unit in the last place of the largest M: a small difference of large norms is not known any better.
 ULP = 2.0**-23
+# As programs: called as they are, they would be compiled one operation at a time, which takes ten times as long.
+coupling_matrix, coupling_penalty, noise_bound, perturb = map(
+    jax.jit, (moe_erc.coupling_matrix, moe_erc.coupling_penalty, moe_erc.noise_bound, moe_erc.perturb)
+)
+erc_loss = jax.jit(
+    moe_erc.erc_loss, static_argnames=("noise", "activation", "detach_router", "normalize", "layer_reduction")
+)
 
 
 def silu(x):

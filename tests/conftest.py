@@ -58,18 +58,19 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: places.get(item.path, len(FIRST)))
 
 
-def pytest_collection_finish():
-    """What is there before the first test stays: the garbage collector need not look at it again."""
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(*COLLECT_EVERY)
-
-
 def pytest_configure(config):
     """One directory of compiled programs for all scripts that this session starts, in whichever worker."""
     if "PYTEST_XDIST_WORKER" not in os.environ:
         os.environ["JAX_COMPILATION_CACHE_DIR"] = directory = tempfile.mkdtemp(prefix="moe_erc-programs-")
         config.add_cleanup(lambda: shutil.rmtree(directory))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _what_is_there_stays():
+    """What the modules before have left is mostly programs: the garbage collector need not walk over it again."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(*COLLECT_EVERY)
 
 
 @pytest.fixture(autouse=True)

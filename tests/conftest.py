@@ -1,6 +1,7 @@
 """Eight virtual CPU devices for every test, so that sharded code runs anywhere; a small corpus and model to share.
 
-Compiling is most of what a test costs: programs are compiled fast rather than well, unless a test is `optimized`.
+Compiling is most of what a test costs: programs are compiled fast rather than well, unless a test is `optimized`. Only
+the machine code differs: operations, buffers and what devices send each other are settled before it is written.
 """
 
 import gc
@@ -75,7 +76,7 @@ def _what_is_there_stays():
 
 @pytest.fixture(autouse=True)
 def optimized(request):
-    """Of a test that is so marked: of the compiled program itself, how fast it is or how much memory it takes."""
+    """Of a test that is so marked: of the machine code itself, what it rounds or how fast it is."""
     marked = request.node.get_closest_marker("optimized") is not None
     jax.config.update("jax_disable_most_optimizations", not marked)
     yield

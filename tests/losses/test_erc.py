@@ -261,7 +261,6 @@ def test_bfloat16_weights_are_summed_in_float32():
 
 
 # ---------------------------------------------------------------------------------------------------- cost
-@pytest.mark.optimized
 def test_an_expert_with_no_active_hinge_gets_exactly_no_gradient_and_its_backward_is_a_branch():
     # Orthogonal rows, and each gate sees its own row alone, so nothing is foreign; expert 3 also answers to row 0.
     router_ED = np.eye(4, 6, dtype=np.float32)
@@ -279,7 +278,6 @@ def test_an_expert_with_no_active_hinge_gets_exactly_no_gradient_and_its_backwar
     assert "conditional(" in program
 
 
-@pytest.mark.optimized
 @pytest.mark.parametrize("layers", [None, 2])
 def test_memory_stays_below_20_mb_at_the_papers_size(layers):
     stack = () if layers is None else (layers,)

@@ -35,7 +35,6 @@ def test_slices_give_the_same_losses_and_gradients(chunk):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-5), whole, sliced)
 
 
-@pytest.mark.optimized
 def test_all_logits_never_exist_at_once():
     B, T, D, V = 2, 1024, 16, 50_304
     shapes = [

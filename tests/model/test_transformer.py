@@ -64,7 +64,6 @@ def test_statistics_are_by_layer_and_ignore_masked_tokens(model_config, token_ba
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), routing, again)
 
 
-@pytest.mark.optimized
 def test_recomputation_changes_no_gradient_and_saves_memory(model_config, token_batch):
     batch = token_batch(4, 64)
 

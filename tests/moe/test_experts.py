@@ -64,7 +64,6 @@ def value_and_gradients(implementation, routing):
     return gradients_of(implementation)(x_ND, weights_NK, matrices, experts_NK)
 
 
-@pytest.mark.optimized
 def test_memory_of_the_block_loop_is_that_of_its_outputs():
     tokens, E, D, F = 4096, 64, 256, 128
     shapes = ((tokens, D), (tokens, 8), (tokens, 8), (E, D, F), (E, D, F), (E, F, D))

@@ -57,7 +57,6 @@ def oracle(spread, names, keep):
     return run(None, dense, spread, names, keep)
 
 
-@pytest.mark.optimized
 @pytest.mark.parametrize("shape", [(1, 8), (2, 4)], ids=str)
 def test_memory_is_bounded_by_a_groups_tokens_and_knows_no_routing(shape):
     mesh, (rows, length, chosen), (experts, width, hidden) = sharding.make_mesh(*shape), (8, 64, 4), (16, 64, 32)

@@ -5,7 +5,6 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
 from moe_erc import sharding
 from moe_erc.model.transformer import Transformer

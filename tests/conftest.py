@@ -1,6 +1,7 @@
 """Eight virtual CPU devices for every test, so that sharded code runs anywhere; a small corpus and model to share.
 
-Compiling is most of what a test costs: programs are compiled fast rather than well, unless a test is `optimized`.
+Compiling is most of what a test costs: programs are compiled fast rather than well, unless a test is `optimized`. Only
+the machine code differs: operations, buffers and what devices send each other are settled before it is written.
 """
 
 import gc
@@ -58,13 +59,6 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: places.get(item.path, len(FIRST)))
 
 
-def pytest_collection_finish():
-    """What is there before the first test stays: the garbage collector need not look at it again."""
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(*COLLECT_EVERY)
-
-
 def pytest_configure(config):
     """One directory of compiled programs for all scripts that this session starts, in whichever worker."""
     if "PYTEST_XDIST_WORKER" not in os.environ:
@@ -72,9 +66,17 @@ def pytest_configure(config):
         config.add_cleanup(lambda: shutil.rmtree(directory))
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _what_is_there_stays():
+    """What the modules before have left is mostly programs: the garbage collector need not walk over it again."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(*COLLECT_EVERY)
+
+
 @pytest.fixture(autouse=True)
 def optimized(request):
-    """Of a test that is so marked: of the compiled program itself, how fast it is or how much memory it takes."""
+    """Of a test that is so marked: of the machine code itself, what it rounds or how fast it is."""
     marked = request.node.get_closest_marker("optimized") is not None
     jax.config.update("jax_disable_most_optimizations", not marked)
     yield

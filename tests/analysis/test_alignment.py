@@ -44,7 +44,6 @@ def test_alignment_by_hand():
     assert_close(found_LE[1], [5 / (4 * 2**0.5), 3 / 4, 1, 0, 0], terms=8)
 
 
-@pytest.mark.optimized
 @pytest.mark.parametrize("width, hidden", [(16, 8), (8, 16)])
 def test_over_a_mesh_it_is_the_same_and_gathers_one_layer_at_a_time(width, hidden):
     rng, mesh = np.random.default_rng(0), sharding.make_mesh(2, 4)

@@ -12,7 +12,6 @@ from jax.sharding import PartitionSpec as P
 from moe_erc.analysis import compiled
 
 FLOAT = jnp.float32
-pytestmark = pytest.mark.optimized
 PROGRAMS = pathlib.Path(__file__).parent / "programs"
 
 

@@ -27,7 +27,10 @@ def corpus(text_directory, tmp_path_factory):
 @pytest.mark.parametrize("changes", [{}, {"top_p": 0.4}])
 def test_every_token_counts_once_at_each_of_its_experts(changes, corpus, model_config):
     model = Transformer(model_config(init_std=0.3, experts_per_token=3, **changes), sharding.make_mesh(2, 1))
-    weights, put = init_weights(model, jax.random.key(0)), functools.partial(sharding.put_whole_batch, model.mesh)
+    weights, put = (
+        jax.jit(functools.partial(init_weights, model))(jax.random.key(0)),
+        functools.partial(sharding.put_whole_batch, model.mesh),
+    )
     use = ExpertUse(model, corpus, put, SHAPE).run(weights)
     [(domain, stream)] = corpus.streams["validation"].items()
     assert use["domains"] == [domain]

@@ -46,7 +46,7 @@ def logits_of(model, weights, ids):
 @pytest.fixture(scope="module")
 def model_and_weights(model_config):
     model = Transformer(model_config(init_std=0.3), sharding.make_mesh(2, 1))
-    return model, init_weights(model, jax.random.key(0))
+    return model, jax.jit(functools.partial(init_weights, model))(jax.random.key(0))
 
 
 def test_loss_is_the_mean_over_every_validation_token(corpus, model_and_weights):

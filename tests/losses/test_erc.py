@@ -7,12 +7,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_erc import coupling_matrix, coupling_penalty, erc_loss, noise_bound, perturb
+import moe_erc
 from tests.tolerance import assert_close
 
 GOLDEN = sorted((pathlib.Path(__file__).parent / "golden").glob("erc_*.npz"))
 # Of random_params: sums over D and F, forward and backward, and over the pairs of experts.
 TERMS = 2 * (8 + 6) + 5**2
+# As programs: called as they are, they would be compiled one operation at a time, which takes ten times as long.
+coupling_matrix, coupling_penalty, noise_bound, perturb = map(
+    jax.jit, (moe_erc.coupling_matrix, moe_erc.coupling_penalty, moe_erc.noise_bound, moe_erc.perturb)
+)
+erc_loss = jax.jit(
+    moe_erc.erc_loss,
+    static_argnames=("noise", "activation", "detach_router", "normalize", "layer_reduction", "precision"),
+)
 
 
 def silu(x):
@@ -268,7 +276,6 @@ def test_bfloat16_weights_are_summed_in_float32():
 
 
 # ---------------------------------------------------------------------------------------------------- cost
-@pytest.mark.optimized
 def test_an_expert_with_no_active_hinge_gets_exactly_no_gradient_and_its_backward_is_a_branch():
     # Orthogonal rows, and each gate sees its own row alone, so nothing is foreign; expert 3 also answers to row 0.
     router_ED = np.eye(4, 6, dtype=np.float32)
@@ -286,7 +293,6 @@ def test_an_expert_with_no_active_hinge_gets_exactly_no_gradient_and_its_backwar
     assert "conditional(" in program
 
 
-@pytest.mark.optimized
 @pytest.mark.parametrize("layers", [None, 2])
 def test_memory_stays_below_20_mb_at_the_papers_size(layers):
     stack = () if layers is None else (layers,)

@@ -37,7 +37,6 @@ def test_slices_give_the_same_losses_and_gradients(chunk):
     assert_close(sliced, whole, terms=2 * (8 + 16) + 20, largest=magnitude(whole[1][0]))
 
 
-@pytest.mark.optimized
 def test_all_logits_never_exist_at_once():
     B, T, D, V = 2, 1024, 16, 50_304
     shapes = [

@@ -5,7 +5,6 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
 from moe_erc import sharding
 from moe_erc.model.transformer import Transformer
@@ -23,6 +22,12 @@ def setup(config):
     return model, jax.jit(model.init)(jax.random.key(0), tokens, tokens > -1, {})
 
 
+@functools.cache
+def applied(config):
+    """`model.apply` as one program: an operation at a time takes ten times as long to compile."""
+    return jax.jit(setup(config)[0].apply)
+
+
 def test_initial_parameters_are_cut_at_three_sigma_and_norms_are_one(model_config):
     _, variables = setup(model_config())
     params = variables["params"]
@@ -35,11 +40,12 @@ def test_initial_parameters_are_cut_at_three_sigma_and_norms_are_one(model_confi
 
 def test_a_token_sees_only_what_came_before(model_config, token_batch):
     batch = token_batch(2, 12)
-    model, variables = setup(model_config())
+    config = model_config()
+    _, variables = setup(config)
     changed = batch["inputs_BT"].copy()
     changed[:, 8] += 1
     before, after = (
-        logits(model.apply(variables, tokens, batch["mask_BT"], {})) for tokens in (batch["inputs_BT"], changed)
+        logits(applied(config)(variables, tokens, batch["mask_BT"], {})) for tokens in (batch["inputs_BT"], changed)
     )
     np.testing.assert_array_equal(before[:, :8], after[:, :8])  # one program, and nothing of what was changed
     assert np.abs(before[:, 8:] - after[:, 8:]).max() > 1e-3
@@ -47,18 +53,17 @@ def test_a_token_sees_only_what_came_before(model_config, token_batch):
 
 def test_statistics_are_by_layer_and_ignore_masked_tokens(model_config, token_batch):
     batch, config = token_batch(2, 12), model_config()
-    model, variables = setup(config)
-    routing = model.apply(variables, batch["inputs_BT"], batch["mask_BT"], {}).routing
+    _, variables = setup(config)
+    routing = applied(config)(variables, batch["inputs_BT"], batch["mask_BT"], {}).routing
     assert routing.load_E.shape == (config.layers, config.experts)
     assert_close(routing.load_E.sum(axis=-1), 1, terms=8)
     assert_close(routing.probability_E.sum(axis=-1), 1, terms=8)
     tokens = batch["inputs_BT"].copy()
     tokens[-1, -1] = (tokens[-1, -1] + 7) % 512  # a masked position, which no other sees
-    again = model.apply(variables, tokens, batch["mask_BT"], {}).routing
+    again = applied(config)(variables, tokens, batch["mask_BT"], {}).routing
     jax.tree.map(np.testing.assert_array_equal, routing, again)  # one program, and nothing of what was changed
 
 
-@pytest.mark.optimized
 def test_recomputation_changes_no_gradient_and_saves_memory(model_config, token_batch):
     batch = token_batch(4, 64)
 
@@ -80,27 +85,30 @@ def test_recomputation_changes_no_gradient_and_saves_memory(model_config, token_
 
 def test_tied_embeddings_share_one_matrix(model_config, token_batch):
     batch = token_batch(1, 4)
-    model, variables = setup(model_config(tie_embeddings=True))
+    config = model_config(tie_embeddings=True)
+    _, variables = setup(config)
     assert "head" not in variables["params"]
-    output = model.apply(variables, batch["inputs_BT"], batch["mask_BT"], {})
+    output = applied(config)(variables, batch["inputs_BT"], batch["mask_BT"], {})
     np.testing.assert_array_equal(output.head_VD, variables["params"]["embed"])
 
 
 def test_bfloat16_computes_in_bfloat16_and_routes_in_float32(model_config, token_batch):
     batch = token_batch(2, 8)
-    model, variables = setup(model_config(dtype="bfloat16"))
-    output = model.apply(variables, batch["inputs_BT"], batch["mask_BT"], {})
+    config = model_config(dtype="bfloat16")
+    _, variables = setup(config)
+    output = applied(config)(variables, batch["inputs_BT"], batch["mask_BT"], {})
     assert output.x_BTD.dtype == jnp.bfloat16
     assert {leaf.dtype for leaf in jax.tree.leaves(output.routing)} == {jnp.dtype("float32")}
-    reference = setup(model_config())[0].apply(variables, batch["inputs_BT"], batch["mask_BT"], {})
+    reference = applied(model_config())(variables, batch["inputs_BT"], batch["mask_BT"], {})
     difference = np.linalg.norm(output.x_BTD.astype(jnp.float32) - reference.x_BTD)
     assert difference < 0.05 * np.linalg.norm(reference.x_BTD)  # 8 bits of mantissa through two layers
 
 
 def test_a_mesh_gives_the_oracles_outputs(model_config, token_batch):
     batch = token_batch(8, 12)
-    oracle, variables = setup(model_config(experts_implementation="dense"))
-    expected = oracle.apply(variables, batch["inputs_BT"], batch["mask_BT"], {})
+    config = model_config(experts_implementation="dense")
+    _, variables = setup(config)
+    expected = applied(config)(variables, batch["inputs_BT"], batch["mask_BT"], {})
     model = Transformer(model_config(), sharding.make_mesh(2, 4))
     found = jax.jit(model.apply)(variables, batch["inputs_BT"], batch["mask_BT"], {})
     # two layers with five sums over widths of at most 32 each; loads and probabilities are sums over 93 tokens

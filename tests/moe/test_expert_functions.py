@@ -1,6 +1,6 @@
 """What happens to a row, by every implementation, against the formulas on gathered matrices; where gradients stop."""
 
-from functools import partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,7 @@ KEEPS = (("whole", ("hidden",)), ("whole", ("output",)), ("factorised", ("hidden
 EVERY_WAY = pytest.mark.parametrize("name", sorted(set(IMPLEMENTATIONS) - {"tokamax"}))
 
 
+@cache
 def inputs(gate, every=False):
     """x, what is assigned, ids (-1 another device's, E an empty slot) and matrices."""
     keys = iter(jax.random.split(jax.random.key(0), 8))
@@ -52,6 +53,9 @@ def weighed_by_formula(keep, x_ND, assigned, experts_NK, matrices):
     return summed_ND, {name: kept[name] for name in keep}
 
 
+WEIGHED_BY_FORMULA = {keep: partial(weighed_by_formula, keep) for _, keep in KEEPS}
+
+
 def affinity_by_formula(x_ND, assigned, experts_NK, matrices):
     mine_NK1, _, output_NKD = by_formula(x_ND, assigned, experts_NK, matrices)
     return (), jnp.where(mine_NK1[..., 0], jnp.mean(jnp.log1p(jnp.exp(output_NKD)), axis=-1), 0)
@@ -73,6 +77,12 @@ def value_and_gradients(run, arguments):
     return jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))(x_ND, assigned, matrices)
 
 
+@cache
+def expected_of(formula, gate, every=False):
+    """Computed once for all implementations."""
+    return value_and_gradients(formula, inputs(gate, every))
+
+
 def assert_equal(expected, found):
     # Gradients of matrices are sums over up to N K rows, of what sums over D, F and D are, forward and backward.
     assert_close(found, expected, terms=N * K + 2 * (2 * D + F))
@@ -81,23 +91,20 @@ def assert_equal(expected, found):
 @pytest.mark.parametrize("gate, keep", KEEPS, ids=str)
 @EVERY_WAY
 def test_weighed_outputs_and_what_is_kept(name, gate, keep):
-    arguments = inputs(gate)
-    expected = value_and_gradients(partial(weighed_by_formula, keep), arguments)
-    assert_equal(expected, value_and_gradients(partial(IMPLEMENTATIONS[name], partial(weighed, keep=keep)), arguments))
+    run = partial(IMPLEMENTATIONS[name], partial(weighed, keep=keep))
+    assert_equal(expected_of(WEIGHED_BY_FORMULA[keep], gate), value_and_gradients(run, inputs(gate)))
 
 
 @EVERY_WAY
 def test_affinity_of_all_experts(name):
-    arguments = inputs("whole", every=True)
-    expected = value_and_gradients(affinity_by_formula, arguments)
-    assert_equal(expected, value_and_gradients(partial(IMPLEMENTATIONS[name], affinity), arguments))
+    found = value_and_gradients(partial(IMPLEMENTATIONS[name], affinity), inputs("whole", every=True))
+    assert_equal(expected_of(affinity_by_formula, "whole", every=True), found)
 
 
 @EVERY_WAY
 def test_directions_of_outputs_are_weighed_and_summed(name):
-    arguments = inputs("factorised")
-    expected = value_and_gradients(unit_output_by_formula, arguments)
-    assert_equal(expected, value_and_gradients(partial(IMPLEMENTATIONS[name], unit_output), arguments))
+    found = value_and_gradients(partial(IMPLEMENTATIONS[name], unit_output), inputs("factorised"))
+    assert_equal(expected_of(unit_output_by_formula, "factorised"), found)
 
 
 @EVERY_WAY
@@ -121,7 +128,7 @@ def test_a_loss_on_kept_outputs_trains_the_experts_alone(name):
 def test_mixed_precision_keeps_dtypes(name):
     x_ND, assigned, experts_NK, matrices = inputs("factorised")
     x_ND, low, matrices = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), (x_ND, assigned["low"], matrices))
-    assigned["low"] = low  # routing weights stay float32
+    assigned = assigned | {"low": low}  # routing weights stay float32
     run = partial(IMPLEMENTATIONS[name], partial(weighed, keep=("hidden", "output")))
     (_, results), gradients = value_and_gradients(run, (x_ND, assigned, experts_NK, matrices))
     assert {leaf.dtype for leaf in jax.tree.leaves(results)} == {jnp.dtype(jnp.bfloat16)}

@@ -4,6 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 
@@ -14,7 +15,7 @@ from moe_erc.losses.objective import Objective
 from moe_erc.model.transformer import Transformer
 from moe_erc.random_keys import named
 from moe_erc.training import step as step_module
-from moe_erc.training.state import abstract_state, initializer, shardings
+from moe_erc.training.state import abstract_state, create_state, initializer, shardings
 from tests.tolerance import assert_close, assert_same_change
 
 LENGTH, BATCH = 16, 16
@@ -25,7 +26,26 @@ SEED = 5  # of parameters with which tokens spread over the four experts that `r
 
 
 @pytest.fixture(scope="module")
-def trainer(model_config):
+def initial_state(model_config):
+    """A state of sizes, placed: drawn by one program for all meshes, on which it is the same (see the last test)."""
+
+    @functools.cache
+    def on_host(**sizes):
+        init = initializer(
+            Transformer(model_config(init_std=0.3, **sizes), sharding.make_mesh(1, 1)), optax.sgd(0.1), SEED
+        )
+        state = jax.jit(init)()
+        return jax.device_get(state.replace(rng=jax.random.key_data(state.rng)))
+
+    def place(lies, sizes):
+        state = on_host(**sizes)
+        return jax.device_put(state.replace(rng=jax.random.wrap_key_data(state.rng)), lies)
+
+    return place
+
+
+@pytest.fixture(scope="module")
+def trainer(model_config, initial_state):
     """Makes (fresh state, step function) of the ERC loss under gradient descent; each kind is compiled once."""
 
     @functools.cache
@@ -37,10 +57,9 @@ def trainer(model_config):
         mesh, optimizer = sharding.make_mesh(*mesh_shape), optax.sgd(0.1)
         sizes = {"experts": experts, "experts_per_token": experts_per_token}
         model = Transformer(model_config(init_std=0.3, experts_implementation=implementation, **sizes), mesh)
-        init = initializer(model, optimizer, SEED)
-        shapes = abstract_state(init, mesh)
+        shapes = abstract_state(initializer(model, optimizer, SEED), mesh)
         step = step_module.make_train_step(model, Objective(losses, model), optimizer, micro_batches, shardings(shapes))
-        return jax.jit(init, out_shardings=shardings(shapes)), lambda state, batch: step(
+        return functools.partial(initial_state, shardings(shapes), sizes), lambda state, batch: step(
             state, sharding.put_batch(mesh, batch)
         )
 
@@ -168,7 +187,11 @@ def test_any_mesh_takes_the_steps_of_the_oracle_on_one_device(five_steps, mesh_s
             assert_same_change(start, other[1], one[1], steps * TERMS, steps, f"{routing}, {steps} steps: ")
 
 
-def test_state_lies_where_the_table_says(trainer):
-    state, _ = trainer((2, 2), micro_batches=2)
-    gate = state.params["layers"]["moe"]["w_gate"]
-    assert gate.addressable_shards[0].data.shape == (2, 2, 32, 8)  # (L, E / 2, D, F / 2)
+@pytest.mark.parametrize("data, expert", [(2, 2), (2, 4)])
+def test_a_mesh_draws_the_state_of_one_device_and_it_lies_where_the_table_says(trainer, model_config, data, expert):
+    model = Transformer(model_config(init_std=0.3), sharding.make_mesh(data, expert))
+    init = initializer(model, optax.sgd(0.1), SEED)
+    drawn, (expected, _) = create_state(init, abstract_state(init, model.mesh)), trainer()
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(drawn.params), jax.device_get(expected.params))
+    gate = drawn.params["layers"]["moe"]["w_gate"]
+    assert gate.addressable_shards[0].data.shape == (2, 4 // expert, 32, 16 // data)  # (L, E / expert, D, F / data)

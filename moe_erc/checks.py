@@ -6,3 +6,8 @@ class BadInput(ValueError):
 
     A script ends on it with that line and exit code 2. Other errors end with a traceback and exit code 1.
     """
+
+
+def is_refusal(error: Exception) -> bool:
+    """Whether a user can mend what was raised: bad input, or a file that the system does not give."""
+    return isinstance(error, BadInput) or (isinstance(error, OSError) and bool(error.filename))

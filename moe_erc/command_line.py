@@ -12,7 +12,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from moe_erc import config_file, console, help_text, huge_pages
-from moe_erc.checks import BadInput
+from moe_erc.checks import BadInput, is_refusal
 
 CONFIG = re.compile(r"--?config(=|$)")
 OVERRIDE = re.compile(r"--?(?:no)?config\.([^=]*)")
@@ -42,12 +42,10 @@ def refusing_bad_input():
     """
     try:
         yield
-    except BadInput as error:
-        message = str(error)
-    except OSError as error:
-        if not error.filename:
+    except Exception as error:
+        if not is_refusal(error):
             raise
-        message = f"{error.strerror}: {error.filename!r}"
+        message = f"{error.strerror}: {error.filename!r}" if isinstance(error, OSError) else str(error)
     else:
         return
     print("error: " + console.printable(" ".join(message.split())), file=sys.stderr)

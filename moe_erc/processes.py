@@ -18,7 +18,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from moe_erc import rendezvous
-from moe_erc.checks import BadInput
+from moe_erc.checks import BadInput, is_refusal
 
 BY_HAND = ADDRESS, COUNT, PROCESS = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 LIMIT = "MOE_ERC_COORDINATOR_TIMEOUT"  # seconds within which all processes must have come
@@ -29,6 +29,10 @@ _exchanges = itertools.count()
 
 class KnownToAll(BadInput):
     """Raised by every process at once: nobody is left to be told."""
+
+
+class FaultElsewhere(RuntimeError):
+    """Another process has failed by a fault of the program: here, too, it is no bad input."""
 
 
 def initialize():
@@ -72,11 +76,11 @@ def ending_together():
     """What is wrong with one process inside ends all of them with its one line: nobody waits for one that has left."""
     try:
         yield
-    except KnownToAll:
+    except (KnownToAll, FaultElsewhere):
         raise
     except Exception as error:
-        with contextlib.suppress(KnownToAll):  # another one's error; each tells its own
-            _exchange({"error": str(error)[:1000]})
+        with contextlib.suppress(KnownToAll, FaultElsewhere):  # another one's error; each tells its own
+            _exchange({"error": str(error)[:1000], "refusal": is_refusal(error)})
         raise
 
 
@@ -96,7 +100,10 @@ def agree(description):
 
 
 def _exchange(message):
-    """The messages of all processes, in order, once the last one has come; KnownToAll if another one's is an error."""
+    """The messages of all processes, in order, once the last one has come.
+
+    KnownToAll or FaultElsewhere if another one's is an error.
+    """
     if not jax.distributed.is_initialized():
         return [message]
     # Device collectives have short time limits of their own: first wait where waiting is cheap.
@@ -106,7 +113,8 @@ def _exchange(message):
     messages = [json.loads(row.tobytes()) for row in rows]
     for process, other in enumerate(messages):
         if "error" in other and process != jax.process_index():
-            raise KnownToAll(f"process {process}: {other['error']}")
+            kind = KnownToAll if other["refusal"] else FaultElsewhere
+            raise kind(f"process {process}: {other['error']}")
     return messages
 
 

@@ -223,6 +223,10 @@ PLACES_AND_AGREEMENT = """
             with processes.first():
                 if process == int(sys.argv[2]):
                     raise BadInput("no such corpus")
+        if case == "fail":
+            with processes.first():
+                if process == int(sys.argv[2]):
+                    raise ValueError("a fault of the program")
 """
 
 
@@ -240,3 +244,15 @@ def test_rows_lie_where_they_belong_and_errors_are_shared(case, lines, tmp_path)
     for number, line in enumerate(lines):
         errors = [said for said in (tmp_path / f"out{number}").read_text().splitlines() if said.startswith("error")]
         assert [said.startswith(line) for said in errors] == ([True] if line else [])
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_a_fault_of_one_process_is_bad_input_on_none(failing, tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text(textwrap.dedent(PLACES_AND_AGREEMENT))
+    arguments = ["fail", failing]
+    codes = script.join(script.start_many(2, program, arguments, tmp_path, JAX_NUM_CPU_DEVICES=2), LIMIT)
+    assert codes == [1, 1], printed(tmp_path)
+    said = [(tmp_path / f"out{number}").read_text() for number in range(2)]
+    assert all("Traceback" in text and "\nerror: " not in text for text in said)
+    assert f"process {failing}: a fault of the program" in said[1 - failing]

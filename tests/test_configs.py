@@ -92,20 +92,24 @@ def initial_state(model_config):
     """On the host, under gradient descent; one program for all configs of the same model."""
     mesh = sharding.make_mesh(1, 1)
     init = initializer(Transformer(model_config, mesh), optax.sgd(1.0), 0)
-    state = create_state(init, abstract_state(init, mesh))
+    state = create_state(init, where_it_lies(model_config, (1, 1)))
     return jax.device_get(state.replace(rng=jax.random.key_data(state.rng)))
+
+
+@functools.cache
+def where_it_lies(model_config, mesh_shape):
+    """Shapes and places of the state; traced once for all configs of the same model."""
+    mesh = sharding.make_mesh(*mesh_shape)
+    return abstract_state(initializer(Transformer(model_config, mesh), optax.sgd(1.0), 0), mesh)
 
 
 def take_steps(config, mesh_shape, batch, steps, micro_batches=2):
     """(metrics of every step, state) on the host: descent by the gradient itself."""
     model_config, mesh, optimizer = ModelConfig(**config.model), sharding.make_mesh(*mesh_shape), optax.sgd(1.0)
     model = Transformer(model_config, mesh)
-    shapes = abstract_state(initializer(model, optimizer, 0), mesh)
-    start = initial_state(model_config)
-    state = jax.device_put(start.replace(rng=jax.random.wrap_key_data(start.rng)), shardings(shapes))
-    step = make_train_step(
-        model, Objective(config.losses.to_dict(), model), optimizer, micro_batches, shardings(shapes)
-    )
+    start, lies = initial_state(model_config), shardings(where_it_lies(model_config, mesh_shape))
+    state = jax.device_put(start.replace(rng=jax.random.wrap_key_data(start.rng)), lies)
+    step = make_train_step(model, Objective(config.losses.to_dict(), model), optimizer, micro_batches, lies)
     history = []
     for _ in range(steps):
         state, metrics = step(state, sharding.put_batch(mesh, batch))
@@ -176,7 +180,7 @@ def test_every_kind_of_router_takes_the_same_steps_on_another_mesh(name, token_b
 def test_the_step_of_a_variant_is_traced(name, token_batch):
     config, mesh = debug_config(name), sharding.make_mesh(2, 4)
     model, optimizer = Transformer(ModelConfig(**config.model), mesh), optax.sgd(1.0)
-    shapes = abstract_state(initializer(model, optimizer, 0), mesh)
+    shapes = where_it_lies(model.config, (2, 4))
     step = make_train_step(model, Objective(config.losses.to_dict(), model), optimizer, 2, shardings(shapes))
     _, metrics = jax.eval_shape(step, shapes, token_batch(16, config.data.sequence_length))
     expected = {f"loss/{term}" for term, options in config.losses.items() if options.weight > 0} | {"loss/total"}

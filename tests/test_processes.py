@@ -24,6 +24,7 @@ from tests.tolerance import within
 from tests.training.test_damage import flip
 
 STEPS, FEW = 80, 5
+EVALUATED = 2 * FEW  # steps between evaluations
 LIMIT = 240  # seconds until what hangs is given up; what works is quick unless the machine has other work
 
 
@@ -42,7 +43,7 @@ def train(text_directory, tmp_path_factory):
             "--config.optimizer.learning_rate=3e-4",  # a tenth of the size's: sums in another order grow apart slowly
             "--config.train.batch_size=32",  # jax looks for a SIGTERM once a second, so steps must not be too quick
             "--config.checkpoint.every=1000",
-            f"--config.eval.every={FEW}",
+            f"--config.eval.every={EVALUATED}",
             "--config.eval.prompt=",
             "--config.log.every=1",
             "--config.log.tensorboard=False",
@@ -92,7 +93,7 @@ def alone(train, tmp_path_factory):
     """The metrics and the workdir of one undisturbed process with two devices."""
     workdir = tmp_path_factory.mktemp("alone")
     assert script.join(train(1, workdir, JAX_NUM_CPU_DEVICES=2), LIMIT) == [0], printed(workdir)
-    assert len(metrics(workdir)) == STEPS + STEPS // FEW  # every step, and the validations
+    assert len(metrics(workdir)) == STEPS + STEPS // EVALUATED  # every step, and the validations
     return workdir
 
 
@@ -117,29 +118,24 @@ def terminate_one(members, workdir, name, count):
     assert script.join(members, LIMIT) == [143] * len(members), printed(workdir)
 
 
-def test_four_processes_train_the_curve_of_one(train, alone, tmp_path):
-    members = train(4, tmp_path, "--config.mesh.data=2", "--config.mesh.expert=2", "--config.eval.every=1000")
-    terminate_one(members, tmp_path, "metrics.jsonl", FEW)
-    step, _ = saved_state(tmp_path)
-    assert_same_curve(metrics(tmp_path), [line for line in metrics(alone) if "loss/lm" in line][:step])
-    said = [(tmp_path / f"out{number}").read_text() for number in range(4)]
-    assert ["mesh" in words or "step/s" in words for words in said] == [True, False, False, False]
-
-
-def two(train, workdir):
-    """Two processes, one device each, that save every few steps."""
-    return train(2, workdir, "--config.mesh.expert=2", f"--config.checkpoint.every={FEW}")
-
-
 @pytest.fixture(scope="module")
 def stopped(train, tmp_path_factory):
-    """The workdir of a run of two processes, of which the second was sent SIGTERM."""
+    """The workdir of a run of four processes that saves every few steps, of which the last was sent SIGTERM."""
     workdir = tmp_path_factory.mktemp("stopped")
-    terminate_one(two(train, workdir), workdir, "metrics.jsonl", FEW + 2)
+    mesh = "--config.mesh.data=2", "--config.mesh.expert=2"
+    members = train(4, workdir, *mesh, f"--config.checkpoint.every={FEW}")
+    terminate_one(members, workdir, "metrics.jsonl", FEW + 2)
     return workdir
 
 
-def test_two_processes_stop_together_and_one_goes_on(train, alone, stopped, tmp_path):
+def test_four_processes_train_the_curve_of_one(alone, stopped):
+    found = metrics(stopped)
+    assert_same_curve(found, metrics(alone)[: len(found)])
+    said = [(stopped / f"out{number}").read_text() for number in range(4)]
+    assert ["mesh" in words or "step/s" in words for words in said] == [True, False, False, False]
+
+
+def test_four_processes_stop_together_and_one_goes_on(train, alone, stopped, tmp_path):
     shutil.copytree(stopped, tmp_path, dirs_exist_ok=True)
     step, state = saved_state(tmp_path)
     assert FEW < step < STEPS - 1 and metrics(tmp_path)[-1]["step"] == step
@@ -150,7 +146,7 @@ def test_two_processes_stop_together_and_one_goes_on(train, alone, stopped, tmp_
     assert steps[-1]["norm/parameters"] == pytest.approx(norm, rel=within(128))
 
     # to the end on one process with another mesh
-    members = train(1, tmp_path, "--config.mesh.data=2", "--config.mesh.expert=2", JAX_NUM_CPU_DEVICES=4)
+    members = train(1, tmp_path, "--config.mesh.data=4", "--config.mesh.expert=1", JAX_NUM_CPU_DEVICES=4)
     assert script.join(members, LIMIT) == [0], printed(tmp_path)
     assert_same_curve(metrics(tmp_path), metrics(alone))
     (_, final), (_, expected) = saved_state(tmp_path), saved_state(alone)
@@ -160,17 +156,20 @@ def test_two_processes_stop_together_and_one_goes_on(train, alone, stopped, tmp_
         assert np.abs(one - other).max() < 3e-4 and np.sqrt(np.mean(np.square(one - other))) < 3e-5
 
 
-def test_two_processes_go_on_from_the_checkpoint_before_a_damaged_one(train, alone, stopped, tmp_path):
+def test_two_processes_go_on_before_a_damaged_checkpoint_and_stop_together(train, alone, stopped, tmp_path):
     shutil.copytree(stopped, tmp_path, dirs_exist_ok=True)
     damaged, intact, *_ = sorted((int(path.name) for path in (tmp_path / "checkpoints").glob("[0-9]*")), reverse=True)
     flip(tmp_path / "checkpoints" / str(damaged))
     lines = len(metrics(tmp_path))
 
-    terminate_one(two(train, tmp_path), tmp_path, "metrics.jsonl", lines + FEW)
+    members = train(2, tmp_path, "--config.mesh.expert=2", f"--config.checkpoint.every={FEW}")
+    terminate_one(members, tmp_path, "metrics.jsonl", lines + 2 * FEW)  # past an evaluation
     said = (tmp_path / "out0").read_text()
     assert f"checkpoint {damaged} is damaged (" in said and f"step {intact} is used, it is kept as damaged-" in said
     assert (tmp_path / "checkpoints" / f"damaged-{damaged}").is_dir()
-    assert_same_curve(metrics(tmp_path), metrics(alone)[: len(metrics(tmp_path))])
+    found = metrics(tmp_path)
+    assert any("validation/mean" in line for line in found)
+    assert_same_curve(found, metrics(alone)[: len(found)])
 
 
 # Jax looks for a SIGTERM once a second, and this one comes before the first step of a run resumed at step 100.

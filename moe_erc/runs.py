@@ -89,7 +89,7 @@ class Run(Opened):
     def compare_text(self, path, report):
         """One line where the report at `path`, which this one is to replace, was measured on other text; or ""."""
         try:
-            before = json.loads(path.read_text()).get("text") if path.exists() else None
+            before = json.loads(path.read_text(encoding="utf-8")).get("text") if path.exists() else None
         except (ValueError, AttributeError):
             before = None
         if before in (None, report["text"]):

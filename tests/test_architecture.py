@@ -85,7 +85,7 @@ def test_no_file_of_no_subject():
 def encodings(path):
     """(line, whether it names the encoding) of every call by which a file opens text."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Call) and not ast.unparse(node.func).startswith("os."):
+        if isinstance(node, ast.Call) and not ast.unparse(node.func).startswith(("os.", "tensorstore.")):
             name = getattr(node.func, "attr", getattr(node.func, "id", ""))
             texts = [item.value for item in (*node.args, *(keyword.value for keyword in node.keywords))
                      if isinstance(item, ast.Constant) and isinstance(item.value, str)]  # fmt: skip

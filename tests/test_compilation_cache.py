@@ -83,7 +83,7 @@ def test_a_folder_is_of_one_kind_of_processor(monkeypatch):
     def folder(cores=8, flags="sse avx", clock="2000"):
         described = f"processor : 0\nmodel name : Z\ncpu MHz : {clock}\nflags : {flags}\n"
         monkeypatch.setattr(os, "cpu_count", lambda: cores)
-        monkeypatch.setattr(pathlib.Path, "read_text", lambda path: described)
+        monkeypatch.setattr(pathlib.Path, "read_text", lambda path, encoding: described)
         return compilation_cache._processor()
 
     assert folder() == folder(clock="3000")

@@ -39,8 +39,8 @@ def read_report(path, step: int) -> dict | None:
     if not path.exists():
         return None
     try:
-        report = json.loads(path.read_text())
-    except ValueError:
+        report = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # it is written anew
         return None
     return _with_nan(report) if isinstance(report, dict) and report.get("step") == step else None
 

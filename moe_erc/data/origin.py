@@ -80,7 +80,7 @@ def _counted(description: Mapping) -> str:
 
 def _name_and_version(path: Path) -> str:
     try:
-        info = json.loads(path.read_text())
+        info = json.loads(path.read_text(encoding="utf-8"))
         return f"{info.get('name')} {info.get('version')}"
     except (ValueError, AttributeError, RecursionError):
         return "unreadable"

@@ -32,7 +32,7 @@ def find_gap(step_directory, expected=None):
     expected: what `shapes_on_disk` gave for the state that was saved; None compares with the checkpoint's own list.
     """
     try:
-        json.loads((step_directory / META / "metadata").read_text())
+        json.loads((step_directory / META / "metadata").read_text(encoding="utf-8"))
         arrays = jax.tree.leaves(ocp.PyTreeCheckpointHandler().metadata(step_directory / STATE).tree)
         held = _count_chunks(step_directory / STATE)
     except Exception as error:  # whatever a library raises here, it would raise at a restore

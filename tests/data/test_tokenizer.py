@@ -85,12 +85,14 @@ def test_bpe_trains_on_training_documents_alone(config, tmp_path):
 
 
 CONFIG = """
-import ml_collections
+from configs import base
 
-def get_config(arg=""):
-    data = dict(sources=({source!r},), weights=(), tokenizer="bytes", text_key="text")
-    data |= dict(validation_fraction=0.0, sequence_length=4, cache_dir="")
-    return ml_collections.ConfigDict({{"data": data}})
+def get_config(size=""):
+    config = base.get_config(size)
+    config.data.sources = ({source!r},)
+    config.data.validation_fraction = 0.0
+    config.data.sequence_length = 4
+    return config
 """
 
 

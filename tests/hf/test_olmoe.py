@@ -95,7 +95,8 @@ def test_a_model_of_transformers_computes_the_same_here(load, variant):
 def test_its_balance_loss_is_ours_layer_by_layer_and_k_times_that_of_the_mean_layer(load, variant):
     golden = np.load(HERE / variant / "golden.npz")
     model, params = load(HERE / variant)
-    load_LE, _, probability_LE, _ = compute(model, params, golden["ids"])[1].routing
+    routing = compute(model, params, golden["ids"])[1].routing
+    load_LE, probability_LE = routing.load_E, routing.probability_E
     terms = model.config.layers * 5 * 16 + golden["ids"].size  # probabilities behind some layers, a mean over tokens
     assert_close(load_balance(load_LE, probability_LE), np.float32(golden["by_layer"]), terms)
     pooled = load_balance(load_LE.mean(0, keepdims=True), probability_LE.mean(0, keepdims=True))

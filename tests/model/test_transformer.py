@@ -98,7 +98,8 @@ def test_bfloat16_computes_in_bfloat16_and_routes_in_float32(model_config, token
     _, variables = setup(config)
     output = applied(config)(variables, batch["inputs_BT"], batch["mask_BT"], {})
     assert output.x_BTD.dtype == jnp.bfloat16
-    assert {leaf.dtype for leaf in jax.tree.leaves(output.routing)} == {jnp.dtype("float32")}
+    counts = {jnp.dtype("int32")}  # of assignments and tokens; means are float32
+    assert {leaf.dtype for leaf in jax.tree.leaves(output.routing)} == {jnp.dtype("float32")} | counts
     reference = applied(model_config())(variables, batch["inputs_BT"], batch["mask_BT"], {})
     difference = np.linalg.norm(output.x_BTD.astype(jnp.float32) - reference.x_BTD)
     assert difference < 0.05 * np.linalg.norm(reference.x_BTD)  # 8 bits of mantissa through two layers

@@ -30,7 +30,7 @@ REQUIRES = [
     "rich",
 ]
 
-PLOT = ["matplotlib", "scikit-learn"]
+PLOT = ["matplotlib", "scikit-learn", "jinja2"]
 NOTEBOOK = [*PLOT, "nbclient", "ipykernel"]
 EVAL = ["lm-eval>=0.4.13"]
 GCS = ["gcsfs"]  # gs:// paths; brings google-cloud-storage, which TensorBoard curves there need

@@ -1,10 +1,22 @@
-"""A report as one HTML file: its figures inside, no script, nothing fetched. It prints, and follows a dark desktop."""
+"""A report as one HTML file: its figures are inside, there is no script, and nothing is fetched.
+
+The page prints well and follows a dark desktop. The template library escapes every text, so that names and captions
+are shown as they are written.
+"""
 
 import base64
-from html import escape
 from typing import NamedTuple
 
-STYLE = """
+from moe_erc.checks import BadInput
+
+TEMPLATE = """\
+<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width">
+<title>{{ title }}</title>
+<style>
 :root { color-scheme: light dark; }
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
 table { border-collapse: collapse; margin: 1rem 0; font-variant-numeric: tabular-nums; }
@@ -13,11 +25,40 @@ th, td { padding: 0.2rem 0.8rem; border-bottom: 1px solid #8884; text-align: rig
 th:first-child, td:first-child { text-align: left; }
 figure { margin: 1.5rem 0; break-inside: avoid; }
 img { max-width: 100%; background: white; }
+</style>
+</head>
+<body>
+<h1>{{ title }}</h1>
+{% for section in sections %}
+<section>
+<h2>{{ section.heading }}</h2>
+{% for paragraph in section.paragraphs %}
+<p>{{ paragraph }}</p>
+{% endfor %}
+{% for table in section.tables %}
+<table>
+<caption>{{ table.caption }}</caption>
+<tr>{% for column in table.columns %}<th>{{ column }}</th>{% endfor %}</tr>
+{% for row in table.rows %}
+<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>
+{% endfor %}
+</table>
+{% endfor %}
+{% for picture in section.pictures %}
+<figure>
+<img src="data:image/png;base64,{{ picture.base64 }}" alt="{{ picture.alt }}">
+<figcaption>{{ picture.caption }}</figcaption>
+</figure>
+{% endfor %}
+</section>
+{% endfor %}
+</body>
+</html>
 """
 
 
 class Table(NamedTuple):
-    """Cells are text, or become it by `str`."""
+    """Cells are shown by `str`."""
 
     columns: tuple
     rows: list
@@ -25,49 +66,36 @@ class Table(NamedTuple):
 
 
 class Picture(NamedTuple):
-    """`alt` is what is read to someone who does not see it."""
+    """`alt` is what is read to someone who does not see the picture."""
 
     png: bytes
     alt: str
     caption: str = ""
 
+    @property
+    def base64(self) -> str:
+        """The picture as text inside the page."""
+        return base64.b64encode(self.png).decode()
+
 
 class Section(NamedTuple):
-    """A heading, and under it in this order what there is."""
+    """A heading with its paragraphs, tables and pictures, in this order."""
 
     heading: str
-    prose: str = ""  # paragraphs, between blank lines
+    paragraphs: tuple = ()
     tables: tuple = ()
     pictures: tuple = ()
 
 
-def page(title, sections):
-    """The whole document; every text is shown as written, markup and all."""
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width">\n'
-        f"<title>{escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<h1>{escape(title)}</h1>\n"
-        + "".join(map(_section, sections))
-        + "</body>\n</html>\n"
-    )
+def page(title: str, sections: list[Section]) -> str:
+    """The whole document.
 
-
-def _section(section):
-    paragraphs = "".join(f"<p>{escape(text)}</p>\n" for text in section.prose.split("\n\n") if text)
-    tables, pictures = "".join(map(_table, section.tables)), "".join(map(_picture, section.pictures))
-    return f"<section>\n<h2>{escape(section.heading)}</h2>\n{paragraphs}{tables}{pictures}</section>\n"
-
-
-def _table(table):
-    head, rows = _row("th", table.columns), "".join(_row("td", row) for row in table.rows)
-    return f"<table>\n<caption>{escape(table.caption)}</caption>\n{head}{rows}</table>\n"
-
-
-def _row(tag, cells):
-    return "<tr>" + "".join(f"<{tag}>{escape(str(cell))}</{tag}>" for cell in cells) + "</tr>\n"
-
-
-def _picture(picture):
-    source = "data:image/png;base64," + base64.b64encode(picture.png).decode()
-    caption = f"<figcaption>{escape(picture.caption)}</figcaption>"
-    return f'<figure><img src="{source}" alt="{escape(picture.alt)}">{caption}</figure>\n'
+    Raises:
+      BadInput: where the extra `plot`, which brings jinja2, is not installed.
+    """
+    try:
+        import jinja2
+    except ImportError:
+        raise BadInput('a report needs jinja2: pip install -e ".[plot]"') from None
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    return environment.from_string(TEMPLATE).render(title=title, sections=sections)

@@ -37,7 +37,7 @@ class Reader(HTMLParser):
 
 def test_texts_are_shown_as_written():
     sections = [
-        Section(NASTY, f"{NASTY}\n\nsecond", (Table((NASTY, "n"), [(NASTY, 5)], NASTY),), (Picture(b"", NASTY, NASTY),))
+        Section(NASTY, (NASTY, "second"), (Table((NASTY, "n"), [(NASTY, 5)], NASTY),), (Picture(b"", NASTY, NASTY),))
     ]
     document = page(NASTY, sections)
     reader = Reader(document)

@@ -16,6 +16,7 @@ ALLOWED = {
     "evaluation": {"evaluation", "model", "data", "paths", "sharding", "bars", "tables"},
     "analysis": {"analysis", "model", "losses", "sharding", "tables"},
     "hf": {"hf", "model", "paths"},
+    "study": {"study"},
     "checks": set(),
     "random_keys": set(),
     "paths": set(),

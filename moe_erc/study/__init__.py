@@ -1,0 +1,1 @@
+"""Studies: arms, seeds, rows of finished runs, intervals and a verdict."""

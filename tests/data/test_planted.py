@@ -38,7 +38,7 @@ def test_the_entropy_rate_is_that_of_a_long_sample():
 
 def test_a_bigram_model_reaches_the_floor_where_all_regimes_are_one_chain_and_not_elsewhere():
     for mixing, reaches in ((1.0, True), (0.0, False)):
-        source = planted.Planted(regimes=4, alphabet=8, mixing=mixing, documents=4, letters=20_000, validation=1)
+        source = planted.Planted(regimes=4, alphabet=8, mixing=mixing, documents=40, letters=1000, validation=10)
         texts = list(source.texts())
         counts = sum(pair_counts(document.text, 8) for document in texts if document.split == "train") + 1e-3
         bigram_AA = counts / counts.sum(axis=1, keepdims=True)

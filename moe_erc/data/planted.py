@@ -2,10 +2,11 @@
 
     chain_g = (1 - mixing) private_g + mixing shared        rows drawn from a Dirichlet distribution
 
-A document is drawn from one regime, from its stationary distribution on. Its domain is its regime, so that the regime of
-every token is known. The entropy of the source is known exactly: no model can have a lower loss than `floor`. At mixing 0
-the chains share nothing. At mixing 1 all regimes are the same chain, and a bigram model reaches the floor. Everything is a
-function of the options: nothing is downloaded.
+A document is drawn from one regime, from its stationary distribution on. Its domain is its regime,
+so that the regime of every token is known. The entropy of the source is known exactly: no model can
+have a lower loss than `floor`. At mixing 0 the chains share nothing. At mixing 1 all regimes are the
+same chain, and a bigram model reaches the floor. Everything is a function of the options: nothing is
+downloaded.
 """
 
 import dataclasses

@@ -1,38 +1,36 @@
 """Evaluates a run, or several, or a Hugging Face MoE.
 
     python eval.py --workdir=runs/erc-tiny                loss, load and coupling as tables, and in eval.json
-    python eval.py --workdir=runs/erc-tiny --coupling     all of its coupling: coupling.json, coupling.md, figures/
-    python eval.py --checkpoint=OLMoE-1B-7B --coupling    that of a Hugging Face MoE, into coupling/OLMoE-1B-7B
     python eval.py --workdir=runs/erc-tiny --figures      figures/ and report.html; of runs A,B, into comparison
     python eval.py --workdir=runs/erc-tiny --tasks=sciq   what it reaches in these, and tasks.json; or --tasks=paper_3b
     python eval.py --workdir=runs/erc-tiny --generate="def main("      how it goes on, token by token
     python eval.py --workdir=runs/erc-tiny --export=DIR   the model for transformers and vLLM, an OLMoE
 
 An OLMoE --checkpoint has tasks and text too. A workdir may be gs://bucket/path. Wrong input is one line, exit code 2.
+`python -m moe_erc.diagnose DIR` says all of the coupling of a run, or of any Hugging Face MoE.
 """
 
 from absl import flags
 
 from configs import base
 from moe_erc import command_line, compilation_cache, paths, processes, sharding
-from moe_erc.analysis.report import print_report, write_report
-from moe_erc.analysis.survey_report import report_survey
 from moe_erc.checks import BadInput
+from moe_erc.diagnosis.report import write_report
+from moe_erc.diagnosis.tables import print_found
 from moe_erc.evaluation.sampling import Sampling
 from moe_erc.evaluation.tasks import load_tasks
-from moe_erc.hf import inspect, shard_writer
+from moe_erc.hf import shard_writer
 from moe_erc.resume import history_lines
 from moe_erc.runs import open_checkpoint, open_run
 
 WORKDIR = flags.DEFINE_string("workdir", "", "Directories of runs of train.py, as --workdir=runs/a,runs/b")
 CHECKPOINT = flags.DEFINE_string(
-    "checkpoint", None, "A local directory of a Hugging Face MoE, as --checkpoint=OLMoE-1B-7B"
+    "checkpoint", None, "A local directory of a Hugging Face OLMoE, as --checkpoint=OLMoE-1B-7B"
 )
-COUPLING = flags.DEFINE_bool("coupling", False, "All there is to know of router rows and gates: --coupling")
 FIGURES = flags.DEFINE_bool("figures", False, "Figures of the run, or of several side by side: --figures")
 EXPORT = flags.DEFINE_string("export", None, "A new local directory for the run's model as an OLMoE, as --export=model")
 OUTPUT = flags.DEFINE_string(
-    "output", None, "Where --coupling, --figures and --tasks write, as --output=found; else as above"
+    "output", None, "Where --figures and --tasks write, as --output=found; else as above"
 )
 WINDOWS = flags.DEFINE_integer(
     "windows", None, "Windows of each domain, as --windows=8, 0 is all; by default as in the run", lower_bound=0
@@ -53,17 +51,12 @@ def main(_):
     with command_line.refusing_bad_input(), processes.ending_together():
         check_flags()
         sampling = SAMPLING()
-        moe = inspect.open_moe(CHECKPOINT.value) if CHECKPOINT.value and COUPLING.value else None
-    if moe:
-        report_survey(output(f"coupling/{moe.name}"), moe.name, moe, moe.layers)
-        return
-    with command_line.refusing_bad_input(), processes.ending_together():
         processes.initialize()
         compilation_cache.enable()
         sharding.use_cpu_cores()
         processes.mute_all_but_first()
         tasks = load_tasks(TASKS.value, TASK_DIR.value, NUM_FEWSHOT.value)
-    reports = FIGURES.value or not (COUPLING.value or EXPORT.value or TASKS.value or GENERATE.value is not None)
+    reports = FIGURES.value or not (EXPORT.value or TASKS.value or GENERATE.value is not None)
     defaults = base.get_config().to_dict()
     evaluated = {}
     for place in workdirs() or [CHECKPOINT.value]:
@@ -72,15 +65,12 @@ def main(_):
                 opened = open_run(place, defaults, with_text=bool(reports))
             else:
                 opened = open_checkpoint(place, defaults["model"])
-            layers = opened.router_and_gates() if COUPLING.value else None
             if EXPORT.value:
                 opened.export(EXPORT.value)
         print(place if opened.step is None else f"{place}: step {opened.step}")
         if WORKDIR.value:
             for line in history_lines(opened.earlier.history):
                 print(line)
-        if COUPLING.value:
-            report_survey(output(place), place, layers, range(opened.model.config.layers))
         with command_line.refusing_bad_input():
             if TASKS.value:
                 write_report(output(opened.directory) / "tasks.json", opened.print_tasks(tasks, LIMIT.value))
@@ -88,31 +78,31 @@ def main(_):
                 opened.print_text(GENERATE.value, sampling)
         if reports:
             report = opened.report(WINDOWS.value)
-            print_report(report)
+            print_found(report["measures"])
             if line := opened.compare_text(opened.directory / "eval.json", report):
                 print(line)
             write_report(opened.directory / "eval.json", report)
             evaluated[place] = opened.to_draw(report, WINDOWS.value) if FIGURES.value else None
     if FIGURES.value:
-        from moe_erc.analysis.run_report import write_run_report
+        from moe_erc.diagnosis.documents import write_run_report
 
         write_run_report(output("comparison" if len(evaluated) > 1 else place), evaluated)
 
 
 def check_flags():
-    given, others = CHECKPOINT.value, COUPLING.value or TASKS.value or GENERATE.value is not None
+    given, others = CHECKPOINT.value, TASKS.value or GENERATE.value is not None
     if bool(WORKDIR.value) == bool(given):
         raise BadInput("--workdir, --checkpoint: give one of them, the directory of a run or of a Hugging Face MoE")
     if given and (FIGURES.value or EXPORT.value or not others):
-        raise BadInput(f"--checkpoint={given}: has --coupling, --tasks and --generate, but no --figures or --export")
+        raise BadInput(f"--checkpoint={given}: has --tasks and --generate, but no --figures or --export")
     if len(workdirs()) > 1 and (EXPORT.value or (OUTPUT.value and not FIGURES.value)):
         raise BadInput(f"--output={OUTPUT.value}, --export={EXPORT.value}: for one run; name one workdir")
     if EXPORT.value:
         shard_writer.free_path(EXPORT.value)
     if OUTPUT.value and output("").exists() and not output("").is_dir():
         raise BadInput(f"--output={OUTPUT.value}: is a file; name a directory")
-    if FIGURES.value or COUPLING.value:
-        from moe_erc.analysis import figures  # noqa: F401  refuses where the extra `plot` is missing
+    if FIGURES.value:
+        from moe_erc.diagnosis import figures  # noqa: F401  refuses where the extra `plot` is missing
 
 
 def workdirs():

@@ -64,4 +64,6 @@ setup(
     packages=find_packages(include=["moe_erc", "moe_erc.*"]),
     install_requires=REQUIRES,
     extras_require=EXTRAS,
+    # Named as the modules are, which `python -m` runs without an installation.
+    entry_points={"console_scripts": ["moe_erc_diagnose = moe_erc.diagnose:main"]},
 )

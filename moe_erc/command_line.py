@@ -52,11 +52,12 @@ def refusing_bad_input():
     sys.exit(2)
 
 
-def run(main, default_config: str | None = None, block: str = "") -> None:
+def run(main, default_config: str | None = None, block: str = "", takes_arguments: bool = False) -> None:
     """`absl.app.run` that refuses an unknown flag, config file or config key in one line, and prints help of its own.
 
     With a `default_config` there are --config=FILE[:SIZE] and --config.a.b=value, read as `flags.FLAGS.config`.
     A config has to have the same keys, or those of one `block`, such as "data.", if the script reads no other.
+    With `takes_arguments` main gets what is no flag behind the name of the program; else there must be no such.
     """
     huge_pages.enable()  # may start the program anew
     console.make_safe()
@@ -69,11 +70,11 @@ def run(main, default_config: str | None = None, block: str = "") -> None:
     # Before anything is parsed: help is printed beside a flag that is wrong, too.
     if help_text.asked(sys.argv[1:]):
         full = any(argument.endswith("helpfull") for argument in sys.argv)
-        help_text.show(full, default_config)
+        help_text.show(main, full, default_config)
         sys.exit(0)
     if default_config and not any(CONFIG.match(argument) for argument in sys.argv):
         sys.argv.insert(1, f"--config={default_config}")
-    app.run(main, argv=sys.argv, flags_parser=functools.partial(_parse, default_config, block))
+    app.run(main, argv=sys.argv, flags_parser=functools.partial(_parse, default_config, block, takes_arguments))
 
 
 def define_fields(kind, text):
@@ -118,14 +119,14 @@ def _check_representable(key, value):
         raise BadInput(f"{key}: {value!r} has a NUL character; leave it out")
 
 
-def _parse(default_config, block, argv):
+def _parse(default_config, block, takes_arguments, argv):
     with refusing_bad_input(), _refusing_flags():
         if "config" in flags.FLAGS:
             _check_config(default_config, block, argv)
         _, *strays = arguments = flags.FLAGS(argv)
         if not flags.FLAGS["verbosity"].present:
             logging.set_verbosity(logging.WARNING)  # the libraries tell too much at the default
-        if strays:
+        if strays and not takes_arguments:
             raise BadInput(f"{strays[0]!r} is no option: options look like --workdir=DIR or --config.a.b=value")
         if "config" in flags.FLAGS:
             _check_values(default_config, block)

@@ -2,7 +2,7 @@
 
 import sys
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from absl import flags
 from ml_collections import ConfigDict
@@ -19,12 +19,15 @@ def asked(arguments: list[str]) -> bool:
     return any(argument in ASKED for argument in before)
 
 
-def show(full: bool, default_config: str | None) -> None:
-    """Prints it to standard output; in `full` every key of the default config with its value as well."""
-    text = sys.modules["__main__"].__doc__ or ""
+def show(main: Callable, full: bool, default_config: str | None) -> None:
+    """Prints it to standard output; in `full` every key of the default config with its value as well.
+
+    The text is that of the module of `main`, which is another one than `__main__` in a console command.
+    """
+    text = main.__globals__["__doc__"] or ""
     print(text.strip() + "\n")
     print("Flags:")
-    for flag in own_flags():
+    for flag in own_flags(main):
         print(f"  --{flag.name}")
         default = "" if flag.default in (None, "", [], False) else f" Default: {flag.default_as_str}."
         print(_indented(f"{flag.help.rstrip('.')}.{default}"))
@@ -32,10 +35,10 @@ def show(full: bool, default_config: str | None) -> None:
         _show_config(full, default_config)
 
 
-def own_flags() -> Iterator[flags.Flag]:
-    """Those that the script defines itself, by name, `config` first."""
+def own_flags(main: Callable) -> Iterator[flags.Flag]:
+    """Those that the script of `main` defines itself, by name, `config` first."""
     values = flags.FLAGS
-    found = values.get_key_flags_for_module(sys.argv[0])
+    found = values.get_key_flags_for_module(sys.argv[0] if main.__module__ == "__main__" else main.__module__)
     found = found + values.flags_by_module_dict().get("moe_erc.command_line", [])
     yield from sorted({flag.name: flag for flag in found}.values(), key=lambda flag: (flag.name != "config", flag.name))
 

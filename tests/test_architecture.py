@@ -6,16 +6,20 @@ import sys
 
 import pytest
 
+from moe_erc.measures.registry import MEASURES
+
 ROOT = pathlib.Path(__file__).parents[1]
 ALLOWED = {
     "losses": {"losses", "random_keys"},
     "moe": {"moe", "sharding"},
     "model": {"model", "moe", "sharding"},
     "data": {"data", "bars", "command_line", "paths"},
-    "training": {"training", "model", "losses", "paths", "random_keys", "sharding"},
-    "evaluation": {"evaluation", "model", "data", "paths", "sharding", "bars", "tables"},
-    "analysis": {"analysis", "model", "losses", "sharding", "tables"},
-    "hf": {"hf", "model", "paths"},
+    "measures": {"measures", "losses"},
+    "training": {"training", "measures", "model", "losses", "paths", "random_keys", "sharding"},
+    "evaluation": {"evaluation", "measures", "model", "data", "paths", "sharding", "bars", "tables"},
+    "analysis": {"analysis"},
+    "diagnosis": {"diagnosis", "measures", "model", "losses", "sharding", "tables"},
+    "hf": {"hf", "measures", "model", "paths"},
     "study": {"study"},
     "checks": set(),
     "random_keys": set(),
@@ -25,12 +29,13 @@ ALLOWED = {
     "bars": set(),
     "sharding": {"tables"},
     "runs": {
-        "analysis",
         "console",
         "data",
+        "diagnosis",
         "evaluation",
         "hf",
         "losses",
+        "measures",
         "model",
         "paths",
         "processes",
@@ -41,6 +46,7 @@ ALLOWED = {
     "resume": {"data", "model", "paths", "training"},
     "processes": {"rendezvous"},
     "rendezvous": set(),
+    "diagnose": {"command_line", "compilation_cache", "diagnosis", "hf", "paths", "processes", "runs", "sharding"},
     "command_line": {"config_file", "console", "help_text", "huge_pages"},
     "config_file": set(),
     "help_text": {"config_file"},
@@ -95,7 +101,7 @@ def encodings(path):
                 yield node.lineno, any(keyword.arg == "encoding" for keyword in node.keywords)
 
 
-OF_OUR_OWN = {"report.py", "survey_report.py", "run_report.py"}  # call analysis.report.write_text, which is UTF-8
+OF_OUR_OWN = {"report.py", "documents.py"}  # call diagnosis.report.write_text, which is UTF-8
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "moe_erc").rglob("*.py")), ids=lambda path: str(path.relative_to(ROOT)))
@@ -103,3 +109,25 @@ def test_no_text_is_read_or_written_in_the_encoding_of_the_console(path):
     """Where it is none of UTF-8, a file would be written in it, or not at all."""
     opened = dict(encodings(path)) if path.name not in OF_OUR_OWN else {}
     assert all(opened.values()), [line for line, named in opened.items() if not named]
+
+
+def texts(path):
+    """(line, text) of every string constant of a file but docstrings and parts of f-strings."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    bodies = [node.body for node in ast.walk(tree) if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)]
+    docstrings = {id(body[0].value) for body in bodies if isinstance(body[0], ast.Expr)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docstrings:
+            yield node.lineno, node.value
+
+
+def test_no_measure_is_named_in_a_second_place():
+    """Keys and labels stand in `moe_erc/measures/` alone; everything else takes them from there."""
+    keys = {measure.key for measure in MEASURES.values() if "/" in measure.key}
+    labels = {measure.label for measure in MEASURES.values() if " " in measure.label}
+    paths = [*(ROOT / "moe_erc").rglob("*.py"), ROOT / "train.py", ROOT / "eval.py"]
+    found = []
+    for path in paths:
+        if ROOT / "moe_erc" / "measures" not in path.parents:
+            found += [f"{path}:{line}: {text}" for line, text in texts(path) if text in keys | labels]
+    assert not found

@@ -10,7 +10,7 @@ from tests import script
 
 TRAIN = ("config", "workdir")
 EVALUATE = (
-    "checkpoint", "coupling", "export", "figures", "generate", "limit", "new_tokens", "num_fewshot", "output", "seed",
+    "checkpoint", "export", "figures", "generate", "limit", "new_tokens", "num_fewshot", "output", "seed",
     "task_dir", "tasks", "temperature", "top_k", "top_p", "windows", "workdir",
 )  # fmt: skip
 
@@ -34,6 +34,12 @@ def test_evaluation_names_its_flags(tmp_path):
     printed = asked("eval.py", "--help", tmp_path)
     assert "Evaluates a run" in printed
     assert_examples(printed, EVALUATE)
+
+
+def test_diagnosis_names_its_flags(tmp_path):
+    printed = asked("moe_erc/diagnose.py", "--help", tmp_path)
+    assert "python -m moe_erc.diagnose" in printed
+    assert_examples(printed, ("output",))
 
 
 def assert_examples(printed, names):

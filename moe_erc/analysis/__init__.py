@@ -1,1 +1,1 @@
-"""Seeing the coupling: measures of router and gate matrices, and the tables that show them."""
+"""What a compiled program costs: its operations, its buffers and its memory."""

@@ -11,8 +11,6 @@ up to that of the whole batch, under any routing: where the loads are alike, so 
 micro-batches differs from the whole batch by the loads alone: the last sees all counts, an earlier one those so far.
 """
 
-import math
-
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -27,22 +25,3 @@ def load_balance(load_LE, probability_LE):
     """Mean over layers of E <load, probability>; load is constant, the gradient flows through probability."""
     experts = load_LE.shape[-1]
     return experts * jnp.mean(jnp.sum(lax.stop_gradient(load_LE) * probability_LE, axis=-1))
-
-
-def load_measures(load_LE):
-    """How even the load of every layer is, by name; `load_LE` may be shares or counts, and a layer of zeros is even.
-
-    max_load is the highest share over the mean share, max_violation (MaxVio, arXiv 2408.15664) what it exceeds 1 by;
-    load_entropy is that of the shares over log E, 1 when even (and for E = 1), 0 when one expert takes everything.
-    """
-    load_LE = jnp.asarray(load_LE)
-    experts = load_LE.shape[-1]
-    total_L1 = jnp.sum(load_LE, axis=-1, keepdims=True)  # of counts, an integer: float32 would round from 2^24 on
-    share_LE = jnp.where(total_L1 > 0, load_LE / jnp.where(total_L1 > 0, total_L1, 1), 1 / experts)
-    max_load_L = experts * jnp.max(share_LE, axis=-1)
-    entropy_L = jnp.sum(share_LE * jnp.log(1 / jnp.where(share_LE > 0, share_LE, 1)), axis=-1)  # 0 log 0 is 0
-    return {
-        "router/max_load": max_load_L,
-        "router/load_entropy": entropy_L / math.log(experts) if experts > 1 else jnp.ones_like(entropy_L),
-        "router/max_violation": max_load_L - 1,
-    }

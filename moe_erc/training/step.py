@@ -10,7 +10,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from moe_erc.losses.load_balance import load_measures
+from moe_erc.measures.load import EXPERTS_PER_TOKEN
+from moe_erc.measures.registry import of_load
+from moe_erc.measures.training import GRADIENT_NORM, LEARNING_RATE, LOSS, PARAMETER_NORM, SCALE, TOTAL
 from moe_erc.model.context import of_batch
 from moe_erc.random_keys import named
 from moe_erc.sharding import replicate, shard_batch
@@ -39,16 +41,16 @@ def make_train_step(
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         params = objective.decouple(optax.apply_updates(state.params, updates))
         router, scales = router_state.after_step(model.config, state.router, state.loss_scales, counts)
-        metrics = {f"loss/{name}": value for name, value in terms.items()} | load_measures(counts.assignments_LE)
-        metrics |= {f"scale/{name}": value for name, value in scales.items()}
+        metrics = {LOSS.of(name).key: value for name, value in terms.items()} | of_load(counts.assignments_LE)
+        metrics |= {SCALE.of(name).key: value for name, value in scales.items()}
         metrics |= {
-            "loss/total": objective.total(terms, state.loss_scales),
-            "router/experts_per_token": counts.experts_per_token_L,
-            "norm/gradient": optax.tree.norm(gradients),
-            "norm/parameters": optax.tree.norm(params),
+            TOTAL.key: objective.total(terms, state.loss_scales),
+            EXPERTS_PER_TOKEN.key: counts.experts_per_token_L,
+            GRADIENT_NORM.key: optax.tree.norm(gradients),
+            PARAMETER_NORM.key: optax.tree.norm(params),
         }
         if schedule:
-            metrics["optimizer/learning_rate"] = schedule(updates_done(state.opt_state))
+            metrics[LEARNING_RATE.key] = schedule(updates_done(state.opt_state))
         accepted, after, told = judge(guard, state.guard, metrics)
         changed = {"params": params, "opt_state": opt_state, "router": router, "loss_scales": scales}
         kept = {name: getattr(state, name) for name in changed}

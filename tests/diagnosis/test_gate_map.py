@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from threadpoolctl import threadpool_limits
 
-from moe_erc.analysis.gate_map import gate_map
+from moe_erc.diagnosis.gate_map import gate_map
 
 
 @pytest.fixture(autouse=True)

@@ -9,7 +9,7 @@ from jax.sharding import PartitionSpec as P
 
 from moe_erc import sharding
 from moe_erc.analysis import compiled
-from moe_erc.analysis.alignment import alignment, largest_singular_value
+from moe_erc.diagnosis.alignment import alignment, largest_singular_value
 from tests.tolerance import assert_close
 
 GATE = P(None, "expert", None, "data")

@@ -8,9 +8,9 @@ import numpy as np
 from etils import epath
 from matplotlib.image import imread
 
-from moe_erc.analysis.figures import curves, png
-from moe_erc.analysis.html import Picture, Section, Table, page
-from moe_erc.analysis.report import write_text
+from moe_erc.diagnosis.figures import curves, png
+from moe_erc.diagnosis.html import Picture, Section, Table, page
+from moe_erc.diagnosis.report import write_text
 
 NASTY = "<script>a & \"b\"</script> 'c'"
 

@@ -9,6 +9,15 @@ The last two as in OLMoE (arXiv 2409.02060), with all the experts that a token c
 
 import numpy as np
 
+from moe_erc.measures.base import Measure
+
+LOAD = Measure("use/load", "load by domain", "share of assignments", per_layer=False)  # (G, L, E)
+DIVERGENCE = Measure("use/domain_divergence", "divergence of domains", "bits", per_layer=True)
+TOKEN_SPECIALIZATION = Measure("use/token_specialization", "token specialisation", "share of occurrences", True)
+COACTIVATION = Measure("use/coactivation", "co-activation", "share of the row's tokens", per_layer=True)  # (L, E, E)
+
+MEASURES = (LOAD, DIVERGENCE, TOKEN_SPECIALIZATION, COACTIVATION)
+
 
 def expert_shares(load_GLE):
     """Counts or shares as distributions over experts; NaN where a layer has no load."""

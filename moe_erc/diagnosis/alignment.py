@@ -11,6 +11,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
+from moe_erc.measures.weights import unit_rows
+
 SQUARINGS = 10  # 1,024 power steps: sigma_max to 1e-5 for random gates, to log(min(D, F)) / 2,048 for any
 
 
@@ -56,12 +58,6 @@ def largest_singular_value(w_EDF):
     power_EGG = lax.fori_loop(0, SQUARINGS, square, gram_EGG)
     top_E = jnp.einsum("egh,ehg->e", gram_EGG, power_EGG, precision="highest")
     return scale_E * jnp.sqrt(_ratio(top_E, _trace(power_EGG)))
-
-
-def unit_rows(rows_ED):
-    """Rows of length 1 in float32; a zero row stays zero."""
-    rows_ED = rows_ED.astype(jnp.float32)
-    return _ratio(rows_ED, jnp.linalg.norm(rows_ED, axis=-1, keepdims=True))
 
 
 def _trace(matrix_EGG):

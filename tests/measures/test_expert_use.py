@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from moe_erc.analysis.expert_use import coactivation, domain_divergence, expert_shares, token_specialization
+from moe_erc.measures.expert_use import coactivation, domain_divergence, expert_shares, token_specialization
 from tests.tolerance import assert_close
 
 

@@ -9,6 +9,10 @@ import io
 import numpy as np
 
 from moe_erc.checks import BadInput
+from moe_erc.measures.coupling import MATRIX
+from moe_erc.measures.erc import ERC
+from moe_erc.measures.expert_use import COACTIVATION
+from moe_erc.measures.load import LOAD
 
 try:
     import matplotlib
@@ -79,7 +83,7 @@ def erc_by_alpha(erc, alphas, layers):
     for ax, (run, erc_LA) in zip(axes, erc.items(), strict=True):
         for number, erc_A in enumerate(erc_LA):
             ax.plot(alphas, erc_A, **_style(number) | {"color": shades(number)})
-        ax.set(title=run, xlabel="alpha", ylabel="ERC loss (norm units)", xticks=alphas)
+        ax.set(title=run, xlabel="alpha", ylabel=f"ERC ({ERC.unit})", xticks=alphas)
         ax.tick_params(labelleft=True)
         ax.grid(axis="y")
     steps = BoundaryNorm(np.arange(len(layers) + 1) - 0.5, len(layers))
@@ -91,13 +95,13 @@ def erc_by_alpha(erc, alphas, layers):
 
 def coupling_maps(M_LEE, layers):
     """A panel a layer: the diagonal stands out where router and experts are coupled."""
-    labels = "expert", "router row (proxy)", "response (norm units)"
+    labels = "expert", "router row (proxy)", MATRIX.axis
     return _square_maps(M_LEE, layers, labels)
 
 
 def coactivation_maps(share_LEE, layers):
     """A panel a layer, without the diagonal, which is 1."""
-    labels = "expert chosen as well", "chosen expert", "share of the row's tokens"
+    labels = "expert chosen as well", "chosen expert", COACTIVATION.unit
     return _square_maps(np.where(np.eye(share_LEE.shape[-1], dtype=bool), np.nan, share_LEE), layers, labels)
 
 
@@ -108,13 +112,13 @@ def load_maps(panels, ylabel, rows=None):
     image = _draw(axes, panels, ("expert", ylabel), "auto")
     for ax in axes if rows else ():
         ax.set_yticks(**_ticks(rows))
-    _colorbar(figure, axes, image, "share of assignments")
+    _colorbar(figure, axes, image, LOAD.unit)
     return figure
 
 
 @matplotlib.rc_context(LOOK)
 def gate_points(points_N2, owner_N):
-    """The map of `analysis/gate_map.py`: a colour and a marker an expert."""
+    """The map of `diagnosis/gate_map.py`: a colour and a marker an expert."""
     figure, (ax,) = _panels(1, 2, 1.1)
     for number, expert in enumerate(np.unique(owner_N)):
         style = _style(number) | {"linestyle": "none", "markersize": 2, "markeredgewidth": 0}

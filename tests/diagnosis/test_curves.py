@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from moe_erc.analysis.curves import read_metrics
+from moe_erc.diagnosis.curves import read_metrics
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_erc.analysis.specialization import pairwise_cosine
+from moe_erc.measures.output_cosine import pairwise_cosine
 from tests.tolerance import assert_close, within
 
 EVERY = jnp.ones((1, 1), bool)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from moe_erc.analysis import figures
+from moe_erc.diagnosis import figures
 
 MATRIX_LEE = np.arange(18.0).reshape(2, 3, 3)
 
@@ -60,7 +60,7 @@ def test_erc_has_a_line_a_layer():
     *panels, bar = figures.erc_by_alpha(erc, (1, 2), (0, 4, 8)).axes
     assert [[line.get_ydata().tolist() for line in ax.lines] for ax in panels] == [erc["a"], erc["b"]]
     assert [ax.get_title() for ax in panels] == ["a", "b"]
-    assert {(ax.get_xlabel(), ax.get_ylabel()) for ax in panels} == {("alpha", "ERC loss (norm units)")}
+    assert {(ax.get_xlabel(), ax.get_ylabel()) for ax in panels} == {("alpha", "ERC (norm units)")}
     assert bar.get_ylabel() == "layer" and [tick.get_text() for tick in bar.get_yticklabels()] == ["0", "4", "8"]
 
 
@@ -104,6 +104,6 @@ def test_the_same_figure_is_the_same_bytes_and_leaves_no_setting_behind():
 
 def test_without_matplotlib_it_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    monkeypatch.delitem(sys.modules, "moe_erc.analysis.figures")
+    monkeypatch.delitem(sys.modules, "moe_erc.diagnosis.figures")
     with pytest.raises(ValueError, match=r"matplotlib, .* pip install -e \"\.\[plot\]\""):
-        importlib.import_module("moe_erc.analysis.figures")
+        importlib.import_module("moe_erc.diagnosis.figures")

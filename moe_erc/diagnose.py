@@ -1,0 +1,74 @@
+"""Is the router of an MoE coupled to its experts? All that router rows and gates tell of it.
+
+    python -m moe_erc.diagnose OLMoE-1B-7B-0924     a Hugging Face MoE, into diagnosis/OLMoE-1B-7B-0924
+    python -m moe_erc.diagnose runs/erc-tiny        a run of train.py, into its own directory
+    python -m moe_erc.diagnose runs/a runs/b        one after the other
+
+Prints tables and a verdict, and writes diagnosis.json, diagnosis.md and figures/. No text is read and no model is run: of
+a Hugging Face MoE two matrices of each layer are read from its safetensors, a layer at a time. A run may be
+gs://bucket/path. The extra `plot` draws the figures. Wrong input is one line, exit code 2.
+"""
+
+from absl import flags
+
+from moe_erc import command_line, compilation_cache, paths, processes, sharding
+from moe_erc.checks import BadInput
+from moe_erc.hf import inspect
+from moe_erc.runs import open_run
+
+
+def main() -> None:
+    """The command."""
+    output = flags.DEFINE_string("output", None, "Where to write, as --output=found; by default as above")
+
+    def run(arguments):
+        with command_line.refusing_bad_input(), processes.ending_together():
+            directories = arguments[1:]
+            check(directories, output.value)
+            from moe_erc.diagnosis.documents import report_diagnosis  # needs the extra `plot`
+
+            processes.initialize()
+            compilation_cache.enable()
+            sharding.use_cpu_cores()
+            processes.mute_all_but_first()
+        for directory in directories:
+            with command_line.refusing_bad_input(), processes.ending_together():
+                name, default, layers, numbers = open_layers(directory)
+            report_diagnosis(paths.absolute(output.value or default), name, layers, numbers)
+
+    command_line.run(run, takes_arguments=True)
+
+
+def check(directories: list[str], output: str | None) -> None:
+    """BadInput for arguments that cannot be used, before anything is read."""
+    if not directories:
+        raise BadInput("DIR: name the directory of a Hugging Face MoE, or of a run of train.py")
+    if output and len(directories) > 1:
+        raise BadInput(f"--output={output}: is for one DIR, and {len(directories)} are given; name one")
+    if output and paths.absolute(output).exists() and not paths.absolute(output).is_dir():
+        raise BadInput(f"--output={output}: is a file; name a directory")
+    for directory in directories:
+        place = paths.absolute(directory)
+        if not is_run(directory) and not (place / "config.json").exists():
+            raise BadInput(
+                f"{directory}: has neither checkpoints/ nor config.json; name a run of train.py, or the local directory "
+                "of a Hugging Face MoE"
+            )
+
+
+def is_run(directory: str) -> bool:
+    """Whether it is the directory of a run, and not of a Hugging Face MoE."""
+    return (paths.absolute(directory) / "checkpoints").exists()
+
+
+def open_layers(directory: str):
+    """(name, where its diagnosis is written by default, iterable of (router_ED, w_gate_EDF), numbers of the layers)."""
+    if is_run(directory):
+        run = open_run(directory, with_text=False)
+        return directory, directory, run.router_and_gates(), range(run.model.config.layers)
+    moe = inspect.open_moe(directory)
+    return moe.name, f"diagnosis/{moe.name}", moe, moe.layers
+
+
+if __name__ == "__main__":
+    main()

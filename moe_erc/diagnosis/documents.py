@@ -1,0 +1,85 @@
+"""The documents that hold figures: report.html of one run or of several, and diagnosis.md of a model.
+
+They need the extra `plot`; every figure is a file of its own as well.
+"""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from moe_erc.diagnosis.figures import png
+from moe_erc.diagnosis.html import Picture, Section, Table, page
+from moe_erc.diagnosis.layers import Layers, diagnose
+from moe_erc.diagnosis.report import write_bytes, write_report, write_text
+from moe_erc.diagnosis.run_figures import run_figures
+from moe_erc.diagnosis.tables import markdown, of_layers, print_tables, verdict
+from moe_erc.measures.coupling import MATRIX
+from moe_erc.measures.registry import GROUPS, find
+
+
+def write_figures(directory, runs: Mapping[str, Mapping]) -> dict[str, tuple[bytes, str]]:
+    """figures/*.png of what `run_figures` makes of the runs; {path below the directory: (PNG, caption)}."""
+    written = {}
+    for name, (figure, caption) in run_figures(runs).items():
+        path = f"figures/{re.sub('[^a-z0-9]+', '-', name.lower())}.png"
+        written[path] = png(figure), f"{name[0].upper()}{name[1:]}. {caption}"
+        write_bytes(directory / path, written[path][0])
+    return written
+
+
+def write_run_report(directory, runs: Mapping[str, Mapping]) -> None:
+    """report.html, which needs nothing beside it, and its figures; `runs` as in `run_figures`, with their "measures"."""
+    pictures = []
+    for image, text in write_figures(directory, runs).values():
+        pictures.append(Picture(image, text.split(".")[0], text))
+    measured = {name: run["measures"] for name, run in runs.items()}
+    sections = [
+        Section("What was reached", tables=tuple(compare(measured))),
+        Section("Figures", pictures=tuple(pictures)),
+    ]
+    write_bytes(directory / "report.html", page(", ".join(runs), sections).encode())
+
+
+def compare(measured: Mapping[str, Mapping[str, Any]]) -> list[Table]:
+    """Runs side by side, a table for every group: a row for every measure, of those by layer the mean over layers."""
+    keys = list(dict.fromkeys(key for found in measured.values() for key in found))
+    made = []
+    for name, group in GROUPS.items():
+        rows = []
+        for measure in map(find, keys):
+            if measure is not None and measure.group == name:
+                cells = [_mean(measure, found) for found in measured.values()]
+                if any(cells):
+                    rows.append((measure.axis, *cells))
+        if rows:
+            made.append(Table(("", *measured), rows, f"{group.title}; of measures by layer, the mean"))
+    return made
+
+
+def _mean(measure, found):
+    """The cell of a run, empty where it has no such number."""
+    value = found.get(measure.key)
+    if value is None or isinstance(value, str) or np.ndim(value) > 1:
+        return ""
+    return measure.show(np.mean(value))
+
+
+def report_diagnosis(directory, name: str, layers: Iterable, numbers: Sequence[int]) -> None:
+    """Diagnoses layers (router_ED, w_gate_EDF), numbered so; prints what is found, and writes it into the directory."""
+    found = diagnose(layers, numbers)
+    print_tables(of_layers(found))
+    print(f"{name}: {verdict(found.measures)}")
+    drawn = {"measures": found.measures | {MATRIX.key: found.matrices["raw"]}, "layers": numbers}
+    pictures = write_figures(directory, {name: drawn})
+    write_diagnosis(directory, name, found, {path: caption for path, (_, caption) in pictures.items()})
+
+
+def write_diagnosis(directory, name: str, found: Layers, pictures: Mapping[str, str]) -> None:
+    """diagnosis.json and diagnosis.md, which shows the `pictures`, {path below the directory: caption}."""
+    measured = {"layers": list(found.numbers), "measures": found.measures, "normalized": found.normalized}
+    write_report(directory / "diagnosis.json", measured)
+    parts = [f"# Diagnosis of {name}", verdict(found.measures), *map(markdown, of_layers(found))]
+    parts += [f"![{caption}]({path})\n\n{caption}" for path, caption in pictures.items()]
+    write_text(directory / "diagnosis.md", "\n\n".join(parts) + "\n")

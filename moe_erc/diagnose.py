@@ -1,13 +1,16 @@
 """Is the router of an MoE coupled to its experts? All that router rows and gates tell of it.
 
-    python -m moe_erc.diagnose OLMoE-1B-7B-0924     a Hugging Face MoE, into diagnosis/OLMoE-1B-7B-0924
-    python -m moe_erc.diagnose runs/erc-tiny        a run of train.py, into its own directory
-    python -m moe_erc.diagnose runs/a runs/b        one after the other
+    python -m moe_erc.diagnose OLMoE-1B-7B      a Hugging Face MoE, into diagnosis/OLMoE-1B-7B
+    python -m moe_erc.diagnose runs/erc-tiny    a run of train.py, into its own directory
+    python -m moe_erc.diagnose runs/a runs/b    one after the other
 
-Prints tables and a verdict, and writes diagnosis.json, diagnosis.md and figures/. No text is read and no model is run: of
-a Hugging Face MoE two matrices of each layer are read from its safetensors, a layer at a time. A run may be
-gs://bucket/path. The extra `plot` draws the figures. Wrong input is one line, exit code 2.
+Prints tables and a verdict, and writes diagnosis.json, diagnosis.md and figures/. No text is read
+and no model is run: of a Hugging Face MoE two matrices of each layer are read from its safetensors,
+a layer at a time. A run may be gs://bucket/path. The extra `plot` draws the figures. Wrong input is
+one line, exit code 2.
 """
+
+from collections.abc import Iterable, Sequence
 
 from absl import flags
 
@@ -19,7 +22,9 @@ from moe_erc.runs import open_run
 
 def main() -> None:
     """The command."""
-    output = flags.DEFINE_string("output", None, "Where to write, as --output=found; by default as above")
+    output = flags.DEFINE_string(
+        "output", None, "Where to write, as --output=found; by default as above"
+    )
 
     def run(arguments):
         with command_line.refusing_bad_input(), processes.ending_together():
@@ -44,15 +49,17 @@ def check(directories: list[str], output: str | None) -> None:
     if not directories:
         raise BadInput("DIR: name the directory of a Hugging Face MoE, or of a run of train.py")
     if output and len(directories) > 1:
-        raise BadInput(f"--output={output}: is for one DIR, and {len(directories)} are given; name one")
+        raise BadInput(
+            f"--output={output}: is for one DIR, and {len(directories)} are given; name one"
+        )
     if output and paths.absolute(output).exists() and not paths.absolute(output).is_dir():
         raise BadInput(f"--output={output}: is a file; name a directory")
     for directory in directories:
         place = paths.absolute(directory)
         if not is_run(directory) and not (place / "config.json").exists():
             raise BadInput(
-                f"{directory}: has neither checkpoints/ nor config.json; name a run of train.py, or the local directory "
-                "of a Hugging Face MoE"
+                f"{directory}: has neither checkpoints/ nor config.json; "
+                "name a run of train.py, or the local directory of a Hugging Face MoE"
             )
 
 
@@ -61,8 +68,11 @@ def is_run(directory: str) -> bool:
     return (paths.absolute(directory) / "checkpoints").exists()
 
 
-def open_layers(directory: str):
-    """(name, where its diagnosis is written by default, iterable of (router_ED, w_gate_EDF), numbers of the layers)."""
+def open_layers(directory: str) -> tuple[str, str, Iterable, Sequence[int]]:
+    """(name, where its diagnosis is written by default, layers, their numbers).
+
+    A layer is (router_ED, w_gate_EDF).
+    """
     if is_run(directory):
         run = open_run(directory, with_text=False)
         return directory, directory, run.router_and_gates(), range(run.model.config.layers)

@@ -93,7 +93,8 @@ def test_a_run_goes_on_from_an_export(flags, exported, tmp_path):
     going_on = [*vanilla(flags), *still, f"--config.init_from={source}", f"--workdir={tmp_path / 'run'}"]
     code, printed = script.run("train.py", going_on, tmp_path / "out")
     assert code == 0, printed
-    before, after = (json.loads((place / "report.json").read_text())["measures"] for place in (workdir, tmp_path / "run"))
+    reports = [json.loads((place / "report.json").read_text()) for place in (workdir, tmp_path / "run")]
+    before, after = (report["measures"] for report in reports)
     # two layers of five sums over widths of at most 32 and attention over as many, the head, and the power step
     terms = 2 * (5 * 32 + 32) + 32 + 48
     assert after["validation/mean"] == pytest.approx(before["validation/mean"], rel=within(terms))

@@ -117,7 +117,7 @@ def test_a_finished_run_says_its_report_again(arguments, undisturbed):
 def test_eval_reads_the_run(undisturbed):
     code, printed = script.run("eval.py", [f"--workdir={undisturbed}"], undisturbed / "eval")
     assert code == 0, printed
-    assert all(title in printed for title in ("Validation", "ERC of the clean router", "noise bound", "highest load"))
+    assert all(title in printed for title in ("Validation", "ERC of the clean router", "noise bound", "MaxVio"))
     report, found = (json.loads((undisturbed / name).read_text()) for name in ("report.json", "eval.json"))
     assert found.pop("step") == STEPS
     # two programs of the same sums: of layers, as in test_init_from.py, but without a power step

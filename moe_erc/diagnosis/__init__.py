@@ -1,2 +1,5 @@
-"""Diagnosis: is the router of a model coupled to its experts? Measured of runs and of checkpoints, shown in tables,
-figures and reports. What the measures are is said in `moe_erc/measures/`."""
+"""Diagnosis: is the router of a model coupled to its experts?
+
+It is made of runs and of checkpoints, and shown in tables, figures and reports. The measures
+themselves are records in `moe_erc/measures/`.
+"""

@@ -1,6 +1,7 @@
 """The measures of router rows and gates of a model in training, wherever its parameters lie.
 
-`layers.py` asks more, of any model, on the host. All matmuls are in full float32, on every platform.
+`layers.py` asks more, of any model, on the host. All matmuls are in full float32, on every
+platform.
 """
 
 import functools
@@ -23,10 +24,10 @@ def measure_coupling(
 ) -> dict[str, jax.Array]:
     """The measures of coupling matrices and weights, by key, (L,) each.
 
-    One layer is in memory at a time. With the mesh on which the gates lie, each device has its own part of it, and all
-    get the results.
+    One layer is in memory at a time. With the mesh on which the gates lie, each device has its own
+    part of it, and all get the results.
     """
-    # The program depends on what is in the table: measures are an argument of it, and not read inside.
+    # The program depends on what is in the table: measures are its arguments, and not read inside.
     return _measure(router_LED, w_gate_LEDF, mesh, reading("matrix"), reading("weights"))
 
 
@@ -34,14 +35,16 @@ def measure_coupling(
 def _measure(router_LED, w_gate_LEDF, mesh, of_matrix, of_weights):
     def of_layer(matrix_router_and_norms):
         M_EE, router_ED, gate_norm_E = matrix_router_and_norms
-        found = {measure.key: measure.compute(M_EE) for measure in of_matrix}
-        return found | {measure.key: measure.compute(router_ED, gate_norm_E) for measure in of_weights}
+        matrix = {measure.key: measure.compute(M_EE) for measure in of_matrix}
+        weights = {measure.key: measure.compute(router_ED, gate_norm_E) for measure in of_weights}
+        return matrix | weights
 
     if mesh is None:
         M_LEE = lax.map(lambda layer: coupling_matrix(*layer), (router_LED, w_gate_LEDF))
     else:
         everywhere = NamedSharding(mesh, P())
-        M_LEE = lax.with_sharding_constraint(sharded_coupling_matrix(router_LED, w_gate_LEDF, mesh), everywhere)
+        M_LEE = sharded_coupling_matrix(router_LED, w_gate_LEDF, mesh)
+        M_LEE = lax.with_sharding_constraint(M_LEE, everywhere)
     found = lax.map(of_layer, (M_LEE, router_LED, gate_norms(w_gate_LEDF)))
     found[ALIGNMENT.key] = jnp.mean(alignment(router_LED, w_gate_LEDF, mesh), axis=1)
     return found if mesh is None else lax.with_sharding_constraint(found, everywhere)

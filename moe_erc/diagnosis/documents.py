@@ -1,4 +1,4 @@
-"""The documents that hold figures: report.html of one run or of several, and diagnosis.md of a model.
+"""The documents with figures: report.html of one run or of several, diagnosis.md of a model.
 
 They need the extra `plot`; every figure is a file of its own as well.
 """
@@ -20,7 +20,7 @@ from moe_erc.measures.registry import GROUPS, find
 
 
 def write_figures(directory, runs: Mapping[str, Mapping]) -> dict[str, tuple[bytes, str]]:
-    """figures/*.png of what `run_figures` makes of the runs; {path below the directory: (PNG, caption)}."""
+    """figures/*.png of `run_figures`; {path below the directory: (PNG, caption)}."""
     written = {}
     for name, (figure, caption) in run_figures(runs).items():
         path = f"figures/{re.sub('[^a-z0-9]+', '-', name.lower())}.png"
@@ -30,7 +30,10 @@ def write_figures(directory, runs: Mapping[str, Mapping]) -> dict[str, tuple[byt
 
 
 def write_run_report(directory, runs: Mapping[str, Mapping]) -> None:
-    """report.html, which needs nothing beside it, and its figures; `runs` as in `run_figures`, with their "measures"."""
+    """report.html, which needs nothing beside it, and its figures.
+
+    `runs` are those of `run_figures`, each with its "measures".
+    """
     pictures = []
     for image, text in write_figures(directory, runs).values():
         pictures.append(Picture(image, text.split(".")[0], text))
@@ -43,7 +46,7 @@ def write_run_report(directory, runs: Mapping[str, Mapping]) -> None:
 
 
 def compare(measured: Mapping[str, Mapping[str, Any]]) -> list[Table]:
-    """Runs side by side, a table for every group: a row for every measure, of those by layer the mean over layers."""
+    """Runs side by side: a table for every group, a row for every measure, means over layers."""
     keys = list(dict.fromkeys(key for found in measured.values() for key in found))
     made = []
     for name, group in GROUPS.items():
@@ -54,7 +57,8 @@ def compare(measured: Mapping[str, Mapping[str, Any]]) -> list[Table]:
                 if any(cells):
                     rows.append((measure.axis, *cells))
         if rows:
-            made.append(Table(("", *measured), rows, f"{group.title}; of measures by layer, the mean"))
+            caption = f"{group.title}; of measures by layer, the mean"
+            made.append(Table(("", *measured), rows, caption))
     return made
 
 
@@ -67,18 +71,23 @@ def _mean(measure, found):
 
 
 def report_diagnosis(directory, name: str, layers: Iterable, numbers: Sequence[int]) -> None:
-    """Diagnoses layers (router_ED, w_gate_EDF), numbered so; prints what is found, and writes it into the directory."""
+    """Diagnoses layers (router_ED, w_gate_EDF), numbered so; prints and writes what is found."""
     found = diagnose(layers, numbers)
     print_tables(of_layers(found))
     print(f"{name}: {verdict(found.measures)}")
     drawn = {"measures": found.measures | {MATRIX.key: found.matrices["raw"]}, "layers": numbers}
     pictures = write_figures(directory, {name: drawn})
-    write_diagnosis(directory, name, found, {path: caption for path, (_, caption) in pictures.items()})
+    captions = {path: caption for path, (_, caption) in pictures.items()}
+    write_diagnosis(directory, name, found, captions)
 
 
 def write_diagnosis(directory, name: str, found: Layers, pictures: Mapping[str, str]) -> None:
-    """diagnosis.json and diagnosis.md, which shows the `pictures`, {path below the directory: caption}."""
-    measured = {"layers": list(found.numbers), "measures": found.measures, "normalized": found.normalized}
+    """diagnosis.json and diagnosis.md, with pictures: {path below the directory: caption}."""
+    measured = {
+        "layers": list(found.numbers),
+        "measures": found.measures,
+        "normalized": found.normalized,
+    }
     write_report(directory / "diagnosis.json", measured)
     parts = [f"# Diagnosis of {name}", verdict(found.measures), *map(markdown, of_layers(found))]
     parts += [f"![{caption}]({path})\n\n{caption}" for path, caption in pictures.items()]

@@ -1,7 +1,7 @@
 """The measures by layer that every method can be compared by, of a model in training.
 
-Coupling is read off the parameters, for routers that have a row for every expert. The measures that read a layer see
-it on one fixed batch.
+Coupling is read off the parameters, for routers that have a row for every expert. The measures that
+read a layer see it on one fixed batch.
 """
 
 import functools
@@ -17,24 +17,32 @@ from moe_erc.measures.registry import MEASURES, reading
 from moe_erc.model.context import of_batch
 from moe_erc.sharding import replicate
 
-HEADLINE = (validation.LOSS.of(validation.MEAN), erc.ERC, coupling.ALIGNMENT, output_cosine.OUTPUT_COSINE)
+HEADLINE = (
+    validation.LOSS.of(validation.MEAN),
+    erc.ERC,
+    coupling.ALIGNMENT,
+    output_cosine.OUTPUT_COSINE,
+)
 
 
 class Diagnosis:
     """The measures that read layers, coupling matrices and weights, of the model of `run(weights)`.
 
-    `probe` is the fixed batch, on the devices of the model. Every expert runs on all its tokens for output cosine.
+    `probe` is the fixed batch, on the devices of the model. Every expert runs on all its tokens for
+    output cosine.
     """
 
     def __init__(self, model: Any, probe: Mapping[str, jax.Array]):
         self._probe = probe
         of_layer = [measure for measure in reading("layer") if measure.applies(model.config)]
-        probed = model.clone(observers=tuple((measure.key, measure.compute, ()) for measure in of_layer))
+        observers = tuple((measure.key, measure.compute, ()) for measure in of_layer)
+        probed = model.clone(observers=observers)
 
         @functools.partial(jax.jit, out_shardings=replicate(model.mesh))
         def measure(weights, probe):
             tokens = probe["inputs_BT"], probe["mask_BT"]
-            output = probed.apply({"params": weights.params}, *tokens, weights.router, of_batch(probe))
+            variables = {"params": weights.params}
+            output = probed.apply(variables, *tokens, weights.router, of_batch(probe))
             rows_LED = model.router_rows(weights.params)
             if rows_LED is None:
                 return output.observed

@@ -1,9 +1,11 @@
-"""The diagnosis of any MoE, whoever trained it, from its router rows and gates: one layer at a time, on the host.
+"""The diagnosis of any MoE, whoever trained it, from its router rows and gates: one layer at a
+time, on the host.
 
-Beside the measures that a run has of itself there are the noisy ERC and the best one-to-one matching, and those of the
-coupling matrix once more for a matrix without its scales, which compares directions alone:
+Beside the measures that a run has of itself there are the noisy ERC and the best one-to-one
+matching, and those of the coupling matrix once more for a matrix without its scales, which compares
+directions alone:
 
-    normalized M[i, j] = sqrt(D) M[i, j] / (|proxy_i| |w_j|_F)          1 for an isotropic matrix, whatever the norms
+    normalized M[i, j] = sqrt(D) M[i, j] / (|proxy_i| |w_j|_F)        1 for an isotropic matrix
 """
 
 import functools
@@ -33,7 +35,9 @@ class Layers(NamedTuple):
     numbers: Sequence[int]  # of the layers in the model
     measures: dict[str, np.ndarray]  # by key, (L,)
     normalized: dict[str, np.ndarray]  # those of the coupling matrix, of M without its scales
-    matrices: dict[str, np.ndarray]  # (L, E, E): "raw", "normalized", and "noisy", the mean of the raw one over draws
+    matrices: dict[
+        str, np.ndarray
+    ]  # (L, E, E): "raw", "normalized", and "noisy", the mean of the raw one over draws
 
 
 def diagnose(
@@ -42,7 +46,8 @@ def diagnose(
     draws: int = 16,
     seed: int = 0,
 ) -> Layers:
-    """The diagnosis of layers (router_ED, w_gate_EDF), arrays of any float type; computes in float32.
+    """The diagnosis of layers (router_ED, w_gate_EDF), arrays of any float type; computes in
+    float32.
 
     A layer is let go before the next is asked for. `draws` of the noise make the noisy ERC.
     """
@@ -68,7 +73,7 @@ def _diagnose_layer(layer, keys):
 
 
 def _without_float16(array):
-    """XLA has no program for float16 on a processor that cannot convert it (no F16C); NumPy converts it anywhere."""
+    """NumPy converts float16 anywhere; XLA does not on a processor without F16C."""
     return np.asarray(array, np.float32) if array.dtype == np.float16 else array
 
 
@@ -80,8 +85,10 @@ def _on_device(router_ED, w_gate_EDF, keys, of_matrix, of_weights):
 
     def matrices(proxy_ED):
         M_EE = coupling_matrix(proxy_ED, w_gate_EDF)
-        scale_EE = jnp.linalg.norm(proxy_ED, axis=-1)[:, None] * gate_norm_E / proxy_ED.shape[-1] ** 0.5
-        return {"raw": M_EE, "normalized": jnp.where(scale_EE > 0, M_EE / jnp.where(scale_EE > 0, scale_EE, 1), 0)}
+        proxy_norm_E1 = jnp.linalg.norm(proxy_ED, axis=-1)[:, None]
+        scale_EE = proxy_norm_E1 * gate_norm_E / proxy_ED.shape[-1] ** 0.5
+        ratio_EE = M_EE / jnp.where(scale_EE > 0, scale_EE, 1)
+        return {"raw": M_EE, "normalized": jnp.where(scale_EE > 0, ratio_EE, 0)}
 
     def draw(key):
         drawn = matrices(perturb(router_ED, key))
@@ -93,8 +100,9 @@ def _on_device(router_ED, w_gate_EDF, keys, of_matrix, of_weights):
 
     clean = matrices(router_ED)
     noisy_SEE, erc_S = lax.map(draw, keys)
-    measures = of_form("raw") | {measure.key: measure.compute(router_ED, gate_norm_E) for measure in of_weights}
-    return measures, of_form("normalized"), clean | {"noisy": jnp.mean(noisy_SEE, axis=0)}
+    weights = {measure.key: measure.compute(router_ED, gate_norm_E) for measure in of_weights}
+    matrices_found = clean | {"noisy": jnp.mean(noisy_SEE, axis=0)}
+    return of_form("raw") | weights, of_form("normalized"), matrices_found
 
 
 def _matching(M_EE):
@@ -107,14 +115,15 @@ def _matching(M_EE):
 
 
 def _alignment(router_ED, w_gate_EDF, response_E):
-    """Mean over experts of |r W| / (|r| sigma_max(W)), the numerator being the diagonal of M; 0 for zeros."""
+    """Mean over experts of |r W| / (|r| sigma_max(W)), 0 for zeros; |r W| is M's diagonal."""
     largest_E = np.linalg.norm(np.asarray(router_ED, np.float32), axis=-1)
     largest_E *= [_largest_singular_value(np.asarray(w_DF, np.float32)) for w_DF in w_gate_EDF]
-    return np.mean(np.divide(response_E, largest_E, out=np.zeros_like(response_E), where=largest_E > 0))
+    zeros_E = np.zeros_like(response_E)
+    return np.mean(np.divide(response_E, largest_E, out=zeros_E, where=largest_E > 0))
 
 
 def _largest_singular_value(w_DF):
-    """By Lanczos steps on the smaller Gram matrix: a hundredth of the work of all singular values."""
+    """By Lanczos steps on the smaller Gram matrix: a hundredth of the work of a whole SVD."""
     scale = np.abs(w_DF).max()
     if scale == 0 or min(w_DF.shape) <= SMALL:
         return np.linalg.norm(w_DF, 2)

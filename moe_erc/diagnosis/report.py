@@ -1,6 +1,7 @@
 """report.json and eval.json: what was measured of a run, written and read back.
 
-    {"step": 300, "history": [...], "measures": {"validation/mean": 1.9, "coupling/alignment": [0.4, 0.5], ...}}
+{"step": 300, "history": [...], "measures": {"validation/mean": 1.9, "coupling/alignment": [0.4,
+0.5], ...}}
 """
 
 import json
@@ -16,8 +17,14 @@ from moe_erc.measures.registry import of_load
 
 
 def make_report(step: int, history: Sequence[str], found: Mapping[str, Any]) -> dict:
-    """The report of a step, from the measures that evaluators found; those of the load are added."""
-    return {"step": step, "history": list(history), "measures": dict(found) | of_load(found[LOAD.key])}
+    """The report of a step, from the measures that evaluators found; those of the load are
+    added.
+    """
+    return {
+        "step": step,
+        "history": list(history),
+        "measures": dict(found) | of_load(found[LOAD.key]),
+    }
 
 
 def write_report(path, report: Mapping[str, Any]) -> None:
@@ -26,7 +33,9 @@ def write_report(path, report: Mapping[str, Any]) -> None:
 
 
 def read_report(path, step: int) -> dict | None:
-    """The report at `path` if it is of that step, with NaN where a number was not finite; None without one."""
+    """The report at `path` if it is of that step, with NaN where a number was not finite; None
+    without one.
+    """
     if not path.exists():
         return None
     try:

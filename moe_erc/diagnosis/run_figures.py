@@ -1,11 +1,18 @@
-"""Every figure that the data of one run allows, or of several side by side, each with what there is to see in it."""
+"""The figures of one run, or of several side by side, each with what there is to see in it."""
 
 from collections.abc import Mapping
 
 import numpy as np
 from matplotlib.figure import Figure
 
-from moe_erc.diagnosis.figures import coactivation_maps, coupling_maps, curves, erc_by_alpha, gate_points, load_maps
+from moe_erc.diagnosis.figures import (
+    coactivation_maps,
+    coupling_maps,
+    curves,
+    erc_by_alpha,
+    gate_points,
+    load_maps,
+)
 from moe_erc.measures import coupling, erc, expert_use, load, validation
 from moe_erc.measures.registry import GROUPS, MEASURES, find
 
@@ -13,17 +20,21 @@ BAND = " A line is the mean over layers, its band reaches from the lowest layer 
 
 
 def run_figures(runs: Mapping[str, Mapping]) -> dict[str, tuple[Figure, str]]:
-    """{figure name: (Figure, caption)}, in the order of a report; runs without the data of a figure are left out of it.
+    """{figure name: (Figure, caption)}, in the order of a report.
+
+    A run is left out of the figures for which it has no data.
 
     runs: {run name: a dict with any of
       "metrics"   what `read_metrics` found
-      "measures"  {key: value}, those of report.json or eval.json, of `ExpertUse`, and the coupling matrices
+      "measures"  {key: value} of report.json or eval.json, `ExpertUse`, and coupling matrices
       "layers"    the numbers of its layers, if they are not 0, 1, 2, …
       "alpha"     that of its ERC loss
       "gates"     {"layer": its number, "points_N2", "owner_N": what `gate_map` found}
     """
     shared = _over_training(runs) | _by_layer(runs) | _by_alpha(runs) | _load_by_layer(runs)
-    return shared | {f"{name} of {run}": made for run in runs for name, made in _of_one(runs[run]).items()}
+    return shared | {
+        f"{name} of {run}": made for run in runs for name, made in _of_one(runs[run]).items()
+    }
 
 
 def _over_training(runs):
@@ -36,7 +47,8 @@ def _over_training(runs):
             if measure is not None and measure.group == name:
                 panels[measure.axis] = _found(runs, "metrics", measure.key)
         if panels:
-            made[f"{group.title} over training"] = curves(panels, "step", runs), group.caption + BAND
+            figure = curves(panels, "step", runs)
+            made[f"{group.title} over training"] = figure, group.caption + BAND
     return made
 
 
@@ -72,19 +84,22 @@ def _by_alpha(runs):
         penalties[run] = np.stack(by_alpha, axis=1)
     if penalties:
         figure = erc_by_alpha(penalties, erc.ALPHAS, range(max(map(len, penalties.values()))))
-        made["ERC by alpha"] = figure, "ERC of the clean router: a coupled layer is at 0 from alpha 1 on, others later."
+        caption = "ERC of the clean router: a coupled layer is at 0 from alpha 1 on, others later."
+        made["ERC by alpha"] = figure, caption
     bounds = _found(runs, "measures", coupling.NOISE_BOUND.key)
     alphas = _found(runs, "alpha")
     points = sorted((alphas[run], np.mean(bounds[run])) for run in alphas.keys() & bounds.keys())
     if len(points) > 1:
         panels = {coupling.NOISE_BOUND.axis: {"mean over layers": tuple(zip(*points, strict=True))}}
-        caption = "Of trained routers, the mean over layers; in the paper it falls as alpha rises (Figure 5a)."
+        caption = "The mean over layers; in the paper it falls as alpha rises (Figure 5a)."
         made[f"{coupling.NOISE_BOUND.label} by alpha"] = curves(panels, "alpha"), caption
     return made
 
 
 def _load_by_layer(runs):
-    shares = {run: expert_use.expert_shares(value) for run, value in _found(runs, "measures", load.LOAD.key).items()}
+    shares = {}
+    for run, load_LE in _found(runs, "measures", load.LOAD.key).items():
+        shares[run] = expert_use.expert_shares(load_LE)
     if not shares:
         return {}
     caption = "Where validation tokens go; even use is one shade, a dark cell an idle expert."
@@ -97,20 +112,32 @@ def _of_one(run):
     found = run.get("measures", {})
     if coupling.MATRIX.key in found:
         matrix_LEE = found[coupling.MATRIX.key]
-        caption = "How strongly router row i excites expert j: a coupled layer is brightest on its diagonal."
-        made["coupling matrices"] = coupling_maps(matrix_LEE, run.get("layers", range(len(matrix_LEE)))), caption
+        layers = run.get("layers", range(len(matrix_LEE)))
+        caption = (
+            "How strongly row i excites expert j: a coupled layer is brightest on its diagonal."
+        )
+        made["coupling matrices"] = coupling_maps(matrix_LEE, layers), caption
     if gates := run.get("gates"):
-        caption = f"Hidden units of the gates of layer {gates['layer']}: those of specialised experts lie together."
+        of_layer = f"Hidden units of the gates of layer {gates['layer']}"
+        caption = f"{of_layer}: those of specialised experts lie together."
         made["gate map"] = gate_points(gates["points_N2"], gates["owner_N"]), caption
     if expert_use.LOAD.key in found:
-        caption = "An expert of one domain is bright in one row; where rows are alike, the domains share all experts."
+        caption = (
+            "An expert of one domain is bright in one row. "
+            "Where rows are alike, the domains share all experts."
+        )
         share_LGE = np.swapaxes(expert_use.expert_shares(found[expert_use.LOAD.key]), 0, 1)
         panels = {f"layer {layer}": share_GE for layer, share_GE in enumerate(share_LGE)}
-        made[expert_use.LOAD.label] = load_maps(panels, "domain", validation.domains(found)), caption
+        figure = load_maps(panels, "domain", validation.domains(found))
+        made[expert_use.LOAD.label] = figure, caption
     if expert_use.COACTIVATION.key in found:
-        caption = "Experts that are chosen together are bright; chosen independently, all were near (K-1) / (E-1)."
+        caption = (
+            "Experts that are chosen together are bright. "
+            "If they were chosen independently, all would be near (K-1) / (E-1)."
+        )
         share_LEE = found[expert_use.COACTIVATION.key]
-        made[expert_use.COACTIVATION.label] = coactivation_maps(share_LEE, range(len(share_LEE))), caption
+        figure = coactivation_maps(share_LEE, range(len(share_LEE)))
+        made[expert_use.COACTIVATION.label] = figure, caption
     return made
 
 

@@ -1,4 +1,4 @@
-"""What was measured as tables, of validation and by layer, and in a few words. On screen, and in Markdown."""
+"""What was measured as tables, by domain and by layer, and in a few words."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,37 +11,53 @@ from moe_erc.measures import coupling, erc, validation
 from moe_erc.measures.registry import GROUPS, MEASURES
 from moe_erc.tables import print_table
 
-BY_DOMAIN = (validation.LOSS, validation.BITS, validation.UNIGRAM, validation.BIGRAM, validation.TOKENS)
+BY_DOMAIN = (
+    validation.LOSS,
+    validation.BITS,
+    validation.UNIGRAM,
+    validation.BIGRAM,
+    validation.TOKENS,
+)
 
 
-def by_layer(found: Mapping[str, Any], numbers: Sequence[int] | None = None, addition: str = "") -> list[Table]:
-    """A table for every group that has measures by layer: a row for every layer, a column for every measure.
+def by_layer(
+    found: Mapping[str, Any], numbers: Sequence[int] | None = None, addition: str = ""
+) -> list[Table]:
+    """A table for every group of measures: a row for every layer, a column for every measure.
 
-    numbers: of the layers in the model, if they are not 0, 1, 2, …; `addition` goes behind each title.
+    numbers: of the layers in the model, if they are not 0, 1, 2, …
+    addition: what follows each title
     """
     made = []
     for name, group in GROUPS.items():
-        shown = [measure for measure in MEASURES.values() if measure.group == name and _is_by_layer(measure, found)]
-        if not shown:
-            continue
-        layers = range(len(found[shown[0].key])) if numbers is None else numbers
-        columns_CL = [[measure.show(value) for value in found[measure.key]] for measure in shown]
-        rows = list(zip(layers, *columns_CL, strict=True))
-        made.append(Table(("layer", *(measure.label for measure in shown)), rows, group.title + addition))
+        columns = _columns(name, found)
+        if columns:
+            count = len(next(iter(columns.values())))
+            layers = range(count) if numbers is None else numbers
+            rows = list(zip(layers, *columns.values(), strict=True))
+            made.append(Table(("layer", *columns), rows, group.title + addition))
     return made
 
 
-def _is_by_layer(measure, found):
-    return measure.per_layer and measure.key in found and np.ndim(found[measure.key]) == 1
+def _columns(group, found):
+    """{label: cells} of the measures of a group that have one number for every layer."""
+    columns = {}
+    for measure in MEASURES.values():
+        value_L = found.get(measure.key)
+        if measure.group == group and measure.per_layer and np.ndim(value_L) == 1:
+            columns[measure.label] = [measure.show(value) for value in value_L]
+    return columns
 
 
 def by_domain(found: Mapping[str, Any]) -> Table:
     """Validation: a row for every domain, and last their mean."""
     rows = []
     for domain in (*validation.domains(found), validation.MEAN):
-        keys = [measure.of(domain).key for measure in BY_DOMAIN]
-        cells = [measure.show(found[key]) if key in found else "" for measure, key in zip(BY_DOMAIN, keys, strict=True)]
-        rows.append((domain, *cells))
+        row = [domain]
+        for measure in BY_DOMAIN:
+            value = found.get(measure.of(domain).key)
+            row.append("" if value is None else measure.show(value))
+        rows.append(tuple(row))
     title = f"Validation, {validation.LOSS.unit}"
     return Table(("domain", *(measure.label for measure in BY_DOMAIN)), rows, title)
 
@@ -60,9 +76,13 @@ def print_tables(tables: Sequence[Table]) -> None:
 
 
 def of_layers(layers: Layers) -> list[Table]:
-    """The tables of a diagnosis: of the matrices with their scales and without (paper, Table 2), and of the weights."""
+    """The tables of a diagnosis: of the matrices with their scales and without (paper, Table 2),
+    and of the weights.
+    """
     without = ", without the norms of rows and gates"
-    return by_layer(layers.measures, layers.numbers) + by_layer(layers.normalized, layers.numbers, without)
+    return by_layer(layers.measures, layers.numbers) + by_layer(
+        layers.normalized, layers.numbers, without
+    )
 
 
 def verdict(found: Mapping[str, np.ndarray]) -> str:
@@ -73,9 +93,11 @@ def verdict(found: Mapping[str, np.ndarray]) -> str:
     displaced = np.mean(found[coupling.DISPLACED.key])
     held = np.mean(found[coupling.ALIGNMENT.key])
     return (
-        f"{np.sum(erc_L == 0)} of {len(erc_L)} layers are coupled: their {erc.ERC.label} is 0. Its mean over layers is "
-        f"{np.mean(erc_L):.3g}; it vanishes in all of them at alpha {vanishes:.3g}. {rows:.0%} of the router rows "
-        f"excite their own expert most; the best one-to-one matching would give {displaced:.0%} of them another one. "
+        f"{np.sum(erc_L == 0)} of {len(erc_L)} layers are coupled: their {erc.ERC.label} is 0. "
+        f"Its mean over layers is {np.mean(erc_L):.3g}; "
+        f"it vanishes in all of them at alpha {vanishes:.3g}. "
+        f"{rows:.0%} of the router rows excite their own expert most; "
+        f"the best one-to-one matching would give {displaced:.0%} of them another one. "
         f"A row excites its gate with {held:.0%} of what the gate's strongest direction would."
     )
 

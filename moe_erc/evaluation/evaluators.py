@@ -5,7 +5,9 @@ from typing import Any, Protocol
 
 
 class Evaluator(Protocol):
-    """Made once, before training, so that what is refused ends the run before anything is compiled."""
+    """Made once, before training, so that what is refused ends the run before anything is
+    compiled.
+    """
 
     def run(self, weights: Any) -> dict[str, Any]:
         """What it finds of a model with these weights, by the keys of `measures/registry.py`."""

@@ -49,7 +49,9 @@ class ExpertUse:
         self._count = count
 
     def run(self, weights: Any) -> dict[str, np.ndarray]:
-        """Divergence of domains and specialisation of tokens (L,), load by domain (G, L, E), co-activation (L, E, E)."""
+        """By key: divergence of domains and specialisation of tokens, (L,) each, load by domain
+        (G, L, E) and co-activation (L, E, E).
+        """
         counts = self.count(weights)
         return {
             expert_use.LOAD.key: counts["load_GLE"],

@@ -1,6 +1,6 @@
 """What a measure is: its one name, everywhere, and how it is computed.
 
-The part of a key before the slash is the group of the measure: the table and the figures that show it.
+The part of a key before the slash is the group of the measure. A group has a table and figures.
 """
 
 import dataclasses
@@ -19,7 +19,8 @@ def always(config: Any) -> bool:
 class Measure:
     """A number that is written to metrics.jsonl and report.json, and shown in tables and figures.
 
-    A measure without `compute` is found by what its file names. Otherwise `reads` says what `compute` is given:
+    A measure without `compute` is found by what its file names. Otherwise `reads` says what
+    `compute` is given:
 
       "load"     share_LE, the shares of the experts, float32 -> (L,)
                  at every step, and of the validation text
@@ -27,8 +28,8 @@ class Measure:
       "matrix"   M_EE, the coupling matrix of one layer, float32 -> scalar
       "weights"  router_ED and gate_norm_E of one layer -> scalar
 
-    It is jax code in each case. A measure without `applies(model config)` is left out; this holds for "layer" alone,
-    as a model without router rows has nothing to read for "matrix" and "weights".
+    It is jax code in each case. A model without router rows has no "matrix" and no "weights".
+    `applies(model config)` says whether a model has a measure of a "layer".
     """
 
     key: str  # "GROUP/NAME"; of a family, such as a loss for every domain, "GROUP" alone

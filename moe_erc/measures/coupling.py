@@ -1,13 +1,13 @@
 """Are router rows coupled to their experts? Read off the parameters alone, with the clean router.
 
-diagonal rows    share of the rows of M whose largest entry is the diagonal's; diagonal columns likewise
-noise bound      epsilon of `losses/erc.py`, mean over experts: how far a router row may move and stay nearest to itself
+diagonal rows    share of the rows of M whose largest entry is the diagonal's; columns likewise
+noise bound      epsilon of `losses/erc.py`, mean over experts: how far a row may move
 alignment        |r W| / (|r| sigma_max(W)) of a row r and its expert's gate W, mean over experts
-displaced rows   share of rows to which the best one-to-one matching, argmax_s sum_i M[i, s(i)], gives another expert
-matching gain    how much more than the diagonal that matching collects: sum_i M[i, s(i)] / tr(M) - 1
+displaced rows   share of rows to which argmax_s sum_i M[i, s(i)] gives another expert
+matching gain    what that matching collects beyond the diagonal: sum_i M[i, s(i)] / tr(M) - 1
 
-A diagonal entry that ties with another as the largest of its row or column counts as held. Alignment is found in
-`diagnosis/coupling.py`, the two of the matching in `diagnosis/layers.py`.
+A diagonal entry that ties with another as the largest of its row or column counts as held.
+Alignment is found in `diagnosis/coupling.py`, the two of the matching in `diagnosis/layers.py`.
 """
 
 import jax.numpy as jnp
@@ -30,15 +30,43 @@ def _noise_bound(router_ED, gate_norm_E):
 
 
 MATRIX = Measure("coupling/matrix", "response", "norm units", per_layer=True)  # (L, E, E)
-NOISE_BOUND = Measure("coupling/noise_bound", "noise bound", "epsilon", True, _noise_bound, reads="weights")
+NOISE_BOUND = Measure(
+    "coupling/noise_bound", "noise bound", "epsilon", True, _noise_bound, reads="weights"
+)
 DIAGONAL_ROWS = Measure(
-    "coupling/diagonal_rows", "diagonal rows", "share of rows", True, _diagonal_rows, "higher", "matrix"
+    "coupling/diagonal_rows",
+    "diagonal rows",
+    "share of rows",
+    True,
+    _diagonal_rows,
+    "higher",
+    "matrix",
 )
 DIAGONAL_COLUMNS = Measure(
-    "coupling/diagonal_columns", "diagonal columns", "share of columns", True, _diagonal_columns, "higher", "matrix"
+    "coupling/diagonal_columns",
+    "diagonal columns",
+    "share of columns",
+    True,
+    _diagonal_columns,
+    "higher",
+    "matrix",
 )
-ALIGNMENT = Measure("coupling/alignment", "alignment", "share of sigma_max", per_layer=True, better="higher")
-DISPLACED = Measure("coupling/displaced_rows", "displaced rows", "share of rows", per_layer=True, better="lower")
-MATCHING_GAIN = Measure("coupling/matching_gain", "matching gain", "of the trace", per_layer=True, better="lower")
+ALIGNMENT = Measure(
+    "coupling/alignment", "alignment", "share of sigma_max", per_layer=True, better="higher"
+)
+DISPLACED = Measure(
+    "coupling/displaced_rows", "displaced rows", "share of rows", per_layer=True, better="lower"
+)
+MATCHING_GAIN = Measure(
+    "coupling/matching_gain", "matching gain", "of the trace", per_layer=True, better="lower"
+)
 
-MEASURES = (MATRIX, NOISE_BOUND, DIAGONAL_ROWS, DIAGONAL_COLUMNS, ALIGNMENT, DISPLACED, MATCHING_GAIN)
+MEASURES = (
+    MATRIX,
+    NOISE_BOUND,
+    DIAGONAL_ROWS,
+    DIAGONAL_COLUMNS,
+    ALIGNMENT,
+    DISPLACED,
+    MATCHING_GAIN,
+)

@@ -1,4 +1,4 @@
-"""Tokens that meet no expert: where each expert is chosen by a threshold of its own, a token may pass none."""
+"""Tokens that meet no expert: a token may pass the threshold of none, where experts have them."""
 
 import jax
 import jax.numpy as jnp
@@ -13,10 +13,11 @@ def dropped_tokens(layer) -> jax.Array:
 
 
 def may_drop(config) -> bool:
-    """Whether a token may be left without an expert: the highest probabilities always choose at least one."""
+    """Whether a token may be left without an expert; the highest probabilities leave none so."""
     return not config.has_probabilities
 
 
 DROPPED_TOKENS = Measure(
-    "router/dropped_tokens", "dropped tokens", "share of tokens", True, dropped_tokens, "lower", "layer", may_drop
-)
+    "router/dropped_tokens", "dropped tokens", "share of tokens", True, dropped_tokens, "lower",
+    reads="layer", applies=may_drop,
+)  # fmt: skip

@@ -1,8 +1,9 @@
-"""ERC of the clean router as a measure: how strongly foreign responses exceed alpha times an expert's own.
+"""ERC of the clean router: how far foreign responses exceed alpha times an expert's own.
 
-ERC(alpha)       the loss of `losses/erc.py` by layer; a vanilla MoE falls to 0 only at alpha 3 to 5 (paper, Table 2)
-vanishing alpha  max_{i != j} max(M[i, j] / M[i, i], M[i, j] / M[j, j]), the smallest alpha at which ERC is 0
-noisy ERC        the loss as it is trained with, mean over draws of the noise (`diagnosis/layers.py`)
+ERC(alpha)       the loss of `losses/erc.py`; a vanilla MoE is 0 at alpha 3 to 5 (paper, Table 2)
+vanishing alpha  the smallest alpha at which ERC is 0, which is
+                 max_{i != j} max(M[i, j] / M[i, i], M[i, j] / M[j, j])
+noisy ERC        the loss as it is trained with, mean over draws (`diagnosis/layers.py`)
 """
 
 import functools
@@ -30,13 +31,18 @@ def _vanishing_alpha(M_EE):
 
 def _at(alpha):
     compute = functools.partial(coupling_penalty, alpha=alpha)
-    key, label = f"erc/alpha_{alpha:g}", f"ERC at alpha {alpha:g}"
+    key = f"erc/alpha_{alpha:g}"
+    label = f"ERC at alpha {alpha:g}"
     return Measure(key, label, "norm units", True, compute, "lower", "matrix", digits=4)
 
 
 AT_ALPHAS = tuple(_at(alpha) for alpha in ALPHAS)
 ERC = AT_ALPHAS[0]
-NOISY = Measure("erc/noisy", "noisy ERC at alpha 1", "norm units", per_layer=True, better="lower", digits=4)
-VANISHING_ALPHA = Measure("erc/vanishing_alpha", "vanishing alpha", "", True, _vanishing_alpha, "lower", "matrix")
+NOISY = Measure(
+    "erc/noisy", "noisy ERC at alpha 1", "norm units", per_layer=True, better="lower", digits=4
+)
+VANISHING_ALPHA = Measure(
+    "erc/vanishing_alpha", "vanishing alpha", "", True, _vanishing_alpha, "lower", "matrix"
+)
 
 MEASURES = (*AT_ALPHAS, NOISY, VANISHING_ALPHA)

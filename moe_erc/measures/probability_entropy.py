@@ -1,4 +1,4 @@
-"""Entropy of the router's probabilities, mean over tokens: 0 when one expert is certain, 1 when all are alike."""
+"""Entropy of a token's router probabilities: 0 when one expert is certain, 1 when all are alike."""
 
 import math
 
@@ -9,9 +9,10 @@ from moe_erc.measures.base import Measure
 
 
 def probability_entropy(layer) -> jax.Array:
-    """Share of log E, of the unmasked tokens of one layer; 0 for E = 1."""
+    """Share of log E, mean over the unmasked tokens of one layer; 0 for E = 1."""
     probabilities_BTE = layer.scores.probabilities_BTE
-    most = math.log(probabilities_BTE.shape[-1]) or 1.0
+    experts = probabilities_BTE.shape[-1]
+    most = math.log(experts) if experts > 1 else 1.0
     return routing_entropy(probabilities_BTE, layer.mask_BT) / most
 
 

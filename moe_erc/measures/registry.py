@@ -1,7 +1,7 @@
 """The table of all measures, and the groups in which tables and figures show them.
 
-To add one: a file beside this one, and a line in `_ALL`. A new group, the part of a key before the slash, is a line
-in `GROUPS` as well.
+To add one: a file beside this one, and a line in `_ALL`. A new group, the part of a key before the
+slash, is a line in `GROUPS` as well.
 """
 
 from collections.abc import Mapping
@@ -11,8 +11,17 @@ import jax
 import numpy as np
 
 from moe_erc.measures import (
-    coupling, dropped_tokens, erc, expert_use, load, output_cosine, probability_entropy, training, validation, weights
-)  # fmt: skip
+    coupling,
+    dropped_tokens,
+    erc,
+    expert_use,
+    load,
+    output_cosine,
+    probability_entropy,
+    training,
+    validation,
+    weights,
+)
 from moe_erc.measures.base import Measure, Reads
 
 _ALL = (
@@ -31,7 +40,7 @@ MEASURES = {measure.key: measure for measure in _ALL}
 
 
 class Group(NamedTuple):
-    """What a table and the figures of a group of measures are called, and what there is to see in them."""
+    """The title of a table and of figures, and what there is to see in them."""
 
     title: str
     caption: str
@@ -39,32 +48,37 @@ class Group(NamedTuple):
 
 GROUPS = {
     "loss": Group("Training losses", "Losses on training batches."),
-    "validation": Group("Validation loss", "Cross-entropy on validation text, by domain and as the mean of domains."),
+    "validation": Group(
+        "Validation loss", "Cross-entropy on validation text, by domain and as the mean of domains."
+    ),
     "tasks": Group("Tasks", "What is reached in tasks of the harness."),
     "erc": Group(
         "ERC of the clean router",
-        "A layer is coupled at alpha 1 where its vanishing alpha is at most 1; its ERC at alpha 1 is then 0.",
+        "A layer is coupled where its vanishing alpha is at most 1. Its ERC at alpha 1 is then 0.",
     ),
     "coupling": Group(
         "Coupling",
-        "A router couples to its experts as the diagonal leads in every row and column and its rows turn to the "
-        "strongest direction of their gates; a falling noise bound says that router rows move together.",
+        "A router couples to its experts as the diagonal leads in every row and column, and as its "
+        "rows turn to the strongest direction of their gates. A falling noise bound says that "
+        "router rows move together.",
     ),
     "weights": Group(
         "Router rows and gates",
-        "A loss that couples by shrinking weights, and not by turning them, shows here as smaller norms.",
+        "A loss that couples by shrinking weights, and not by turning them, makes norms smaller.",
     ),
     "experts": Group(
         "Experts",
-        "Output cosine is that of what two experts answer to the same token: the lower, the more specialised.",
+        "Output cosine is that of what two experts answer to the same token: the lower it is, the "
+        "more specialised they are.",
     ),
     "router": Group(
-        "Routing", "Experts are evenly loaded where the highest load is near 1 and the load entropy near 1."
+        "Routing",
+        "Experts are evenly loaded where the highest load is near 1 and the load entropy near 1.",
     ),
     "use": Group(
         "Use of experts",
-        "How much the domains differ in the experts they use, 0 if in nothing; and the share of a token's occurrences "
-        "that its most used expert sees, K / E if use is even.",
+        "How much the domains differ in the experts they use, 0 if in nothing; and the share of a "
+        "token's occurrences that its most used expert sees, K / E if use is even.",
     ),
 }
 
@@ -83,11 +97,18 @@ def reading(what: Reads) -> tuple[Measure, ...]:
 
 
 def of_load(load_LE: Any) -> dict[str, jax.Array]:
-    """Every measure of the load, by key, (L,) each; `load_LE` may be shares or counts, and a layer of zeros is even."""
+    """Every measure of the load, by key, (L,) each.
+
+    `load_LE` may be shares or counts. A layer of zeros counts as even.
+    """
     share_LE = load.shares(load_LE)
     return {measure.key: measure.compute(share_LE) for measure in reading("load")}
 
 
 def curves(found: Mapping[str, Any]) -> dict[str, Any]:
     """What of the measures goes to metrics.jsonl: numbers, and vectors by layer."""
-    return {key: value for key, value in found.items() if not isinstance(value, str) and np.ndim(value) <= 1}
+    kept = {}
+    for key, value in found.items():
+        if not isinstance(value, str) and np.ndim(value) <= 1:
+            kept[key] = value
+    return kept

@@ -1,4 +1,4 @@
-"""What is found on text: `evaluation/perplexity.py`, `ngram.py`, `tasks.py` and `generate.py`. All are families.
+"""What the evaluators of `evaluation/` find on text. All are families.
 
 bits per byte = loss / ln 2 * tokens / bytes        comparable across tokenizers
 """

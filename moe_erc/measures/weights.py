@@ -1,6 +1,6 @@
-"""Norms of router rows and gates, mean and spread over experts, and how the rows lie to one another.
+"""Norms of router rows and gates, mean and spread over experts, and the cosine of rows.
 
-    row cosine    mean over ordered pairs of router rows
+Row cosine is the mean over ordered pairs of router rows.
 """
 
 import jax
@@ -44,9 +44,15 @@ def _gate_spread(router_ED, gate_norm_E):
 
 
 ROW_COSINE = Measure("weights/row_cosine", "row cosine", "", True, _row_cosine, reads="weights")
-ROUTER_NORM = Measure("weights/router_norm", "router norm", "mean", True, _router_norm, reads="weights")
-ROUTER_SPREAD = Measure("weights/router_spread", "router spread", "deviation", True, _router_spread, reads="weights")
+ROUTER_NORM = Measure(
+    "weights/router_norm", "router norm", "mean", True, _router_norm, reads="weights"
+)
+ROUTER_SPREAD = Measure(
+    "weights/router_spread", "router spread", "deviation", True, _router_spread, reads="weights"
+)
 GATE_NORM = Measure("weights/gate_norm", "gate norm", "mean", True, _gate_norm, reads="weights")
-GATE_SPREAD = Measure("weights/gate_spread", "gate spread", "deviation", True, _gate_spread, reads="weights")
+GATE_SPREAD = Measure(
+    "weights/gate_spread", "gate spread", "deviation", True, _gate_spread, reads="weights"
+)
 
 MEASURES = (ROW_COSINE, ROUTER_NORM, ROUTER_SPREAD, GATE_NORM, GATE_SPREAD)

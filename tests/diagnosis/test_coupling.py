@@ -30,7 +30,7 @@ def test_measures_by_hand():
     M = [[2.0, 3.0, 0.5], [0.5, 4.0, 1.0], [2.0, 0.5, 1.0]]
     measures = measure_coupling(*layers_with_matrices(M))
     assert measures["erc/vanishing_alpha"][0] == pytest.approx(2.0)
-    assert measures["coupling/diagonal_rows"][0] == pytest.approx(1 / 3)  # row 1 alone: rows 0 and 2 have a larger entry
+    assert measures["coupling/diagonal_rows"][0] == pytest.approx(1 / 3)  # row 1 alone
     assert measures["coupling/diagonal_columns"][0] == pytest.approx(1.0)  # 2 >= 2, 4 >= 3, 1 >= 1
     # alpha 1: bars (2, 4, 1): M01 exceeds bar 0 by 1, M20 exceeds bar 2 by 1: 2 / 9; alpha 2 and above: 0
     assert_close(by_alpha(measures)[0], [2 / 9, 0, 0, 0, 0], terms=8)

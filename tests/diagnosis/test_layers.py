@@ -8,8 +8,8 @@ import numpy as np
 from etils import epath
 
 from moe_erc import coupling_penalty
-from moe_erc.diagnosis.alignment import alignment
 from moe_erc.diagnosis import layers as diagnosis
+from moe_erc.diagnosis.alignment import alignment
 from moe_erc.diagnosis.coupling import measure_coupling
 from moe_erc.diagnosis.documents import write_diagnosis
 from moe_erc.diagnosis.tables import of_layers, verdict

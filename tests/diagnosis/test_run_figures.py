@@ -25,8 +25,9 @@ def run():
         steps_N = np.array([10, 20])
         keys = ("erc/alpha_1", "coupling/noise_bound", "router/max_load")
         measured = [key for key, measure in MEASURES.items() if measure.per_layer and measure.group != "use"]
+        metrics = dict.fromkeys(keys, (steps_N, np.full((2, 2), value)))
         return {
-            "metrics": {"loss/lm": (steps_N, np.full(2, value))} | dict.fromkeys(keys, (steps_N, np.full((2, 2), value))),
+            "metrics": {"loss/lm": (steps_N, np.full(2, value))} | metrics,
             "measures": {key: np.full(MATRICES.get(key, 2), value) for key in measured if key != "coupling/matrix"},
         }
 

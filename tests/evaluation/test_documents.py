@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from moe_erc import sharding
-from moe_erc.diagnosis.in_training import Diagnosis
 from moe_erc.data.text import DataConfig, prepare, validation_batches
+from moe_erc.diagnosis.in_training import Diagnosis
 from moe_erc.evaluation.expert_use import ExpertUse
 from moe_erc.evaluation.perplexity import Perplexity
 from moe_erc.losses.language_model import token_losses

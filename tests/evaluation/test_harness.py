@@ -18,8 +18,8 @@ pytest.importorskip("lm_eval")
 from lm_eval.api.instance import Instance
 
 from moe_erc import evaluation, sharding
-from moe_erc.diagnosis.report import write_report
 from moe_erc.data.tokenizer import ByteTokenizer
+from moe_erc.diagnosis.report import write_report
 from moe_erc.evaluation import generate, harness
 from moe_erc.evaluation.tasks import PAPER, TaskScores, load_tasks, print_tasks, task_metrics
 from moe_erc.model.transformer import Output

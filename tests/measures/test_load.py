@@ -26,7 +26,8 @@ def test_measures_by_hand():
         "load_entropy": [1, 0.5, 0, 0.875],
         "max_violation": [0, 1, 3, 1],
         "dead_experts": [0, 0.5, 0.75, 0],
-        # times the mean, in order: 1 1 1 1; 0 0 2 2; 0 0 0 4; 0.5 0.5 1 2. The quantile q is at place 3 q: 0.15, 1.5, 2.85
+        # times the mean, in order: 1 1 1 1; 0 0 2 2; 0 0 0 4; 0.5 0.5 1 2
+        # The quantile q is at place 3 q of these: 0.15, 1.5, 2.85.
         "load_p5": [1, 0, 0, 0.5],
         "load_p50": [1, 1, 0, 0.75],
         "load_p95": [1, 2, 0.85 * 4, 1 + 0.85],

@@ -107,3 +107,14 @@ def markdown(table: Table) -> str:
     rule = ["---"] * len(table.columns)
     rows = ["| " + " | ".join(map(str, row)) + " |" for row in (table.columns, rule, *table.rows)]
     return f"**{table.caption}**\n\n" + "\n".join(rows)
+
+
+def catalogue() -> str:
+    """Every measure in Markdown, by key: what `docs/measures.md` shows."""
+    rows = []
+    for measure in MEASURES.values():
+        key = measure.key if measure.name else f"{measure.key}/NAME"
+        by = "layer" if measure.per_layer else ""
+        rows.append((f"`{key}`", measure.label, measure.unit, by, measure.better or ""))
+    columns = ("key", "label", "unit", "by", "better")
+    return markdown(Table(columns, rows, "Measures by key"))

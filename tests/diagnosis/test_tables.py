@@ -1,6 +1,7 @@
 """The printed tables, with coupling and without."""
 
 import json
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ import pytest
 
 from moe_erc.diagnosis.coupling import measure_coupling
 from moe_erc.diagnosis.report import make_report, read_report, write_report
-from moe_erc.diagnosis.tables import print_found
+from moe_erc.diagnosis.tables import catalogue, print_found
 from moe_erc.measures.registry import GROUPS, MEASURES, of_load, reading
 
 OF_ROWS = ("erc", "coupling", "weights")  # groups that a model without router rows has not
@@ -157,6 +158,11 @@ def test_one_expert_is_balanced(capsys):
     found = make_report(3, ["a line"], validation() | {"router/load": np.ones((2, 1))})["measures"]
     load = printed(found, capsys)[0]["Routing"]
     assert load["load entropy"] == ["1.000", "1.000"] and load["MaxVio"] == ["0.000", "0.000"]
+
+
+def test_the_page_of_measures_is_that_of_the_table():
+    page = pathlib.Path(__file__).parents[2] / "docs" / "measures.md"
+    assert page.read_text(encoding="utf-8").endswith(f"\n{catalogue()}\n"), "print(catalogue()) anew"
 
 
 def test_a_report_is_read_back_with_its_step_alone(tmp_path):

@@ -2,13 +2,20 @@
 
 import types
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from configs import routing_free, vanilla
+from moe_erc import sharding
+from moe_erc.diagnosis.in_training import Diagnosis
 from moe_erc.measures.dropped_tokens import DROPPED_TOKENS
 from moe_erc.measures.probability_entropy import PROBABILITY_ENTROPY
 from moe_erc.measures.registry import MEASURES, curves, find, reading
+from moe_erc.model.config import ModelConfig
+from moe_erc.model.transformer import Transformer
+from moe_erc.training.state import init_weights
 from tests.tolerance import assert_close
 
 MASK_BT = jnp.array([[True, True, True, False]])
@@ -33,15 +40,18 @@ def test_tokens_without_an_expert():
     assert_close(DROPPED_TOKENS.compute(observed(chosen_BTK=chosen_BTK)), 1 / 3, terms=4)
 
 
-@pytest.mark.parametrize("router, key", [
-    ("softmax", "router/probability_entropy"),
-    ("routing_free", "router/dropped_tokens"),
+@pytest.mark.parametrize("method, key", [
+    (vanilla, "router/probability_entropy"),
+    (routing_free, "router/dropped_tokens"),
 ])  # fmt: skip
-def test_a_router_has_the_one_or_the_other(router, key, model_config):
-    changes = {"experts_per_token": 2} if router == "softmax" else {}
-    config = model_config(router=router, **changes)
-    applying = {measure.key for measure in reading("layer") if measure.applies(config)}
-    assert applying == {"experts/output_cosine", key}
+def test_a_router_has_the_one_or_the_other(method, key):
+    """Measured of a model at its start: by layer, and nothing of the other."""
+    model = Transformer(ModelConfig(**method.get_config("debug").model), sharding.make_mesh(1, 1))
+    probe = {"inputs_BT": jnp.arange(32).reshape(2, 16), "mask_BT": jnp.ones((2, 16), bool)}
+    found = Diagnosis(model, probe).run(init_weights(model, jax.random.key(0)))
+    of_layers = {measure.key for measure in reading("layer")}
+    assert found.keys() & of_layers == {"experts/output_cosine", key}
+    assert found[key].shape == (2,) and (found[key] >= 0).all() and (found[key] <= 1).all()
 
 
 def test_a_family_has_members_and_an_unknown_key_has_none():

@@ -16,7 +16,7 @@ from moe_erc.diagnosis.report import write_bytes, write_report, write_text
 from moe_erc.diagnosis.run_figures import run_figures
 from moe_erc.diagnosis.tables import markdown, of_layers, print_tables, verdict
 from moe_erc.measures.coupling import MATRIX
-from moe_erc.measures.registry import GROUPS, find
+from moe_erc.measures.registry import GROUPS, of_group
 
 
 def write_figures(directory, runs: Mapping[str, Mapping]) -> dict[str, tuple[bytes, str]]:
@@ -51,11 +51,10 @@ def compare(measured: Mapping[str, Mapping[str, Any]]) -> list[Table]:
     made = []
     for name, group in GROUPS.items():
         rows = []
-        for measure in map(find, keys):
-            if measure is not None and measure.group == name:
-                cells = [_mean(measure, found) for found in measured.values()]
-                if any(cells):
-                    rows.append((measure.axis, *cells))
+        for measure in of_group(name, keys):
+            cells = [_mean(measure, found) for found in measured.values()]
+            if any(cells):
+                rows.append((measure.axis, *cells))
         if rows:
             caption = f"{group.title}; of measures by layer, the mean"
             made.append(Table(("", *measured), rows, caption))

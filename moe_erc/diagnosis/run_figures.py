@@ -14,7 +14,7 @@ from moe_erc.diagnosis.figures import (
     load_maps,
 )
 from moe_erc.measures import coupling, erc, expert_use, load, validation
-from moe_erc.measures.registry import GROUPS, MEASURES, find
+from moe_erc.measures.registry import GROUPS, of_group
 
 BAND = " A line is the mean over layers, its band reaches from the lowest layer to the highest."
 
@@ -42,36 +42,35 @@ def _over_training(runs):
     keys = list(dict.fromkeys(key for run in runs.values() for key in run.get("metrics", {})))
     made = {}
     for name, group in GROUPS.items():
-        panels = {}
-        for measure in map(find, keys):
-            if measure is not None and measure.group == name:
-                panels[measure.axis] = _found(runs, "metrics", measure.key)
-        if panels:
+        shown = of_group(name, keys)
+        if shown:
+            panels = {measure.axis: _found(runs, "metrics", measure.key) for measure in shown}
             figure = curves(panels, "step", runs)
-            made[f"{group.title} over training"] = figure, group.caption + BAND
+            band = BAND if any(measure.per_layer for measure in shown) else ""
+            made[f"{group.title} over training"] = figure, group.caption + band
     return made
 
 
 def _by_layer(runs):
     """A figure for every group, a panel for every measure by layer that any of the runs has."""
+    keys = list(dict.fromkeys(key for run in runs.values() for key in run.get("measures", {})))
     made = {}
     for name, group in GROUPS.items():
         panels = {}
-        for measure in MEASURES.values():
-            if measure.group == name and measure.per_layer:
-                series = _vectors(runs, measure.key)
-                if series:
-                    panels[measure.axis] = series
+        for measure in of_group(name, keys):
+            series = _vectors(runs, measure)
+            if series:
+                panels[measure.axis] = series
         if panels:
             made[f"{group.title} by layer"] = curves(panels, "layer", runs), group.caption
     return made
 
 
-def _vectors(runs, key):
+def _vectors(runs, measure):
     """{run: (numbers of its layers, values)} of the runs that have one value for every layer."""
     series = {}
-    for run, value_L in _found(runs, "measures", key).items():
-        if np.ndim(value_L) == 1:
+    for run, value_L in _found(runs, "measures", measure.key).items():
+        if measure.per_layer and np.ndim(value_L) == 1:
             series[run] = runs[run].get("layers", range(len(value_L))), value_L
     return series
 

@@ -8,7 +8,7 @@ import numpy as np
 from moe_erc.diagnosis.html import Table
 from moe_erc.diagnosis.layers import Layers
 from moe_erc.measures import coupling, erc, validation
-from moe_erc.measures.registry import GROUPS, MEASURES
+from moe_erc.measures.registry import GROUPS, MEASURES, of_group
 from moe_erc.tables import print_table
 
 BY_DOMAIN = (
@@ -42,9 +42,9 @@ def by_layer(
 def _columns(group, found):
     """{label: cells} of the measures of a group that have one number for every layer."""
     columns = {}
-    for measure in MEASURES.values():
-        value_L = found.get(measure.key)
-        if measure.group == group and measure.per_layer and np.ndim(value_L) == 1:
+    for measure in of_group(group, found):
+        value_L = found[measure.key]
+        if measure.per_layer and np.ndim(value_L) == 1:
             columns[measure.label] = [measure.show(value) for value in value_L]
     return columns
 

@@ -4,7 +4,7 @@ To add one: a file beside this one, and a line in `_ALL`. A new group, the part 
 slash, is a line in `GROUPS` as well.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -89,6 +89,17 @@ def find(key: str) -> Measure | None:
         return MEASURES[key]
     family, _, name = key.partition("/")
     return MEASURES[family].of(name) if family in MEASURES else None
+
+
+def of_group(group: str, keys: Iterable[str]) -> list[Measure]:
+    """The measures of a group among these keys, in the order of the table."""
+    members = [measure for measure in map(find, keys) if measure and measure.group == group]
+    order = list(MEASURES)
+
+    def place(measure):
+        return order.index(measure.key if measure.key in MEASURES else measure.group)
+
+    return sorted(members, key=place)
 
 
 def reading(what: Reads) -> tuple[Measure, ...]:

@@ -18,12 +18,19 @@ from jax import lax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
+from moe_erc.checks import BadInput
+
 
 @dataclasses.dataclass(frozen=True)
 class Devices:
     """One device where `mesh` is None: then every sum is complete and every expert is its own."""
 
     mesh: Mesh | None = None
+
+    def __post_init__(self):
+        if self.mesh is not None and len(self.mesh.axis_names) != 2:
+            axes = ", ".join(map(str, self.mesh.axis_names))
+            raise BadInput(f"mesh has the axes ({axes}); ERC needs two: (data, expert)")
 
     @property
     def data_axis(self) -> str | None:

@@ -234,7 +234,13 @@ def erc_loss(
     """
     _check_word("precision", precision, PRECISIONS)
     options = ErcOptions(
-        alpha, noise, activation, detach_router, normalize, layer_reduction, precision
+        alpha=alpha,
+        noise=noise,
+        activation=activation,
+        detach_router=detach_router,
+        normalize=normalize,
+        layer_reduction=layer_reduction,
+        precision=precision,
     )
     devices = Devices(mesh)
     router_LED, weights, keys_L = _stack(params, rng, options)
@@ -277,7 +283,12 @@ def _losses_of_layers(options, devices, router_LED, weights, keys_L):
     bound_LE = devices.sum_over_experts(jnp.sum(jnp.where(own_EJ, bound_L1J, 0), axis=-1))
     proxies, length2_LE = _proxies(router_LED, bound_LE, keys_L, options.noise)
 
-    response = Response(options.activation, options.precision, options.normalize, devices.data_axis)
+    response = Response(
+        activation=options.activation,
+        precision=options.precision,
+        with_size=options.normalize,
+        data_axis=devices.data_axis,
+    )
     M_LEJ = _matrix(response, devices, proxies, weights)
     if options.normalize:
         M_LEJ = relative(M_LEJ, square_root(length2_LE), router_LED.shape[-1])

@@ -83,6 +83,11 @@ def test_words_that_erc_does_not_know_are_refused_over_a_mesh_too(params):
         erc_loss(params, jax.random.key(0), alfa=0.5, mesh=mesh)
 
 
+def test_a_mesh_of_other_than_two_axes_is_refused(params):
+    with pytest.raises(ValueError, match=r"mesh has the axes \(expert\); ERC needs two"):
+        erc_loss(params, jax.random.key(0), mesh=jax.make_mesh((8,), ("expert",)))
+
+
 def test_alpha_may_be_traced(params):
     def slope(loss):
         return jax.jit(jax.grad(lambda alpha: loss(params, jax.random.key(1), alpha=alpha)))(0.5)

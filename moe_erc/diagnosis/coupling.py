@@ -14,7 +14,6 @@ from jax.sharding import PartitionSpec as P
 
 from moe_erc.diagnosis.alignment import alignment
 from moe_erc.losses.erc import coupling_matrix
-from moe_erc.losses.sharded_erc import sharded_coupling_matrix
 from moe_erc.measures.coupling import ALIGNMENT
 from moe_erc.measures.registry import reading
 
@@ -39,11 +38,9 @@ def _measure(router_LED, w_gate_LEDF, mesh, of_matrix, of_weights):
         weights = {measure.key: measure.compute(router_ED, gate_norm_E) for measure in of_weights}
         return matrix | weights
 
-    if mesh is None:
-        M_LEE = lax.map(lambda layer: coupling_matrix(*layer), (router_LED, w_gate_LEDF))
-    else:
+    M_LEE = coupling_matrix(router_LED, w_gate_LEDF, mesh)
+    if mesh is not None:
         everywhere = NamedSharding(mesh, P())
-        M_LEE = sharded_coupling_matrix(router_LED, w_gate_LEDF, mesh)
         M_LEE = lax.with_sharding_constraint(M_LEE, everywhere)
     found = lax.map(of_layer, (M_LEE, router_LED, gate_norms(w_gate_LEDF)))
     found[ALIGNMENT.key] = jnp.mean(alignment(router_LED, w_gate_LEDF, mesh), axis=1)

@@ -25,6 +25,7 @@ from moe_erc.losses.erc import coupling_matrix, perturb
 from moe_erc.measures.coupling import ALIGNMENT, DISPLACED, MATCHING_GAIN
 from moe_erc.measures.erc import ERC, NOISY
 from moe_erc.measures.registry import reading
+from moe_erc.numerics import divide
 
 SMALL = 32  # at most so wide, LAPACK is asked for all singular values
 
@@ -87,8 +88,7 @@ def _on_device(router_ED, w_gate_EDF, keys, of_matrix, of_weights):
         M_EE = coupling_matrix(proxy_ED, w_gate_EDF)
         proxy_norm_E1 = jnp.linalg.norm(proxy_ED, axis=-1)[:, None]
         scale_EE = proxy_norm_E1 * gate_norm_E / proxy_ED.shape[-1] ** 0.5
-        ratio_EE = M_EE / jnp.where(scale_EE > 0, scale_EE, 1)
-        return {"raw": M_EE, "normalized": jnp.where(scale_EE > 0, ratio_EE, 0)}
+        return {"raw": M_EE, "normalized": divide(M_EE, scale_EE)}
 
     def draw(key):
         drawn = matrices(perturb(router_ED, key))

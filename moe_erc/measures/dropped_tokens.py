@@ -4,12 +4,12 @@ import jax
 import jax.numpy as jnp
 
 from moe_erc.measures.base import Measure
+from moe_erc.numerics import masked_mean
 
 
 def dropped_tokens(layer) -> jax.Array:
     """Share of the unmasked tokens of one layer without any expert; 0 without a token."""
-    dropped_BT = layer.mask_BT & ~jnp.any(layer.chosen_BTK, axis=-1)
-    return jnp.sum(dropped_BT) / jnp.maximum(jnp.sum(layer.mask_BT), 1)
+    return masked_mean(~jnp.any(layer.chosen_BTK, axis=-1), layer.mask_BT)
 
 
 def may_drop(config) -> bool:

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from moe_erc.measures.base import Measure
+from moe_erc.numerics import divide
 
 PERCENTILES = (5, 50, 95)
 
@@ -23,8 +24,7 @@ def shares(load_LE: jax.Array) -> jax.Array:
     load_LE = jnp.asarray(load_LE)
     # The total of counts is an integer: float32 would round it from 2^24 on.
     total_L1 = jnp.sum(load_LE, axis=-1, keepdims=True)
-    share_LE = load_LE / jnp.where(total_L1 > 0, total_L1, 1)
-    return jnp.where(total_L1 > 0, share_LE, 1 / load_LE.shape[-1])
+    return jnp.where(total_L1 > 0, divide(load_LE, total_L1), 1 / load_LE.shape[-1])
 
 
 def _max_load(share_LE):

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from moe_erc.measures.base import Measure
+from moe_erc.numerics import masked_mean
 
 
 def pairwise_cosine(unit_sum_BTD: jax.Array, experts: int, mask_BT: jax.Array) -> jax.Array:
@@ -22,8 +23,7 @@ def pairwise_cosine(unit_sum_BTD: jax.Array, experts: int, mask_BT: jax.Array) -
         return jnp.zeros((), jnp.float32)
     length2_BT = jnp.sum(jnp.square(unit_sum_BTD.astype(jnp.float32)), axis=-1)
     cosine_BT = (length2_BT - experts) / (experts * (experts - 1))
-    tokens = jnp.sum(mask_BT, dtype=jnp.float32)
-    return jnp.sum(jnp.where(mask_BT, cosine_BT, 0)) / jnp.maximum(tokens, 1)
+    return masked_mean(cosine_BT, mask_BT)
 
 
 def _output_cosine(layer):

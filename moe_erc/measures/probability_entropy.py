@@ -4,7 +4,7 @@ import math
 
 import jax
 
-from moe_erc.losses.top_p import routing_entropy
+from moe_erc.losses.routing_entropy import routing_entropy
 from moe_erc.measures.base import Measure
 
 

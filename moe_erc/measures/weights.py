@@ -7,13 +7,13 @@ import jax
 import jax.numpy as jnp
 
 from moe_erc.measures.base import Measure
+from moe_erc.numerics import divide
 
 
 def unit_rows(rows_ED: jax.Array) -> jax.Array:
     """Rows of length 1 in float32; a zero row stays zero."""
     rows_ED = rows_ED.astype(jnp.float32)
-    norm_E1 = jnp.linalg.norm(rows_ED, axis=-1, keepdims=True)
-    return jnp.where(norm_E1 == 0, 0, rows_ED / jnp.where(norm_E1 == 0, 1, norm_E1))
+    return divide(rows_ED, jnp.linalg.norm(rows_ED, axis=-1, keepdims=True))
 
 
 def _row_cosine(router_ED, gate_norm_E):

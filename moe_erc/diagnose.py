@@ -75,6 +75,7 @@ def open_layers(directory: str) -> tuple[str, str, Iterable, Sequence[int]]:
     """
     if is_run(directory):
         run = open_run(directory, with_text=False)
+        print(f"{directory}: step {run.step}")
         return directory, directory, run.router_and_gates(), range(run.model.config.layers)
     moe = inspect.open_moe(directory)
     return moe.name, f"diagnosis/{moe.name}", moe, moe.layers

@@ -97,10 +97,15 @@ def text_directory(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def model_config():
-    """Makes a ModelConfig of size debug with some fields changed."""
+    """Makes a ModelConfig of size debug with some keys of `model` and options of its router changed."""
 
-    def make(**changes):
-        return ModelConfig(**(base.get_config("debug").model.to_dict() | changes))
+    def make(router="softmax", **changes):
+        config = base.get_config("debug").to_dict()
+        config["model"]["router"] = router
+        for name, value in changes.items():
+            block = config["model"] if name in config["model"] else config["routers"].setdefault(router, {})
+            block[name] = value
+        return ModelConfig.of(config)
 
     return make
 

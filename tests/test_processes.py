@@ -100,9 +100,9 @@ def alone(train, tmp_path_factory):
 def saved_state(workdir, mesh_shape=(1, 1)):
     """(step, state) of the latest checkpoint, read onto a mesh of this process and fetched."""
     config = erc.get_config("debug")
-    optimizer = make_optimizer(OptimizerConfig(**config.optimizer), STEPS)
-    mesh = sharding.make_mesh(*mesh_shape)
-    shapes = abstract_state(initializer(Transformer(ModelConfig(**config.model), mesh), optimizer, 0), mesh)
+    model = Transformer(ModelConfig.of(config), sharding.make_mesh(*mesh_shape))
+    optimizer = make_optimizer(OptimizerConfig(**config.optimizer), STEPS, model.config)
+    shapes = abstract_state(initializer(model, optimizer, 0), model)
     with Checkpoints(workdir / "checkpoints") as checkpoints:
         state, _ = checkpoints.restore(shapes)
         return checkpoints.latest_step(), jax.device_get(state.replace(rng=jax.random.key_data(state.rng)))

@@ -55,9 +55,9 @@ def undisturbed(arguments, tmp_path_factory):
 
 def final_state(workdir, steps=STEPS):
     config = erc.get_config("debug")
-    optimizer = make_optimizer(OptimizerConfig(**config.optimizer), steps)
-    mesh = sharding.make_mesh(1, 1)
-    shapes = abstract_state(initializer(Transformer(ModelConfig(**config.model), mesh), optimizer, 0), mesh)
+    model = Transformer(ModelConfig.of(config), sharding.make_mesh(1, 1))
+    optimizer = make_optimizer(OptimizerConfig(**config.optimizer), steps, model.config)
+    shapes = abstract_state(initializer(model, optimizer, 0), model)
     with Checkpoints(workdir / "checkpoints") as checkpoints:
         assert checkpoints.latest_step() == steps
         state, _ = checkpoints.restore(shapes)

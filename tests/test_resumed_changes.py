@@ -110,10 +110,18 @@ def test_options_of_a_loss_that_is_not_computed_make_no_difference():
     assert check_same_run(filled, later) == []
 
 
+def test_options_of_a_router_that_is_not_in_use_make_no_difference():
+    before, after = erc.get_config("debug").to_dict(), erc.get_config("debug").to_dict()
+    after["routers"]["mpi"]["scale"] = 8.0
+    assert differences(before, after) == []
+    after["routers"]["softmax"]["top_p"] = 0.5
+    assert differences(before, after) == [("routers.softmax.top_p", 1.0, 0.5)]
+
+
 @pytest.mark.parametrize("change, words", [
     (["--config.losses.erc.alpha=0.5"], ["losses.erc.alpha = 1.0", "0.5", "('losses',)"]),
     (["--config.losses.router_z.weight=0.1"], ["losses.router_z.weight = 0.0", "0.1"]),
-    (["--config.model.top_p=0.5"], ["model.top_p = 1.0", "0.5", "('model',)"]),
+    (["--config.routers.softmax.top_p=0.5"], ["routers.softmax.top_p = 1.0", "0.5", "('routers',)"]),
     (["--config.model.norm_eps=1e-3"], ["model.norm_eps", "0.001"]),
     (["--config.optimizer.b2=0.99"], ["optimizer.b2 = 0.95", "0.99", "('optimizer',)"]),
     (["--config.optimizer.weight_decay=0.0"], ["optimizer.weight_decay = 0.1"]),

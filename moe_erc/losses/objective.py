@@ -58,7 +58,7 @@ def _erc(params, rng, model, **options):
 
 
 def _competition(layer):
-    active, competitors_BTE = layer.competition
+    active, competitors_BTE = layer.auxiliary
     chosen = layer.scores.probabilities_BTE, competitors_BTE, layer.routing.experts_BTK, layer.mask_BT
     return jnp.stack([jnp.where(active, competition(*chosen), 0), active])
 
@@ -97,7 +97,7 @@ PARAMETER_TERMS = {
     "simbal": lambda params, *_: simbal(params["layers"]["moe"]["router"]),
 }
 CHECKS = {"load_balance": _check_scope, "erc": _check_erc}  # of a term's options, before anything is compiled
-NEEDS = {  # term -> (property of the model's config, what it is for)
+NEEDS = {  # term -> (what the router has to say of itself, what it is for)
     "erc": ("has_rows", "couples router rows with experts"),
     "router_orthogonality": ("is_linear", "reads one router row of the model's width for every expert"),
     "simbal": ("is_linear", "reads one router row of the model's width for every expert"),
@@ -132,10 +132,10 @@ class Objective:
                     CHECKS[name](**_without_weight(options))
                 except BadInput as error:
                     raise BadInput(f"losses.{name}: {error}") from None
-            if name in NEEDS and options["weight"] > 0 and not getattr(self.model.config, NEEDS[name][0]):
+            if name in NEEDS and options["weight"] > 0 and not getattr(self.model.config.router, NEEDS[name][0]):
                 raise BadInput(
                     f"losses.{name}.weight: {options['weight']}, but the loss {NEEDS[name][1]}, and router "
-                    f"{self.model.config.router!r} has none; set it to 0 or use another model.router"
+                    f"{self.model.config.router.name!r} has none; set it to 0 or use another model.router"
                 )
 
     @property

@@ -6,7 +6,7 @@ import numpy as np
 from jax import lax
 
 from moe_erc.losses.load_balance import load_measures
-from moe_erc.losses.loss_free import balance_bias
+from moe_erc.moe.routers.loss_free import balance_bias
 from tests.tolerance import assert_close
 
 

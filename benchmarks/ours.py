@@ -95,8 +95,10 @@ def random_batch(mesh, generator, vocabulary, shape):
 def describe(model_config, length):
     """The sizes, and what follows from them; the FLOPs are of a token, forward and backward."""
     router = model_config.router
+    sizes = dataclasses.asdict(model_config)
+    sizes |= {"router": router.name, "gate_rank": router.gate_rank(model_config)}
     return {
-        "model": dataclasses.asdict(model_config) | {"router": router.name, "gate_rank": router.gate_rank(model_config)},
+        "model": sizes,
         "parameters": model_config.parameters(),
         "active_parameters": model_config.active_parameters(),
         "flops_per_token": 3 * model_config.flops_per_token(length),

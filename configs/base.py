@@ -40,7 +40,8 @@ def _model():
     model.experts = 4  # E, in every layer
     model.experts_per_token = 2  # K
     model.expert_width = 16  # F
-    model.router = "softmax"  # or aoe, competition, mpi, routing_free, xmoe (4 experts at least); options: config.routers
+    # Or aoe, competition, mpi, routing_free, xmoe (4 experts at least). Their options: config.routers.
+    model.router = "softmax"
     model.shared_experts = 0  # always on, of width F each, beside the routed ones
     model.rope_theta = 1e4
     model.norm_eps = 1e-5
@@ -65,7 +66,8 @@ def _routers():
     routers.mpi.scale = 4.0  # C': the length of a turned row is C' / sqrt(E)
     routers.xmoe = _top_k()  # cosines in E / 2 dimensions
     routers.aoe = _top_k()  # no rows: experts are chosen by the first factor of their gates
-    routers.aoe.rank = 0  # r of a gate w_low @ w_high; 0 takes D F / (D + F), rounded down: as large as a whole gate
+    # r of a gate w_low @ w_high; 0 takes D F / (D + F), rounded down: as large as a whole gate.
+    routers.aoe.rank = 0
     routers.competition = ConfigDict()  # softmax, and now and then all experts run
     routers.competition.init = "normal"
     routers.competition.renormalize = False
@@ -74,15 +76,18 @@ def _routers():
     routers.routing_free = ConfigDict()  # every expert decides by itself
     routers.routing_free.rank = 0  # as aoe's
     routers.routing_free.theta = 0.05  # the least gate with which an expert runs
-    routers.routing_free.controller_rate = 0.02  # by which share a step may change the weight of the balance loss
+    # By which share a step may change the weight of the balance loss.
+    routers.routing_free.controller_rate = 0.02
     return routers
 
 
 def _top_k():
     """Options of every router that takes the K most probable experts."""
     options = ConfigDict()
-    options.renormalize = False  # weights sum to 1 over the K chosen; False, as in OLMoE: probabilities over all E
-    options.top_p = 1.0  # below 1: of the K only the smallest prefix whose probabilities sum to more
+    # Weights sum to 1 over the K chosen; False, as in OLMoE: probabilities sum to 1 over all E.
+    options.renormalize = False
+    # Below 1: of the K only the smallest prefix whose probabilities sum to more.
+    options.top_p = 1.0
     options.bias_rate = 0.0  # of loss-free balancing (1e-3); 0 has no bias
     return options
 
@@ -223,7 +228,8 @@ def _log():
 def _resume():
     """What a run started again on its workdir may change: moe_erc/training/identity.py has the rule of every key."""
     resume = ConfigDict()
-    # Names of blocks or keys, such as ('losses', 'routers.softmax.top_p'), whose change is meant. Without it a run whose model,
-    # losses, text, optimizer (but for its schedule) or seed differ is refused.
+    # Names of blocks or keys, such as ('losses', 'routers.softmax.top_p'), whose change is meant.
+    # Without it a run whose model, router, losses, text, optimizer (but for its schedule) or seed
+    # differ is refused.
     resume.allow = ()
     return resume

@@ -75,8 +75,10 @@ TRAINING = [
     (["--config.model.kv_heads=3"], ["model.kv_heads", "2", "3"]),
     (["--config.model.router=aoe"], ["losses.erc.weight", "1.0", "'aoe'"]),
     (["--config.routers.softmax.rank=8"], ["config.routers.softmax.rank"]),
-    ([f"--config.routers.softmax.{option}" for option in ("bias_rate=0.001", "top_p=0.5")],
-     ["routers.softmax.bias_rate", "top_p", "0.5"]),
+    (
+        [f"--config.routers.softmax.{option}" for option in ("bias_rate=0.001", "top_p=0.5")],
+        ["routers.softmax.bias_rate", "top_p", "0.5"],
+    ),
     (["--config.train.batch_size=6", "--config.train.micro_batches=4"], ["train.batch_size", "6", "4"]),
     (["--config.train.micro_batches=0"], ["train.micro_batches", "0"]),
     (["--config.eval.batch_size=0"], ["eval.batch_size", "0"]),

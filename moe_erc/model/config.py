@@ -51,7 +51,7 @@ class ModelConfig:
 
     @classmethod
     def of(cls, config: Mapping) -> "ModelConfig":
-        """Of the blocks `model` and `routers` of a configuration; BadInput in one line for what cannot be built."""
+        """Of the blocks `model` and `routers` of a configuration; BadInput if it cannot be built."""
         model = dict(config["model"])
         model["router"] = make_router(model["router"], dict(config["routers"]))
         return cls(**model)

@@ -1,4 +1,6 @@
-"""A trained model as an ordinary MoE: what training re-parameterises is written out, nothing of it remains."""
+"""A trained model as an ordinary MoE: what training re-parameterises is written out, nothing of it
+remains.
+"""
 
 import dataclasses
 
@@ -6,7 +8,9 @@ from moe_erc.model.transformer import Transformer
 
 
 def as_softmax_router(model, params):
-    """(Transformer, params) with router "softmax" and the same outputs; ValueError where no softmax router has them."""
+    """(Transformer, params) with router "softmax" and the same outputs; ValueError where no softmax
+    router has them.
+    """
     router = model.config.router.exports_as()
     ordinary = Transformer(dataclasses.replace(model.config, router=router), model.mesh)
     moe = params["layers"]["moe"] | {"router": model.router_rows(params)}

@@ -1,4 +1,4 @@
-"""The MoE layer: owns the router's and the experts' parameters, and calls the functions that use them.
+"""The MoE layer: owns the router's and the experts' parameters and calls what uses them.
 
 Of the router it knows the record alone (`routers/base.py`).
 """
@@ -26,16 +26,21 @@ class Observation:
     mask_BT: jax.Array
     scores: routing.Scores
     routing: routing.Routing
-    kept: dict  # "hidden" (B, T, K, F) and "output" (B, T, K, D) of the chosen experts, as observers ask for them
+    # "hidden" (B, T, K, F) and "output" (B, T, K, D) of the chosen experts, as observers ask.
+    kept: dict
     auxiliary: Any  # what the router tells a loss of its own: `Choice.auxiliary`
     score: Callable  # x_BTD -> Scores
-    score_alone: Callable  # () -> Scores whose gradient reaches the router's own parameters, and nothing else
-    run_all: Callable  # an expert function of `experts.py` -> (summed, kept) of all experts on every token
+    # () -> Scores whose gradient reaches the router's own parameters, and nothing else.
+    score_alone: Callable
+    # An expert function of `experts.py` -> (summed, kept) of all experts on every token.
+    run_all: Callable
 
     @property
     def chosen_BTK(self):
         """The slots that hold an expert, of unmasked tokens."""
-        return routing.full_slots(self.routing, self.scores.probabilities_BTE.shape[-1], self.mask_BT)
+        return routing.full_slots(
+            self.routing, self.scores.probabilities_BTE.shape[-1], self.mask_BT
+        )
 
     def unit_sum_BTD(self):
         """For every token the sum of the directions in which all experts answer."""
@@ -43,7 +48,9 @@ class Observation:
 
 
 def declare(config: Any) -> dict[str, Parameter]:
-    """The layer's parameters: the router's first, as they have always been drawn, then the experts'."""
+    """The layer's parameters: the router's first, as they have always been drawn, then the
+    experts'.
+    """
     E = config.experts
     D = config.width
     F = config.expert_width
@@ -62,7 +69,8 @@ def declare(config: Any) -> dict[str, Parameter]:
 class MoE(nn.Module):
     """x_BTD -> (y_BTD, RoutingStats, observed). Float32 parameters as `declare` has them.
 
-    observers: (name, function of the layer's `Observation`, what it needs kept) for every value of `observed`.
+    observers: (name, function of the layer's `Observation`, what it needs kept) for every value of
+    `observed`.
     """
 
     config: Any  # ModelConfig
@@ -74,7 +82,9 @@ class MoE(nn.Module):
         config = self.config
         mesh = self.mesh
         router = config.router
-        parameters = {name: self.param(name, of.initializer, of.shape) for name, of in declare(config).items()}
+        parameters = {
+            name: self.param(name, of.initializer, of.shape) for name, of in declare(config).items()
+        }
         names = experts.FACTORIZED if router.gate_rank(config) else experts.GATED
         matrices = {name: parameters[name].astype(config.dtype) for name in names}
         platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
@@ -84,14 +94,19 @@ class MoE(nn.Module):
             return router.score(config, mesh, parameters, x_BTD)
 
         def score_alone():
-            # MPI's rows read the gates as well, which are the experts': only what the router adds is its own.
+            # MPI's rows read the gates as well, which are the experts': its own is what it adds.
             own = router.parameters(config)
-            frozen = {name: leaf if name in own else lax.stop_gradient(leaf) for name, leaf in parameters.items()}
+            frozen = {
+                name: leaf if name in own else lax.stop_gradient(leaf)
+                for name, leaf in parameters.items()
+            }
             return router.score(config, mesh, frozen, lax.stop_gradient(x_BTD))
 
         def run(expert, chosen, low_of_constant_BTEr=None):
             lows = scored.low_BTEr, low_of_constant_BTEr
-            return parallel.apply(partial(implementation, expert), mesh, x_BTD, chosen, matrices, *lows)
+            return parallel.apply(
+                partial(implementation, expert), mesh, x_BTD, chosen, matrices, *lows
+            )
 
         def run_all(expert):
             every_BTE = jnp.broadcast_to(jnp.arange(config.experts), scored.probabilities_BTE.shape)
@@ -103,17 +118,23 @@ class MoE(nn.Module):
         keep = tuple(sorted({name for _, _, needed in self.observers for name in needed}))
         low_of_constant_BTEr = None
         if scored.low_BTEr is not None and "output" in keep:
-            # Of constant tokens, the first factor of the gate is still a parameter of the expert's output.
+            # Of constant tokens, the first factor of the gate is still a parameter of the output.
             low_of_constant_BTEr = score(lax.stop_gradient(x_BTD)).low_BTEr
         y_BTD, kept = run(partial(experts.weighed, keep=keep), chosen, low_of_constant_BTEr)
         if config.shared_experts:
             y_BTD += shared_experts(x_BTD, parameters, config.dtype)
-        layer = Observation(x_BTD, mask_BT, scores, chosen, kept, auxiliary, score, score_alone, run_all)
+        layer = Observation(
+            x_BTD, mask_BT, scores, chosen, kept, auxiliary, score, score_alone, run_all
+        )
         observed = {name: observe(layer) for name, observe, _ in self.observers}
         return y_BTD, routing.statistics(scores, chosen, mask_BT), observed
 
 
 def shared_experts(x_BTD, parameters, dtype):
-    """S experts that every token meets, unweighed (DeepSeekMoE, arXiv 2401.06066): one SwiGLU of width S F."""
-    w_gate, w_up, w_down = (parameters[name].astype(dtype) for name in ("shared_gate", "shared_up", "shared_down"))
+    """S experts that every token meets, unweighed (DeepSeekMoE, arXiv 2401.06066): one SwiGLU of
+    width S F.
+    """
+    w_gate, w_up, w_down = (
+        parameters[name].astype(dtype) for name in ("shared_gate", "shared_up", "shared_down")
+    )
     return (jax.nn.silu(x_BTD @ w_gate) * (x_BTD @ w_up)) @ w_down

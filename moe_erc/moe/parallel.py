@@ -50,7 +50,8 @@ def apply(run, mesh, x_BTD, routing, matrices, low_BTEr=None, low_of_constant_BT
 def project(mesh, x_BTD, w_low_EDr, spec):
     """x @ w_low of every expert, (B, T, E, r) float32, each expert's where its matrices are.
 
-    spec: where w_low lies. Experts are chosen by it, so that float32 is not rounded to bfloat16 on a TPU; bfloat16 is exact in one pass.
+    spec: where w_low lies. Experts are chosen by the result, so that float32 is not rounded to
+    bfloat16 on a TPU; bfloat16 is exact in one pass.
     """
 
     def local(x_BTD, w_low_EDr):

@@ -94,7 +94,7 @@ def _differences(before: Mapping, after: Mapping, prefix: str = "") -> Iterator[
 
 
 def _is_idle(key: str, before: Mapping, after: Mapping) -> bool:
-    """Whether it is an option of a loss that is not computed, or of a router that is not in use, before or afterwards."""
+    """Whether it is an option of a loss or a router that is not in use, before or afterwards."""
     block, *names = key.split(".")
     if block == "routers" and names:
         return not all(config.get("model", {}).get("router") == names[0] for config in (before, after))

@@ -1,4 +1,6 @@
-"""A router from outside the package: registered by its name, configured, placed, trained; nothing else is touched."""
+"""A router from outside the package: registered by its name, configured, placed, trained; nothing
+else is touched.
+"""
 
 import dataclasses
 from typing import ClassVar
@@ -27,7 +29,9 @@ STEPS = 2
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Distance(TopK):
-    """Experts near to a token: logits = -sharpness |x @ center_map - center|^2, sharper by `growth` with every step."""
+    """Experts near to a token: logits = -sharpness |x @ center_map - center|^2, sharper by `growth`
+    with every step.
+    """
 
     name: ClassVar[str] = "distance"
     sharpness: float = option(1.0, lambda value: value > 0, "positive")
@@ -81,14 +85,18 @@ def test_a_router_from_outside_takes_two_steps(config, token_batch):
     before = jax.device_get(state.params)
     assert sum(leaf.size for leaf in jax.tree.leaves(before)) == model_config.parameters()
 
-    step = make_train_step(model, Objective(config.losses.to_dict(), model), optimizer, 1, shardings(shapes))
+    step = make_train_step(
+        model, Objective(config.losses.to_dict(), model), optimizer, 1, shardings(shapes)
+    )
     batch = sharding.put_batch(model.mesh, token_batch(8, 16))
     losses = []
     for _ in range(STEPS):
         state, metrics = step(state, batch)
         losses.append(float(metrics["loss/lm"]))
     assert losses[1] < losses[0]
-    moved = jax.tree.map(lambda old, new: bool((old != new).any()), before, jax.device_get(state.params))
+    moved = jax.tree.map(
+        lambda old, new: bool((old != new).any()), before, jax.device_get(state.params)
+    )
     assert all(jax.tree.leaves(moved)), moved
     np.testing.assert_array_equal(state.router["age"], [STEPS, STEPS])
     assert state.loss_scales["load_balance"] == 1.5**STEPS == metrics["scale/load_balance"]

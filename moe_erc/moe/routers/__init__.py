@@ -24,10 +24,11 @@ ROUTERS = {
 
 
 def make_router(name: str, options: Mapping[str, Mapping]) -> Router:
-    """The router called `name` with its options, {router: {option: value}}, where what is missing has its default.
+    """The router called `name` with its options, {router: {option: value}}, where what is missing
+    has its default.
 
-    The options of the other routers are checked as well. BadInput for a router or an option that there is not, and for
-    a value out of its range.
+    The options of the other routers are checked as well. BadInput for a router or an option that
+    there is not, and for a value out of its range.
     """
     if name not in ROUTERS:
         raise BadInput(f"model.router: {name!r} is not one of {', '.join(ROUTERS)}")

@@ -1,9 +1,11 @@
-"""Autonomy-of-Experts (AoE, arXiv 2501.13074): no router, a token meets the experts that it excites most.
+"""Autonomy-of-Experts (AoE, arXiv 2501.13074): no router, a token meets the experts that it excites
+most.
 
     w_gate[e] = w_low[e] @ w_high[e],   low_e = x @ w_low[e],   probs = softmax(|low_e|) over all E
 
-Every expert computes its `low` for every token, 2 N (E - K) D r FLOPs more than it uses, and the chosen go on from it.
-With r = D F / (D + F) an expert has as many parameters as one with a full gate.
+Every expert computes its `low` for every token, 2 N (E - K) D r FLOPs more than it uses, and the
+chosen go on from it. With r = D F / (D + F) an expert has as many parameters as one with a full
+gate.
 """
 
 import dataclasses
@@ -25,12 +27,16 @@ BY_EXPERT = P(EXPERT, DATA, None)  # the place of w_low: where its expert's othe
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Factorized(Router):
-    """A router that is the first factor of the gates, `w_low` (E, D, r); `w_high` (E, r, F) is the experts'."""
+    """A router that is the first factor of the gates, `w_low` (E, D, r); `w_high` (E, r, F) is the
+    experts'.
+    """
 
     rank: int = option(0, lambda value: value >= 0, "at least 0 (0 takes D F / (D + F))")
 
     def gate_rank(self, config: Any) -> int:
-        """`rank`; where it is 0 the largest with which an expert has no more parameters than with a whole gate."""
+        """`rank`; where it is 0 the largest with which an expert has no more parameters than with a
+        whole gate.
+        """
         equal = config.width * config.expert_width // (config.width + config.expert_width)
         return self.rank or max(equal, 1)
 
@@ -42,7 +48,9 @@ class Factorized(Router):
         self, config: Any, mesh: Mesh | None, parameters: Mapping, x_BTD: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
         """(low_BTEr in the dtype of x, its lengths (B, T, E) in float32)."""
-        low_BTEr = parallel.project(mesh, x_BTD, parameters["w_low"].astype(config.dtype), BY_EXPERT)
+        low_BTEr = parallel.project(
+            mesh, x_BTD, parameters["w_low"].astype(config.dtype), BY_EXPERT
+        )
         square_BTE = jnp.sum(jnp.square(low_BTEr), axis=-1)
         positive_BTE = jnp.where(square_BTE == 0, 1, square_BTE)
         length_BTE = jnp.where(square_BTE == 0, 0, jnp.sqrt(positive_BTE))  # of NaN, NaN
@@ -59,7 +67,9 @@ class AoE(Factorized, FlexibleTopK):
 
     name: ClassVar[str] = "aoe"
 
-    def score(self, config: Any, mesh: Mesh | None, parameters: Mapping, x_BTD: jax.Array) -> Scores:
+    def score(
+        self, config: Any, mesh: Mesh | None, parameters: Mapping, x_BTD: jax.Array
+    ) -> Scores:
         low_BTEr, length_BTE = self.low_and_length(config, mesh, parameters, x_BTD)
         probabilities_BTE = jax.nn.softmax(length_BTE, axis=-1)
         return Scores(length_BTE, probabilities_BTE, probabilities_BTE, low_BTEr)

@@ -1,9 +1,11 @@
-"""What a router is: a frozen record whose fields are its options and whose methods are all that others ask of it.
+"""What a router is: a frozen record whose fields are its options, and which answers for itself.
 
-The model, the step, the optimizer, the mesh and the export know this record alone. A router is one file beside this
-one, one line in `routers/__init__.py` and, if it has options, a block `routers.NAME` in `configs/base.py`.
+The model, the step, the optimizer, the mesh and the export know this record alone. A router is one
+file beside this one, one line in `routers/__init__.py` and, if it has options, a block
+`routers.NAME` in `configs/base.py`.
 
-`config` in every signature is the model's configuration (`model/config.py`): the sizes. The options are `self`.
+`config` in every signature is the model's configuration (`model/config.py`): the sizes. The options
+are `self`.
 """
 
 import abc
@@ -31,11 +33,12 @@ class Parameter(NamedTuple):
     shape: tuple[int, ...]
     placement: P = P()  # every device has the whole array
     moments: P | None = None  # the place of its optimizer moments; None: that of the parameter
-    orthogonalized: bool = True  # by Muon, if it is a matrix; rows that are compared with tokens one by one are not
+    # By Muon, if it is a matrix. Rows that are compared with tokens one by one are no hidden map.
+    orthogonalized: bool = True
 
 
 class RouterState(NamedTuple):
-    """What routing carries from step to step beside its parameters: part of the train state, saved and restored."""
+    """What routing carries from step to step beside its parameters; saved with the train state."""
 
     by_layer: dict  # what the layers read; every leaf has a leading axis of layers
     loss_scales: dict  # {name of a loss: factor of its weight}, float32 scalars
@@ -56,29 +59,37 @@ def option(default: Any, holds: Callable[[Any], bool], limit: str) -> Any:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Router(abc.ABC):
-    """How tokens choose experts. A subclass sets `name`, `parameters`, `score`, `choose`, `flops` and what it can do.
+    """How tokens choose experts.
 
+    A subclass sets `name`, `parameters`, `score`, `choose`, `flops`, and says what it can do.
     BadInput for an option out of its range, which names it as `routers.NAME.option`.
     """
 
     name: ClassVar[str]
-    has_probabilities: ClassVar[bool] = False  # scores are probabilities: the most probable are chosen, and weigh
-    has_rows: ClassVar[bool] = False  # every expert has a direction in token space that attracts tokens: `rows`
-    is_linear: ClassVar[bool] = False  # the parameter `router` (E, D) is compared with tokens, or its turned rows are
-    is_softmax: ClassVar[bool] = False  # that parameter is used as an OLMoE uses it: training can start from one
-    competes: ClassVar[bool] = False  # experts may compete during training; `Choice.auxiliary` is the competition
+    # Scores become probabilities; the most probable experts are chosen and weighed by them.
+    has_probabilities: ClassVar[bool] = False
+    # Every expert has a direction in token space that attracts tokens: `rows`.
+    has_rows: ClassVar[bool] = False
+    # There is a parameter `router` (E, D), one row of the model's width per expert.
+    is_linear: ClassVar[bool] = False
+    # That parameter is used as an OLMoE uses it, so that training can start from one.
+    is_softmax: ClassVar[bool] = False
+    # Experts may compete during training; `Choice.auxiliary` is the result of the competition.
+    competes: ClassVar[bool] = False
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if field.metadata and not field.metadata["holds"](value):
-                raise BadInput(f"{self.key(field.name)}: {value!r} must be {field.metadata['limit']}")
+                raise BadInput(
+                    f"{self.key(field.name)}: {value!r} must be {field.metadata['limit']}"
+                )
 
     def key(self, option: str) -> str:
         """The configuration's key of an option."""
         return f"routers.{self.name}.{option}"
 
-    def check(self, config: Any) -> None:
+    def check(self, config: Any) -> None:  # noqa: B027  most routers work with any sizes
         """BadInput for sizes of the model that the router cannot work with."""
 
     @abc.abstractmethod
@@ -86,24 +97,36 @@ class Router(abc.ABC):
         """By name, what the router adds to every layer."""
 
     @abc.abstractmethod
-    def score(self, config: Any, mesh: Mesh | None, parameters: Mapping, x_BTD: jax.Array) -> Scores:
-        """What the router says of every token and expert. `parameters` holds those of the layer, the experts' too."""
+    def score(
+        self, config: Any, mesh: Mesh | None, parameters: Mapping, x_BTD: jax.Array
+    ) -> Scores:
+        """What the router says of every token and expert.
+
+        parameters: of the layer, those of the experts among them.
+        """
 
     def preference(self, scores: Scores, state: Mapping) -> jax.Array:
         """(B, T, E): who is preferred. `state` is the layer's share of `RouterState.by_layer`."""
         return scores.probabilities_BTE
 
     @abc.abstractmethod
-    def choose(self, config: Any, probabilities_BTE: jax.Array, preference_BTE: jax.Array) -> Routing:
+    def choose(
+        self, config: Any, probabilities_BTE: jax.Array, preference_BTE: jax.Array
+    ) -> Routing:
         """The experts of every token and their weights, token by token."""
 
-    def route(self, config: Any, mesh: Mesh | None, scores: Scores, state: Mapping, run_all: Callable) -> Choice:
-        """The choice for a whole layer. `run_all` runs an expert function of `experts.py` for all experts."""
+    def route(
+        self, config: Any, mesh: Mesh | None, scores: Scores, state: Mapping, run_all: Callable
+    ) -> Choice:
+        """The choice for a whole layer.
+
+        run_all: of a function of `experts.py`, (summed, kept) of all experts on every token.
+        """
         choose = parallel.by_token(functools.partial(self.choose, config), mesh)
         return Choice(scores, choose(scores.probabilities_BTE, self.preference(scores, state)))
 
     def rows(self, config: Any, parameters: Mapping) -> jax.Array:
-        """(E, D) of one layer: row i is the direction in token space that expert i attracts; BadInput if it has none."""
+        """(E, D) of one layer: row i attracts tokens to expert i. BadInput without `has_rows`."""
         raise BadInput(f"model.router is {self.name!r}, which has no router rows")
 
     @abc.abstractmethod
@@ -111,7 +134,7 @@ class Router(abc.ABC):
         """FLOPs of a token in one layer, forward, beside those of its experts."""
 
     def gate_rank(self, config: Any) -> int:
-        """The rank r of gates w_low @ w_high, whose first factor is the router's; 0: the experts have whole gates."""
+        """The rank r of gates w_low @ w_high whose first factor is the router's; 0: whole gates."""
         return 0
 
     def most_experts(self, config: Any) -> int:
@@ -131,8 +154,13 @@ class Router(abc.ABC):
         return state
 
     def exports_as(self) -> "Router":
-        """The softmax router that computes the same with `rows` as its parameter; BadInput with the reason if none."""
-        raise BadInput(f"model.router: {self.name!r} cannot be exported; a softmax router has no such scores")
+        """The softmax router that computes the same with `rows` as its parameter.
+
+        BadInput, with the reason, if there is none.
+        """
+        raise BadInput(
+            f"model.router: {self.name!r} cannot be exported; a softmax router has no such scores"
+        )
 
     def describe(self, config: Any) -> str:
         """One sentence for the card of an exported model."""
@@ -144,33 +172,47 @@ class TopK(Router):
     """Takes the K most probable experts and weighs them by their probability."""
 
     has_probabilities: ClassVar[bool] = True
-    renormalize: bool = False  # weights sum to 1 over the K chosen; False: the probabilities sum to 1 over all E
+    renormalize: bool = (
+        False  # weights sum to 1 over the K chosen; False: the probabilities sum to 1 over all E
+    )
 
-    def choose(self, config: Any, probabilities_BTE: jax.Array, preference_BTE: jax.Array) -> Routing:
-        return top(probabilities_BTE, preference_BTE, config.experts_per_token, renormalize=self.renormalize)
+    def choose(
+        self, config: Any, probabilities_BTE: jax.Array, preference_BTE: jax.Array
+    ) -> Routing:
+        return top(
+            probabilities_BTE,
+            preference_BTE,
+            config.experts_per_token,
+            renormalize=self.renormalize,
+        )
 
     def describe(self, config: Any) -> str:
-        return f"Router: {self.name}, the top {config.experts_per_token} of {config.experts} experts."
+        return (
+            f"Router: {self.name}, the top {config.experts_per_token} of {config.experts} experts."
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FlexibleTopK(TopK):
     """Top K that may keep fewer than K, or balance without a loss.
 
-    top_p (arXiv 2403.07652) keeps of the K the smallest prefix whose probabilities sum to more. bias_rate (loss-free
-    balancing, arXiv 2408.15664) adds a bias to what is preferred, not to what weighs, and moves it by this after each
-    step towards equal load: `loss_free.py`. Its state is {"bias": (L, E)}.
+    top_p (arXiv 2403.07652) keeps of the K the smallest prefix whose probabilities sum to more.
+    bias_rate (loss-free balancing, arXiv 2408.15664) adds a bias to what is preferred, not to what
+    weighs, and moves it by this after each step towards equal load: `loss_free.py`. Its state is
+    {"bias": (L, E)}.
     """
 
-    top_p: float = option(1.0, lambda value: 0 < value <= 1, "above 0 and at most 1 (1 keeps all K)")
+    top_p: float = option(
+        1.0, lambda value: 0 < value <= 1, "above 0 and at most 1 (1 keeps all K)"
+    )
     bias_rate: float = option(0.0, lambda value: 0 <= value < math.inf, "at least 0 and finite")
 
     def __post_init__(self):
         super().__post_init__()
         if self.bias_rate and self.top_p < 1:
             raise BadInput(
-                f"{self.key('bias_rate')}: {self.bias_rate} beside top_p {self.top_p}: a prefix of the most probable "
-                "experts is not one of the most preferred; use one of the two"
+                f"{self.key('bias_rate')}: {self.bias_rate} beside top_p {self.top_p}: a prefix of "
+                "the most probable experts is not one of the most preferred; use one of the two"
             )
 
     def preference(self, scores: Scores, state: Mapping) -> jax.Array:
@@ -178,8 +220,16 @@ class FlexibleTopK(TopK):
             return scores.probabilities_BTE
         return scores.probabilities_BTE + state["bias"]
 
-    def choose(self, config: Any, probabilities_BTE: jax.Array, preference_BTE: jax.Array) -> Routing:
-        return top(probabilities_BTE, preference_BTE, config.experts_per_token, self.top_p, self.renormalize)
+    def choose(
+        self, config: Any, probabilities_BTE: jax.Array, preference_BTE: jax.Array
+    ) -> Routing:
+        return top(
+            probabilities_BTE,
+            preference_BTE,
+            config.experts_per_token,
+            self.top_p,
+            self.renormalize,
+        )
 
     def init_state(self, config: Any) -> RouterState:
         if not self.bias_rate:
@@ -195,8 +245,12 @@ class FlexibleTopK(TopK):
     def check_plain(self) -> None:
         """BadInput for options that no OLMoE has."""
         if self.top_p < 1:
-            reason = "the same number of experts for every token"
-            raise BadInput(f"{self.key('top_p')}: {self.top_p} cannot be exported; an OLMoE has {reason}")
+            raise BadInput(
+                f"{self.key('top_p')}: {self.top_p} cannot be exported; "
+                "an OLMoE has the same number of experts for every token"
+            )
         if self.bias_rate:
-            reason = "no bias that turns the choice"
-            raise BadInput(f"{self.key('bias_rate')}: {self.bias_rate} cannot be exported; an OLMoE has {reason}")
+            raise BadInput(
+                f"{self.key('bias_rate')}: {self.bias_rate} cannot be exported; "
+                "an OLMoE has no bias that turns the choice"
+            )

@@ -1,11 +1,13 @@
-"""CompeteSMoE (v2, arXiv 2505.13380): now and then all experts run, and the router learns who would have won.
+"""CompeteSMoE (v2, arXiv 2505.13380): now and then all experts run, and the router learns who would
+have won.
 
-    a_e = mean softplus(expert_e(x)),   q = softmax(a),   experts = top K of q,   weights = a[experts] / sum
+    a_e = mean softplus(expert_e(x)),   q = softmax(a)
+    experts = top K of q,   weights = a[experts] / sum
 
-On other steps the router is a softmax router. `losses/competition.py` draws it towards q; in which layers experts
-compete is drawn step by step from the step's key, a function of the state, and of more than the allowed number the
-excess does not. In a layer that competes the balance loss reads q, as the tokens were routed by it. Dense while it
-lasts: the price is the point of the comparison.
+On other steps the router is a softmax router. `losses/competition.py` draws it towards q; in which
+layers experts compete is drawn step by step from the step's key, a function of the state, and of
+more than the allowed number the excess does not. In a layer that competes the balance loss reads q,
+as the tokens were routed by it. Dense while it lasts: the price is the point of the comparison.
 """
 
 import dataclasses
@@ -26,7 +28,9 @@ from moe_erc.moe.routing import Routing, Scores, shares
 
 
 class CompetitionResult(NamedTuple):
-    """Whether the layer's experts compete on this step, and the softmax of their answers (zeros if not)."""
+    """Whether the layer's experts compete on this step, and the softmax of their answers (zeros if
+    not).
+    """
 
     active: jax.Array  # bool
     competitors_BTE: jax.Array
@@ -40,8 +44,9 @@ def winners(affinity_BTE: jax.Array, experts_per_token: int) -> tuple[Routing, j
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Competition(LinearRouter):
-    """A softmax router whose experts compete in some layers of a training step. It chooses by other means than
-    probability on these, so it has neither top_p nor a bias."""
+    """A softmax router whose experts compete in some layers of a training step. It chooses by other
+    means than probability on these, so it has neither top_p nor a bias.
+    """
 
     name: ClassVar[str] = "competition"
     is_softmax: ClassVar[bool] = True
@@ -63,8 +68,10 @@ class Competition(LinearRouter):
         rank_L = jnp.argsort(jnp.argsort(draw_L))
         return (draw_L < self.rate) & (rank_L < self.max_layers)
 
-    def route(self, config: Any, mesh: Mesh | None, scores: Scores, state: Mapping, run_all: Callable) -> Choice:
-        """To the winners where the layer competes, to the most probable elsewhere and at inference."""
+    def route(
+        self, config: Any, mesh: Mesh | None, scores: Scores, state: Mapping, run_all: Callable
+    ) -> Choice:
+        """To the winners where the layer competes, elsewhere to the most probable."""
         usual = super().route(config, mesh, scores, state, run_all)
         if "competing" not in state:
             return usual
@@ -83,11 +90,15 @@ class Competition(LinearRouter):
         return Choice(scores._replace(balance_BTE=balance_BTE), routing, result)
 
     def expected_share(self, config: Any) -> float:
-        """Of the layers that compete on a step: each with the same probability, but not more than so many."""
+        """Of the layers that compete on a step: each with the same probability, but not more than
+        so many.
+        """
         layers = config.layers
         expected = 0.0
         for count in range(layers + 1):
-            probability = math.comb(layers, count) * self.rate**count * (1 - self.rate) ** (layers - count)
+            probability = (
+                math.comb(layers, count) * self.rate**count * (1 - self.rate) ** (layers - count)
+            )
             expected += min(count, self.max_layers) * probability
         return expected / layers
 

@@ -1,9 +1,12 @@
-"""Manifold power iteration (MPI, arXiv 2606.12397): each router row turned towards what its own expert answers to.
+"""Manifold power iteration (MPI, arXiv 2606.12397): each router row turned towards what its own
+expert answers to.
 
-    r_e = router[e] @ w_gate[e] @ w_gate[e].T,   r'_e = scale / sqrt(E) * r_e / |r_e|,   logits = x @ r'.T
+    r_e = router[e] @ w_gate[e] @ w_gate[e].T
+    r'_e = scale / sqrt(E) * r_e / |r_e|,   logits = x @ r'.T
 
-One power step towards the gate's top singular direction in every forward, inside the graph: the gradient reaches router
-and w_gate, and `router` is not overwritten. At inference r' is a constant: the model is an ordinary MoE.
+One power step towards the gate's top singular direction in every forward, inside the graph: the
+gradient reaches router and w_gate, and `router` is not overwritten. At inference r' is a constant:
+the model is an ordinary MoE.
 """
 
 import dataclasses
@@ -22,7 +25,7 @@ from moe_erc.moe.routing import unit
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MPI(LinearRouter, FlexibleTopK):
-    """Rows turned by the gates. The power step is of parameters alone: it adds no FLOPs to a token."""
+    """Rows turned by the gates. The power step reads parameters alone: no FLOPs per token."""
 
     name: ClassVar[str] = "mpi"
     # C' of the paper, whose sweep at E = 256 found 2, 4 and 8 good, and 1 as bad as vanilla.
@@ -32,8 +35,12 @@ class MPI(LinearRouter, FlexibleTopK):
         """r', (E, D), of length scale / sqrt(E) each; 0 where the power step gives 0."""
         router_ED = parameters["router"]
         w_gate_EDF = parameters["w_gate"]
-        excited_EF = jnp.einsum("ed,edf->ef", router_ED, w_gate_EDF, precision=lax.Precision.HIGHEST)
-        turned_ED = jnp.einsum("ef,edf->ed", excited_EF, w_gate_EDF, precision=lax.Precision.HIGHEST)
+        excited_EF = jnp.einsum(
+            "ed,edf->ef", router_ED, w_gate_EDF, precision=lax.Precision.HIGHEST
+        )
+        turned_ED = jnp.einsum(
+            "ef,edf->ed", excited_EF, w_gate_EDF, precision=lax.Precision.HIGHEST
+        )
         return self.scale / config.experts**0.5 * unit(turned_ED)
 
     def exports_as(self) -> Router:

@@ -22,8 +22,12 @@ INITIALIZERS = ("normal", "orthogonal")
 
 
 def linear_scores(x_BTD: jax.Array, router_ED: jax.Array) -> Scores:
-    """Scores of rows. The choice is discrete: a rounded score is another model, and E columns cost nothing."""
-    logits_BTE = jnp.einsum("btd,ed->bte", x_BTD.astype(jnp.float32), router_ED, precision=lax.Precision.HIGHEST)
+    """Scores of rows. The choice is discrete: a rounded score is another model, and E columns cost
+    nothing.
+    """
+    logits_BTE = jnp.einsum(
+        "btd,ed->bte", x_BTD.astype(jnp.float32), router_ED, precision=lax.Precision.HIGHEST
+    )
     probabilities_BTE = jax.nn.softmax(logits_BTE, axis=-1)
     return Scores(logits_BTE, probabilities_BTE, probabilities_BTE)
 
@@ -38,12 +42,18 @@ class LinearRouter(TopK):
     init: str = option("normal", lambda value: value in INITIALIZERS, " or ".join(INITIALIZERS))
 
     def parameters(self, config: Any) -> dict[str, Parameter]:
-        initializer = nn.initializers.orthogonal() if self.init == "orthogonal" else config.initializer
+        initializer = (
+            nn.initializers.orthogonal() if self.init == "orthogonal" else config.initializer
+        )
         shape = (config.experts, config.width)
-        # Every device reads the whole router; its moments are read where they are updated, and can be cut.
-        return {"router": Parameter(initializer, shape, moments=P(None, DATA), orthogonalized=False)}
+        # Every device reads the whole router. Its moments are read where they are updated: cut.
+        return {
+            "router": Parameter(initializer, shape, moments=P(None, DATA), orthogonalized=False)
+        }
 
-    def score(self, config: Any, mesh: Mesh | None, parameters: Mapping, x_BTD: jax.Array) -> Scores:
+    def score(
+        self, config: Any, mesh: Mesh | None, parameters: Mapping, x_BTD: jax.Array
+    ) -> Scores:
         return linear_scores(x_BTD, self.rows(config, parameters))
 
     def rows(self, config: Any, parameters: Mapping) -> jax.Array:

@@ -1,10 +1,12 @@
 """X-MoE (arXiv 2204.09179): tokens and experts compared by angle, in a space of E / 2 dimensions.
 
-    score_e = cos(x @ projection, expert_embedding[e]),   probs = softmax(score / temperature), a learned scalar
+    score_e = cos(x @ projection, expert_embedding[e])
+    probs = softmax(score / temperature), a learned scalar
 
-Both sides are normalised. The balance loss reads softmax(score / 0.3), whatever the temperature has become; a learned
-temperature below 0.01 counts as 0.01. Where a softmax router has E D parameters, this one has E D / 2 + E^2 / 2 + 1.
-Fewer than 4 experts are refused: in the one dimension that is left, every cosine is 1 or -1, and experts tie.
+Both sides are normalised. The balance loss reads softmax(score / 0.3), whatever the temperature has
+become; a learned temperature below 0.01 counts as 0.01. Where a softmax router has E D parameters,
+this one has E D / 2 + E^2 / 2 + 1. Fewer than 4 experts are refused: in the one dimension that is
+left, every cosine is 1 or -1, and experts tie.
 """
 
 import dataclasses
@@ -36,8 +38,8 @@ class XMoE(FlexibleTopK):
     def check(self, config: Any) -> None:
         if config.experts < FEWEST_EXPERTS:
             raise BadInput(
-                f"model.experts: {config.experts}, but router {self.name!r} compares them by angle in E / 2 "
-                "dimensions, and in a single one all cosines are 1 or -1 and tie; "
+                f"model.experts: {config.experts}, but router {self.name!r} compares them by angle "
+                "in E / 2 dimensions, and in a single one all cosines are 1 or -1 and tie; "
                 f"use at least {FEWEST_EXPERTS}"
             )
 
@@ -46,20 +48,30 @@ class XMoE(FlexibleTopK):
         size = _dimensions(config)
         return {
             "projection": Parameter(config.initializer, (config.width, size)),
-            "expert_embedding": Parameter(config.initializer, (config.experts, size), orthogonalized=False),
+            "expert_embedding": Parameter(
+                config.initializer, (config.experts, size), orthogonalized=False
+            ),
             "temperature": Parameter(nn.initializers.constant(TEMPERATURE), ()),
         }
 
-    def score(self, config: Any, mesh: Mesh | None, parameters: Mapping, x_BTD: jax.Array) -> Scores:
+    def score(
+        self, config: Any, mesh: Mesh | None, parameters: Mapping, x_BTD: jax.Array
+    ) -> Scores:
         exact = {"precision": lax.Precision.HIGHEST}
-        low_BTd = jnp.einsum("bti,id->btd", x_BTD.astype(jnp.float32), parameters["projection"], **exact)
-        cosine_BTE = jnp.einsum("btd,ed->bte", unit(low_BTd), unit(parameters["expert_embedding"]), **exact)
+        low_BTd = jnp.einsum(
+            "bti,id->btd", x_BTD.astype(jnp.float32), parameters["projection"], **exact
+        )
+        cosine_BTE = jnp.einsum(
+            "btd,ed->bte", unit(low_BTd), unit(parameters["expert_embedding"]), **exact
+        )
         logits_BTE = cosine_BTE / jnp.maximum(parameters["temperature"], LOWEST_TEMPERATURE)
         balance_BTE = jax.nn.softmax(cosine_BTE / TEMPERATURE, axis=-1)
         return Scores(logits_BTE, jax.nn.softmax(logits_BTE, axis=-1), balance_BTE)
 
     def rows(self, config: Any, parameters: Mapping) -> jax.Array:
-        """The direction in token space that each embedding stands for: its unit vector times the projection."""
+        """The direction in token space that each embedding stands for: its unit vector times the
+        projection.
+        """
         embedding_Ed = unit(parameters["expert_embedding"])
         return jnp.matmul(embedding_Ed, parameters["projection"].T, precision=lax.Precision.HIGHEST)
 

@@ -7,7 +7,6 @@ import numpy as np
 from moe_erc.moe.routers.xmoe import XMoE
 from tests.tolerance import assert_close, magnitude
 
-
 score = XMoE().score
 rows = XMoE().rows
 

@@ -9,7 +9,7 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1]
 ALLOWED = {
     "losses": {"losses", "random_keys"},
-    "moe": {"moe", "sharding"},
+    "moe": {"moe", "random_keys", "sharding"},
     "model": {"model", "moe", "sharding"},
     "data": {"data", "bars", "command_line", "paths"},
     "training": {"training", "model", "moe", "losses", "paths", "random_keys", "sharding"},

@@ -14,7 +14,6 @@ from moe_erc.losses.load_balance import load_measures
 from moe_erc.model.context import of_batch
 from moe_erc.moe.routers.base import RouterState
 from moe_erc.moe.routing import StepCounts
-from moe_erc.random_keys import named
 from moe_erc.sharding import replicate, shard_batch
 from moe_erc.training.guard import GuardConfig, judge
 from moe_erc.training.optimizer import updates_done
@@ -72,7 +71,7 @@ def step_gradients(model, objective, micro_batches):
 
     def gradients_of(state, batch):
         rng = jax.random.fold_in(state.rng, state.step)
-        router = model.config.router.before_step(model.config, state.router, named(rng, "competing layers"))
+        router = model.config.router.before_step(model.config, state.router, rng)
         of_batch = functools.partial(micro_batch_gradients, model, objective, state, router)
         gradients, terms, counts = batch_gradients(of_batch, split(batch, micro_batches))
         shape_BT = batch["mask_BT"].shape

@@ -146,7 +146,10 @@ class Router(abc.ABC):
         return RouterState({}, {})
 
     def before_step(self, config: Any, by_layer: dict, rng: jax.Array) -> dict:
-        """What the layers read on a training step; at inference they read `by_layer` alone."""
+        """What the layers read on a training step; at inference they read `by_layer` alone.
+
+        rng: the key of the step. What is drawn is drawn from a key named after its use.
+        """
         return by_layer
 
     def after_step(self, config: Any, state: RouterState, counts: StepCounts) -> RouterState:

@@ -25,12 +25,11 @@ from moe_erc.moe import experts, parallel
 from moe_erc.moe.routers.base import Choice, option
 from moe_erc.moe.routers.softmax import LinearRouter
 from moe_erc.moe.routing import Routing, Scores, shares
+from moe_erc.random_keys import named
 
 
 class CompetitionResult(NamedTuple):
-    """Whether the layer's experts compete on this step, and the softmax of their answers (zeros if
-    not).
-    """
+    """Whether the layer's experts compete on this step, and the softmax of their answers, or zeros."""
 
     active: jax.Array  # bool
     competitors_BTE: jax.Array
@@ -57,7 +56,9 @@ class Competition(LinearRouter):
     max_layers: int = option(3, lambda value: value >= 1, "at least 1")
 
     def before_step(self, config: Any, by_layer: dict, rng: jax.Array) -> dict:
-        return by_layer | {"competing": self.competing_layers(config, rng)}
+        return by_layer | {
+            "competing": self.competing_layers(config, named(rng, "competing layers"))
+        }
 
     def competing_layers(self, config: Any, rng: jax.Array) -> jax.Array:
         """(L,) bool: every layer with the same probability, but no more than `max_layers` of them.
@@ -90,9 +91,7 @@ class Competition(LinearRouter):
         return Choice(scores._replace(balance_BTE=balance_BTE), routing, result)
 
     def expected_share(self, config: Any) -> float:
-        """Of the layers that compete on a step: each with the same probability, but not more than
-        so many.
-        """
+        """The share of layers that compete on a step, on average, under the limit `max_layers`."""
         layers = config.layers
         expected = 0.0
         for count in range(layers + 1):

@@ -22,8 +22,9 @@ INITIALIZERS = ("normal", "orthogonal")
 
 
 def linear_scores(x_BTD: jax.Array, router_ED: jax.Array) -> Scores:
-    """Scores of rows. The choice is discrete: a rounded score is another model, and E columns cost
-    nothing.
+    """Scores of rows, in full float32.
+
+    The choice is discrete: a rounded score is another model, and E columns cost nothing.
     """
     logits_BTE = jnp.einsum(
         "btd,ed->bte", x_BTD.astype(jnp.float32), router_ED, precision=lax.Precision.HIGHEST

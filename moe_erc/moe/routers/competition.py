@@ -29,7 +29,7 @@ from moe_erc.random_keys import named
 
 
 class CompetitionResult(NamedTuple):
-    """Whether the layer's experts compete on this step, and the softmax of their answers, or zeros."""
+    """Whether experts compete in the layer on this step, and the softmax of their answers or 0."""
 
     active: jax.Array  # bool
     competitors_BTE: jax.Array

@@ -75,7 +75,7 @@ def compile_erc(model, mesh, gradient):
 
 
 def show(rows):
-    """The table of the README."""
+    """The table of docs/performance.md."""
     columns = (
         "size",
         "mesh",

@@ -27,9 +27,36 @@ def token_losses(x_BTD, head_VD, targets_BT, chunk):
 
 
 def _chunk_losses(x_BCD, head_VD, targets_BC):
-    logits_BCV = jnp.einsum("bcd,vd->bcv", x_BCD, head_VD.astype(x_BCD.dtype), preferred_element_type=jnp.float32)
-    target_BC = jnp.take_along_axis(logits_BCV, targets_BC[..., None], axis=-1)[..., 0]
+    logits_BCV = _logits(x_BCD, head_VD)
+    # A comparison, not a gather: the gradient of a gather is a scatter into zeros as large as the logits.
+    is_target_BCV = targets_BC[..., None] == jnp.arange(logits_BCV.shape[-1])
+    target_BC = jnp.sum(jnp.where(is_target_BCV, logits_BCV, 0), axis=-1)
     return jax.nn.logsumexp(logits_BCV, axis=-1) - target_BC
+
+
+@jax.custom_vjp
+def _logits(x_BCD, head_VD):
+    """x @ head.T, (B, C, V) float32. All three matmuls multiply in the dtype of x and add up in float32.
+
+    Left to itself, the gradient's float32 would widen both of its matmuls to float32.
+    """
+    return jnp.einsum("bcd,vd->bcv", x_BCD, head_VD.astype(x_BCD.dtype), preferred_element_type=jnp.float32)
+
+
+def _logits_forward(x_BCD, head_VD):
+    return _logits(x_BCD, head_VD), (x_BCD, head_VD)
+
+
+def _logits_backward(inputs, d_BCV):
+    x_BCD, head_VD = inputs
+    d_BCV = d_BCV.astype(x_BCD.dtype)
+    head = head_VD.astype(x_BCD.dtype)
+    dx_BCD = jnp.einsum("bcv,vd->bcd", d_BCV, head, preferred_element_type=jnp.float32)
+    dhead_VD = jnp.einsum("bcv,bcd->vd", d_BCV, x_BCD, preferred_element_type=jnp.float32)
+    return dx_BCD.astype(x_BCD.dtype), dhead_VD.astype(head_VD.dtype)
+
+
+_logits.defvjp(_logits_forward, _logits_backward)
 
 
 def language_model(losses_BT, mask_BT):

@@ -46,15 +46,17 @@ def make_train_step(
             "loss/total": objective.total(terms, state.loss_scales),
             "router/experts_per_token": counts.experts_per_token_L,
             "norm/gradient": optax.tree.norm(gradients),
-            "norm/parameters": optax.tree.norm(params),
         }
         if schedule:
             metrics["optimizer/learning_rate"] = schedule(updates_done(state.opt_state))
+        # The guard judges what goes into the update. Were it to wait for the norm of what comes out, the whole update
+        # would be computed twice: once for the norm, once more for the choice between old and new.
         accepted, after, told = judge(guard, state.guard, metrics)
         changed = {"params": params, "opt_state": opt_state, "router": router, "loss_scales": scales}
         kept = {name: getattr(state, name) for name in changed}
         changed = jax.tree.map(functools.partial(jnp.where, accepted), changed, kept)
-        return state.replace(step=state.step + 1, guard=after, **changed), metrics | told
+        metrics |= told | {"norm/parameters": optax.tree.norm(changed["params"])}
+        return state.replace(step=state.step + 1, guard=after, **changed), metrics
 
     batch_shardings = shard_batch(model.mesh)
     return jax.jit(

@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from moe_erc.numerics import divide
+
 
 class Scores(NamedTuple):
     """What a router says of every token and expert, float32."""
@@ -46,12 +48,12 @@ class RoutingStats(NamedTuple):
     @property
     def load_E(self) -> jax.Array:
         """Share of all assignments that went to expert e; sums to 1, zeros where there is none. Leading axes stay."""
-        return self.assignments_E / jnp.maximum(jnp.sum(self.assignments_E, axis=-1, keepdims=True), 1)
+        return divide(self.assignments_E, jnp.sum(self.assignments_E, axis=-1, keepdims=True))
 
     @property
     def active(self) -> jax.Array:
         """Mean number of experts of an unmasked token. Leading axes stay."""
-        return jnp.sum(self.assignments_E, axis=-1) / jnp.maximum(self.tokens, 1)
+        return divide(jnp.sum(self.assignments_E, axis=-1), self.tokens)
 
 
 class StepCounts(NamedTuple):
@@ -63,7 +65,7 @@ class StepCounts(NamedTuple):
     @property
     def experts_per_token_L(self) -> jax.Array:
         """Mean number of experts of a token, float32."""
-        return jnp.sum(self.assignments_LE, axis=-1) / jnp.maximum(self.tokens, 1)
+        return divide(jnp.sum(self.assignments_LE, axis=-1), self.tokens)
 
 
 def top(
@@ -96,16 +98,10 @@ def shares(weights_BTK):
     Measured by the largest first: of a sum of 1e-20 the derivative of the quotient is out of float32's range.
     """
     largest_BT1 = lax.stop_gradient(jnp.max(weights_BTK, axis=-1, keepdims=True))
-    weights_BTK /= jnp.where(largest_BT1 == 0, 1, largest_BT1)
-    return weights_BTK / jnp.where(largest_BT1 == 0, 1, jnp.sum(weights_BTK, axis=-1, keepdims=True))
+    weights_BTK = divide(weights_BTK, largest_BT1)
+    return divide(weights_BTK, jnp.sum(weights_BTK, axis=-1, keepdims=True))
 
 
-def unit(x):
-    """x / |x| along the last axis, of any length that float32 holds; 0, with gradient 0, for zeros."""
-    largest = lax.stop_gradient(jnp.max(jnp.abs(x), axis=-1, keepdims=True))
-    x = x / jnp.where(largest == 0, 1, largest)  # the derivative of 1 / |x| overflows for an |x| of 1e-13
-    square = jnp.sum(jnp.square(x), axis=-1, keepdims=True)
-    return jnp.where(largest == 0, 0, x * lax.rsqrt(jnp.where(largest == 0, 1, square)))
 
 
 def full_slots(routing, experts, mask_BT):
@@ -121,7 +117,7 @@ def statistics(scores: Scores, routing: Routing, mask_BT: jax.Array) -> RoutingS
     """
     experts = scores.balance_BTE.shape[-1]
     tokens = jnp.sum(mask_BT, dtype=jnp.int32)
-    share_BT = mask_BT / jnp.maximum(tokens, 1)
+    share_BT = divide(mask_BT, tokens)
     full_BTK = full_slots(routing, experts, mask_BT)
     # Compared and summed in one pass. A scatter-add would queue all assignments at E addresses: on an H100 that took
     # 1.2 ms a layer at 262,144 of them.

@@ -14,6 +14,7 @@ from moe_erc.losses.load_balance import load_measures
 from moe_erc.model.context import of_batch
 from moe_erc.moe.routers.base import RouterState
 from moe_erc.moe.routing import StepCounts
+from moe_erc.numerics import divide
 from moe_erc.sharding import replicate, shard_batch
 from moe_erc.training.guard import GuardConfig, judge
 from moe_erc.training.optimizer import updates_done
@@ -104,14 +105,14 @@ def batch_gradients(of_batch, micro_batches):
 
     So every loss that is a mean over tokens and its gradient are those of the whole batch, whatever the number of
     micro-batches. Those that are not additive say in their own file what they are then: `losses/load_balance.py`,
-    `pairs.py`, `expert_orthogonality.py`. `of_batch(batch, earlier)` takes the summed counts of the earlier ones, None
+    `pairs.py`, `routing_variance.py`. `of_batch(batch, earlier)` takes the summed counts of the earlier ones, None
     where there is one micro-batch alone.
     """
     first = jax.tree.map(lambda leaf: leaf[0], micro_batches)
     if len(micro_batches["mask_BT"]) == 1:  # spares two passes over memory as large as the parameters
         return of_batch(first, None)
     tokens_M = jnp.sum(micro_batches["mask_BT"], axis=(1, 2))
-    shares_M = tokens_M / jnp.maximum(jnp.sum(tokens_M), 1)
+    shares_M = divide(tokens_M, jnp.sum(tokens_M))
 
     def accumulate(carry, share_and_batch):
         share, batch = share_and_batch

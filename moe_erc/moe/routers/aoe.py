@@ -20,6 +20,7 @@ from jax.sharding import PartitionSpec as P
 from moe_erc.moe import parallel
 from moe_erc.moe.routers.base import FlexibleTopK, Parameter, Router, option
 from moe_erc.moe.routing import Scores
+from moe_erc.numerics import square_root
 from moe_erc.sharding import DATA, EXPERT
 
 BY_EXPERT = P(EXPERT, DATA, None)  # the place of w_low: where its expert's other matrices are
@@ -52,9 +53,7 @@ class Factorized(Router):
             mesh, x_BTD, parameters["w_low"].astype(config.dtype), BY_EXPERT
         )
         square_BTE = jnp.sum(jnp.square(low_BTEr), axis=-1)
-        positive_BTE = jnp.where(square_BTE == 0, 1, square_BTE)
-        length_BTE = jnp.where(square_BTE == 0, 0, jnp.sqrt(positive_BTE))  # of NaN, NaN
-        return low_BTEr.astype(config.dtype), length_BTE
+        return low_BTEr.astype(config.dtype), square_root(square_BTE)
 
     def flops(self, config: Any) -> float:
         """The first factor of all experts."""

@@ -20,7 +20,7 @@ from jax import lax
 
 from moe_erc.moe.routers.base import FlexibleTopK, Router, option
 from moe_erc.moe.routers.softmax import LinearRouter
-from moe_erc.moe.routing import unit
+from moe_erc.numerics import unit
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

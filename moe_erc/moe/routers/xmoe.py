@@ -21,7 +21,8 @@ from jax.sharding import Mesh
 
 from moe_erc.checks import BadInput
 from moe_erc.moe.routers.base import FlexibleTopK, Parameter
-from moe_erc.moe.routing import Scores, unit
+from moe_erc.moe.routing import Scores
+from moe_erc.numerics import unit
 
 TEMPERATURE = 0.3  # at first, and of the balance loss
 LOWEST_TEMPERATURE = 0.01  # a learned scalar must not reach 0

@@ -35,7 +35,7 @@ class NoOptions:
 
 @dataclasses.dataclass(frozen=True)
 class Needs:
-    """What a loss asks of the model, without which it is refused.
+    """What a loss needs of the model. Without it the loss is refused.
 
     capability: a property of the model's config that has to be true.
     purpose: what the loss does with it, as the predicate of a sentence about the loss.

@@ -207,9 +207,7 @@ def test_another_loss_and_batch_size_are_said_kept_and_go_on_with_the_next_row(g
     assert meta["rows"] == 64 and change in meta["history"]
 
 
-def test_a_step_after_another_batch_size_reads_the_next_rows_and_so_do_its_last_words(
-    going_on, place
-):
+def test_a_step_after_another_batch_size_reads_the_next_rows_and_so_do_its_last_words(going_on, place):
     # 48 rows were read in batches of 8; steps of 5 rows go on with row 48, 53, …, until a number is not finite: then,
     # since none is to be skipped, the run stops and keeps its last good checkpoint.
     code, printed, _ = going_on(

@@ -21,7 +21,8 @@ from absl import flags
 from benchmarks import chips, compiled_report, environment
 from moe_erc import command_line, sharding
 from moe_erc.analysis import buffers, compiled
-from moe_erc.losses.objective import PARAMETER_TERMS, Objective
+from moe_erc.losses import LOSSES
+from moe_erc.losses.objective import Objective
 from moe_erc.model.config import ModelConfig
 from moe_erc.model.transformer import Transformer
 from moe_erc.training.optimizer import OptimizerConfig, make_optimizer
@@ -109,7 +110,11 @@ def lower(config, devices):
 
 def batch_losses(losses):
     """The losses without those on parameters."""
-    return {name: options | {"weight": 0.0} if name in PARAMETER_TERMS else options for name, options in losses.items()}
+    kept = dict(losses)
+    for name, block in losses.items():
+        if LOSSES[name].kind == "parameters":
+            kept[name] = block | {"weight": 0.0}
+    return kept
 
 
 def compile_program(program):

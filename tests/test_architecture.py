@@ -8,16 +8,17 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
 ALLOWED = {
-    "losses": {"losses", "random_keys"},
-    "moe": {"moe", "sharding"},
+    "losses": {"losses", "numerics", "random_keys"},
+    "moe": {"moe", "numerics", "sharding"},
     "model": {"model", "moe", "sharding"},
     "data": {"data", "bars", "command_line", "paths"},
-    "training": {"training", "model", "losses", "paths", "random_keys", "sharding"},
+    "training": {"training", "model", "losses", "numerics", "paths", "random_keys", "sharding"},
     "evaluation": {"evaluation", "model", "data", "paths", "sharding", "bars", "tables"},
-    "analysis": {"analysis", "model", "losses", "sharding", "tables"},
+    "analysis": {"analysis", "model", "losses", "numerics", "sharding", "tables"},
     "hf": {"hf", "model", "paths"},
     "study": {"study"},
     "checks": set(),
+    "numerics": set(),
     "random_keys": set(),
     "paths": set(),
     "console": set(),

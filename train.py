@@ -30,7 +30,6 @@ from moe_erc.measures import validation
 from moe_erc.measures.registry import curves
 from moe_erc.model.config import ModelConfig
 from moe_erc.model.transformer import Transformer
-from moe_erc.training import router_state
 from moe_erc.training.checkpoint import Checkpoints, holds_steps, prepare_directory
 from moe_erc.training.failure import EXPECTED, LastWords
 from moe_erc.training.guard import GuardConfig
@@ -61,15 +60,15 @@ def main(_):
         config.data.tokenizer = tokenizer_files.tokenizer_of(config.init_from, config.data.tokenizer)
         if config.data.tokenizer != tokenizer_files.BYTES:  # a run is evaluated in any directory
             config.data.tokenizer = str(paths.local(config.data.tokenizer))
-        model_config, data_config = ModelConfig(**config.model), text.DataConfig(**config.data)
-        optimizer = make_optimizer(OptimizerConfig(**config.optimizer), steps)
+        model_config, data_config = ModelConfig.of(config), text.DataConfig(**config.data)
+        optimizer = make_optimizer(OptimizerConfig(**config.optimizer), steps, model_config)
         guard, micro_batches = GuardConfig(**config.guard), config.train.micro_batches
         sharding.use_cpu_cores(batch_size // max(micro_batches, 1), config.eval.batch_size, model_config.experts)
         mesh = sharding.make_mesh(config.mesh.data, config.mesh.expert)
         model = Transformer(model_config, mesh)
         objective = Objective(config.losses.to_dict(), model)
         sharding.check(mesh, model_config, batch_size, micro_batches, config.eval.batch_size)
-        router_state.check_counts(model_config, batch_size, length)
+        model_config.check_assignments(batch_size, length)
         processes.mute_all_but_first()
         print(f"{workdir}: {model_config.parameters():,} parameters, {model_config.active_parameters():,} active")
 
@@ -119,7 +118,7 @@ def main(_):
 
         # ---------------------------------------------------------------- what the run is
         init = initializer(model, optimizer, config.seed)
-        shapes = abstract_state(init, mesh)
+        shapes = abstract_state(init, model)
         resume.check_state(earlier, model, shapes)
         source = None if start else config.init_from
         given = source and olmoe.open_olmoe(source, model_config, shapes.params)

@@ -72,13 +72,13 @@ def main(_):
 
 def lower(config, devices):
     """(facts, {name: lowered program}): the step, its losses on parameters if it has any, the step without them."""
-    model = ModelConfig(**config.model)
+    model = ModelConfig.of(config)
     length, batch_size, micro_batches = config.data.sequence_length, config.train.batch_size, config.train.micro_batches
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.expert, devices)
     sharding.check(mesh, model, batch_size, micro_batches, config.eval.batch_size)
     network = Transformer(model, mesh)
-    optimizer = make_optimizer(OptimizerConfig(**config.optimizer), config.train.steps)
-    state = abstract_state(initializer(network, optimizer, config.seed), mesh)
+    optimizer = make_optimizer(OptimizerConfig(**config.optimizer), config.train.steps, model)
+    state = abstract_state(initializer(network, optimizer, config.seed), network)
     rows = functools.partial(jax.ShapeDtypeStruct, (batch_size, length), sharding=sharding.shard_batch(mesh))
     batch = {"inputs_BT": rows(jnp.int32), "targets_BT": rows(jnp.int32), "mask_BT": rows(bool)}
     if not config.data.attend_across_documents:

@@ -37,7 +37,7 @@ SETTINGS = (
 def measure(size, paper_dp, paper_ep, mesh_shape):
     """The figures of one setting, of one device and optimizer step."""
     config = base.get_config(size)
-    model, mesh = ModelConfig(**config.model), sharding.make_mesh(*mesh_shape)
+    model, mesh = ModelConfig.of(config), sharding.make_mesh(*mesh_shape)
     tokens = config.train.batch_size * config.data.sequence_length
     experts, expert_token = model.experts, 6 * model.width * model.expert_width
     forward, backward = (compile_erc(model, mesh, gradient) for gradient in (False, True))

@@ -112,9 +112,9 @@ def kill(run, moment, chance):
 def final_state(workdir, steps):
     """Everything in the last checkpoint, on the host."""
     config = erc.get_config("debug")
-    optimizer = make_optimizer(OptimizerConfig(**config.optimizer), steps)
-    mesh = sharding.make_mesh(1, 1)
-    shapes = abstract_state(initializer(Transformer(ModelConfig(**config.model), mesh), optimizer, 0), mesh)
+    model = Transformer(ModelConfig.of(config), sharding.make_mesh(1, 1))
+    optimizer = make_optimizer(OptimizerConfig(**config.optimizer), steps, model.config)
+    shapes = abstract_state(initializer(model, optimizer, 0), model)
     with Checkpoints(workdir / "checkpoints") as checkpoints:
         if checkpoints.newest_intact() != steps:
             raise SystemExit(f"{workdir}: the last checkpoint is of step {checkpoints.latest_step()}, not of {steps}")

@@ -22,7 +22,6 @@ from benchmarks.ours import configure
 from benchmarks.step import MATMUL, SHAPES
 from moe_erc import huge_pages
 from moe_erc.model.config import ModelConfig
-from moe_erc.moe.routers.competition import expected_share
 
 EXPERTS = {"peer": (16, 4), "debug": (8, 2)}  # E, K
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
@@ -33,7 +32,7 @@ METHODS = {"vanilla": "vanilla"} | {  # name -> module below configs
     if path.stem not in ("__init__", "base", "sizes")
 }
 COMPETING, NONE, MOST = "competesmoe", "competesmoe, none", "competesmoe, most"
-RATES = {NONE: 0.0, MOST: 1.0}  # of competition; a step has competition_layers competing at most
+RATES = {NONE: 0.0, MOST: 1.0}  # of competition; a step has routers.competition.max_layers competing at most
 
 
 def model_of(shape):
@@ -49,7 +48,7 @@ def start(shape, methods, warm_up):
     for method in methods:
         changes = {method: {}}
         if method == COMPETING:
-            changes = {name: {"competition_rate": rate} for name, rate in RATES.items()}
+            changes = {name: {"routers.competition.rate": rate} for name, rate in RATES.items()}
         for name, change in changes.items():
             subjects[name] = Subject("benchmarks.ours:build", method=METHODS[method], changes=change, **options)
     return subjects
@@ -57,7 +56,7 @@ def start(shape, methods, warm_up):
 
 def competing_share(config):
     """Of the most layers that may compete on a step, how many do on average."""
-    return expected_share(config) * config.layers / min(config.competition_layers, config.layers)
+    return config.router.expected_share(config) * config.layers / min(config.router.max_layers, config.layers)
 
 
 def between(none, most, share):
@@ -81,7 +80,7 @@ def summarize(shape, subjects, seconds):
         if name != "XLA"
     }
     if NONE in rows:
-        share = competing_share(ModelConfig(**configure(COMPETING, model_of(shape)).model))
+        share = competing_share(ModelConfig.of(configure(COMPETING, model_of(shape))))
         rows[COMPETING] = between(rows[NONE], rows[MOST], share)
     vanilla = rows["vanilla"]
     time, memory = statistics.median(vanilla["step_s"]), vanilla["allocated_bytes"]

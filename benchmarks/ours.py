@@ -58,15 +58,15 @@ def build(method, model, batch_size, length, changes=(), warm_up=0):
 def compile_step(method, model, batch_size, length, changes=(), **options):
     """(the compiled step, its first state, a function that makes batches, facts); `options` are the compiler's."""
     config = configure(method, model)
-    config.model.update(dict(changes))
-    model_config = ModelConfig(**config.model)
+    config.update_from_flattened_dict(dict(changes))
+    model_config = ModelConfig.of(config)
     sharding.use_cpu_cores(batch_size, model_config.experts)
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.expert)
     sharding.check(mesh, model_config, batch_size, 1, batch_size)
     network = Transformer(model_config, mesh)
-    optimizer = make_optimizer(OptimizerConfig(**config.optimizer), config.train.steps)
+    optimizer = make_optimizer(OptimizerConfig(**config.optimizer), config.train.steps, model_config)
     init = initializer(network, optimizer, config.seed)
-    abstract = abstract_state(init, mesh)
+    abstract = abstract_state(init, network)
     state = create_state(init, abstract)
     train_step = make_train_step(
         network, Objective(config.losses.to_dict(), network), optimizer, 1, shardings(abstract)
@@ -94,8 +94,11 @@ def random_batch(mesh, generator, vocabulary, shape):
 
 def describe(model_config, length):
     """The sizes, and what follows from them; the FLOPs are of a token, forward and backward."""
+    router = model_config.router
+    sizes = dataclasses.asdict(model_config)
+    sizes |= {"router": router.name, "gate_rank": router.gate_rank(model_config)}
     return {
-        "model": dataclasses.asdict(model_config),
+        "model": sizes,
         "parameters": model_config.parameters(),
         "active_parameters": model_config.active_parameters(),
         "flops_per_token": 3 * model_config.flops_per_token(length),

@@ -27,7 +27,7 @@ def measure(config, devices, mesh):
     size = mesh[0] * mesh[1]
     facts, programs = compile_ahead.lower(config, devices[:size])
     found = compile_ahead.compile_program(programs["step"])
-    model = ModelConfig(**config.model)
+    model = ModelConfig.of(config)
     experts = 3 * 6 * model.layers * model.experts_per_token * model.width * model.expert_width * facts["tokens"]
     return {
         "mesh": mesh,

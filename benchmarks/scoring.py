@@ -54,7 +54,7 @@ def build(kind):
     from moe_erc.training.state import init_weights
 
     config = base.get_config("tiny")
-    model_config, length = ModelConfig(**config.model), config.data.sequence_length
+    model_config, length = ModelConfig.of(config), config.data.sequence_length
     sharding.use_cpu_cores()
     model = Transformer(model_config, sharding.fit_mesh(model_config))
     weights = jax.jit(functools.partial(init_weights, model))(jax.random.key(0))

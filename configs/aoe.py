@@ -3,8 +3,9 @@
     python train.py --config=configs/aoe.py:tiny
 
 Claim of the ERC paper: the best of its comparison, about 56.7 average accuracy against ERC's 56.4 and vanilla's 55.7,
-for 1.6 times the training time and 1.3 times the memory. Rank r = D F / (D + F), rounded down, has the parameters of
-whole gates. renormalize=True gives the weights of the paper's Algorithm 2, softmax over the chosen K.
+for 1.6 times the training time and 1.3 times the memory. The default rank r = D F / (D + F), rounded down, has the
+parameters of whole gates. --config.routers.aoe.renormalize gives the weights of the paper's Algorithm 2, softmax over
+the chosen K.
 """
 
 from configs import vanilla
@@ -14,6 +15,4 @@ def get_config(size=""):
     """Factorised gates that score for themselves."""
     config = vanilla.get_config(size)
     config.model.router = "aoe"
-    width, expert_width = config.model.width, config.model.expert_width
-    config.model.gate_rank = width * expert_width // (width + expert_width)
     return config

@@ -14,6 +14,7 @@ def get_config(size=""):
     config.init_from = ""
 
     config.model = _model()
+    config.routers = _routers()
     config.losses = _losses()
     config.data = _data()
     config.optimizer = _optimizer()
@@ -39,18 +40,9 @@ def _model():
     model.experts = 4  # E, in every layer
     model.experts_per_token = 2  # K
     model.expert_width = 16  # F
-    model.router = "softmax"  # moe_erc/moe/routers/: or aoe, competition, mpi, routing_free, xmoe (4 experts at least)
-    model.router_init = "normal"  # of router rows; or orthogonal
-    model.renormalize = False  # routing weights sum to 1 over the K chosen (OLMoE: over all E)
-    model.top_p = 1.0  # below 1: of the K only the smallest prefix whose probabilities sum to more
-    model.bias_rate = 0.0  # of loss-free balancing (1e-3); 0 has no bias
+    # Or aoe, competition, mpi, routing_free, xmoe (4 experts at least). Their options: config.routers.
+    model.router = "softmax"
     model.shared_experts = 0  # always on, of width F each, beside the routed ones
-    model.gate_rank = 0  # r of a gate w_low @ w_high, for aoe and routing_free; 0: the gate is whole
-    model.mpi_scale = 4.0  # mpi: C', the length of a row is C' / sqrt(E)
-    model.competition_rate = 0.07  # competition: probability that a layer's experts compete on a step
-    model.competition_layers = 3  # competition: at most so many layers a step
-    model.theta = 0.05  # routing_free: the least gate with which an expert runs
-    model.controller_rate = 0.02  # routing_free: by how much a step may change the weight of the balance loss
     model.rope_theta = 1e4
     model.norm_eps = 1e-5
     model.clip_qkv = 0.0  # queries, keys and values are clipped to [-c, c]; 0 clips nothing
@@ -62,6 +54,42 @@ def _model():
     model.attention_implementation = "auto"  # xla (in slices of queries), cudnn (GPU, bfloat16; T even by documents)
     model.experts_implementation = "auto"  # dense (oracle), block_loop (CPU), ragged (TPU), pallas or tokamax (GPU)
     return model
+
+
+def _routers():
+    """moe_erc/moe/routers/, one file each; model.router names the one in use."""
+    routers = ConfigDict()
+    routers.softmax = _top_k()  # one row of the model's width per expert
+    routers.softmax.init = "normal"  # of the rows: as other matrices; or orthogonal
+    routers.mpi = _top_k()  # rows turned towards their experts' gates
+    routers.mpi.init = "normal"
+    routers.mpi.scale = 4.0  # C': the length of a turned row is C' / sqrt(E)
+    routers.xmoe = _top_k()  # cosines in E / 2 dimensions
+    routers.aoe = _top_k()  # no rows: experts are chosen by the first factor of their gates
+    # r of a gate w_low @ w_high; 0 takes D F / (D + F), rounded down: as large as a whole gate.
+    routers.aoe.rank = 0
+    routers.competition = ConfigDict()  # softmax, and now and then all experts run
+    routers.competition.init = "normal"
+    routers.competition.renormalize = False
+    routers.competition.rate = 0.07  # the probability that the experts of a layer compete on a step
+    routers.competition.max_layers = 3  # the most layers that compete on the same step
+    routers.routing_free = ConfigDict()  # every expert decides by itself
+    routers.routing_free.rank = 0  # as aoe's
+    routers.routing_free.theta = 0.05  # the least gate with which an expert runs
+    # By which share a step may change the weight of the balance loss.
+    routers.routing_free.controller_rate = 0.02
+    return routers
+
+
+def _top_k():
+    """Options of every router that takes the K most probable experts."""
+    options = ConfigDict()
+    # Weights sum to 1 over the K chosen; False, as in OLMoE: probabilities sum to 1 over all E.
+    options.renormalize = False
+    # Below 1: of the K only the smallest prefix whose probabilities sum to more.
+    options.top_p = 1.0
+    options.bias_rate = 0.0  # of loss-free balancing (1e-3); 0 has no bias
+    return options
 
 
 def _losses():
@@ -200,7 +228,8 @@ def _log():
 def _resume():
     """What a run started again on its workdir may change: moe_erc/training/identity.py has the rule of every key."""
     resume = ConfigDict()
-    # Names of blocks or keys, such as ('losses', 'model.top_p'), whose change is meant. Without it a run whose model,
-    # losses, text, optimizer (but for its schedule) or seed differ is refused.
+    # Names of blocks or keys, such as ('losses', 'routers.softmax.top_p'), whose change is meant.
+    # Without it a run whose model, router, losses, text, optimizer (but for its schedule) or seed
+    # differ is refused.
     resume.allow = ()
     return resume

@@ -12,6 +12,6 @@ from configs import vanilla
 def get_config(size=""):
     """A bias in place of the balance loss."""
     config = vanilla.get_config(size)
-    config.model.bias_rate = 1e-3
+    config.routers.softmax.bias_rate = 1e-3
     config.losses.load_balance.weight = 0.0
     return config

@@ -12,7 +12,7 @@ from configs import vanilla
 def get_config(size=""):
     """Orthonormal rows, kept so."""
     config = vanilla.get_config(size)
-    config.model.router_init = "orthogonal"
+    config.routers.softmax.init = "orthogonal"
     config.losses.simbal.weight = 0.1
     config.losses.load_balance.weight = 0.0
     return config

@@ -12,7 +12,7 @@ from configs import vanilla
 def get_config(size=""):
     """Threshold 0.4, entropy loss 1e-4."""
     config = vanilla.get_config(size)
-    config.model.top_p = 0.4
+    config.routers.softmax.top_p = 0.4
     config.model.experts_per_token = min(2 * config.model.experts_per_token, config.model.experts)
     config.losses.routing_entropy.weight = 1e-4
     return config

@@ -90,8 +90,10 @@ def check_fields(argument: str, config: ConfigDict, reference: ConfigDict, block
 
 
 def nearest_key(key: str, known: list[str]) -> str:
-    """A hint at the key that was probably meant."""
-    return f"the nearest is config.{difflib.get_close_matches(key, known, n=1, cutoff=0)[0]}"
+    """A hint at the key that was probably meant: one of the same name in another block, if there is one."""
+    name = key.rpartition(".")[2]
+    namesakes = [other for other in known if other.rpartition(".")[2] == name]
+    return f"the nearest is config.{difflib.get_close_matches(key, namesakes or known, n=1, cutoff=0)[0]}"
 
 
 def leaves(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, object]]:

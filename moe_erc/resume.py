@@ -99,11 +99,11 @@ def _filled(config: Mapping, defaults: Mapping) -> dict:
 
 def check_state(earlier: Earlier, model: Transformer, state) -> None:
     """Refuses an allowed change after which the arrays of the checkpoint are no state of the run any more."""
-    if not any(change.key.startswith(("model.", "optimizer.")) for change in earlier.changes):
+    if not any(change.key.startswith(("model.", "routers.", "optimizer.")) for change in earlier.changes):
         return
-    before_model = Transformer(ModelConfig(**earlier.config["model"]), model.mesh)
+    before_model = Transformer(ModelConfig.of(earlier.config), model.mesh)
     optimizer_config = OptimizerConfig(**earlier.config["optimizer"])
-    optimizer = make_optimizer(optimizer_config, earlier.config["train"]["steps"])
+    optimizer = make_optimizer(optimizer_config, earlier.config["train"]["steps"], before_model.config)
     before = _shapes(jax.eval_shape(initializer(before_model, optimizer, 0)))
     after = _shapes(state)
     for name in before | after:

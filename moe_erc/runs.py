@@ -103,7 +103,7 @@ class Run(Opened):
         use = ExpertUse(self.model, self.corpus, self._put, self.shape_BT, self._windows(windows))
         measures = report["measures"] | evaluators.evaluate([use], self.weights)
         found = {"measures": measures, "metrics": read_metrics(self.directory / "metrics.jsonl")}
-        if self.model.config.has_rows:
+        if self.model.config.router.has_rows:
             measures[MATRIX.key] = np.stack([coupling_matrix(*layer) for layer in self.router_and_gates()])
             middle = self.model.config.layers // 2
             _, w_gate_EDF = next(itertools.islice(self.router_and_gates(), middle, None))
@@ -124,7 +124,7 @@ class Run(Opened):
         """(router_ED, w_gate_EDF) by layer, on the host; ValueError for a router without rows."""
         rows_LED = self.model.router_rows(self.weights.params)
         if rows_LED is None:
-            raise BadInput(f"model.router is {self.model.config.router!r}, which has no router rows to be coupled")
+            raise BadInput(f"model.router is {self.model.config.router.name!r}, which has no router rows to be coupled")
         arrays = rows_LED, self.weights.params["layers"]["moe"]["w_gate"]
         everywhere = sharding.replicate(self.model.mesh)
         take = jax.jit(lambda arrays, layer: [array[layer] for array in arrays], out_shardings=everywhere)
@@ -170,7 +170,7 @@ def open_run(workdir, defaults=None, with_text=True) -> Run:
     earlier = resume.read(checkpoints.read_meta(step or None), step, defaults)
     config = earlier.config
     try:
-        data_config, model_config = text.DataConfig(**config["data"]), ModelConfig(**config["model"])
+        data_config, model_config = text.DataConfig(**config["data"]), ModelConfig.of(config)
     except (KeyError, TypeError) as error:
         raise BadInput(f"{workdir} is of another version of moe_erc ({error}); evaluate it with that one") from None
     config["data"] = dataclasses.asdict(data_config)  # with the keys that are younger than the run
@@ -207,7 +207,7 @@ def _lay_out(model_config):
     """(model, abstract weights) on the devices that are there: not those it was trained on."""
     mesh = sharding.fit_mesh(model_config)
     model = Transformer(model_config, mesh)
-    return model, abstract_state(lambda: init_weights(model, jax.random.key(0)), mesh)
+    return model, abstract_state(lambda: init_weights(model, jax.random.key(0)), model)
 
 
 def _rows(model, count):

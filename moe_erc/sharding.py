@@ -1,4 +1,4 @@
-"""Where every array lives: the two mesh axes and the one table of PartitionSpecs.
+"""Where every array lives: the two mesh axes and the table of PartitionSpecs; a router says its own.
 
 Tokens are split over both axes; experts over "expert"; large parameters, and with them every optimizer moment, over
 "data" as well (FSDP). Expert matrices are cut there along their hidden axis F, so that sums over F need no gather.
@@ -6,6 +6,7 @@ Tokens are split over both axes; experts over "expert"; large parameters, and wi
 
 import math
 import os
+from types import MappingProxyType
 
 import jax
 from jax.experimental import mesh_utils
@@ -29,13 +30,11 @@ PARAMETERS = {
     "w_gate": P(EXPERT, None, DATA),
     "w_up": P(EXPERT, None, DATA),
     "w_down": P(EXPERT, DATA, None),
-    "w_low": P(EXPERT, DATA, None),
     "w_high": P(EXPERT, None, DATA),
     "shared_gate": P(None, DATA),
     "shared_up": P(None, DATA),
     "shared_down": P(DATA, None),
 }
-MOMENTS = PARAMETERS | {"router": P(None, DATA)}  # the router itself is read whole by every device; vectors are small
 
 
 def use_cpu_cores(*divisible):
@@ -94,12 +93,20 @@ def lay_out(devices, data, expert):
     return mesh_utils.create_device_mesh((data, expert), devices, allow_split_physical_axes=True)
 
 
-def shard_state(mesh, abstract_state):
-    """The same tree with a sharding for every leaf: moments carry their parameter's name, so a name tells for both."""
+def shard_state(mesh, abstract_state, router_parameters=MappingProxyType({})):
+    """The same tree with a sharding for every leaf: moments carry their parameter's name, so a name tells for both.
+
+    router_parameters: {name: Parameter} of `moe/routers/base.py`. Every device has all of what neither names.
+    """
+    parameters = dict(PARAMETERS)
+    moments = dict(PARAMETERS)
+    for name, parameter in router_parameters.items():
+        parameters[name] = parameter.placement
+        moments[name] = parameter.placement if parameter.moments is None else parameter.moments
 
     def place(path, leaf):
         names = [entry.key for entry in path if isinstance(entry, jax.tree_util.DictKey)]
-        table = MOMENTS if jax.tree_util.GetAttrKey("opt_state") in path else PARAMETERS
+        table = moments if jax.tree_util.GetAttrKey("opt_state") in path else parameters
         spec = table.get(names[-1], P()) if names else P()
         spec = P(*(None,) * (len(leaf.shape) - len(spec)), *spec)
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))

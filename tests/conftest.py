@@ -32,12 +32,15 @@ from moe_erc.model.config import ModelConfig  # noqa: E402
 
 # The longest first, so that the workers end together: a long file that starts last has a worker to itself.
 FIRST = (
-    "test_resume.py",
     "test_configs.py",
     "test_processes.py",
+    "test_resume.py",
+    "test_resumed_changes.py",
     "test_notebooks.py",
     "training/test_step.py",
+    "test_lost_work.py",
     "test_init_from.py",
+    "test_output.py",
     "model/test_context.py",
     "hf/test_olmoe.py",
     "moe/test_expert_functions.py",
@@ -97,10 +100,15 @@ def text_directory(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def model_config():
-    """Makes a ModelConfig of size debug with some fields changed."""
+    """Makes a ModelConfig of size debug with some keys of `model` and options of its router changed."""
 
-    def make(**changes):
-        return ModelConfig(**(base.get_config("debug").model.to_dict() | changes))
+    def make(router="softmax", **changes):
+        config = base.get_config("debug").to_dict()
+        config["model"]["router"] = router
+        for name, value in changes.items():
+            block = config["model"] if name in config["model"] else config["routers"].setdefault(router, {})
+            block[name] = value
+        return ModelConfig.of(config)
 
     return make
 

@@ -11,15 +11,15 @@ from moe_erc.measures.registry import MEASURES
 ROOT = pathlib.Path(__file__).parents[1]
 ALLOWED = {
     "losses": {"losses", "numerics", "random_keys"},
-    "moe": {"moe", "numerics", "sharding"},
+    "moe": {"moe", "numerics", "random_keys", "sharding"},
     "model": {"model", "moe", "sharding"},
     "data": {"data", "bars", "command_line", "paths"},
     "measures": {"measures", "losses", "numerics"},
-    "training": {"training", "measures", "model", "losses", "numerics", "paths", "random_keys", "sharding"},
+    "training": {"training", "measures", "model", "moe", "losses", "numerics", "paths", "random_keys", "sharding"},
     "evaluation": {"evaluation", "measures", "model", "data", "paths", "sharding", "bars", "tables"},
     "analysis": {"analysis"},
     "diagnosis": {"diagnosis", "measures", "model", "losses", "numerics", "sharding", "tables"},
-    "hf": {"hf", "measures", "model", "paths"},
+    "hf": {"hf", "measures", "model", "moe", "paths"},
     "study": {"study"},
     "checks": set(),
     "numerics": set(),

@@ -52,7 +52,7 @@ def keys(config, prefix=""):
 def test_a_config_is_whole_at_every_size_and_adds_no_key(name, size):
     config = get_config(name, size)
     assert set(keys(config)) == set(keys(base.get_config(size)))
-    model = Transformer(ModelConfig(**config.model))
+    model = Transformer(ModelConfig.of(config))
     DataConfig(**config.data), OptimizerConfig(**config.optimizer)
     Objective(config.losses.to_dict(), model)
     assert config.train.batch_size % config.train.micro_batches == 0
@@ -61,8 +61,8 @@ def test_a_config_is_whole_at_every_size_and_adds_no_key(name, size):
 
 @pytest.mark.parametrize("size", sizes.MODELS)
 def test_methods_are_compared_at_the_sizes_they_claim(size):
-    vanilla = ModelConfig(**base.get_config(size).model)
-    counts = {name: ModelConfig(**get_config(name, size).model).parameters() for name in NAMES}
+    vanilla = ModelConfig.of(base.get_config(size))
+    counts = {name: ModelConfig.of(get_config(name, size)).parameters() for name in NAMES}
     for name in (*SAME_SIZE_AS_VANILLA, *(f"combinations.{pair}" for pair in SAME_SIZE_COMBINATIONS)):
         assert counts[f"configs.{name}"] == vanilla.parameters(), name
     assert 0.99 * vanilla.parameters() < counts["configs.aoe"] <= vanilla.parameters()
@@ -70,7 +70,7 @@ def test_methods_are_compared_at_the_sizes_they_claim(size):
     experts, width = vanilla.experts, vanilla.width
     fewer = experts * width - (experts * width // 2 + experts**2 // 2 + 1)
     assert counts["configs.xmoe"] == vanilla.parameters() - vanilla.layers * fewer
-    shared = ModelConfig(**get_config("configs.shared_experts", size).model)
+    shared = ModelConfig.of(get_config("configs.shared_experts", size))
     assert shared.active_parameters() == vanilla.active_parameters()
     assert shared.flops_per_token(8) == vanilla.flops_per_token(8)
 
@@ -100,12 +100,13 @@ def initial_state(model_config):
 def where_it_lies(model_config, mesh_shape):
     """Shapes and places of the state; traced once for all configs of the same model."""
     mesh = sharding.make_mesh(*mesh_shape)
-    return abstract_state(initializer(Transformer(model_config, mesh), optax.sgd(1.0), 0), mesh)
+    model = Transformer(model_config, mesh)
+    return abstract_state(initializer(model, optax.sgd(1.0), 0), model)
 
 
 def take_steps(config, mesh_shape, batch, steps, micro_batches=2):
     """(metrics of every step, state) on the host: descent by the gradient itself."""
-    model_config, mesh, optimizer = ModelConfig(**config.model), sharding.make_mesh(*mesh_shape), optax.sgd(1.0)
+    model_config, mesh, optimizer = ModelConfig.of(config), sharding.make_mesh(*mesh_shape), optax.sgd(1.0)
     model = Transformer(model_config, mesh)
     start, lies = initial_state(model_config), shardings(where_it_lies(model_config, mesh_shape))
     state = jax.device_put(start.replace(rng=jax.random.wrap_key_data(start.rng)), lies)
@@ -120,7 +121,7 @@ def take_steps(config, mesh_shape, batch, steps, micro_batches=2):
 def debug_config(name):
     """At :debug, with experts that compete wherever they may."""
     config = get_config(name, "debug")
-    config.model.competition_rate = 1.0
+    config.routers.competition.rate = 1.0
     if config.model.router == "competition":
         config.model.init_std = 0.1  # answers of experts that differ by more than their rounding
     return config
@@ -150,7 +151,7 @@ def test_two_steps_at_debug(name, token_batch):
     assert {metric for metric in first if metric.startswith("loss/")} == expected
     assert finite(first) and finite(second) and finite(state)
     assert second["loss/lm"] < first["loss/lm"]  # the same batch twice
-    model_config = ModelConfig(**config.model)
+    model_config = ModelConfig.of(config)
     assert sum(leaf.size for leaf in jax.tree.leaves(state.params)) == model_config.parameters()
     assert all(first[f"router/{measure}"].shape == (2,) for measure in ("max_load", "experts_per_token"))
     moved = jax.tree.map(lambda a, b: bool((a != b).any()), initial_state(model_config).params, state.params)
@@ -165,7 +166,7 @@ def assert_same_steps(name_or_config, expected, found):
     terms = len(history) * (512 + 2 * 2 * 5 * 32)
     for step, (one, other) in enumerate(zip(history, history_found, strict=True)):
         tolerance.assert_close(other, one, terms, label=f"step {step}: ")
-    start = initial_state(ModelConfig(**config.model)).params
+    start = initial_state(ModelConfig.of(config)).params
     tolerance.assert_same_change(start, state_found.params, state.params, terms, len(history))
     tolerance.assert_close(state_found.replace(params={}), state.replace(params={}), terms)
 
@@ -179,7 +180,7 @@ def test_every_kind_of_router_takes_the_same_steps_on_another_mesh(name, token_b
 @pytest.mark.parametrize("name", [name for name in NAMES if any(part in name for part in VARIANTS)])
 def test_the_step_of_a_variant_is_traced(name, token_batch):
     config, mesh = debug_config(name), sharding.make_mesh(2, 4)
-    model, optimizer = Transformer(ModelConfig(**config.model), mesh), optax.sgd(1.0)
+    model, optimizer = Transformer(ModelConfig.of(config), mesh), optax.sgd(1.0)
     shapes = where_it_lies(model.config, (2, 4))
     step = make_train_step(model, Objective(config.losses.to_dict(), model), optimizer, 2, shardings(shapes))
     _, metrics = jax.eval_shape(step, shapes, token_batch(16, config.data.sequence_length))
@@ -209,8 +210,8 @@ def test_every_loss_is_the_same_on_another_mesh(token_batch):
 def test_the_optimizers_take_every_routers_parameters(name, optimizer):
     config = get_config(f"configs.{name}", "debug")
     config.optimizer.name = optimizer
-    model = Transformer(ModelConfig(**config.model), sharding.make_mesh(1, 1))
-    chain = make_optimizer(OptimizerConfig(**config.optimizer), config.train.steps)
+    model = Transformer(ModelConfig.of(config), sharding.make_mesh(1, 1))
+    chain = make_optimizer(OptimizerConfig(**config.optimizer), config.train.steps, model.config)
     state = jax.eval_shape(initializer(model, chain, 0))
     updates, _ = jax.eval_shape(chain.update, state.params, state.opt_state, state.params)
     assert jax.tree.map(lambda leaf: leaf.shape, updates) == jax.tree.map(lambda leaf: leaf.shape, state.params)
@@ -226,7 +227,7 @@ def test_bfloat16_keeps_parameters_in_float32(name, token_batch):
     config.model.dtype = "bfloat16"
     for loss in LAYER_LOSSES if name == "vanilla" else ():
         config.losses[loss].weight = 1e-3
-    config.model.competition_rate = 1.0  # where there is a competition, it takes place
+    config.routers.competition.rate = 1.0  # where there is a competition, it takes place
     (metrics,), state = take_steps(config, (1, 2), token_batch(8, config.data.sequence_length), 1)
     assert finite(metrics) and finite(state)
     leaves = jax.tree.leaves((state.params, state.router, state.loss_scales))

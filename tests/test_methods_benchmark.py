@@ -3,12 +3,12 @@
 import pytest
 
 from benchmarks import methods
-from benchmarks.ours import configure
+from benchmarks.ours import configure, describe
 from moe_erc.model.config import ModelConfig
 
 
 def model_config(name, shape="peer"):
-    return ModelConfig(**configure(methods.METHODS[name], methods.model_of(shape)).model)
+    return ModelConfig.of(configure(methods.METHODS[name], methods.model_of(shape)))
 
 
 def test_every_config_of_a_method_is_measured_vanilla_first():
@@ -20,7 +20,8 @@ def test_every_config_of_a_method_is_measured_vanilla_first():
 
 def test_what_configs_derive_from_sizes_is_derived_from_the_benchmarks():
     assert model_config("vanilla").width == 256
-    assert model_config("aoe").gate_rank == 256 * 128 // (256 + 128)
+    aoe = model_config("aoe")
+    assert aoe.router.gate_rank(aoe) == 256 * 128 // (256 + 128)
     assert model_config("top_p").experts_per_token == 8
     assert model_config("shared_experts").experts_per_token == 3
     assert configure("vanilla", methods.model_of("debug")).model.width == 32
@@ -30,7 +31,7 @@ def test_what_configs_derive_from_sizes_is_derived_from_the_benchmarks():
 def test_aoe_extra_is_what_it_does_more_than_vanilla():
     aoe, vanilla = model_config("aoe"), model_config("vanilla")
     # 3 passes x 2 x (16 - 4) experts x 256 x rank 85 x 4 layers, of one token
-    extra = methods.aoe_extra_flops(vars(aoe), tokens=1)
+    extra = methods.aoe_extra_flops(describe(aoe, 256)["model"], tokens=1)
     assert extra == 3 * 2 * 12 * 256 * 85 * 4
     # A chosen expert's two factors are as much as a whole gate, less what rounding the rank down saves; no router.
     saved = 4 * (256 * 128 - 85 * (256 + 128)) + 16 * 256

@@ -43,7 +43,7 @@ def drawn(monkeypatch):
 def test_no_two_uses_of_a_run_draw_from_the_same_key(drawn, model_config, token_batch):
     losses = base.get_config("debug").losses.to_dict()
     losses["erc"]["weight"] = losses["competition"]["weight"] = 1.0
-    config = model_config(layers=LAYERS, router="competition", competition_rate=0.5)
+    config = model_config(layers=LAYERS, router="competition", rate=0.5)
     model = Transformer(config, sharding.make_mesh(1, 1))
     state = jax.jit(initializer(model, optax.sgd(1.0), 0))()
     jax.effects_barrier()

@@ -50,11 +50,16 @@ def test_what_was_trained_elsewhere_finds_a_mesh(experts, expert_width, shape):
     assert tuple(sharding.fit_mesh(model).shape.values()) == shape
 
 
-def test_the_plan_counts_what_a_device_holds(capsys):
+def router_parameters(config):
+    return config.router.parameters(config)
+
+
+def test_the_plan_counts_what_a_device_holds(model_config, capsys):
     mesh, leaf = sharding.make_mesh(2, 4), jax.ShapeDtypeStruct((3, 4, 8, 8), jnp.float32)
     params = {"layers": {"moe": {"w_gate": leaf, "router": jax.ShapeDtypeStruct((3, 4, 8), jnp.float32)}}}
     count = jax.ShapeDtypeStruct((), jnp.int32)
-    abstract = sharding.shard_state(mesh, TrainState(count, params, (params, params), count, {}, {}, {}))
+    state = TrainState(count, params, (params, params), count, {}, {}, {})
+    abstract = sharding.shard_state(mesh, state, router_parameters(model_config()))
     # 3 layers x 1 of 4 experts x 8 x 4 of 8 hidden units, and 3 x 4 x 8 router weights, of which 4 columns by moments
     assert sharding.bytes_per_device(abstract.params) == 4 * (96 + 96)
     assert sharding.bytes_per_device(abstract.opt_state) == 2 * 4 * (96 + 48)
@@ -63,11 +68,11 @@ def test_the_plan_counts_what_a_device_holds(capsys):
     assert "layers.moe.w_gate" in printed and "-,expert,-,data" in printed and "moments" in printed
 
 
-def test_moments_lie_where_their_parameters_lie_and_the_routers_are_split_too():
+def test_moments_lie_where_their_parameters_lie_and_the_routers_are_split_too(model_config):
     leaf, count = jax.ShapeDtypeStruct((3, 4, 8, 8), jnp.float32), jax.ShapeDtypeStruct((), jnp.int32)
     params = {"layers": {"moe": {"w_gate": leaf, "w_down": leaf, "router": leaf}}}
     state = TrainState(count, params, ({"mu": params}, count), count, {"bias": count}, {"load_balance": count}, {})
-    placed = sharding.shard_state(sharding.make_mesh(2, 2), state)
+    placed = sharding.shard_state(sharding.make_mesh(2, 2), state, router_parameters(model_config()))
     specs = jax.tree.map(lambda leaf: leaf.sharding.spec, placed)
     experts = {"w_gate": P(None, "expert", None, "data"), "w_down": P(None, "expert", "data", None)}
     assert specs.params["layers"]["moe"] == experts | {"router": P(*(None,) * 4)}

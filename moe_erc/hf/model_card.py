@@ -37,11 +37,6 @@ The model was trained on their weighted sum. Nothing of them remains in the chec
 |---|---|
 {run}
 """
-ROUTERS = {
-    "softmax": "Router: softmax, the top {K} of {E} experts.",
-    "competition": "Router: softmax, the top {K} of {E} experts, taught by experts that competed (CompeteSMoE).",
-    "mpi": "Router: softmax, the top {K} of {E} experts, by rows as manifold power iteration (MPI) turned them.",
-}
 ATTENTION = {  # of training and validation, by data.attend_across_documents
     True: "across the documents of a window",
     False: "within documents, with positions that restart at each",
@@ -73,7 +68,7 @@ def model_card(name, model, earlier, validation):
         name=name,
         parameters=model.parameters(),
         active=model.active_parameters(),
-        router=ROUTERS[model.router].format(K=model.experts_per_token, E=model.experts),
+        router=model.router.describe(model),
         losses="\n".join(_loss(*loss) for loss in config["losses"].items() if loss[1]["weight"]),
         run="\n".join(f"| {what} | {value} |" for what, value in run.items()),
     )

@@ -5,6 +5,7 @@ import dataclasses
 from moe_erc.checks import BadInput
 from moe_erc.hf.layers import MOST
 from moe_erc.model.config import ModelConfig
+from moe_erc.moe.routers.softmax import Softmax
 
 FIELDS = {  # config.json -> ModelConfig
     "vocab_size": "vocab_size",
@@ -15,18 +16,17 @@ FIELDS = {  # config.json -> ModelConfig
     "num_experts": "experts",
     "num_experts_per_tok": "experts_per_token",
     "intermediate_size": "expert_width",
-    "norm_topk_prob": "renormalize",
     "rope_theta": "rope_theta",
     "rms_norm_eps": "norm_eps",
     "clip_qkv": "clip_qkv",
     "tie_word_embeddings": "tie_embeddings",
 }
+RENORMALIZE = "norm_topk_prob"  # an option of the router
 # As transformers has them, whose clip_qkv is null where ours is 0.
 DEFAULTS = {"norm_topk_prob": False, "rms_norm_eps": 1e-5, "clip_qkv": 0.0, "tie_word_embeddings": False}
 FIXED = {"attention_bias": False, "attention_dropout": 0.0, "hidden_act": "silu"}
 ABSENT = ("quantization_config", "sliding_window")
 KINDS = {field.name: field.type for field in dataclasses.fields(ModelConfig)}
-ROUTERS = ("softmax", "competition")  # that compute what the router of an OLMoE does
 
 
 def model_fields(config):
@@ -41,7 +41,8 @@ def model_fields(config):
             raise BadInput(f"config.json: {name} is {config[name]!r}; only {only!r} can be read")
     config = DEFAULTS | {"num_key_value_heads": config.get("num_attention_heads")} | config
     config |= {"rope_theta": _rope_theta(config)}
-    return {field: _checked(name, config.get(name), KINDS[field]) for name, field in FIELDS.items()}
+    fields = {field: _checked(name, config.get(name), KINDS[field]) for name, field in FIELDS.items()}
+    return fields | {"router": Softmax(renormalize=_checked(RENORMALIZE, config[RENORMALIZE], bool))}
 
 
 def context_length(config):
@@ -73,38 +74,41 @@ def _checked(name, value, kind):
 
 def check_same(config: ModelConfig, fields, directory):
     """ValueError, naming the first field that differs, unless parameters of an OLMoE of these fields fit `config`."""
-    for field, value in fields.items():
-        if getattr(config, field) != value:
-            raise BadInput(
-                f"model.{field}: {getattr(config, field)}, but the model in {directory} has {value}; set it to {value}"
-            )
-    for field, plain in (("router", ROUTERS), ("shared_experts", (0,))):
-        if getattr(config, field) not in plain:
-            raise BadInput(
-                f"model.{field}: {getattr(config, field)!r} cannot start from an OLMoE; "
-                f"use {' or '.join(map(str, plain))}"
-            )
+    router = config.router
+    if not router.is_softmax:
+        raise BadInput(f"model.router: {router.name!r} cannot start from an OLMoE, whose router is softmax; use that")
+    if config.shared_experts:
+        raise BadInput(f"model.shared_experts: {config.shared_experts} cannot start from an OLMoE; use 0")
+    found = {f"model.{field}": getattr(config, field) for field in fields if field != "router"}
+    wanted = {f"model.{field}": value for field, value in fields.items() if field != "router"}
+    found[router.key("renormalize")] = router.renormalize
+    wanted[router.key("renormalize")] = fields["router"].renormalize
+    for key, value in wanted.items():
+        if found[key] != value:
+            raise BadInput(f"{key}: {found[key]}, but the model in {directory} has {value}; set it to {value}")
 
 
 def check_plain(config: ModelConfig):
-    """ValueError if the model routes as no OLMoE does; what its router is, `as_softmax_router` knows."""
-    for field, plain, reason in (
-        ("shared_experts", 0, "no experts that every token meets"),
-        ("top_p", 1, "the same number of experts for every token"),
-        ("bias_rate", 0, "no bias that turns the choice"),
-    ):
-        if getattr(config, field) != plain:
-            raise BadInput(f"model.{field}: {getattr(config, field)} cannot be exported; an OLMoE has {reason}")
+    """BadInput if the model has what no OLMoE has; its router answers for itself: `Router.exports_as`."""
+    if config.shared_experts:
+        raise BadInput(
+            f"model.shared_experts: {config.shared_experts} cannot be exported; "
+            "an OLMoE has no experts that every token meets"
+        )
 
 
 def config_json(config: ModelConfig, dtype):
-    """The config.json of a model that `check_plain` lets pass; ids of special tokens are null, to be replaced."""
+    """The config.json of a model of `as_softmax_router` that `check_plain` lets pass.
+
+    Ids of special tokens are null, to be replaced.
+    """
     fields = {name: getattr(config, field) for name, field in FIELDS.items()}
     return {
         "architectures": ["OlmoeForCausalLM"],
         "model_type": "olmoe",
         **FIXED,
         **fields,
+        RENORMALIZE: config.router.renormalize,
         "clip_qkv": config.clip_qkv or None,
         # transformers 5 reads rope_parameters; 4 reads rope_theta, and takes 1e4 where there is none.
         "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},

@@ -35,9 +35,9 @@ class NoOptions:
 
 @dataclasses.dataclass(frozen=True)
 class Needs:
-    """What a loss asks of the model, without which it is refused.
+    """What a loss needs of the router. Without it the loss is refused.
 
-    capability: a property of the model's config that has to be true.
+    capability: what the router has to say of itself, an attribute of its record that is true.
     purpose: what the loss does with it, as the predicate of a sentence about the loss.
     """
 
@@ -58,7 +58,7 @@ class Loss:
         checks itself: its BadInput begins with the name of the option, and `objective.py` puts
         `losses.NAME.` in front. Options with `decoupled=True` of a loss on parameters take the
         gradient from the parameters after the optimizer's update, and not through it.
-    needs: None if every model will do.
+    needs: None if every router will do.
     keep: for a "layer" loss, which values of the chosen experts it reads from `layer.kept`.
     over_layers: for a "layer" loss, the scalar of all layers: (terms, stacked over layers, and
         mask_BT) -> scalar.

@@ -44,7 +44,7 @@ def over_competing_layers(error_and_active_L2: jax.Array, mask_BT: jax.Array) ->
 
 def compute(options: NoOptions, layer) -> jax.Array:
     """(error, whether the layer competes) as two numbers; the error is 0 where it does not."""
-    active, competitors_BTE = layer.competition
+    active, competitors_BTE = layer.auxiliary
     error = competition(
         layer.scores.probabilities_BTE, competitors_BTE, layer.routing.experts_BTK, layer.mask_BT
     )

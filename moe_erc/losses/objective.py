@@ -38,7 +38,7 @@ class Objective:
             _check_name(name)
             _check_weight(name, block["weight"])
             _options(name, block)
-            _check_model(name, block["weight"], self.model.config)
+            _check_router(name, block["weight"], self.model.config.router)
 
     @property
     def observers(self) -> tuple:
@@ -145,12 +145,12 @@ def _options(name, block):
         raise BadInput(f"losses.{name}.{error}") from None
 
 
-def _check_model(name, weight, config):
+def _check_router(name, weight, router):
     """Refuses a loss beside a router that lacks what the loss reads."""
     needs = LOSSES[name].needs
-    if needs is None or weight == 0 or getattr(config, needs.capability):
+    if needs is None or weight == 0 or getattr(router, needs.capability):
         return
     raise BadInput(
         f"losses.{name}.weight: {weight}, but the loss {needs.purpose}, and router "
-        f"{config.router!r} has none; set it to 0 or use another model.router"
+        f"{router.name!r} has none; set it to 0 or use another model.router"
     )

@@ -14,7 +14,7 @@ def dropped_tokens(layer) -> jax.Array:
 
 def may_drop(config) -> bool:
     """Whether a token may be left without an expert; the highest probabilities leave none so."""
-    return not config.has_probabilities
+    return not config.router.has_probabilities
 
 
 DROPPED_TOKENS = Measure(

@@ -18,7 +18,7 @@ def probability_entropy(layer) -> jax.Array:
 
 def has_probabilities(config) -> bool:
     """Whether the router makes probabilities of its scores."""
-    return config.has_probabilities
+    return config.router.has_probabilities
 
 
 PROBABILITY_ENTROPY = Measure(

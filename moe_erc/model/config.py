@@ -5,15 +5,18 @@ What cannot be built is refused (`check.py`) before anything is compiled.
 
 import dataclasses
 import math
+from collections.abc import Mapping
 
 import jax
 
 from moe_erc.checks import BadInput
-from moe_erc.model.check import check_numbers, check_routing, check_sizes
+from moe_erc.model.check import check_numbers, check_sizes
 from moe_erc.moe.experts import FACTORIZED, GATED
 from moe_erc.moe.layer import declare
-from moe_erc.moe.routers import ROUTERS
-from moe_erc.moe.routing import top
+from moe_erc.moe.routers import make_router
+from moe_erc.moe.routers.base import Router
+
+MOST_ASSIGNMENTS = 2**31 - 1  # of a layer in a step, that an int32 counts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,18 +31,8 @@ class ModelConfig:
     experts: int
     experts_per_token: int
     expert_width: int
-    router: str
-    router_init: str
-    renormalize: bool
-    top_p: float
-    bias_rate: float
+    router: Router  # with its options, the block `routers` of the configuration
     shared_experts: int
-    gate_rank: int
-    mpi_scale: float
-    competition_rate: float
-    competition_layers: int
-    theta: float
-    controller_rate: float
     rope_theta: float
     norm_eps: float
     clip_qkv: float
@@ -54,56 +47,35 @@ class ModelConfig:
     def __post_init__(self):
         check_sizes(self)
         check_numbers(self)
-        check_routing(self)
+        self.router.check(self)
 
-    @property
-    def factorizes(self):
-        """Whether experts have a factorised gate, whose first factor their scores come from."""
-        return "w_low" in ROUTERS[self.router].declare(self)
-
-    @property
-    def is_linear(self):
-        """Whether a parameter `router` (E, D) is compared with tokens."""
-        return "router" in ROUTERS[self.router].declare(self)
-
-    @property
-    def has_rows(self):
-        """Whether every expert has a direction in token space that its router attracts."""
-        return ROUTERS[self.router].rows is not None
-
-    @property
-    def has_probabilities(self):
-        """Whether scores become probabilities, of which the highest choose and weigh."""
-        return ROUTERS[self.router].choose is top
-
-    @property
-    def chooses_top(self):
-        """Whether that is so on every step."""
-        return self.has_probabilities and not self.competes
-
-    @property
-    def competes(self):
-        """Whether experts may compete during training."""
-        return self.router == "competition"
+    @classmethod
+    def of(cls, config: Mapping) -> "ModelConfig":
+        """Of the blocks `model` and `routers` of a configuration; BadInput if it cannot be built."""
+        model = dict(config["model"])
+        model["router"] = make_router(model["router"], dict(config["routers"]))
+        return cls(**model)
 
     def check_vocabulary(self, tokens):
         """Refuses a tokenizer with more tokens than the embedding has rows."""
         if tokens > self.vocab_size:
             raise BadInput(f"model.vocab_size: {self.vocab_size} rows are too few for the tokenizer's {tokens} tokens")
 
-    def identity(self):
-        """The fields that make it this model; the others say only how it is computed."""
-        return {name: value for name, value in dataclasses.asdict(self).items() if name not in HOW}
+    def check_assignments(self, batch_size: int, length: int) -> None:
+        """Refuses a step of more assignments than are counted."""
+        most = self.router.most_experts(self)
+        assignments = batch_size * length * most
+        if assignments > MOST_ASSIGNMENTS:
+            raise BadInput(
+                f"train.batch_size: {batch_size} sequences of {length} tokens with {most} experts each are "
+                f"{assignments:,} assignments a layer, more than the {MOST_ASSIGNMENTS:,} that are counted; "
+                f"use at most {MOST_ASSIGNMENTS // (length * most)}"
+            )
 
     @property
     def initializer(self):
         """Of every matrix: truncated normal, cut at three sigma."""
         return jax.nn.initializers.truncated_normal(self.init_std, lower=-3.0, upper=3.0)
-
-    @property
-    def router_initializer(self):
-        """Of router rows: as other matrices, or orthonormal."""
-        return jax.nn.initializers.orthogonal() if self.router_init == "orthogonal" else self.initializer
 
     @property
     def head_width(self):
@@ -116,7 +88,7 @@ class ModelConfig:
     def parameters(self, experts=None):
         """Exact number of parameters; with `experts` experts a layer instead of all of them."""
         attention = 2 * self.width * self.width + 2 * self.width * self.kv_width + self.width + self.kv_width
-        sizes = {name: math.prod(shape) for name, (_, shape) in declare(self).items()}
+        sizes = {name: math.prod(parameter.shape) for name, parameter in declare(self).items()}
         if experts:
             sizes |= {name: sizes[name] * experts // self.experts for name in (*GATED, *FACTORIZED) if name in sizes}
         embeddings = self.vocab_size * self.width * (1 if self.tie_embeddings else 2)
@@ -129,10 +101,9 @@ class ModelConfig:
     def flops_per_token(self, length):
         """Twice the multiply-adds of a token's forward pass: matmuls, and causal attention over `length` tokens."""
         attention = 2 * self.width * self.width + 2 * self.width * self.kv_width + 2 * self.width * (length + 1) / 2
-        expert = (self.gate_rank or self.width) * self.expert_width + 2 * self.width * self.expert_width
+        # Of a factorised gate the router computes the first factor, and counts it.
+        gate = (self.router.gate_rank(self) or self.width) * self.expert_width
+        expert = gate + 2 * self.width * self.expert_width
         shared = 3 * self.shared_experts * self.width * self.expert_width
-        moe = ROUTERS[self.router].work(self) + self.experts_per_token * expert + shared
-        return 2 * (self.layers * (attention + moe) + self.vocab_size * self.width)
-
-
-HOW = ("dtype", "remat", "attention_implementation", "experts_implementation", "scan_unroll")
+        layer = 2 * (attention + self.experts_per_token * expert + shared) + self.router.flops(self)
+        return self.layers * layer + 2 * self.vocab_size * self.width

@@ -15,7 +15,6 @@ from jax.sharding import PartitionSpec as P
 from moe_erc.model.attention import Attention, rms_norm
 from moe_erc.model.context import Cache, Context
 from moe_erc.moe.layer import MoE
-from moe_erc.moe.routers import ROUTERS
 from moe_erc.moe.routing import RoutingStats
 from moe_erc.sharding import BATCH
 
@@ -88,8 +87,10 @@ class Transformer(nn.Module):
 
     def router_rows(self, params):
         """(L, E, D): for every expert the direction in token space that its router attracts. None: it has no rows."""
-        rows = ROUTERS[self.config.router].rows
-        return rows and jax.vmap(lambda moe: rows(self.config, moe))(params["layers"]["moe"])
+        router = self.config.router
+        if not router.has_rows:
+            return None
+        return jax.vmap(lambda moe: router.rows(self.config, moe))(params["layers"]["moe"])
 
     def _place(self, array, spec):
         return array if self.mesh is None else jax.lax.with_sharding_constraint(array, NamedSharding(self.mesh, spec))

@@ -47,10 +47,11 @@ def apply(run, mesh, x_BTD, routing, matrices, low_BTEr=None, low_of_constant_BT
     return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=P(BATCH))(x_BTD, routing, matrices, lows)
 
 
-def project(mesh, x_BTD, w_low_EDr):
+def project(mesh, x_BTD, w_low_EDr, spec):
     """x @ w_low of every expert, (B, T, E, r) float32, each expert's where its matrices are.
 
-    Experts are chosen by it, so that float32 is not rounded to bfloat16 on a TPU; bfloat16 is exact in one pass.
+    spec: where w_low lies. Experts are chosen by the result, so that float32 is not rounded to
+    bfloat16 on a TPU; bfloat16 is exact in one pass.
     """
 
     def local(x_BTD, w_low_EDr):
@@ -59,7 +60,6 @@ def project(mesh, x_BTD, w_low_EDr):
 
     if mesh is None:
         return local(x_BTD, w_low_EDr)
-    spec = PARAMETERS["w_low"]
 
     def gathered(x_BTD, w_low_EDr):
         return local(_gather(x_BTD, EXPERT, 0), _gather(w_low_EDr, DATA, spec.index(DATA)))

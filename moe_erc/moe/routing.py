@@ -1,4 +1,4 @@
-"""Routing: which experts a token meets, and with what weight. What a router is; the routers are in `routers/`.
+"""Routing: which experts a token meets, and with what weight. The routers are in `routers/`.
 
 A router scores every expert for every token; the K most preferred are chosen and weighed by their probability:
 
@@ -8,8 +8,6 @@ The bias is that of loss-free balancing (arXiv 2408.15664). With top_p < 1 (arXi
 of the K whose probabilities sum to more than top_p is kept; a slot left empty has expert id E and weight 0.
 """
 
-import dataclasses
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -58,16 +56,38 @@ class RoutingStats(NamedTuple):
         return divide(jnp.sum(self.assignments_E, axis=-1), self.tokens)
 
 
-def top(probabilities_BTE, preference_BTE, config):
-    """The most preferred experts, weighed by their probability over all E, or over the chosen if `renormalize`."""
+class StepCounts(NamedTuple):
+    """Where the unmasked tokens of a step went, int32; those of micro-batches add up."""
+
+    assignments_LE: jax.Array
+    tokens: jax.Array
+
+    @property
+    def experts_per_token_L(self) -> jax.Array:
+        """Mean number of experts of a token, float32."""
+        return divide(jnp.sum(self.assignments_LE, axis=-1), self.tokens)
+
+
+def top(
+    probabilities_BTE: jax.Array,
+    preference_BTE: jax.Array,
+    experts_per_token: int,
+    top_p: float = 1.0,
+    renormalize: bool = False,
+) -> Routing:
+    """The K most preferred experts, weighed by their probability over all E, or over the chosen if `renormalize`.
+
+    With top_p < 1 of the K only the smallest prefix whose probabilities sum to more.
+    """
     experts = probabilities_BTE.shape[-1]
-    experts_BTK = lax.top_k(lax.stop_gradient(preference_BTE), config.experts_per_token)[1]
+    experts_BTK = lax.top_k(lax.stop_gradient(preference_BTE), experts_per_token)[1]
     weights_BTK = jnp.take_along_axis(probabilities_BTE, experts_BTK, axis=-1)
-    if config.top_p < 1:
+    if top_p < 1:
         before_BTK = jnp.cumsum(weights_BTK, axis=-1) - weights_BTK
-        needed_BTK = ~(before_BTK > config.top_p)  # true of NaN: no token is left without experts in silence
-        weights_BTK, experts_BTK = jnp.where(needed_BTK, weights_BTK, 0), jnp.where(needed_BTK, experts_BTK, experts)
-    if config.renormalize:
+        needed_BTK = ~(before_BTK > top_p)  # true of NaN: no token is left without experts in silence
+        weights_BTK = jnp.where(needed_BTK, weights_BTK, 0)
+        experts_BTK = jnp.where(needed_BTK, experts_BTK, experts)
+    if renormalize:
         weights_BTK = shares(weights_BTK)
     return Routing(weights_BTK, experts_BTK)
 
@@ -82,21 +102,6 @@ def shares(weights_BTK):
     return divide(weights_BTK, jnp.sum(weights_BTK, axis=-1, keepdims=True))
 
 
-@dataclasses.dataclass(frozen=True)
-class Router:
-    """How tokens choose experts. Its parameters are {name: float32 array}, named as in `sharding.py`.
-
-    declare(config) -> {name: (initializer, shape)}; score(config, mesh, parameters, x_BTD) -> Scores;
-    choose(probabilities_BTE, preference_BTE, config) -> Routing, token by token;
-    rows(config, parameters) -> (E, D), one direction in token space for every expert; None: there are none;
-    work(config) -> multiply-adds a token.
-    """
-
-    declare: Callable
-    score: Callable
-    work: Callable
-    rows: Callable | None
-    choose: Callable = top
 
 
 def full_slots(routing, experts, mask_BT):
@@ -108,7 +113,7 @@ def statistics(scores: Scores, routing: Routing, mask_BT: jax.Array) -> RoutingS
     """Over the unmasked tokens of the whole batch (all devices: this is called outside `shard_map`).
 
     Assignments are added as integers: a float32 sum of 1 / N loses 0.3 % of 3 million. An int32 holds 2^31 - 1 of them
-    a layer; `training/router_state.py` refuses a step of more.
+    a layer; `ModelConfig.check_assignments` refuses a step of more.
     """
     experts = scores.balance_BTE.shape[-1]
     tokens = jnp.sum(mask_BT, dtype=jnp.int32)

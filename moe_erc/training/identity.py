@@ -28,6 +28,7 @@ RULES = {
     "model.scan_unroll": FREE,
     "model.attention_implementation": FREE,
     "model.experts_implementation": FREE,
+    "routers": METHOD,
     "losses": METHOD,
     "losses.lm.chunk": FREE,  # memory alone
     "data": METHOD,
@@ -76,7 +77,7 @@ def rule_of(key: str) -> str:
 def differences(before: Mapping, after: Mapping) -> list[Change]:
     """Every key of two nested plain JSON descriptions whose values differ, in the order of `after`.
 
-    A loss of weight 0 is not computed, so that its options make no difference.
+    A loss of weight 0 is not computed, and one router is in use: the options of the others make no difference.
     """
     before, after = json.loads(json.dumps([before, after]))
     return [change for change in _differences(before, after) if not _is_idle(change.key, before, after)]
@@ -93,8 +94,10 @@ def _differences(before: Mapping, after: Mapping, prefix: str = "") -> Iterator[
 
 
 def _is_idle(key: str, before: Mapping, after: Mapping) -> bool:
-    """Whether it is an option of a loss that is not computed before, or not afterwards."""
+    """Whether it is an option of a loss or a router that is not in use, before or afterwards."""
     block, *names = key.split(".")
+    if block == "routers" and names:
+        return not all(config.get("model", {}).get("router") == names[0] for config in (before, after))
     if block != "losses" or len(names) < 2 or names[-1] == "weight":
         return False
     return not all(config[block].get(names[0], {}).get("weight") for config in (before, after))

@@ -24,7 +24,6 @@ from moe_erc.checks import BadInput
 OPTIMIZERS = ("adamw", "muon")
 SCHEDULES = ("constant", "cosine", "linear", "wsd")
 MUON_MOMENTUM = 0.95  # the published value, so that naming muon is all it takes
-ROWS = {"router", "expert_embedding"}  # parameters that are compared with tokens row by row
 NORM = "_norm"  # how the name of a norm's scale ends
 ADAM_RMS = 0.2  # what Adam's direction measures in practice; an orthogonal (m, n) matrix has 1 / sqrt(max(m, n))
 
@@ -134,14 +133,15 @@ def decay_mask(params, norms=False):
     return jax.tree_util.tree_map_with_path(decays, params)
 
 
-def directions(params):
+def directions(params, router_parameters):
     """Who turns each gradient into a direction under Muon: "muon" for the hidden matrices, "adam" for the rest.
 
-    A router is no hidden map: its rows are compared one by one with tokens and experts, so it keeps Adam.
+    Rows of a router are no hidden map: they are compared one by one with tokens and experts, so they keep Adam.
     """
+    rows = {name for name, parameter in router_parameters.items() if not parameter.orthogonalized}
 
     def label(path, leaf):
-        hidden = "layers" in _names(path) and ROWS.isdisjoint(_names(path))
+        hidden = "layers" in _names(path) and rows.isdisjoint(_names(path))
         return "muon" if hidden and _is_matrix(path, leaf) else "adam"
 
     return jax.tree_util.tree_map_with_path(label, params)
@@ -157,15 +157,19 @@ def _to_adam_rms(updates, params=None):
     return jax.tree.map(lambda update: ADAM_RMS * jnp.sqrt(max(update.shape[-2:])) * update, updates)
 
 
-def make_optimizer(config, steps) -> optax.GradientTransformation:
-    """The chain of the module's equation, all state in the dtype of the parameters."""
+def make_optimizer(config, steps, model) -> optax.GradientTransformation:
+    """The chain of the module's equation, all state in the dtype of the parameters.
+
+    model: the ModelConfig, whose router says which of its parameters Muon leaves to Adam.
+    """
     direction = optax.scale_by_adam(config.b1, config.b2, config.eps)
     if config.name == "muon":
         orthogonal = optax.chain(
             optax.contrib.scale_by_muon(beta=MUON_MOMENTUM, weight_dimension_numbers=_last_two_axes),
             optax.stateless(_to_adam_rms),
         )
-        direction = optax.partition({"muon": orthogonal, "adam": direction}, directions)
+        label = functools.partial(directions, router_parameters=model.router.parameters(model))
+        direction = optax.partition({"muon": orthogonal, "adam": direction}, label)
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
         direction,

@@ -8,14 +8,14 @@ from flax import struct
 
 from moe_erc.random_keys import named
 from moe_erc.sharding import shard_state
-from moe_erc.training import guard, router_state
+from moe_erc.training import guard
 
 
 class Weights(struct.PyTreeNode):
     """The part of a TrainState that a model is evaluated with."""
 
     params: Any
-    router: Any  # what routing carries from step to step beside its parameters: `router_state.py`
+    router: Any  # what routing carries from step to step beside its parameters: `RouterState.by_layer`
 
 
 class TrainState(struct.PyTreeNode):
@@ -38,8 +38,9 @@ class TrainState(struct.PyTreeNode):
 def init_weights(model, rng):
     """The model's initial parameters, float32, the same on any mesh."""
     tokens_BT = jnp.zeros((model.mesh.size, 1), jnp.int32)  # the least that every device gets a share of
-    router, _ = router_state.initial(model.config)
-    return Weights(model.init(rng, tokens_BT, jnp.ones_like(tokens_BT, bool), router)["params"], router)
+    router = model.config.router.init_state(model.config).by_layer
+    variables = model.init(rng, tokens_BT, jnp.ones_like(tokens_BT, bool), router)
+    return Weights(variables["params"], router)
 
 
 def initializer(model, optimizer, seed):
@@ -48,16 +49,18 @@ def initializer(model, optimizer, seed):
     def init():
         key = jax.random.key(seed)
         rng = named(key, "steps")
-        weights, (_, loss_scales) = init_weights(model, named(key, "parameters")), router_state.initial(model.config)
+        weights = init_weights(model, named(key, "parameters"))
+        loss_scales = model.config.router.init_state(model.config).loss_scales
         opt_state = optimizer.init(weights.params)
         return TrainState(jnp.int32(0), weights.params, opt_state, rng, weights.router, loss_scales, guard.initial())
 
     return init
 
 
-def abstract_state(init, mesh):
-    """Shapes, types and shardings of the state that `init` makes, without making it."""
-    return shard_state(mesh, jax.eval_shape(init))
+def abstract_state(init, model):
+    """Shapes, types and shardings of the state of `model` that `init` makes, without making it."""
+    router_parameters = model.config.router.parameters(model.config)
+    return shard_state(model.mesh, jax.eval_shape(init), router_parameters)
 
 
 def shardings(abstract):

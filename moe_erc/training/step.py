@@ -14,10 +14,10 @@ from moe_erc.measures.load import EXPERTS_PER_TOKEN
 from moe_erc.measures.registry import of_load
 from moe_erc.measures.training import GRADIENT_NORM, LEARNING_RATE, LOSS, PARAMETER_NORM, SCALE, TOTAL
 from moe_erc.model.context import of_batch
+from moe_erc.moe.routers.base import RouterState
+from moe_erc.moe.routing import StepCounts
 from moe_erc.numerics import divide
-from moe_erc.random_keys import named
 from moe_erc.sharding import replicate, shard_batch
-from moe_erc.training import router_state
 from moe_erc.training.guard import GuardConfig, judge
 from moe_erc.training.optimizer import updates_done
 
@@ -41,7 +41,8 @@ def make_train_step(
         gradients, terms, counts = gradients_of(state, batch)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         params = objective.decouple(optax.apply_updates(state.params, updates))
-        router, scales = router_state.after_step(model.config, state.router, state.loss_scales, counts)
+        before = RouterState(state.router, state.loss_scales)
+        router, scales = model.config.router.after_step(model.config, before, counts)
         metrics = {LOSS.of(name).key: value for name, value in terms.items()} | of_load(counts.assignments_LE)
         metrics |= {SCALE.of(name).key: value for name, value in scales.items()}
         metrics |= {
@@ -75,7 +76,7 @@ def step_gradients(model, objective, micro_batches):
 
     def gradients_of(state, batch):
         rng = jax.random.fold_in(state.rng, state.step)
-        router = router_state.for_step(model.config, state.router, named(rng, "competing layers"))
+        router = model.config.router.before_step(model.config, state.router, rng)
         of_batch = functools.partial(micro_batch_gradients, model, objective, state, router)
         gradients, terms, counts = batch_gradients(of_batch, split(batch, micro_batches))
         shape_BT = batch["mask_BT"].shape
@@ -134,7 +135,7 @@ def micro_batch_gradients(model, objective, state, router, batch, earlier):
         output = model.apply({"params": params}, batch["inputs_BT"], batch["mask_BT"], router, of_batch(batch))
         terms = objective.of_batch(output, batch, earlier and earlier.assignments_LE)
         tokens = jnp.sum(batch["mask_BT"], dtype=jnp.int32)
-        counts = router_state.StepCounts(output.routing.assignments_E, tokens)
+        counts = StepCounts(output.routing.assignments_E, tokens)
         return objective.total(terms, state.loss_scales), (terms, counts)
 
     (_, (terms, counts)), gradients = jax.value_and_grad(loss, has_aux=True)(state.params)

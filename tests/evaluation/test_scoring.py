@@ -117,8 +117,9 @@ IN_TWO_PROCESSES = """
     from moe_erc.training.state import init_weights
 
     processes.initialize()
-    config = ModelConfig(**base.get_config("debug").model.to_dict() | {"init_std": 0.3})
-    model = Transformer(config, sharding.make_mesh(1, 2))
+    config = base.get_config("debug")
+    config.model.init_std = 0.3
+    model = Transformer(ModelConfig.of(config), sharding.make_mesh(1, 2))
     everywhere = sharding.replicate(model.mesh)
     weights = jax.jit(functools.partial(init_weights, model), out_shardings=everywhere)(jax.random.key(0))
     print(json.dumps(Scorer(model, (7, 16)).run(weights, json.load(open(REQUESTS)))))

@@ -22,6 +22,7 @@ from moe_erc.hf.tokenizer_files import BYTE_LEVEL, tokenizer_files, tokenizer_of
 from moe_erc.losses.language_model import language_model, token_losses
 from moe_erc.losses.load_balance import load_balance
 from moe_erc.model.transformer import Transformer
+from moe_erc.moe.routers.softmax import Softmax
 from moe_erc.training.state import abstract_state, init_weights
 from tests.hf import checkpoint
 from tests.tolerance import assert_close
@@ -32,7 +33,7 @@ PACKED = "model.layers.0.mlp.experts.gate_up_proj"
 
 
 def abstract(model):
-    return abstract_state(lambda: init_weights(model, jax.random.key(0)), model.mesh).params
+    return abstract_state(lambda: init_weights(model, jax.random.key(0)), model).params
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +41,9 @@ def load(model_config):
     """(model, params) of a checkpoint."""
 
     def load(directory, mesh=(1, 1), **changes):
-        model = Transformer(model_config(**model_fields(read_config(directory)) | changes), sharding.make_mesh(*mesh))
+        fields = model_fields(read_config(directory))
+        fields["renormalize"] = fields.pop("router").renormalize
+        model = Transformer(model_config(**fields | changes), sharding.make_mesh(*mesh))
         return model, import_olmoe(directory, model.config, abstract(model))
 
     return load
@@ -177,7 +180,7 @@ def test_rows_of_power_iteration_are_written_out(trained, load, tmp_path):
     assert_close(found, expected, terms=2 * (5 * 32 + 16) + 32 + 48)
     written = find_tensors(tmp_path / "out")["model.layers.1.mlp.gate.weight"].map()
     assert np.abs(written - params["layers"]["moe"]["router"][1]).max() > 0.1
-    assert_close(np.linalg.norm(written, axis=-1), model.config.mpi_scale / 2, terms=8)  # E is 4
+    assert_close(np.linalg.norm(written, axis=-1), model.config.router.scale / 2, terms=8)  # E is 4
 
 
 def test_an_export_takes_the_memory_of_a_layer(trained, tmp_path):
@@ -193,10 +196,10 @@ def test_an_export_takes_the_memory_of_a_layer(trained, tmp_path):
 
 @pytest.mark.parametrize("changes, words", [
     ({"shared_experts": 1}, ["model.shared_experts", "1"]),
-    ({"top_p": 0.5}, ["model.top_p", "0.5"]),
-    ({"bias_rate": 1e-3}, ["model.bias_rate", "0.001"]),
-    ({"router": "aoe", "gate_rank": 8}, ["model.router", "'aoe'"]),
-    ({"router": "routing_free", "gate_rank": 8}, ["model.router", "'routing_free'"]),
+    ({"top_p": 0.5}, ["routers.softmax.top_p", "0.5"]),
+    ({"bias_rate": 1e-3}, ["routers.softmax.bias_rate", "0.001"]),
+    ({"router": "aoe", "rank": 8}, ["model.router", "'aoe'"]),
+    ({"router": "routing_free", "rank": 8}, ["model.router", "'routing_free'"]),
     ({"router": "xmoe"}, ["model.router", "'xmoe'"]),
 ], ids=str)  # fmt: skip
 def test_what_no_olmoe_computes_is_not_exported(model_config, changes, words, tmp_path):
@@ -326,8 +329,8 @@ def test_a_release_may_leave_out_what_has_a_default(config):
     left_out = ("rope_parameters", "num_key_value_heads", "rms_norm_eps", "tie_word_embeddings", "norm_topk_prob")
     fields = model_fields({name: value for name, value in sizes.items() if name not in left_out and value} | config)
     assert fields["rope_theta"] == 50.0 and type(fields["rope_theta"]) is float
-    assert (fields["kv_heads"], fields["norm_eps"], fields["tie_embeddings"], fields["renormalize"]) == (
-        2, 1e-5, False, False,
+    assert (fields["kv_heads"], fields["norm_eps"], fields["tie_embeddings"], fields["router"]) == (
+        2, 1e-5, False, Softmax(renormalize=False),
     )  # fmt: skip
 
 
@@ -335,8 +338,9 @@ def test_a_release_may_leave_out_what_has_a_default(config):
     ({"width": 32}, ["model.width", "32", "16"]),
     ({"kv_heads": 1}, ["model.kv_heads", "1", "2"]),
     ({"norm_eps": 1e-6}, ["model.norm_eps", "1e-06", "1e-05"]),
+    ({"renormalize": True}, ["routers.softmax.renormalize", "True", "False"]),
     ({"router": "mpi"}, ["model.router", "'mpi'", "softmax"]),
-    ({"router": "aoe", "gate_rank": 4}, ["model.router", "'aoe'", "softmax"]),
+    ({"router": "aoe", "rank": 4}, ["model.router", "'aoe'", "softmax"]),
     ({"shared_experts": 1}, ["model.shared_experts", "1"]),
 ], ids=str)  # fmt: skip
 def test_a_model_that_a_checkpoint_is_not_of(load, changes, words):

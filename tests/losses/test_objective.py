@@ -12,7 +12,6 @@ from moe_erc.losses import LOSSES
 from moe_erc.losses.erc import erc_loss
 from moe_erc.losses.objective import Objective
 from moe_erc.model.transformer import Transformer
-from moe_erc.moe.routers import mpi
 from moe_erc.random_keys import named
 from moe_erc.training.step import parameter_only
 from tests.tolerance import assert_close
@@ -111,7 +110,7 @@ def test_erc_of_mpi_is_that_of_the_turned_rows(model):
     params, rng, turning = random_moe(), jax.random.key(0), model(router="mpi")
     moe = params["layers"]["moe"]
     found = Objective({"erc": ERC}, turning).of_parameters(params, rng)["erc"]
-    turned_LED = jax.vmap(lambda of_layer: mpi.rows(turning.config, of_layer))(moe)
+    turned_LED = jax.vmap(lambda of_layer: turning.config.router.rows(turning.config, of_layer))(moe)
     key = named(rng, "losses.erc")
     # sums over 8 and 4, in the power step twice, and over the 16 pairs
     assert_close(found, erc_loss(moe | {"router": turned_LED}, key), terms=3 * (8 + 4) + 16)
@@ -175,7 +174,7 @@ def test_what_means_nothing_is_refused_at_once(losses, words, model):
     assert "\n" not in str(refusal.value)
 
 
-FACTORISED = {"aoe": {"gate_rank": 8}, "routing_free": {"gate_rank": 8}}
+FACTORISED = {"aoe": {"rank": 8}, "routing_free": {"rank": 8}}
 
 
 @pytest.mark.parametrize("loss, routers, reason", [

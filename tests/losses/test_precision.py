@@ -69,7 +69,7 @@ def test_a_precision_that_does_not_exist_is_refused():
 
 def published(size):
     config = base.get_config(size)
-    return ModelConfig(**config.model), (config.train.batch_size, config.data.sequence_length)
+    return ModelConfig.of(config), (config.train.batch_size, config.data.sequence_length)
 
 
 def test_auto_is_high_where_that_is_less_than_a_two_thousandth_of_a_step():

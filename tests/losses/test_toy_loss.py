@@ -78,7 +78,7 @@ def test_toy_losses_of_every_kind_train_two_steps(registered, model_config, toke
     model = Transformer(model_config(), mesh)
     optimizer = optax.sgd(RATE)
     initialize = initializer(model, optimizer, config.seed)
-    shapes = abstract_state(initialize, mesh)
+    shapes = abstract_state(initialize, model)
     state = create_state(initialize, shapes, None)
     objective = Objective(config.losses.to_dict(), model)
     step = make_train_step(model, objective, optimizer, 2, shardings(shapes))
@@ -109,7 +109,7 @@ def test_an_option_of_a_toy_loss_is_checked_under_its_name(registered, model_con
 
 
 def test_a_toy_loss_is_refused_beside_a_router_that_lacks_what_it_reads(registered, model_config):
-    model = Transformer(model_config(router="routing_free", gate_rank=8))
+    model = Transformer(model_config(router="routing_free", rank=8))
     with pytest.raises(BadInput, match=r"losses\.largest_probability\.weight: 1\.0"):
         Objective({"largest_probability": {"weight": 1.0}}, model)
 

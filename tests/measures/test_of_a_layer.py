@@ -46,7 +46,7 @@ def test_tokens_without_an_expert():
 ])  # fmt: skip
 def test_a_router_has_the_one_or_the_other(method, key):
     """Measured of a model at its start: by layer, and nothing of the other."""
-    model = Transformer(ModelConfig(**method.get_config("debug").model), sharding.make_mesh(1, 1))
+    model = Transformer(ModelConfig.of(method.get_config("debug")), sharding.make_mesh(1, 1))
     probe = {"inputs_BT": jnp.arange(32).reshape(2, 16), "mask_BT": jnp.ones((2, 16), bool)}
     found = Diagnosis(model, probe).run(init_weights(model, jax.random.key(0)))
     of_layers = {measure.key for measure in reading("layer")}

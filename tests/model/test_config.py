@@ -1,5 +1,7 @@
 """Counts against the parameters that exist, against numbers worked by hand, and against the published models."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -7,6 +9,7 @@ import pytest
 from configs import base
 from moe_erc.model.config import ModelConfig
 from moe_erc.model.transformer import Transformer
+from moe_erc.moe.routers import ROUTERS
 
 TINY = {"layers": 1, "width": 8, "heads": 2, "kv_heads": 2, "experts": 4, "experts_per_token": 2, "expert_width": 6}
 TINY |= {"vocab_size": 16}
@@ -20,8 +23,8 @@ TINY |= {"vocab_size": 16}
         {"tie_embeddings": True},
         {"experts": 8, "layers": 3},
         {"shared_experts": 2},
-        {"router": "aoe", "gate_rank": 5},
-        {"router": "routing_free", "gate_rank": 5},
+        {"router": "aoe", "rank": 5},
+        {"router": "routing_free", "rank": 5},
         {"router": "xmoe"},
         {"router": "xmoe", "experts": 5, "experts_per_token": 1},
         {"router": "mpi"},
@@ -66,8 +69,8 @@ def test_counts_of_each_router_by_hand(model_config):
         "competition": (32 + 4 * 144, 32 + 2 * 144, 32 + 2 * 144 + 0.25 * 4 * 144),
     }
     for router, (parameters, active, multiplied) in expected.items():
-        rank = 3 if router in ("aoe", "routing_free") else 0
-        config = model_config(**TINY, router=router, gate_rank=rank, competition_rate=0.25)
+        options = {"aoe": {"rank": 3}, "routing_free": {"rank": 3}, "competition": {"rate": 0.25}}.get(router, {})
+        config = model_config(**TINY, router=router, **options)
         assert config.parameters() == outside + parameters, router
         assert config.active_parameters() == outside + active, router
         assert config.flops_per_token(3) == 2 * (work + multiplied), router
@@ -79,8 +82,9 @@ def test_counts_of_each_router_by_hand(model_config):
 
 def test_the_work_of_competition_counts_its_limit_of_layers(model_config):
     # 3 layers, each competing with 1/2, at most 1: a step without has 1/8, so 7/8 of a layer's 4 * 144 competes
-    tiny = TINY | {"layers": 3, "router": "competition", "competition_rate": 0.5, "competition_layers": 1}
-    more = model_config(**tiny).flops_per_token(3) - model_config(**tiny | {"router": "softmax"}).flops_per_token(3)
+    tiny = TINY | {"layers": 3}
+    competing = model_config(**tiny, router="competition", rate=0.5, max_layers=1)
+    more = competing.flops_per_token(3) - model_config(**tiny).flops_per_token(3)
     assert more == pytest.approx(2 * 7 / 8 * 4 * 144)
 
 
@@ -88,13 +92,14 @@ def test_the_work_of_competition_counts_its_limit_of_layers(model_config):
     "size, total, active", [("olmoe_1b_7b", 6.92e9, 1.28e9), ("3b", 2.99e9, 0.61e9), ("15b", 14.97e9, 0.92e9)]
 )
 def test_published_sizes(size, total, active):
-    config = ModelConfig(**base.get_config(size).model)
+    config = ModelConfig.of(base.get_config(size))
     # counts of integers, against what papers print with three digits and two
     assert config.parameters() == pytest.approx(total, rel=0.002)
     assert config.active_parameters() == pytest.approx(active, rel=0.01)
 
 
-FREE = {"router": "routing_free", "gate_rank": 8}
+FREE = {"router": "routing_free", "rank": 8}
+UNKNOWN = "no such option"
 
 
 @pytest.mark.parametrize("changes, words", [
@@ -107,31 +112,30 @@ FREE = {"router": "routing_free", "gate_rank": 8}
     ({"remat": "all"}, ["remat", "all", "block"]),
     ({"experts_implementation": "fast"}, ["experts_implementation", "fast", "block_loop"]),
     ({"router": "sotfmax"}, ["router", "sotfmax", "softmax"]),
-    ({"router_init": "uniform"}, ["router_init", "uniform", "orthogonal"]),
-    ({"gate_rank": -1}, ["gate_rank", "-1"]),
+    ({"init": "uniform"}, ["routers.softmax.init", "uniform", "orthogonal"]),
+    ({"router": "aoe", "rank": -1}, ["routers.aoe.rank", "-1"]),
     ({"shared_experts": -1}, ["shared_experts", "-1"]),
-    ({"gate_rank": 8}, ["gate_rank", "8", "softmax", "set it to 0"]),
-    ({"router": "aoe"}, ["gate_rank", "aoe", "10"]),  # 32 * 16 / 48, rounded down
-    ({"router": "routing_free"}, ["gate_rank", "routing_free", "10"]),
-    ({"top_p": 0.4, "bias_rate": 1e-3}, ["bias_rate", "0.001", "top_p", "0.4"]),
-    (FREE | {"top_p": 0.4}, ["top_p", "0.4", "routing_free", "set it to 1"]),
-    (FREE | {"bias_rate": 1e-3}, ["bias_rate", "0.001", "routing_free", "set it to 0"]),
-    (FREE | {"renormalize": True}, ["renormalize", "routing_free", "set it to False"]),
-    ({"router": "competition", "top_p": 0.4}, ["top_p", "0.4", "competition", "set it to 1"]),
-    ({"router": "competition", "bias_rate": 1e-3}, ["bias_rate", "competition", "set it to 0"]),
-    (FREE | {"router_init": "orthogonal"}, ["router_init", "orthogonal", "routing_free", "rows"]),
-    ({"router": "xmoe", "router_init": "orthogonal"}, ["router_init", "orthogonal", "xmoe", "rows"]),
+    ({"rank": 8}, ["routers.softmax.rank", UNKNOWN]),
+    ({"renormalise": True}, ["routers.softmax.renormalise", UNKNOWN, "'renormalize'"]),
+    ({"top_p": 0.4, "bias_rate": 1e-3}, ["routers.softmax.bias_rate", "0.001", "top_p", "0.4"]),
+    (FREE | {"top_p": 0.4}, ["routers.routing_free.top_p", UNKNOWN]),
+    (FREE | {"bias_rate": 1e-3}, ["routers.routing_free.bias_rate", UNKNOWN]),
+    (FREE | {"renormalize": True}, ["routers.routing_free.renormalize", UNKNOWN]),
+    ({"router": "competition", "top_p": 0.4}, ["routers.competition.top_p", UNKNOWN]),
+    ({"router": "competition", "bias_rate": 1e-3}, ["routers.competition.bias_rate", UNKNOWN]),
+    (FREE | {"init": "orthogonal"}, ["routers.routing_free.init", UNKNOWN]),
+    ({"router": "xmoe", "init": "orthogonal"}, ["routers.xmoe.init", UNKNOWN]),
     *(({"router": "xmoe", "experts": few, "experts_per_token": 1}, [f"model.experts: {few}", "xmoe", "at least 4"])
       for few in (1, 2, 3)),
     ({"top_p": 0.0}, ["top_p", "0.0", "above 0"]),
     ({"top_p": 1.1}, ["top_p", "1.1", "at most 1"]),
     ({"bias_rate": -1e-3}, ["bias_rate", "-0.001", "at least 0"]),
     ({"bias_rate": float("nan")}, ["bias_rate", "nan", "at least 0"]),
-    ({"mpi_scale": 0.0}, ["mpi_scale", "0.0", "positive"]),
-    ({"competition_rate": 1.5}, ["competition_rate", "1.5", "0 to 1"]),
-    ({"competition_layers": 0}, ["competition_layers", "0"]),
-    ({"theta": 0.0}, ["theta", "0.0", "positive"]),
-    ({"controller_rate": -0.1}, ["controller_rate", "-0.1", "at least 0"]),
+    ({"router": "mpi", "scale": 0.0}, ["routers.mpi.scale", "0.0", "positive"]),
+    ({"router": "competition", "rate": 1.5}, ["routers.competition.rate", "1.5", "0 to 1"]),
+    ({"router": "competition", "max_layers": 0}, ["routers.competition.max_layers", "0"]),
+    (FREE | {"theta": 0.0}, ["routers.routing_free.theta", "0.0", "positive"]),
+    (FREE | {"controller_rate": -0.1}, ["routers.routing_free.controller_rate", "-0.1", "at least 0"]),
     ({"clip_qkv": -8.0}, ["clip_qkv", "-8.0", "at least 0"]),
 ])  # fmt: skip
 def test_a_model_that_cannot_be_built_is_refused(model_config, changes, words):
@@ -146,7 +150,24 @@ def test_a_larger_vocabulary_than_the_models_is_refused(model_config):
         model_config().check_vocabulary(513)
 
 
-def test_identity_ignores_how_the_model_is_computed(model_config):
-    assert model_config(dtype="bfloat16", remat="block").identity() == model_config().identity()
-    for changes in ({"renormalize": True}, {"router": "mpi"}, {"bias_rate": 1e-3}, {"shared_experts": 1}):
-        assert model_config(**changes).identity() != model_config().identity()
+@pytest.mark.parametrize("router", ["aoe", "routing_free"])
+def test_the_default_rank_keeps_the_size_of_whole_gates(model_config, router):
+    config = model_config(router=router)
+    assert config.router.gate_rank(config) == 10  # 32 * 16 / 48, rounded down
+    assert model_config(router=router, rank=10).parameters() == config.parameters()
+
+
+def test_an_option_of_a_router_that_is_not_in_use_is_checked_too():
+    config = base.get_config("debug")
+    config.routers.mpi.scale = -1.0
+    with pytest.raises(ValueError, match=r"^routers\.mpi\.scale: -1\.0 must be positive"):
+        ModelConfig.of(config)
+    config = base.get_config("debug").to_dict()
+    config["routers"]["mpy"] = {"scale": 4.0}
+    with pytest.raises(ValueError, match=r"^routers\.mpy: .*'mpi'"):
+        ModelConfig.of(config)
+
+
+def test_the_base_config_has_every_option_with_the_default_of_its_router():
+    defaults = {name: dataclasses.asdict(kind()) for name, kind in ROUTERS.items()}
+    assert base.get_config().routers.to_dict() == defaults

@@ -14,16 +14,16 @@ from moe_erc.model.transformer import Transformer
 from moe_erc.training.state import init_weights
 from tests import tolerance
 
-ROUTERS = {
+CHANGES = {
     "softmax": {},
     "renormalized": {"renormalize": True},
     "top_p": {"top_p": 0.6},
     "bias": {"bias_rate": 1e-3},
     "shared": {"shared_experts": 1},
-    "aoe": {"router": "aoe", "gate_rank": 8},
+    "aoe": {"router": "aoe", "rank": 8},
     "competition": {"router": "competition"},
     "mpi": {"router": "mpi"},
-    "routing_free": {"router": "routing_free", "gate_rank": 8},
+    "routing_free": {"router": "routing_free", "rank": 8},
     "xmoe": {"router": "xmoe"},
 }
 SLOTS, LENGTH, ROWS = 16, 12, 8
@@ -39,7 +39,7 @@ def tokens_BT():
 def model_and_weights(model_config):
     @functools.cache
     def make(router="softmax", mesh=None, **changes):
-        model, rng = Transformer(model_config(**ROUTERS[router], **changes), mesh), np.random.default_rng(0)
+        model, rng = Transformer(model_config(**CHANGES[router], **changes), mesh), np.random.default_rng(0)
         one_device = model.clone(mesh=sharding.make_mesh(1, 1))
         shapes = jax.eval_shape(lambda: init_weights(one_device, jax.random.key(0)))
         return model, jax.tree.map(lambda leaf: 0.3 * rng.normal(size=leaf.shape).astype(np.float32), shapes)
@@ -153,7 +153,7 @@ def assert_a_cache_changes_nothing(model, weights, tokens_BT, prompt):
     assert_close(np.take_along_axis(np.asarray(expected), chosen, axis=-1)[..., 0][inside_BT], best[inside_BT])
 
 
-@pytest.mark.parametrize("router", ROUTERS)
+@pytest.mark.parametrize("router", CHANGES)
 def test_a_cache_changes_nothing_whatever_the_router(model_and_weights, tokens_BT, router):
     assert_a_cache_changes_nothing(*model_and_weights(router), tokens_BT, 1)
 

@@ -149,7 +149,7 @@ def gradients(config, mesh_shape, micro_batches, batch):
     mesh = sharding.make_mesh(*mesh_shape)
     model = Transformer(config, mesh)
     init = initializer(model, optax.sgd(1.0), 0)
-    state = create_state(init, abstract_state(init, mesh), parameters(config))
+    state = create_state(init, abstract_state(init, model), parameters(config))
     of_state = jax.jit(step_gradients(model, Objective(losses, model), micro_batches))
     found, terms, _ = of_state(state, sharding.put_whole_batch(mesh, batch))
     return jax.device_get((found, terms))

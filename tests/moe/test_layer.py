@@ -29,7 +29,7 @@ def tiny(model_config):
 
 def parameters(config):
     declared, rng = declare(config), np.random.default_rng(0)
-    return {name: jnp.asarray(0.7 * rng.normal(size=shape), jnp.float32) for name, (_, shape) in declared.items()}
+    return {name: jnp.asarray(0.7 * rng.normal(size=of.shape), jnp.float32) for name, of in declared.items()}
 
 
 def tokens():
@@ -104,7 +104,7 @@ def test_where_experts_compete_the_winners_run(tiny):
     params = parameters(config)
 
     def observe(layer):
-        return layer.routing, layer.competition
+        return layer.routing, layer.auxiliary
 
     y_BTD, _, (routing, competing) = apply(config, params, {"competing": jnp.array(True)}, observe)
     affinity_BTE = jnp.mean(jnp.log1p(jnp.exp(all_experts(params)[1])), axis=-1)
@@ -127,7 +127,7 @@ def test_a_layer_can_be_observed(tiny):
     config = tiny(top_p=0.6)
 
     def observe(layer):
-        assert layer.competition is None
+        assert layer.auxiliary is None
         again = layer.score(layer.x_BTD).probabilities_BTE
         return layer.x_BTD, layer.mask_BT, layer.scores, again, layer.routing, layer.chosen_BTK, layer.kept
 
@@ -203,14 +203,14 @@ def test_variance_of_turned_rows_trains_the_rows_and_not_the_gates_that_turn_the
 
 @pytest.mark.parametrize("router", ["aoe", "routing_free"])
 def test_overlap_trains_both_factors_of_a_gate(tiny, router):
-    config = tiny(router=router, gate_rank=4, theta=0.01)
+    config = tiny(router=router, rank=4, **{"theta": 0.01} if router == "routing_free" else {})
     [gradients] = largest_gradients(config, ("output_overlap",), {}).values()
     assert min(gradients[name] for name in ("w_low", "w_high", "w_up", "w_down")) > 1e-5
     assert gradients["x"] == 0 and gradients.get("threshold", 0) == 0
 
 
 def test_overlap_of_factored_gates_has_the_gradient_of_their_product(tiny):
-    config = tiny(router="aoe", gate_rank=4)
+    config = tiny(router="aoe", rank=4)
     params = parameters(config)
     chosen_BTK = apply(config, params, {}, lambda layer: layer.routing)[2].experts_BTK
 
@@ -237,7 +237,7 @@ def test_where_experts_compete_balance_reads_how_they_answered(tiny):
     params = parameters(config)
     for active in (True, False):
         state = {"competing": jnp.array(active)}
-        _, stats, layer = apply(config, params, state, lambda layer: (layer.scores, layer.competition))
+        _, stats, layer = apply(config, params, state, lambda layer: (layer.scores, layer.auxiliary))
         scores, competing = layer
         read_BTE = competing.competitors_BTE if active else scores.probabilities_BTE
         # a mean over 8 tokens

@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 from moe_erc import sharding
 from moe_erc.moe import parallel
 from moe_erc.moe.experts import FACTORIZED, GATED, IMPLEMENTATIONS, dense, weighed
+from moe_erc.moe.routers.aoe import BY_EXPERT
 from moe_erc.moe.routing import Routing
 from tests.tolerance import assert_close
 
@@ -46,7 +47,7 @@ def gradients_of(mesh, implementation, keep):
     """As one program for all routings."""
 
     def loss(x_BTD, weights_BTK, matrices, w_low_EDr, experts_BTK):
-        low_BTEr = None if w_low_EDr is None else parallel.project(mesh, x_BTD, w_low_EDr)
+        low_BTEr = None if w_low_EDr is None else parallel.project(mesh, x_BTD, w_low_EDr, BY_EXPERT)
         of_experts = partial(implementation, partial(weighed, keep=keep))
         results = parallel.apply(of_experts, mesh, x_BTD, Routing(weights_BTK, experts_BTK), matrices, low_BTEr)
         return sum(jnp.sum(jnp.sin(leaf)) for leaf in jax.tree.leaves(results)), results

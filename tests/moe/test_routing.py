@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_erc.moe.routing import Routing, RoutingStats, Scores, statistics, top
+from moe_erc.moe.routing import Routing, RoutingStats, Scores, statistics
 from tests.tolerance import assert_close, within
 
 PROBABILITIES_BTE = jnp.array([[[0.5, 0.3, 0.2], [0.1, 0.2, 0.7]]])
@@ -17,7 +17,7 @@ def choose(model_config):
     def run(probabilities_BTE=PROBABILITIES_BTE, bias_E=0.0, **changes):
         experts = probabilities_BTE.shape[-1]
         config = model_config(**{"experts": experts, "experts_per_token": 2} | changes)
-        return top(probabilities_BTE, probabilities_BTE + bias_E, config)
+        return config.router.choose(config, probabilities_BTE, probabilities_BTE + bias_E)
 
     return run
 

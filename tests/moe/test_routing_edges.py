@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 
 from moe_erc.moe.layer import declare
 from moe_erc.moe.routers import ROUTERS, competition
-from moe_erc.moe.routing import top
 from moe_erc.numerics import unit
 from tests.tolerance import assert_close, within
 
@@ -31,7 +30,7 @@ def choose(model_config):
 
         def run(logits_BTE, bias_E):
             probabilities_BTE = jax.nn.softmax(logits_BTE, axis=-1)
-            routing = top(probabilities_BTE, probabilities_BTE + bias_E, config)
+            routing = config.router.choose(config, probabilities_BTE, probabilities_BTE + bias_E)
             return jnp.sum(routing.weights_BTK * jnp.arange(1, K + 1)), (routing, probabilities_BTE)
 
         return compiled.setdefault(str(changes), jax.jit(jax.value_and_grad(run, has_aux=True)))
@@ -120,28 +119,28 @@ def test_nan_is_not_routed_to_a_valid_weight(choose, top_p, renormalize):
     assert np.isnan(routing.weights_BTK[0, 1, 0])
 
 
-RANKS = {"aoe": {"gate_rank": D}, "routing_free": {"gate_rank": D}}
+RANKS = {"aoe": {"rank": D}, "routing_free": {"rank": D}}
 
 
 @pytest.mark.parametrize("name", sorted(ROUTERS))
 def test_a_nan_in_tokens_or_parameters_shows_in_the_weights(model_config, name):
     config = model_config(router=name, experts=E, experts_per_token=E, width=D, expert_width=4, **RANKS.get(name, {}))
-    router, rng = ROUTERS[name], np.random.default_rng(0)
-    declared = {parameter: shape for parameter, (_, shape) in declare(config).items()}
+    router, rng = config.router, np.random.default_rng(0)
+    declared = {name: parameter.shape for name, parameter in declare(config).items()}
     parameters = {parameter: rng.normal(size=shape).astype(np.float32) for parameter, shape in declared.items()}
     x_BTD = rng.normal(size=(1, T, D)).astype(np.float32)
 
     @jax.jit
     def weights(parameters, x_BTD):
         probabilities_BTE = router.score(config, None, parameters, x_BTD).probabilities_BTE
-        return router.choose(probabilities_BTE, probabilities_BTE, config).weights_BTK
+        return router.choose(config, probabilities_BTE, probabilities_BTE).weights_BTK
 
     assert np.isfinite(weights(parameters, x_BTD)).all()
     token = x_BTD.copy()
     token[0, 1, 3] = np.nan
     found_BTK = weights(parameters, token)
     assert np.isfinite(found_BTK[0, 0]).all() and np.isnan(found_BTK[0, 1]).any()
-    for parameter in router.declare(config):
+    for parameter in router.parameters(config):
         spoilt = np.array(parameters[parameter])
         spoilt.flat[-1] = np.nan
         assert np.isnan(weights(parameters | {parameter: spoilt}, x_BTD)).any(axis=-1).all(), parameter

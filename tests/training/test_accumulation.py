@@ -12,17 +12,18 @@ from configs import base
 from moe_erc import sharding
 from moe_erc.losses.objective import Objective
 from moe_erc.model.transformer import Transformer
-from moe_erc.training import router_state
-from moe_erc.training.router_state import StepCounts
+from moe_erc.moe.routers.base import RouterState
+from moe_erc.moe.routers.softmax import Softmax
+from moe_erc.moe.routing import StepCounts
 from moe_erc.training.state import initializer
 from moe_erc.training.step import batch_gradients, split, step_gradients
 
 ROWS, LENGTH, PARTS = 8, 16, 4
-ROUTERS = {
+CHANGES = {
     "softmax": {},
     "top_p": {"top_p": 0.5, "experts_per_token": 4},
-    "routing_free": {"router": "routing_free", "gate_rank": 8},
-    "competition": {"router": "competition", "competition_rate": 1.0},
+    "routing_free": {"router": "routing_free", "rank": 8},
+    "competition": {"router": "competition", "rate": 1.0},
 }
 # Of means over tokens in another order: sums over at most 128 tokens and a few hundred products, in units in the last
 # place (6e-8) of the largest element.
@@ -44,9 +45,9 @@ def test_micro_batches_weigh_by_their_assignments():
     np.testing.assert_array_equal(counts.assignments_LE, [[7, 16, 14, 19]])
     assert counts.tokens == 28 and counts.assignments_LE.dtype == counts.tokens.dtype == jnp.int32
     np.testing.assert_array_equal(counts.experts_per_token_L, [2])
-    config = type("config", (), {"bias_rate": 0.5, "experts_per_token": 2})
-    router, _ = router_state.after_step(config, {"bias": jnp.zeros((1, 4))}, {}, counts)
-    np.testing.assert_array_equal(router["bias"], [[0.5, -0.5, 0, -0.5]])
+    before = RouterState({"bias": jnp.zeros((1, 4))}, {})
+    after = Softmax(bias_rate=0.5).after_step(None, before, counts)
+    np.testing.assert_array_equal(after.by_layer["bias"], [[0.5, -0.5, 0, -0.5]])
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +67,7 @@ def taker(model_config):
         losses = base.get_config("debug").losses.to_dict()
         for name, changes in dict(weights).items():
             losses[name] |= dict(changes)
-        model = Transformer(model_config(init_std=0.3, **ROUTERS[router]), sharding.make_mesh(1, 1))
+        model = Transformer(model_config(init_std=0.3, **CHANGES[router]), sharding.make_mesh(1, 1))
         state = jax.jit(initializer(model, optax.sgd(1.0), 0))()
         objective = Objective(losses, model)
         return model, state, {parts: jax.jit(step_gradients(model, objective, parts)) for parts in (1, PARTS)}
@@ -141,7 +142,7 @@ def test_a_layer_that_does_not_compete_is_no_part_of_the_loss(model_config, toke
     batch = token_batch(4, LENGTH)
     found = {}
     for rate, most in ((1.0, 2), (1.0, 1)):
-        config = model_config(init_std=0.3, router="competition", competition_rate=rate, competition_layers=most)
+        config = model_config(init_std=0.3, router="competition", rate=rate, max_layers=most)
         model = Transformer(config, sharding.make_mesh(1, 1))
         state = jax.jit(initializer(model, optax.sgd(1.0), 0))()
         goal = Objective(losses, model)

@@ -95,7 +95,7 @@ def trainer(model_config):
     mesh, optimizer = sharding.make_mesh(1, 2), optax.adam(0.01)
     model = Transformer(model_config(bias_rate=0.01), mesh)
     init, objective = initializer(model, optimizer, 0), Objective(losses, model)
-    shapes = abstract_state(init, mesh)
+    shapes = abstract_state(init, model)
     skip = GuardConfig(nonfinite="skip", limit=3)
     step = make_train_step(model, objective, optimizer, 1, shardings(shapes), skip)
     start = jax.jit(init, out_shardings=shardings(shapes))

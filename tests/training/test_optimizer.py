@@ -7,6 +7,8 @@ import numpy as np
 import optax
 import pytest
 
+from configs import base
+from moe_erc.model.config import ModelConfig
 from moe_erc.training.optimizer import (
     OptimizerConfig,
     decay_mask,
@@ -54,7 +56,7 @@ def random_params(seed):
 
 
 def first_update(config, grads, params):
-    optimizer = make_optimizer(config, steps=10)
+    optimizer = make_optimizer(config, 10, ModelConfig.of(base.get_config("debug")))
     return jax.jit(optimizer.update)(grads, optimizer.init(params), params)[0]
 
 
@@ -117,19 +119,23 @@ def test_clipping_bounds_the_norm_of_all_gradients_together():
     assert_close(update["b"], [0, -0.8 / 1.8], terms=8)
 
 
-def test_muon_takes_the_hidden_matrices_and_adam_the_rest():
-    labels = directions(random_params(0))
+def test_muon_takes_the_hidden_matrices_and_adam_the_rest(model_config):
+    labels = directions(random_params(0), model_config().router.parameters(model_config()))
     muon = {jax.tree_util.keystr(path) for path, who in jax.tree_util.tree_leaves_with_path(labels) if who == "muon"}
     attention = {f"['layers']['attention']['{name}']" for name in ("query", "output")}
     assert muon == attention | {f"['layers']['moe']['{name}']" for name in ("w_gate", "w_up", "w_down")}
 
 
-def test_what_other_routers_add_is_taken_by_what_it_is():
+def test_what_other_routers_add_is_taken_by_what_it_is(model_config):
     # By layer: rows, scalars and vectors of experts are Adam's, and only matrices decay.
     shapes = {"projection": (L, D, 2), "expert_embedding": (L, E, 2), "temperature": (L,), "threshold": (L, E)}
     shapes |= {"w_low": (L, E, D, 2), "w_high": (L, E, 2, F), "shared_up": (L, D, F)}
     params = {"layers": {"moe": {name: jnp.zeros(shape) for name, shape in shapes.items()}}}
-    muon = {name for name, who in directions(params)["layers"]["moe"].items() if who == "muon"}
+    added = {}
+    for router in ("xmoe", "routing_free"):
+        config = model_config(router=router)
+        added |= config.router.parameters(config)
+    muon = {name for name, who in directions(params, added)["layers"]["moe"].items() if who == "muon"}
     assert muon == {"projection", "w_low", "w_high", "shared_up"}
     kept = {name for name, decays in decay_mask(params)["layers"]["moe"].items() if not decays}
     assert kept == {"temperature", "threshold"}
@@ -180,11 +186,11 @@ def test_a_value_out_of_range_is_named_with_its_key_and_mend(field, value, says)
     assert "\n" not in str(error.value)
 
 
-def test_warmup_must_end_before_the_run_and_leave_room_for_the_decay():
+def test_warmup_must_end_before_the_run_and_leave_room_for_the_decay(model_config):
     with pytest.raises(ValueError, match=r"optimizer\.warmup_steps = 10 must be below the 10 steps"):
-        make_optimizer(changed(warmup_steps=10), steps=10)
+        make_optimizer(changed(warmup_steps=10), 10, model_config())
     with pytest.raises(ValueError, match=r"optimizer\.decay_fraction = 0\.5 decays over 5 of 10 steps, but only 4"):
-        make_optimizer(changed(schedule="wsd", warmup_steps=6, decay_fraction=0.5), steps=10)
+        make_optimizer(changed(schedule="wsd", warmup_steps=6, decay_fraction=0.5), 10, model_config())
 
 
 def test_norms_decay_where_they_are_asked_to_and_other_vectors_never():

@@ -13,18 +13,20 @@ from moe_erc import sharding
 from moe_erc.checks import BadInput
 from moe_erc.losses.objective import Objective
 from moe_erc.model.transformer import Transformer
-from moe_erc.training import router_state
+from moe_erc.moe.routers.base import RouterState
+from moe_erc.moe.routers.routing_free import sign_of_sum
+from moe_erc.moe.routers.softmax import Softmax
+from moe_erc.moe.routing import StepCounts
 from moe_erc.training.checkpoint import Checkpoints
-from moe_erc.training.router_state import StepCounts
 from moe_erc.training.state import Weights, abstract_state, create_state, init_weights, initializer, shardings
 from moe_erc.training.step import make_train_step
 from tests.tolerance import assert_close
 
 RATE = 0.25
-ROUTERS = {
+CHANGES = {
     "loss_free": {"bias_rate": RATE},
-    "competition": {"router": "competition", "competition_rate": 0.9},
-    "routing_free": {"router": "routing_free", "gate_rank": 8},
+    "competition": {"router": "competition", "rate": 0.9},
+    "routing_free": {"router": "routing_free", "rank": 8},
 }
 
 
@@ -37,9 +39,9 @@ def trainer(model_config):
         losses = base.get_config("debug").losses.to_dict()
         losses["competition"] |= {"weight": 0.1 if name == "competition" else 0.0}
         mesh, optimizer = sharding.make_mesh(1, 1), optax.adam(1e-2)
-        model = Transformer(model_config(init_std=0.3, **ROUTERS[name]), mesh)
+        model = Transformer(model_config(init_std=0.3, **CHANGES[name]), mesh)
         init = initializer(model, optimizer, 0)
-        shapes = abstract_state(init, mesh)
+        shapes = abstract_state(init, model)
         step = make_train_step(model, Objective(losses, model), optimizer, micro_batches, shardings(shapes))
         return model, jax.device_get(bits(create_state(init, shapes))), shapes, step
 
@@ -104,17 +106,17 @@ def test_a_bias_moves_by_the_sign_of_the_load_of_the_whole_step(trainer, token_b
 
 
 def test_a_bias_stands_still_at_equal_load():
-    config = type("config", (), {"bias_rate": RATE, "experts_per_token": 2})
     counts = StepCounts(jnp.array([[4, 4, 4, 4], [8, 4, 2, 2]]), jnp.int32(8))
-    router, scales = router_state.after_step(config, {"bias": jnp.ones((2, 4))}, {}, counts)
-    np.testing.assert_array_equal(router["bias"], [[1, 1, 1, 1], [0.75, 1, 1.25, 1.25]])
-    assert scales == {}
+    before = RouterState({"bias": jnp.ones((2, 4))}, {})
+    after = Softmax(bias_rate=RATE).after_step(None, before, counts)
+    np.testing.assert_array_equal(after.by_layer["bias"], [[1, 1, 1, 1], [0.75, 1, 1.25, 1.25]])
+    assert after.loss_scales == {}
 
 
 def test_the_controller_weighs_balance_more_while_too_many_experts_run(model_config):
-    config = model_config(**ROUTERS["routing_free"] | {"controller_rate": 0.5})  # K is 2
-    router, scales = router_state.initial(config)
-    assert router == {} and scales == {"load_balance": 1.0}
+    config = model_config(**CHANGES["routing_free"] | {"controller_rate": 0.5})  # K is 2
+    start = config.router.init_state(config)
+    assert start == ({}, {"load_balance": 1.0})
     # of 3 tokens, 6 assignments a layer are 2 each.  18 > 12: times 1.5;  12: as it is;  11 < 12: over 1.5
     for assignments_LE, expected in (
         ([[3, 3, 0, 0], [3, 3, 3, 3]], 1.5),
@@ -122,7 +124,7 @@ def test_the_controller_weighs_balance_more_while_too_many_experts_run(model_con
         ([[3, 0, 0, 0], [3, 3, 2, 0]], 1 / 1.5),
     ):
         counts = StepCounts(jnp.array(assignments_LE), jnp.int32(3))
-        router, found = router_state.after_step(config, {}, scales, counts)
+        router, found = config.router.after_step(config, start, counts)
         assert router == {} and found["load_balance"] == pytest.approx(expected)
 
 
@@ -142,10 +144,10 @@ def test_the_controller_moves_in_real_steps_and_its_scale_is_in_the_total(traine
 
 @pytest.mark.parametrize("layers, rate, most", [(4, 0.3, 3), (6, 0.8, 2), (3, 1.0, 3), (2, 0.0, 3)])
 def test_layers_compete_with_the_probability_but_no_more_than_so_many(model_config, layers, rate, most):
-    changes = {"layers": layers, "competition_rate": rate, "competition_layers": most}
+    changes = {"layers": layers, "rate": rate, "max_layers": most}
     config, draws = model_config(router="competition", **changes), 20_000
     keys = jax.random.split(jax.random.key(0), draws)
-    competing = jax.jit(jax.vmap(functools.partial(router_state.competing_layers, config)))(keys)
+    competing = jax.jit(jax.vmap(functools.partial(config.router.competing_layers, config)))(keys)
     counts = np.sum(competing, axis=1)
     assert counts.max() <= most
     # Uncut, the count is binomial, and the mean of its minimum with `most` is the share of every layer alike.
@@ -155,21 +157,21 @@ def test_layers_compete_with_the_probability_but_no_more_than_so_many(model_conf
     assert np.abs(np.mean(competing, axis=0) - share).max() <= 4 * sigma  # the worst of six layers
     if most >= layers:
         assert share == pytest.approx(rate, abs=2e-3)  # a million draws: 4 times 0.5 / sqrt(1e6)
-    np.testing.assert_array_equal(competing[7], router_state.competing_layers(config, keys[7]))
+    np.testing.assert_array_equal(competing[7], config.router.competing_layers(config, keys[7]))
 
 
 def test_competition_is_of_training_alone(trainer, token_batch):
     model, state, _, step = trainer("competition")
-    assert set(router_state.for_step(model.config, state.router, state.rng)) == {"competing"}
+    assert set(model.config.router.before_step(model.config, state.router, state.rng)) == {"competing"}
     state, metrics = take(step, state, batches(token_batch, 2))
     assert state.router == state.weights.router == {}
     assert max(line["loss/competition"] for line in metrics) > 0  # and it did take place
     for name in ("loss_free", "routing_free"):
         model, state, _, _ = trainer(name)
-        assert router_state.for_step(model.config, state.router, state.rng) == state.router
+        assert model.config.router.before_step(model.config, state.router, state.rng) == state.router
 
 
-@pytest.mark.parametrize("name", ROUTERS)
+@pytest.mark.parametrize("name", CHANGES)
 def test_a_run_goes_on_where_it_was_saved_bit_for_bit(name, trainer, token_batch, tmp_path):
     model, start, shapes, step = trainer(name)
     data = batches(token_batch, 4)
@@ -179,7 +181,7 @@ def test_a_run_goes_on_where_it_was_saved_bit_for_bit(name, trainer, token_batch
         checkpoints.save(2, half, {})
     with Checkpoints(tmp_path) as checkpoints:
         restored, _ = checkpoints.restore(shapes)
-        like = abstract_state(lambda: init_weights(model, jax.random.key(1)), model.mesh)
+        like = abstract_state(lambda: init_weights(model, jax.random.key(1)), model)
         weights = checkpoints.restore_weights(like)
     assert_same_bits(restored, half)
     assert isinstance(weights, Weights)
@@ -206,13 +208,13 @@ def test_a_run_goes_on_where_it_was_saved_bit_for_bit(name, trainer, token_batch
 ])  # fmt: skip
 def test_the_sign_of_a_sum_that_an_int32_does_not_hold(numbers, sign):
     assert np.sign(sum(numbers)) == sign
-    assert router_state.sign_of_sum(jnp.array(numbers, jnp.int32)) == sign
+    assert sign_of_sum(jnp.array(numbers, jnp.int32)) == sign
 
 
 def test_more_assignments_than_are_counted_are_refused(model_config):
-    top, free = model_config(), model_config(**ROUTERS["routing_free"])  # K is 2; routing-free may run all 4
-    router_state.check_counts(top, 2**17, 2**12)  # the last that fit: 2^30 of 2^31 - 1
+    top, free = model_config(), model_config(**CHANGES["routing_free"])  # K is 2; routing-free may run all 4
+    top.check_assignments(2**17, 2**12)  # the last that fit: 2^30 of 2^31 - 1
     for config, batch_size, most in ((top, 2**18, 262143), (free, 2**17, 131071)):
-        router_state.check_counts(config, most, 2**12)
+        config.check_assignments(most, 2**12)
         with pytest.raises(BadInput, match=rf"train.batch_size: {batch_size} .*2,147,483,648.*at most {most}$"):
-            router_state.check_counts(config, batch_size, 2**12)
+            config.check_assignments(batch_size, 2**12)

@@ -58,7 +58,7 @@ def trainer(model_config, initial_state):
         mesh, optimizer = sharding.make_mesh(*mesh_shape), optax.sgd(0.1)
         sizes = {"experts": experts, "experts_per_token": experts_per_token}
         model = Transformer(model_config(init_std=0.3, experts_implementation=implementation, **sizes), mesh)
-        shapes = abstract_state(initializer(model, optimizer, SEED), mesh)
+        shapes = abstract_state(initializer(model, optimizer, SEED), model)
         step = step_module.make_train_step(model, Objective(losses, model), optimizer, micro_batches, shardings(shapes))
         return functools.partial(initial_state, shardings(shapes), sizes), lambda state, batch: step(
             state, sharding.put_batch(mesh, batch)
@@ -194,7 +194,7 @@ def test_any_mesh_takes_the_steps_of_the_oracle_on_one_device(five_steps, mesh_s
 def test_a_mesh_draws_the_state_of_one_device_and_it_lies_where_the_table_says(trainer, model_config, data, expert):
     model = Transformer(model_config(init_std=0.3), sharding.make_mesh(data, expert))
     init = initializer(model, optax.sgd(0.1), SEED)
-    drawn, (expected, _) = create_state(init, abstract_state(init, model.mesh)), trainer()
+    drawn, (expected, _) = create_state(init, abstract_state(init, model)), trainer()
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(drawn.params), jax.device_get(expected.params))
     gate = drawn.params["layers"]["moe"]["w_gate"]
     assert gate.addressable_shards[0].data.shape == (2, 4 // expert, 32, 16 // data)  # (L, E / expert, D, F / data)

@@ -1,39 +1,113 @@
-"""CompeteSMoE (v2, arXiv 2505.13380): now and then all experts run, and the router learns who would have won.
+"""CompeteSMoE (v2, arXiv 2505.13380): now and then all experts run, and the router learns who would
+have won.
 
-    a_e = mean softplus(expert_e(x)),   q = softmax(a),   experts = top K of q,   weights = a[experts] / sum
+    a_e = mean softplus(expert_e(x)),   q = softmax(a)
+    experts = top K of q,   weights = a[experts] / sum
 
-On other steps the router is a softmax router. `losses/competition.py` draws it towards q; in which layers experts
-compete is drawn step by step (`router_state.py`), and of more than the allowed number the excess does not. In a layer
-that competes the balance loss reads q, as the tokens were routed by it. Dense while it lasts: the price is the point of
-the comparison.
+On other steps the router is a softmax router. `losses/competition.py` draws it towards q; in which
+layers experts compete is drawn step by step from the step's key, a function of the state, and of
+more than the allowed number the excess does not. In a layer that competes the balance loss reads q,
+as the tokens were routed by it. Dense while it lasts: the price is the point of the comparison.
 """
 
 import dataclasses
+import functools
 import math
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax import lax
+from jax.sharding import Mesh
 
-from moe_erc.moe.routers import softmax
-from moe_erc.moe.routing import Routing, shares
+from moe_erc.moe import experts, parallel
+from moe_erc.moe.routers.base import Choice, option
+from moe_erc.moe.routers.softmax import LinearRouter
+from moe_erc.moe.routing import Routing, Scores, shares
+from moe_erc.random_keys import named
 
 
-def winners(affinity_BTE, experts_per_token):
+class CompetitionResult(NamedTuple):
+    """Whether experts compete in the layer on this step, and the softmax of their answers or 0."""
+
+    active: jax.Array  # bool
+    competitors_BTE: jax.Array
+
+
+def winners(affinity_BTE: jax.Array, experts_per_token: int) -> tuple[Routing, jax.Array]:
     """(Routing to the experts that answer most, q) of all experts' affinities."""
     weights_BTK, experts_BTK = lax.top_k(affinity_BTE, experts_per_token)
     return Routing(shares(weights_BTK), experts_BTK), jax.nn.softmax(affinity_BTE, axis=-1)
 
 
-def expected_share(config):
-    """Of the layers that compete on a step: each with the same probability, but not more than so many."""
-    layers, rate = config.layers, config.competition_rate
-    ways = (math.comb(layers, count) * rate**count * (1 - rate) ** (layers - count) for count in range(layers + 1))
-    return sum(min(count, config.competition_layers) * way for count, way in enumerate(ways)) / layers
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Competition(LinearRouter):
+    """A softmax router whose experts compete in some layers of a training step. It chooses by other
+    means than probability on these, so it has neither top_p nor a bias.
+    """
 
+    name: ClassVar[str] = "competition"
+    is_softmax: ClassVar[bool] = True
+    competes: ClassVar[bool] = True
+    # The probability that the experts of a layer compete on a step.
+    rate: float = option(0.07, lambda value: 0 <= value <= 1, "from 0 to 1")
+    # In how many layers at most they compete on the same step.
+    max_layers: int = option(3, lambda value: value >= 1, "at least 1")
 
-def work(config):
-    """A softmax router's, and now and then all experts."""
-    return softmax.work(config) + expected_share(config) * 3 * config.experts * config.width * config.expert_width
+    def before_step(self, config: Any, by_layer: dict, rng: jax.Array) -> dict:
+        return by_layer | {
+            "competing": self.competing_layers(config, named(rng, "competing layers"))
+        }
 
+    def competing_layers(self, config: Any, rng: jax.Array) -> jax.Array:
+        """(L,) bool: every layer with the same probability, but no more than `max_layers` of them.
 
-ROUTER = dataclasses.replace(softmax.ROUTER, work=work)
+        Of more, the excess is dropped: those of the highest draws, which is any of them alike.
+        """
+        draw_L = jax.random.uniform(rng, (config.layers,))
+        rank_L = jnp.argsort(jnp.argsort(draw_L))
+        return (draw_L < self.rate) & (rank_L < self.max_layers)
+
+    def route(
+        self, config: Any, mesh: Mesh | None, scores: Scores, state: Mapping, run_all: Callable
+    ) -> Choice:
+        """To the winners where the layer competes, elsewhere to the most probable."""
+        usual = super().route(config, mesh, scores, state, run_all)
+        if "competing" not in state:
+            return usual
+        competing = state["competing"]
+
+        def compete():
+            by_affinity = functools.partial(winners, experts_per_token=config.experts_per_token)
+            return parallel.by_token(by_affinity, mesh)(run_all(experts.affinity)[1])
+
+        def rest():
+            return usual.routing, jnp.zeros_like(scores.probabilities_BTE)
+
+        routing, competitors_BTE = lax.cond(competing, compete, rest)
+        balance_BTE = jnp.where(competing, competitors_BTE, scores.balance_BTE)
+        result = CompetitionResult(competing, competitors_BTE)
+        return Choice(scores._replace(balance_BTE=balance_BTE), routing, result)
+
+    def expected_share(self, config: Any) -> float:
+        """The share of layers that compete on a step, on average, under the limit `max_layers`."""
+        layers = config.layers
+        expected = 0.0
+        for count in range(layers + 1):
+            probability = (
+                math.comb(layers, count) * self.rate**count * (1 - self.rate) ** (layers - count)
+            )
+            expected += min(count, self.max_layers) * probability
+        return expected / layers
+
+    def flops(self, config: Any) -> float:
+        """A softmax router's, and now and then all experts."""
+        all_experts = 2 * 3 * config.experts * config.width * config.expert_width
+        return super().flops(config) + self.expected_share(config) * all_experts
+
+    def describe(self, config: Any) -> str:
+        return (
+            f"Router: softmax, the top {config.experts_per_token} of {config.experts} experts, "
+            "taught by experts that competed (CompeteSMoE)."
+        )

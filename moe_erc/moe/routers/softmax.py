@@ -3,38 +3,78 @@
 logits = x @ router.T in float32,   probs = softmax(logits)
 """
 
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
 import jax
 import jax.numpy as jnp
+from flax import linen as nn
 from jax import lax
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
-from moe_erc.moe.routing import Router, Scores
+from moe_erc.moe.routers.base import FlexibleTopK, Parameter, Router, TopK, option
+from moe_erc.moe.routing import Scores
+from moe_erc.sharding import DATA
+
+INITIALIZERS = ("normal", "orthogonal")
 
 
-def declare(config):
-    """One row of the model's width for every expert."""
-    return {"router": (config.router_initializer, (config.experts, config.width))}
+def linear_scores(x_BTD: jax.Array, router_ED: jax.Array) -> Scores:
+    """Scores of rows, in full float32.
 
-
-def linear_scores(x_BTD, router_ED):
-    """Scores of rows. The choice is discrete: a rounded score is another model, and E columns cost nothing."""
-    logits_BTE = jnp.einsum("btd,ed->bte", x_BTD.astype(jnp.float32), router_ED, precision=lax.Precision.HIGHEST)
+    The choice is discrete: a rounded score is another model, and E columns cost nothing.
+    """
+    logits_BTE = jnp.einsum(
+        "btd,ed->bte", x_BTD.astype(jnp.float32), router_ED, precision=lax.Precision.HIGHEST
+    )
     probabilities_BTE = jax.nn.softmax(logits_BTE, axis=-1)
     return Scores(logits_BTE, probabilities_BTE, probabilities_BTE)
 
 
-def score(config, mesh, parameters, x_BTD):
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LinearRouter(TopK):
+    """A router whose parameter is one row of the model's width per expert, `router` (E, D)."""
+
+    has_rows: ClassVar[bool] = True
+    is_linear: ClassVar[bool] = True
+    # Of the rows: as other matrices, or orthonormal.
+    init: str = option("normal", lambda value: value in INITIALIZERS, " or ".join(INITIALIZERS))
+
+    def parameters(self, config: Any) -> dict[str, Parameter]:
+        initializer = (
+            nn.initializers.orthogonal() if self.init == "orthogonal" else config.initializer
+        )
+        shape = (config.experts, config.width)
+        # Every device reads the whole router. Its moments are read where they are updated: cut.
+        return {
+            "router": Parameter(initializer, shape, moments=P(None, DATA), orthogonalized=False)
+        }
+
+    def score(
+        self, config: Any, mesh: Mesh | None, parameters: Mapping, x_BTD: jax.Array
+    ) -> Scores:
+        return linear_scores(x_BTD, self.rows(config, parameters))
+
+    def rows(self, config: Any, parameters: Mapping) -> jax.Array:
+        return parameters["router"]
+
+    def flops(self, config: Any) -> float:
+        """One dot product per expert."""
+        return 2 * config.experts * config.width
+
+    def exports_as(self) -> Router:
+        return Softmax(renormalize=self.renormalize)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Softmax(LinearRouter, FlexibleTopK):
     """The rows as they are."""
-    return linear_scores(x_BTD, parameters["router"])
 
+    name: ClassVar[str] = "softmax"
+    is_softmax: ClassVar[bool] = True
 
-def rows(config, parameters):
-    """The rows as they are."""
-    return parameters["router"]
-
-
-def work(config):
-    """One dot product an expert."""
-    return config.experts * config.width
-
-
-ROUTER = Router(declare, score, work, rows)
+    def exports_as(self) -> Router:
+        self.check_plain()
+        return super().exports_as()

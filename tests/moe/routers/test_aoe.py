@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from moe_erc.moe.layer import MoE, declare
-from moe_erc.moe.routers import aoe
 from tests.tolerance import assert_close, assert_decided, magnitude
 
 D, F = 4, 3
@@ -15,7 +14,7 @@ D, F = 4, 3
 @pytest.fixture
 def config(model_config):
     def make(**changes):
-        sizes = {"width": D, "expert_width": F, "experts": 3, "experts_per_token": 2, "gate_rank": D}
+        sizes = {"width": D, "expert_width": F, "experts": 3, "experts_per_token": 2, "rank": D}
         return model_config(**{"router": "aoe"} | sizes | changes)
 
     return make
@@ -23,9 +22,8 @@ def config(model_config):
 
 def parameters(config):
     keys = jax.random.split(jax.random.key(0), 4)
-    return {
-        name: jax.random.normal(key, of) for key, (name, (_, of)) in zip(keys, declare(config).items(), strict=True)
-    }
+    declared = declare(config).items()
+    return {name: jax.random.normal(key, of.shape) for key, (name, of) in zip(keys, declared, strict=True)}
 
 
 def apply(config, params, x_BTD):
@@ -46,7 +44,7 @@ def swiglu(x, gate, w_up, w_down):
 
 def test_scores_by_hand(config):
     w_low_EDr = jnp.array([[[3.0, 0.0], [0.0, 2.0]], [[0.0, 0.0], [0.0, 0.0]], [[0.0, 4.0], [0.0, 0.0]]])
-    scores = aoe.score(config(), None, {"w_low": w_low_EDr}, jnp.array([[[1.0, 2.0]]]))
+    scores = config().router.score(config(), None, {"w_low": w_low_EDr}, jnp.array([[[1.0, 2.0]]]))
     # (1, 2) becomes (3, 4), (0, 0) and (0, 4): of length 5, 0 and 4
     assert_close(scores.low_BTEr, [[[[3, 4], [0, 0], [0, 4]]]], terms=4)
     assert_close(scores.logits_BTE, [[[5, 0, 4]]], terms=8)
@@ -57,13 +55,13 @@ def test_scores_by_hand(config):
 
 def test_a_factor_of_zeros_has_a_finite_gradient(config):
     def loss(w_low_EDr):
-        return aoe.score(config(), None, {"w_low": w_low_EDr}, tokens()).probabilities_BTE[..., 0].sum()
+        return config().router.score(config(), None, {"w_low": w_low_EDr}, tokens()).probabilities_BTE[..., 0].sum()
 
     assert jnp.isfinite(jax.jit(jax.grad(loss))(jnp.ones((3, D, 2)).at[1].set(0))).all()
 
 
 def test_one_expert_is_a_dense_factorised_swiglu(config):
-    config = config(experts=1, experts_per_token=1, gate_rank=2)
+    config = config(experts=1, experts_per_token=1, rank=2)
     params, x_BTD = parameters(config), tokens()
     w_low, w_high, w_up, w_down = (params[name][0] for name in ("w_low", "w_high", "w_up", "w_down"))
     y_BTD, _ = apply(config, params, x_BTD)  # softmax of one score: weight 1

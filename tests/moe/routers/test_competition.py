@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_erc.moe.routers.competition import expected_share, winners
+from moe_erc.moe.routers.competition import winners
 from tests.tolerance import assert_close
 
 
@@ -28,5 +28,5 @@ def test_the_strongest_answers_win_and_share_the_weight():
     ],
 )
 def test_share_of_layers_that_compete(model_config, layers, rate, limit, share):
-    config = model_config(router="competition", layers=layers, competition_rate=rate, competition_layers=limit)
-    assert expected_share(config) == pytest.approx(share)
+    config = model_config(router="competition", layers=layers, rate=rate, max_layers=limit)
+    assert config.router.expected_share(config) == pytest.approx(share)

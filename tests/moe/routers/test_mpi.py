@@ -5,13 +5,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_erc.moe.routers.mpi import rows, score
 from tests.tolerance import assert_close
 
 
 @pytest.fixture
 def config(model_config):
-    return model_config(router="mpi", experts=2, experts_per_token=1, mpi_scale=4.0)
+    return model_config(router="mpi", experts=2, experts_per_token=1, scale=4.0)
+
+
+def rows(config, parameters):
+    return config.router.rows(config, parameters)
+
+
+def score(config, mesh, parameters, x_BTD):
+    return config.router.score(config, mesh, parameters, x_BTD)
 
 
 def random_parameters():

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from moe_erc.moe.layer import MoE
-from moe_erc.moe.routers.routing_free import ROUTER, choose, declare, score
 from tests.tolerance import assert_close
 
 # (1, 2) becomes (3, 4), (0, 0) and (0.6, 0.8): of length 5, 0 and 1
@@ -17,7 +16,7 @@ X_BTD = jnp.array([[[1.0, 2.0]]])
 @pytest.fixture
 def config(model_config):
     def make(theta):
-        sizes = {"width": 2, "heads": 1, "experts": 3, "experts_per_token": 1, "expert_width": 2, "gate_rank": 2}
+        sizes = {"width": 2, "heads": 1, "experts": 3, "experts_per_token": 1, "expert_width": 2, "rank": 2}
         return model_config(router="routing_free", theta=theta, **sizes)
 
     return make
@@ -25,13 +24,13 @@ def config(model_config):
 
 def test_gates_by_hand(config):
     parameters = {"w_low": W_LOW_EDR, "threshold": jnp.array([3.0, 1.0, 0.75])}
-    scores = score(config(0.05), None, parameters, X_BTD)
+    scores = config(0.05).router.score(config(0.05), None, parameters, X_BTD)
     # 5 - 3, 0 - 1, 1 - 0.75; below its threshold an expert's gate is 0
     assert_close(scores.logits_BTE, [[[2, -1, 0.25]]], terms=8)
     assert_close(scores.probabilities_BTE, [[[2, 0, 0.25]]], terms=8)
     # two experts run where K is 1: 2 * 2 / 1, 0, 0.25 * 2 / 1; with theta above 0.25 one of them
     assert_close(scores.balance_BTE, [[[4, 0, 0.5]]], terms=8)
-    fewer = score(config(0.3), None, parameters, X_BTD)
+    fewer = config(0.3).router.score(config(0.3), None, parameters, X_BTD)
     assert_close(fewer.balance_BTE, [[[2, 0, 0.25]]], terms=8)
     assert_close(scores.low_BTEr, [[[[3, 4], [0, 0], [0.6, 0.8]]]], terms=8)
 
@@ -39,10 +38,9 @@ def test_gates_by_hand(config):
 @pytest.mark.parametrize("theta, active", [(0.2, [0, 3, 2]), (0.25, [0, 3, 2]), (0.3, [0, 3, 3]), (3.0, [3, 3, 3])])
 def test_experts_whose_gate_reaches_theta_answer_with_it(config, theta, active):
     gate_BTE = jnp.array([[[2.0, 0.0, 0.25]]])
-    routing = choose(gate_BTE, gate_BTE, config(theta))
+    routing = config(theta).router.choose(config(theta), gate_BTE, gate_BTE)
     np.testing.assert_array_equal(routing.experts_BTK, [[active]])
     np.testing.assert_array_equal(routing.weights_BTK, [[np.where(np.array(active) < 3, [2.0, 0.0, 0.25], 0)]])
-    assert ROUTER.choose is choose
 
 
 def test_a_token_that_nobody_takes_gets_nothing_and_passes_finite_gradients(config):
@@ -75,7 +73,7 @@ def test_a_token_that_nobody_takes_gets_nothing_and_passes_finite_gradients(conf
 
 
 def test_thresholds_begin_at_the_length_of_a_normalised_token(model_config):
-    config = model_config(router="routing_free", gate_rank=8, init_std=0.02)
-    initializer, shape = declare(config)["threshold"]
+    config = model_config(router="routing_free", rank=8, init_std=0.02)
+    threshold = config.router.parameters(config)["threshold"]
     # 32 coordinates of 1 through weights of 0.02: 8 coordinates of variance 32 * 0.02^2, so a length of 0.02 sqrt(256)
-    assert_close(initializer(None, shape), np.full(4, 0.02 * 16), terms=8)
+    assert_close(threshold.initializer(None, threshold.shape), np.full(4, 0.02 * 16), terms=8)

@@ -4,8 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_erc.moe.routers.xmoe import declare, rows, score
+from moe_erc.moe.routers.xmoe import XMoE
 from tests.tolerance import assert_close, magnitude
+
+score = XMoE().score
+rows = XMoE().rows
 
 
 def parameters(temperature=0.5):
@@ -76,4 +79,4 @@ def test_a_projection_has_half_as_many_dimensions_as_there_are_experts(model_con
 
 
 def declared_shapes(config):
-    return {name: shape for name, (_, shape) in declare(config).items()}
+    return {name: parameter.shape for name, parameter in config.router.parameters(config).items()}

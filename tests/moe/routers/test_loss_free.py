@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from moe_erc.losses.loss_free import balance_bias
 from moe_erc.measures.registry import of_load
+from moe_erc.moe.routers.loss_free import balance_bias
 from tests.tolerance import assert_close
 
 

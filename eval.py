@@ -14,13 +14,15 @@ An OLMoE --checkpoint has tasks and text too. A workdir may be gs://bucket/path.
 from absl import flags
 
 from configs import base
-from moe_erc import command_line, compilation_cache, paths, processes, sharding
+from moe_erc import sharding
 from moe_erc.analysis.report import print_report, write_report
 from moe_erc.analysis.survey_report import report_survey
 from moe_erc.checks import BadInput
+from moe_erc.data import paths
 from moe_erc.evaluation.sampling import Sampling
 from moe_erc.evaluation.tasks import load_tasks
 from moe_erc.hf import inspect, shard_writer
+from moe_erc.launch import command_line, compilation_cache, processes
 from moe_erc.resume import history_lines
 from moe_erc.runs import open_checkpoint, open_run
 

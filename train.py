@@ -13,15 +13,16 @@ import sys
 from absl import flags
 
 from configs import base
-from moe_erc import command_line, compilation_cache, paths, processes, resume, sharding
+from moe_erc import resume, sharding
 from moe_erc.analysis.diagnosis import Diagnosis, headline, summarize
 from moe_erc.analysis.report import print_report, read_report, write_report
-from moe_erc.data import text
+from moe_erc.data import paths, text
 from moe_erc.evaluation.generate import Generator, Sampling
 from moe_erc.evaluation.ngram import ngram_losses
 from moe_erc.evaluation.perplexity import Perplexity, validation_metrics
 from moe_erc.evaluation.tasks import TaskScores, load_tasks, task_metrics
 from moe_erc.hf import olmoe, tokenizer_files
+from moe_erc.launch import command_line, compilation_cache, processes
 from moe_erc.losses.language_model import token_losses
 from moe_erc.losses.objective import Objective
 from moe_erc.model.config import ModelConfig

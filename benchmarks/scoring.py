@@ -21,7 +21,7 @@ from rich.table import Table
 
 from benchmarks import Subject, cores, environment, take_turns, timed
 from configs import base
-from moe_erc import huge_pages
+from moe_erc.launch import huge_pages
 
 KINDS = {  # documents, answers to each, tokens of a context and of an answer: drawn evenly from first to last
     "sentences": (50, 4, (20, 120), (4, 32)),

@@ -11,13 +11,13 @@ import jax
 import numpy as np
 from etils import epath
 
-from moe_erc import paths, processes, resume, sharding
+from moe_erc import resume, sharding
 from moe_erc.analysis.curves import read_metrics
 from moe_erc.analysis.diagnosis import Diagnosis
 from moe_erc.analysis.gate_map import gate_map
 from moe_erc.checks import BadInput
 from moe_erc.console import printable
-from moe_erc.data import text
+from moe_erc.data import paths, text
 from moe_erc.data.tokenizer import load as load_tokenizer
 from moe_erc.evaluation.expert_use import ExpertUse
 from moe_erc.evaluation.generate import Generator
@@ -25,6 +25,7 @@ from moe_erc.evaluation.ngram import ngram_losses
 from moe_erc.evaluation.perplexity import Perplexity
 from moe_erc.evaluation.tasks import TaskScores, print_tasks
 from moe_erc.hf import model_card, olmoe, olmoe_config, shard_writer, shards, tokenizer_files
+from moe_erc.launch import processes
 from moe_erc.losses.erc import coupling_matrix
 from moe_erc.losses.language_model import token_losses
 from moe_erc.model.config import ModelConfig

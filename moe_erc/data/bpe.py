@@ -1,9 +1,7 @@
 """Byte-level byte-pair encoding, learned from the training documents of a configuration.
 
 The 256 bytes are always in the vocabulary, so that every text can be encoded; merges are added by frequency until it is
-full.
-
-    python -m moe_erc.data.bpe --config=configs/erc.py:tiny --vocab_size=8192 --output=tokenizer.json
+full. `python -m moe_erc.train_tokenizer` is the command.
 """
 
 import os
@@ -12,11 +10,8 @@ import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from absl import flags
-
-from moe_erc import bars, command_line, paths
 from moe_erc.checks import BadInput
-from moe_erc.data import sources
+from moe_erc.data import bars, sources
 from moe_erc.data.config import DataConfig
 from moe_erc.data.tokenizer import END_OF_DOCUMENT, library
 
@@ -62,22 +57,3 @@ def save(tokenizer, output: Path) -> None:
         os.replace(temporary, output)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def main() -> None:
-    """The command: train on `config.data`, write a tokenizer.json."""
-    vocab_size = flags.DEFINE_integer("vocab_size", 8192, "Number of token ids, as --vocab_size=32000")
-    output = flags.DEFINE_string("output", "tokenizer.json", "File to write, as --output=tokenizer.json")
-
-    def run(_):
-        with command_line.refusing_bad_input():
-            path = paths.writable_file(output.value)  # learning takes minutes: what it gave would be lost
-            tokenizer = train(training_texts(DataConfig(**flags.FLAGS.config.data)), vocab_size.value)
-            save(tokenizer, path)
-        print(f"{tokenizer.get_vocab_size()} tokens; use them with --config.data.tokenizer={path}")
-
-    command_line.run(run, default_config="configs/erc.py:tiny", block="data.")
-
-
-if __name__ == "__main__":
-    main()

@@ -14,8 +14,8 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from moe_erc import paths
 from moe_erc.checks import BadInput
+from moe_erc.data import paths
 
 
 def root(cache_dir: str) -> Path:

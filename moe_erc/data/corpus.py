@@ -14,9 +14,8 @@ from typing import ClassVar
 
 import tensorflow_datasets as tfds
 
-from moe_erc import bars
 from moe_erc.checks import BadInput
-from moe_erc.data import cache
+from moe_erc.data import bars, cache
 from moe_erc.data.document import split_by_hash
 from moe_erc.data.python_source import Root, separate, source_files, versions
 

@@ -8,9 +8,8 @@ import functools
 import re
 from collections.abc import Callable, Iterator
 
-from moe_erc import paths
 from moe_erc.checks import BadInput
-from moe_erc.data import cache, text_files, tfds_source
+from moe_erc.data import cache, paths, text_files, tfds_source
 from moe_erc.data.config import DataConfig
 from moe_erc.data.document import Account, Document
 

@@ -17,8 +17,8 @@ from typing import BinaryIO
 
 import numpy as np
 
-from moe_erc import bars
 from moe_erc.checks import BadInput
+from moe_erc.data import bars
 from moe_erc.data.document import Account, Document
 from moe_erc.data.sources import Source
 from moe_erc.data.tokenizer import Tokenizer

@@ -14,8 +14,8 @@ from typing import Protocol
 
 import numpy as np
 
-from moe_erc import paths
 from moe_erc.checks import BadInput
+from moe_erc.data import paths
 
 # How published tokenizers spell the end of a document.
 END_OF_DOCUMENT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]", "[SEP]")

@@ -14,7 +14,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from moe_erc.checks import BadInput
-from moe_erc.paths import absolute
+from moe_erc.data.paths import absolute
 from moe_erc.training import contents, digests
 from moe_erc.training.lock import lock
 

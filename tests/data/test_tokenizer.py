@@ -106,7 +106,7 @@ def test_the_command_trains_or_says_why_not(tmp_path, source, code, said):
     (tmp_path / "config.py").write_text(CONFIG.format(source=str(tmp_path / source)))
     flags = [f"--config={tmp_path / 'config.py'}:debug", "--vocab_size=260", f"--output={tmp_path / 'tokenizer.json'}"]
     environment = os.environ | {"PYTHONPATH": str(Path(moe_erc.__file__).parents[1])}
-    command = [sys.executable, "-m", "moe_erc.data.bpe", *flags]
+    command = [sys.executable, "-m", "moe_erc.train_tokenizer", *flags]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == code and said in done.stdout + done.stderr and "Traceback" not in done.stderr
     assert (tmp_path / "tokenizer.json").exists() == (code == 0)

@@ -6,12 +6,12 @@ import sys
 
 import pytest
 
-from moe_erc import huge_pages
+from moe_erc.launch import huge_pages
 from tests import script
 
 PROGRAM = """
 import os, pathlib, sys
-from moe_erc import huge_pages
+from moe_erc.launch import huge_pages
 huge_pages.MODE = pathlib.Path(sys.argv[1])
 with open(sys.argv[2], "a") as starts:
     starts.write("x")

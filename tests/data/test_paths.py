@@ -5,9 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from moe_erc import paths
 from moe_erc.checks import BadInput
-from moe_erc.data import cache, sources, tokenizer
+from moe_erc.data import cache, paths, sources, tokenizer
 from moe_erc.data.config import DataConfig
 from moe_erc.evaluation.tasks import load_tasks
 from moe_erc.hf import inspect, olmoe, shard_writer, tokenizer_files

@@ -5,7 +5,7 @@ import textwrap
 
 import pytest
 
-from moe_erc import processes
+from moe_erc.launch import processes
 from tests import script
 
 LIMIT = 120  # seconds until what hangs is given up
@@ -63,7 +63,7 @@ def test_settings_that_make_no_sense_are_named(monkeypatch, environment, words):
 SLURM = {"SLURM_JOB_ID": 4711, "SLURM_STEP_NODELIST": "127.0.0.1", "SLURM_LOCALID": 0}
 COUNTED = """
     import jax
-    from moe_erc import processes
+    from moe_erc.launch import processes
     processes.initialize()
     print("one of", jax.process_count(), jax.distributed.is_initialized())
 """

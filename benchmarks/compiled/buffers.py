@@ -9,7 +9,7 @@ import re
 import tempfile
 from typing import NamedTuple
 
-from moe_erc.analysis import hlo
+from benchmarks.compiled import hlo
 
 ALLOCATION = re.compile(r"^allocation ", re.MULTILINE)
 VALUE = re.compile(r"^ value: <\d+ ([\w.-]+)[^>]*> \(size=(\d+),offset=(\d+)\): (\w+\[[\d,]*\])", re.MULTILINE)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from absl import flags
 from ml_collections import ConfigDict
 
-from moe_erc import config_file
+from moe_erc.launch import config_file
 
 ASKED = ("-h", "-?", "-help", "--help", "--helpshort", "-helpshort", "--helpfull", "-helpfull")
 WIDTH = 80
@@ -36,7 +36,7 @@ def own_flags() -> Iterator[flags.Flag]:
     """Those that the script defines itself, by name, `config` first."""
     values = flags.FLAGS
     found = values.get_key_flags_for_module(sys.argv[0])
-    found = found + values.flags_by_module_dict().get("moe_erc.command_line", [])
+    found = found + values.flags_by_module_dict().get("moe_erc.launch.command_line", [])
     yield from sorted({flag.name: flag for flag in found}.values(), key=lambda flag: (flag.name != "config", flag.name))
 
 

@@ -17,8 +17,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from moe_erc import rendezvous
 from moe_erc.checks import BadInput, is_refusal
+from moe_erc.launch import rendezvous
 
 BY_HAND = ADDRESS, COUNT, PROCESS = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 LIMIT = "MOE_ERC_COORDINATOR_TIMEOUT"  # seconds within which all processes must have come

@@ -11,8 +11,9 @@ import sys
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from moe_erc import config_file, console, help_text, huge_pages
+from moe_erc import console
 from moe_erc.checks import BadInput, is_refusal
+from moe_erc.launch import config_file, help_text, huge_pages
 
 CONFIG = re.compile(r"--?config(=|$)")
 OVERRIDE = re.compile(r"--?(?:no)?config\.([^=]*)")

@@ -51,8 +51,8 @@ def test_help_is_printed_beside_what_is_wrong(tmp_path):
 
 
 def test_learning_a_tokenizer_names_its_flags():
-    command = [sys.executable, "-m", "moe_erc.data.bpe", "--help"]
+    command = [sys.executable, "-m", "moe_erc.train_tokenizer", "--help"]
     done = subprocess.run(command, cwd=script.ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and not done.stderr
-    assert "Byte-level byte-pair encoding" in done.stdout
+    assert "Learns a byte-pair tokenizer" in done.stdout
     assert_examples(done.stdout, ("config", "output", "vocab_size"))

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from moe_erc.analysis import hlo
+from benchmarks.compiled import hlo
 
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
 KERNELS = r'custom_call_target="[^"]*(?:tpu_custom_call|gemm|matmul|triton|mosaic|fmha)'

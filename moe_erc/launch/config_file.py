@@ -53,7 +53,7 @@ def check_exists(path: str) -> None:
 
 def beside_the_script(argument: str | None) -> str | None:
     """The same where the current directory has that file; else that of the project, wherever it was started from."""
-    project = pathlib.Path(__file__).parents[1]
+    project = pathlib.Path(__file__).parents[2]
     if argument and not pathlib.Path(argument.partition(":")[0]).exists():
         return str(project / argument)
     return argument
@@ -62,7 +62,7 @@ def beside_the_script(argument: str | None) -> str | None:
 def known_files() -> Iterator[str]:
     """The configs below the directory `configs` of the current directory, else of the project; ablations last."""
     here = pathlib.Path("configs")
-    project = pathlib.Path(__file__).parents[1] / "configs"
+    project = pathlib.Path(__file__).parents[2] / "configs"
     found = (here if here.is_dir() else project).rglob("*.py")
     for path in sorted(found, key=lambda path: (len(path.parts), path)):
         if path.name not in NO_CONFIGS:

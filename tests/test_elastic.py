@@ -1,4 +1,4 @@
-"""A run that changes its machine thrice has the losses of one that never did; the short form: launch/test_processes.py."""
+"""A run that changes its machine thrice has the losses of one that never did; launch/test_processes.py is shorter."""
 
 import json
 

@@ -13,7 +13,7 @@ from ml_collections import config_flags
 
 from moe_erc import console
 from moe_erc.checks import BadInput, is_refusal
-from moe_erc.launch import config_file, help_text, huge_pages
+from moe_erc.launch import config_file, help_text
 
 CONFIG = re.compile(r"--?config(=|$)")
 OVERRIDE = re.compile(r"--?(?:no)?config\.([^=]*)")
@@ -59,7 +59,6 @@ def run(main, default_config: str | None = None, block: str = "") -> None:
     With a `default_config` there are --config=FILE[:SIZE] and --config.a.b=value, read as `flags.FLAGS.config`.
     A config has to have the same keys, or those of one `block`, such as "data.", if the script reads no other.
     """
-    huge_pages.enable()  # may start the program anew
     console.make_safe()
     default_config = config_file.beside_the_script(default_config)
     if default_config:

@@ -10,12 +10,12 @@ import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from moe_erc.checks import BadInput
+from moe_erc.checks import Range, in_range
 from moe_erc.data import bars, sources
 from moe_erc.data.config import DataConfig
 from moe_erc.data.tokenizer import END_OF_DOCUMENT, library
 
-SMALLEST_VOCABULARY = 257  # 256 bytes and the end of a document
+VOCABULARY = Range(least=257, note="256 bytes and the end of a document")
 
 
 def training_texts(config: DataConfig) -> Iterator[str]:
@@ -30,10 +30,7 @@ def training_texts(config: DataConfig) -> Iterator[str]:
 
 def train(texts: Iterable[str], vocab_size: int):
     """A tokenizer of at most `vocab_size` ids: the same texts give the same merges."""
-    if vocab_size < SMALLEST_VOCABULARY:
-        raise BadInput(
-            f"--vocab_size: {vocab_size} is below {SMALLEST_VOCABULARY} (256 bytes and an end of document); give more"
-        )
+    in_range("--vocab_size", vocab_size, VOCABULARY)
     tokenizers = library()
     byte_level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())

@@ -10,46 +10,33 @@ downloaded.
 """
 
 import dataclasses
-import difflib
 import string
 from collections.abc import Iterator
 
 import numpy as np
 
-from moe_erc.checks import BadInput
+from moe_erc.checks import BadInput, check_fields, nearest, within
 from moe_erc.data.document import Document
 
 NAME = "planted"
 LETTERS = string.ascii_lowercase + string.ascii_uppercase + string.digits
 CONCENTRATION = 0.1  # of the Dirichlet rows: from most letters a few others are likely
-LIMITS = {  # option -> least and largest value
-    "regimes": (1, 64),
-    "alphabet": (2, len(LETTERS)),
-    "mixing": (0.0, 1.0),
-    "documents": (1, 10**6),
-    "letters": (2, 10**6),
-    "validation": (1, 10**5),
-    "seed": (0, 2**32 - 1),
-}
 
 
 @dataclasses.dataclass(frozen=True)
 class Planted:
     """The options of the source, written as `planted:regimes=8,mixing=0.25`."""
 
-    regimes: int = 8  # G
-    alphabet: int = 32  # letters, A
-    mixing: float = 0.25  # share of the chain that all regimes have in common
-    documents: int = 64  # of each regime, for training
-    letters: int = 4096  # of a document
-    validation: int = 4  # documents of each regime that are held out
-    seed: int = 0
+    regimes: int = within(1, 64, default=8)  # G
+    alphabet: int = within(2, len(LETTERS), default=32)  # letters, A
+    mixing: float = within(0.0, 1.0, default=0.25)  # share of the chain that all have in common
+    documents: int = within(1, 10**6, default=64)  # of each regime, for training
+    letters: int = within(2, 10**6, default=4096)  # of a document
+    validation: int = within(1, 10**5, default=4)  # documents of each regime that are held out
+    seed: int = within(0, 2**32 - 1, default=0)
 
     def __post_init__(self):
-        for name, (least, most) in LIMITS.items():
-            value = getattr(self, name)
-            if not least <= value <= most:
-                raise BadInput(f"data.sources: {NAME}:{name}={value} is not from {least} to {most}")
+        check_fields(self, f"data.sources: {NAME}")
 
     def chains(self) -> np.ndarray:
         """(G, A, A) float64: the probability of a letter after a letter, by regime."""
@@ -96,8 +83,9 @@ def parse(name: str) -> Planted:
     for part in filter(None, text.split(",")):
         key, _, value = part.partition("=")
         if key not in kinds:
-            (nearest,) = difflib.get_close_matches(key, kinds, n=1, cutoff=0)
-            raise BadInput(f"data.sources: {name!r} has no option {key!r}; the nearest is {nearest!r}")
+            raise BadInput(
+                f"data.sources: {name!r} has no option {key!r}; the nearest is {nearest(key, kinds)!r}"
+            )
         try:
             options[key] = kinds[key](value)
         except ValueError:

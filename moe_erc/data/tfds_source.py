@@ -1,7 +1,6 @@
 """Documents from TensorFlow Datasets, without TensorFlow: array_record files read through `as_data_source`."""
 
 import contextlib
-import difflib
 import importlib
 import os
 import pkgutil
@@ -11,7 +10,7 @@ from pathlib import Path
 
 import tensorflow_datasets as tfds
 
-from moe_erc.checks import BadInput
+from moe_erc.checks import BadInput, nearest
 from moe_erc.data import cache, file_tree, tfds_metadata
 from moe_erc.data.corpus import EmbeddedCorpus, directory
 from moe_erc.data.document import Account, Document, divided_by_hash, split_by_hash
@@ -61,10 +60,9 @@ def named(name: str, text_key: str) -> Builder:
         builder = construct()
     except tfds.core.DatasetNotFoundError:
         known = ["embedded", *tfds.list_builders(with_community_datasets=False)]
-        (nearest,) = difflib.get_close_matches(name, known, n=1, cutoff=0)
         raise BadInput(
             f"data.sources: no source is called '{name}'; "
-            f"the nearest is '{nearest}', and a directory starts with '/', '.' or '~'"
+            f"the nearest is '{nearest(name, known)}', and a directory starts with '/', '.' or '~'"
         ) from None
     except Exception as error:
         raise BadInput(

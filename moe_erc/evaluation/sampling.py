@@ -4,37 +4,29 @@ p = softmax(logits / temperature), cut to the top_k most probable, of them to th
 """
 
 import dataclasses
-import math
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from moe_erc.checks import BadInput
+from moe_erc.checks import BadInput, check_fields, within
 
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """What is asked of a continuation."""
+    """What is asked of a continuation; BadInput for a value beyond its limit."""
 
-    new_tokens: int = 128  # at most
-    temperature: float = 0.0  # 0 takes the most probable token
-    top_k: int = 0  # 0 keeps all
-    top_p: float = 1.0  # 1 keeps all
-    seed: int = 0
+    new_tokens: int = within(least=1, default=128)  # at most
+    temperature: float = within(least=0, default=0.0)  # 0 takes the most probable token
+    top_k: int = within(0, 2**31 - 1, note="0 keeps all", default=0)
+    top_p: float = within(above=0, most=1, note="1 keeps all", default=1.0)
+    seed: int = within(0, 2**32 - 1, default=0)
     stop: tuple = ()  # strings and token ids that end it, and are no part of it
 
     def __post_init__(self):
-        for name, (holds, limit) in {
-            "new_tokens": (self.new_tokens >= 1, "at least 1"),
-            "temperature": (0 <= self.temperature < math.inf, "at least 0 and finite"),
-            "top_k": (0 <= self.top_k < 2**31, "from 0 to 2^31 - 1 (0 keeps all)"),
-            "top_p": (0 < self.top_p <= 1, "above 0 and at most 1 (1 keeps all)"),
-            "seed": (0 <= self.seed < 2**32, "from 0 to 2^32 - 1"),
-            "stop": (not isinstance(self.stop, str) and "" not in self.stop, "a tuple of texts and token ids"),
-        }.items():
-            if not holds:
-                raise BadInput(f"{name}: {getattr(self, name)!r} must be {limit}")
+        check_fields(self)
+        if isinstance(self.stop, str) or "" in self.stop:
+            raise BadInput(f"stop: {self.stop!r} must be a tuple of texts and token ids")
 
     @property
     def stop_texts(self):

@@ -9,10 +9,10 @@ import re
 import sys
 
 from absl import app, flags, logging
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
 from moe_erc import console
-from moe_erc.checks import BadInput, is_refusal
+from moe_erc.checks import BadInput, Range, in_range, is_refusal, nearest
 from moe_erc.launch import config_file, help_text
 
 CONFIG = re.compile(r"--?config(=|$)")
@@ -20,18 +20,19 @@ OVERRIDE = re.compile(r"--?(?:no)?config\.([^=]*)")
 PREFIX = re.compile(r"^(?:\w+Error: )+")  # of a message that a library wraps
 ANY = 2**31 - 1  # steps and sizes are int32 on the devices
 SMALLEST, LARGEST = 1.2e-38, 3.4e38  # of the real numbers, which are float32 there
+# Of the numbers that scripts read themselves; those of a block are fields of its dataclass.
 LIMITS = {
-    "seed": (0, 2**32 - 1),
-    "train.steps": (1, ANY),
-    "train.profile_step": (0, ANY),
-    "losses.lm.chunk": (1, ANY),
-    "eval.every": (1, ANY),
-    "eval.windows": (0, ANY),
-    "eval.report_windows": (0, ANY),
-    "eval.task_limit": (0, ANY),
-    "checkpoint.every": (1, ANY),
-    "checkpoint.keep": (1, ANY),
-    "log.every": (1, ANY),
+    "seed": Range(0, 2**32 - 1),
+    "train.steps": Range(1, ANY),
+    "train.profile_step": Range(0, ANY, note="0 takes no trace"),
+    "losses.lm.chunk": Range(1, ANY),
+    "eval.every": Range(1, ANY),
+    "eval.windows": Range(0, ANY, note="0 takes all"),
+    "eval.report_windows": Range(0, ANY, note="0 takes all"),
+    "eval.task_limit": Range(0, ANY, note="0 takes all"),
+    "checkpoint.every": Range(1, ANY),
+    "checkpoint.keep": Range(1, ANY),
+    "log.every": Range(1, ANY),
 }
 
 
@@ -46,7 +47,9 @@ def refusing_bad_input():
     except Exception as error:
         if not is_refusal(error):
             raise
-        message = f"{error.strerror}: {error.filename!r}" if isinstance(error, OSError) else str(error)
+        message = (
+            f"{error.strerror}: {error.filename!r}" if isinstance(error, OSError) else str(error)
+        )
     else:
         return
     print("error: " + console.printable(" ".join(message.split())), file=sys.stderr)
@@ -96,24 +99,28 @@ def config_name():
     return f"{pathlib.Path(path).stem}-{size or 'tiny'}"
 
 
-def check_numbers(config):
-    """Refuses numbers of a config that scripts read themselves, out of the range that LIMITS gives their keys."""
-    for key, value in config_file.leaves(config):
-        _check_representable(key, value)
-    for key, (least, most) in LIMITS.items():
+def check_numbers(config: ConfigDict) -> None:
+    """Refuses numbers of a config that are beyond LIMITS, or beyond what devices hold."""
+    for key, limit in LIMITS.items():
         value = functools.reduce(getattr, key.split("."), config)
-        if not least <= value <= most:
-            bound = f"below {least}" if value < least else f"above {most}"
-            raise BadInput(f"{key}: {value} is {bound}; give a number from {least} to {most}")
+        in_range(key, value, limit)
+    for key, value in config_file.leaves(config):
+        if key not in LIMITS:
+            _check_representable(key, value)
 
 
-def _check_representable(key, value):
-    """Refuses what devices and file systems cannot hold. Whether inf and nan are allowed the owner of a key knows."""
-    most = LIMITS.get(key, (0, ANY))[1]
-    if isinstance(value, int) and abs(value) > most:
-        raise BadInput(f"{key}: {value} is beyond {most}; give a number nearer to 0")
-    if isinstance(value, float) and math.isfinite(value) and value and not SMALLEST <= abs(value) <= LARGEST:
-        raise BadInput(f"{key}: {value} is no number of float32; give one from {SMALLEST} to {LARGEST}, or 0")
+def _check_representable(key: str, value: object) -> None:
+    """Refuses what devices and file systems cannot hold.
+
+    Whether inf and nan are allowed the owner of a key knows.
+    """
+    if isinstance(value, int) and abs(value) > ANY:
+        raise BadInput(f"{key}: {value} is beyond {ANY}; give a number nearer to 0")
+    is_real = isinstance(value, float) and math.isfinite(value) and value != 0
+    if is_real and not SMALLEST <= abs(value) <= LARGEST:
+        raise BadInput(
+            f"{key}: {value} is no number of float32; give one from {SMALLEST} to {LARGEST}, or 0"
+        )
     if isinstance(value, str) and "\0" in value:
         raise BadInput(f"{key}: {value!r} has a NUL character; leave it out")
 
@@ -126,7 +133,9 @@ def _parse(default_config, block, argv):
         if not flags.FLAGS["verbosity"].present:
             logging.set_verbosity(logging.WARNING)  # the libraries tell too much at the default
         if strays:
-            raise BadInput(f"{strays[0]!r} is no option: options look like --workdir=DIR or --config.a.b=value")
+            raise BadInput(
+                f"{strays[0]!r} is no option: options look like --workdir=DIR or --config.a.b=value"
+            )
         if "config" in flags.FLAGS:
             _check_values(default_config, block)
         return arguments
@@ -156,10 +165,15 @@ def _check_config(default_config, block, argv):
     known = [key for key, _ in config_file.leaves(configs[-1])]
     for override in filter(None, map(OVERRIDE.match, argv)):
         if override[1] not in known:
-            raise BadInput(f"config.{override[1]}: no such key; {config_file.nearest_key(override[1], known)}")
+            key = override[1]
+            raise BadInput(
+                f"config.{key}: no such key; the nearest is config.{nearest(key, known)}"
+            )
 
 
 def _check_values(default_config, block):
     """The types of values once more, now with those of the command line."""
     config = flags.FLAGS.config
-    config_file.check_fields(flags.FLAGS["config"].config_filename, config, config_file.load(default_config), block)
+    config_file.check_fields(
+        flags.FLAGS["config"].config_filename, config, config_file.load(default_config), block
+    )

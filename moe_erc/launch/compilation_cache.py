@@ -14,7 +14,13 @@ import jax
 from moe_erc.checks import BadInput
 from moe_erc.data import cache
 
-_OF_A_PROCESSOR = ("model name", "flags", "CPU implementer", "CPU part", "Features")  # lines of /proc/cpuinfo
+_OF_A_PROCESSOR = (
+    "model name",
+    "flags",
+    "CPU implementer",
+    "CPU part",
+    "Features",
+)  # lines of /proc/cpuinfo
 
 
 def enable():
@@ -26,15 +32,21 @@ def enable():
     if jax.config.jax_compilation_cache_dir is not None or jax.distributed.is_initialized():
         return
     directory = cache.root("") / "programs" / _processor()
-    with contextlib.suppress(OSError, BadInput):  # where nothing can be written, every start compiles
+    with contextlib.suppress(
+        OSError, BadInput
+    ):  # where nothing can be written, every start compiles
         cache.make_writable(directory)
         jax.config.update("jax_compilation_cache_dir", str(directory))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)  # there are hundreds of small ones
+        jax.config.update(
+            "jax_persistent_cache_min_compile_time_secs", 0
+        )  # there are hundreds of small ones
 
 
 def _processor():
     """A name for the processor and the number of its cores."""
     with contextlib.suppress(OSError):  # where there is no such file, the architecture must do
         lines = pathlib.Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return cache.digest([os.cpu_count(), sorted({line for line in lines if line.startswith(_OF_A_PROCESSOR)})])
+        return cache.digest(
+            [os.cpu_count(), sorted({line for line in lines if line.startswith(_OF_A_PROCESSOR)})]
+        )
     return cache.digest([os.cpu_count(), platform.machine()])

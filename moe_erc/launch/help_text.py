@@ -26,7 +26,9 @@ def show(full: bool, default_config: str | None) -> None:
     print("Flags:")
     for flag in own_flags():
         print(f"  --{flag.name}")
-        default = "" if flag.default in (None, "", [], False) else f" Default: {flag.default_as_str}."
+        default = (
+            "" if flag.default in (None, "", [], False) else f" Default: {flag.default_as_str}."
+        )
         print(_indented(f"{flag.help.rstrip('.')}.{default}"))
     if default_config:
         _show_config(full, default_config)
@@ -37,13 +39,18 @@ def own_flags() -> Iterator[flags.Flag]:
     values = flags.FLAGS
     found = values.get_key_flags_for_module(sys.argv[0])
     found = found + values.flags_by_module_dict().get("moe_erc.launch.command_line", [])
-    yield from sorted({flag.name: flag for flag in found}.values(), key=lambda flag: (flag.name != "config", flag.name))
+    yield from sorted(
+        {flag.name: flag for flag in found}.values(),
+        key=lambda flag: (flag.name != "config", flag.name),
+    )
 
 
 def _show_config(full, default_config):
     print("  --config.a.b=VALUE")
     print(
-        _indented("Changes one key of the config, as --config.train.steps=100 or --config.data.sources=\"('c4/en',)\".")
+        _indented(
+            "Changes one key of the config, as --config.train.steps=100 or --config.data.sources=\"('c4/en',)\"."
+        )
     )
     print(
         "\nEvery config key is listed with its default and meaning in configs/base.py; sizes are in configs/sizes.py."
@@ -59,4 +66,6 @@ def _show_config(full, default_config):
 
 
 def _indented(text):
-    return textwrap.fill(text, WIDTH, initial_indent="      ", subsequent_indent="      ", break_on_hyphens=False)
+    return textwrap.fill(
+        text, WIDTH, initial_indent="      ", subsequent_indent="      ", break_on_hyphens=False
+    )

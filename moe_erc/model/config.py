@@ -8,8 +8,8 @@ import math
 
 import jax
 
-from moe_erc.checks import BadInput
-from moe_erc.model.check import check_numbers, check_routing, check_sizes
+from moe_erc.checks import BadInput, among, within
+from moe_erc.model.check import check_routing, check_sizes
 from moe_erc.moe.experts import FACTORIZED, GATED
 from moe_erc.moe.layer import declare
 from moe_erc.moe.routers import ROUTERS
@@ -20,40 +20,41 @@ from moe_erc.moe.routing import top
 class ModelConfig:
     """Every field is explained in `configs/base.py`, where the values come from."""
 
-    vocab_size: int
-    layers: int
-    width: int
-    heads: int
-    kv_heads: int
-    experts: int
-    experts_per_token: int
-    expert_width: int
-    router: str
-    router_init: str
+    vocab_size: int = within(least=1)
+    layers: int = within(least=1)
+    width: int = within(least=1)
+    heads: int = within(least=1)
+    kv_heads: int = within(least=1)
+    experts: int = within(least=1)
+    experts_per_token: int = within(least=1)
+    expert_width: int = within(least=1)
+    router: str = among(*ROUTERS)
+    router_init: str = among("normal", "orthogonal")
     renormalize: bool
-    top_p: float
-    bias_rate: float
-    shared_experts: int
-    gate_rank: int
-    mpi_scale: float
-    competition_rate: float
-    competition_layers: int
-    theta: float
-    controller_rate: float
-    rope_theta: float
-    norm_eps: float
-    clip_qkv: float
-    init_std: float
+    top_p: float = within(above=0, most=1, note="1 keeps all K")
+    bias_rate: float = within(least=0)
+    shared_experts: int = within(least=0)
+    gate_rank: int = within(least=0)
+    mpi_scale: float = within(above=0)
+    competition_rate: float = within(0, 1)
+    competition_layers: int = within(least=1)
+    theta: float = within(above=0)
+    controller_rate: float = within(least=0)
+    rope_theta: float = within(above=0)
+    norm_eps: float = within(above=0)
+    clip_qkv: float = within(least=0, note="0 clips nothing")
+    init_std: float = within(above=0)
     tie_embeddings: bool
-    dtype: str
-    remat: str
-    scan_unroll: int
-    attention_implementation: str
-    experts_implementation: str
+    dtype: str = among("float32", "bfloat16")
+    remat: str = among("none", "block")
+    scan_unroll: int = within(least=1)
+    attention_implementation: str = among("auto", "xla", "cudnn")
+    experts_implementation: str = among(
+        "auto", "dense", "block_loop", "ragged", "pallas", "tokamax"
+    )
 
     def __post_init__(self):
         check_sizes(self)
-        check_numbers(self)
         check_routing(self)
 
     @property

@@ -125,7 +125,7 @@ def test_errors_are_one_line_and_name_the_value(trained, tmp_path, monkeypatch):
         with pytest.raises(kind, match=r"^data\.tokenizer: ") as error:
             tokenizer.load(spec)
         assert message in str(error.value) and "\n" not in str(error.value)
-    with pytest.raises(ValueError, match="--vocab_size: 256 is below 257"):
+    with pytest.raises(ValueError, match="--vocab_size: 256 must be at least 257"):
         bpe.train(TEXTS, 256)
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     with pytest.raises(ValueError, match=r"pip install 'moe_erc\[tokenizers\]'"):

@@ -18,7 +18,7 @@ from moe_erc.checks import BadInput
 from moe_erc.data import paths
 
 
-def root(cache_dir: str) -> Path:
+def directory_of(cache_dir: str) -> Path:
     """The cache directory of a configuration; "" means $MOE_ERC_CACHE, or ~/.cache/moe_erc."""
     return paths.local(cache_dir or os.environ.get("MOE_ERC_CACHE", "") or "~/.cache/moe_erc")
 

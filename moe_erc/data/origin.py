@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from moe_erc.checks import BadInput
-from moe_erc.data import text_files, tfds_source
-from moe_erc.data.python_source import versions
+from moe_erc.data import embedded, text_files
+from moe_erc.data.python_source import installed_trees, versions
 
 MOST_FILES = 10_000  # whose names are kept; of more only their number and size
 MOST_NAMED = 3  # files that a line names
@@ -17,8 +17,8 @@ MOST_NAMED = 3  # files that a line names
 
 def describe(name: str) -> dict:
     """Plain JSON: versions of `embedded`, name and version of a TFDS directory, files of a directory of text."""
-    if name == "embedded":
-        return {"versions": versions(tfds_source.installed_roots())}
+    if name == embedded.NAME:
+        return {"versions": versions(installed_trees())}
     path = Path(name).expanduser()
     if (path / "dataset_info.json").is_file():
         return {"dataset": _name_and_version(path / "dataset_info.json")}

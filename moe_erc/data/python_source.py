@@ -37,7 +37,7 @@ _WITH_DOCSTRING = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionD
 _WITH_STATEMENTS = (ast.stmt, ast.excepthandler, ast.match_case)
 
 
-class Root(NamedTuple):
+class SourceTree(NamedTuple):
     """A tree of source files with one domain and one version."""
 
     name: str
@@ -46,28 +46,27 @@ class Root(NamedTuple):
     directory: Path
 
 
-def installed_roots() -> tuple[Root, ...]:
+def installed_trees() -> tuple[SourceTree, ...]:
     """The standard library of the interpreter and the core dependencies that are installed, none of them imported."""
-    roots = [Root("stdlib", platform.python_version(), "stdlib_code", Path(sysconfig.get_path("stdlib")))]
+    trees = [SourceTree("stdlib", platform.python_version(), "stdlib_code", Path(sysconfig.get_path("stdlib")))]
     for package, distribution, domain in _PACKAGES:
         try:
             version, spec = importlib.metadata.version(distribution), importlib.util.find_spec(package)
         except (importlib.metadata.PackageNotFoundError, ModuleNotFoundError):
             continue
         if spec and spec.submodule_search_locations:
-            roots.append(
-                Root(package.replace(".", "/"), version, domain, Path(next(iter(spec.submodule_search_locations))))
-            )
-    return tuple(roots)
+            directory = Path(next(iter(spec.submodule_search_locations)))
+            trees.append(SourceTree(package.replace(".", "/"), version, domain, directory))
+    return tuple(trees)
 
 
-def source_files(root: Root) -> list[tuple[str, Path]]:
+def source_files(tree: SourceTree) -> list[tuple[str, Path]]:
     """The files of a tree that are not tests, with their relative paths, in an order that depends on these alone."""
     found = []
-    for path in root.directory.rglob("*.py"):
-        relative = path.relative_to(root.directory)
+    for path in tree.directory.rglob("*.py"):
+        relative = path.relative_to(tree.directory)
         if not _SKIPPED_DIRECTORIES.intersection(relative.parts[:-1]) and not _TEST_FILE.fullmatch(path.stem):
-            found.append((f"{root.name}/{relative.as_posix()}", path))
+            found.append((f"{tree.name}/{relative.as_posix()}", path))
     return sorted(found)
 
 
@@ -103,6 +102,6 @@ def _cut(lines: list[bytes], expression: ast.Expr, replacement: bytes) -> None:
     lines[first : last + 1] = [rest] if rest.strip() else []
 
 
-def versions(roots: Sequence[Root]) -> dict[str, str]:
+def versions(trees: Sequence[SourceTree]) -> dict[str, str]:
     """What the text depends on, by name of the tree."""
-    return {root.name: root.version for root in roots}
+    return {tree.name: tree.version for tree in trees}

@@ -45,7 +45,7 @@ def prepare(config: DataConfig) -> Corpus:
     # Weights that cannot be mixed are refused before anything is tokenised.
     whole_weights(config.weights)
     tokenizer = load_tokenizer(config.tokenizer)
-    root = cache.root(config.cache_dir)
+    cache_directory = cache.directory_of(config.cache_dir)
     entries = []
     names_by_identity: dict[str, str] = {}
     for name in config.sources:
@@ -55,8 +55,8 @@ def prepare(config: DataConfig) -> Corpus:
         if first := names_by_identity.get(source.identity):
             raise BadInput(f"data.sources: '{name}' is the same text as '{first}'; list it once, with data.weights")
         names_by_identity[source.identity] = name
-        directory = _tokenised(source, tokenizer, root)
-        place = directory.relative_to(root).as_posix()
+        directory = _tokenised(source, tokenizer, cache_directory)
+        place = directory.relative_to(cache_directory).as_posix()
         entries.append({"name": name, "label": source.label, "directory": place, "origin": seen})
     return _corpus(config, tokenizer, entries)
 
@@ -67,8 +67,8 @@ def reopen(record: Mapping, config: DataConfig) -> Corpus | None:
     `record` is the `Corpus.record` of then. Weights and window length are those of `config`.
     """
     entries = record.get("sources", ())
-    root = cache.root(config.cache_dir)
-    if not entries or not all(_lies_in(root / entry["directory"], root) for entry in entries):
+    cache_directory = cache.directory_of(config.cache_dir)
+    if not entries or not all(_lies_in(cache_directory / entry["directory"], cache_directory) for entry in entries):
         return None
     corpus = _corpus(config, load_tokenizer(config.tokenizer), entries)
     return corpus if streams_of(corpus.record) == streams_of(record) else None
@@ -84,21 +84,21 @@ def identity_of(record: Mapping, weights: Sequence[int], sequence_length: int) -
     return cache.digest([record["tokenizer"], list(weights), sequence_length, *streams_of(record)])
 
 
-def _lies_in(directory: Path, root: Path) -> bool:
+def _lies_in(directory: Path, cache_directory: Path) -> bool:
     """Whether it is there, below the cache, whatever a damaged checkpoint says."""
-    return directory.resolve().is_relative_to(root.resolve()) and directory.is_dir()
+    return directory.resolve().is_relative_to(cache_directory.resolve()) and directory.is_dir()
 
 
 def _corpus(config: DataConfig, tokenizer: Tokenizer, entries: Sequence[Mapping]) -> Corpus:
     """The streams in the directories of `entries`, {"name", "label", "directory", "origin"} of each source."""
     whole = whole_weights(config.weights)
     weights = dict(zip(config.sources, whole, strict=True)) if config.weights else {}
-    root = cache.root(config.cache_dir)
+    cache_directory = cache.directory_of(config.cache_dir)
     by_split: dict[str, dict[str, Stream]] = {"train": {}, "validation": {}}
     accounts: dict[str, Account] = {}
     described = []
     for entry in entries:
-        directory = root / entry["directory"]
+        directory = cache_directory / entry["directory"]
         found = list(streams.read(directory, entry["name"]))
         accounts[entry["name"]] = streams.read_account(directory)
         taken = {domain for split in by_split.values() for domain in split}
@@ -150,10 +150,10 @@ def _of_source(corpus: Corpus, split: str, source: str) -> list[Stream]:
     return [stream for stream in corpus.streams[split].values() if stream.source == source]
 
 
-def _tokenised(source: sources.Source, tokenizer: Tokenizer, cache_root: Path) -> Path:
+def _tokenised(source: sources.Source, tokenizer: Tokenizer, cache_directory: Path) -> Path:
     """The directory of a source's token streams, filled now if source and tokenizer were never seen together."""
     key = cache.digest([source.identity, tokenizer.identity, streams.FORMAT_VERSION])
-    directory = cache_root / "tokens" / f"{source.label}-{key}"
+    directory = cache_directory / "tokens" / f"{source.label}-{key}"
     if not directory.is_dir():
         with cache.filling(directory) as temporary:
             streams.write(temporary, source, tokenizer)

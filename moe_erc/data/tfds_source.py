@@ -11,27 +11,12 @@ from pathlib import Path
 import tensorflow_datasets as tfds
 
 from moe_erc.checks import BadInput, nearest
-from moe_erc.data import cache, file_tree, tfds_metadata
-from moe_erc.data.corpus import EmbeddedCorpus, directory
+from moe_erc.data import file_tree, tfds_metadata
 from moe_erc.data.document import Account, Document, divided_by_hash, split_by_hash
-from moe_erc.data.python_source import installed_roots
 from moe_erc.data.split_names import TRAIN, held_out_name, split_word
 
 Builder = tfds.core.DatasetBuilder
 _LONGEST_REASON = 200  # characters
-
-
-def embedded(cache_root: Path) -> Builder:
-    """The embedded corpus of the running environment, prepared now if it is not yet."""
-    roots = installed_roots()
-    data_dir = directory(cache_root, roots)
-
-    def construct() -> Builder:
-        return EmbeddedCorpus(roots=roots, data_dir=os.fspath(data_dir), file_format="array_record")
-
-    if not construct().data_path.exists():
-        cache.make_writable(data_dir)
-    return prepare(construct)
 
 
 def in_directory(path: Path) -> Builder:
@@ -145,7 +130,7 @@ def count(builder: Builder) -> int:
     return sum(len(_open(builder, name)) for name in splits(builder))
 
 
-def documents(builder: Builder, text_key: str, validation_fraction: float, domain_key: str = "") -> Iterator[Document]:
+def documents(builder: Builder, text_key: str, validation_fraction: float) -> Iterator[Document]:
     """Every text of the data set's train split and of the one it holds out, else of train divided by hash."""
     found = splits(builder)
     has_own_splits = len(set(found.values())) > 1
@@ -153,7 +138,7 @@ def documents(builder: Builder, text_key: str, validation_fraction: float, domai
         for record in _records(builder, name):
             text = _as_bytes(record[text_key])
             own_split = split if has_own_splits else split_by_hash(text, validation_fraction)
-            yield Document(own_split, _as_bytes(record[domain_key]).decode() if domain_key else "", text)
+            yield Document(own_split, "", text)
 
 
 def splits(builder: Builder) -> dict[str, str]:

@@ -31,7 +31,7 @@ def enable():
     """
     if jax.config.jax_compilation_cache_dir is not None or jax.distributed.is_initialized():
         return
-    directory = cache.root("") / "programs" / _processor()
+    directory = cache.directory_of("") / "programs" / _processor()
     with contextlib.suppress(
         OSError, BadInput
     ):  # where nothing can be written, every start compiles

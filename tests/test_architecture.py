@@ -25,7 +25,6 @@ ALLOWED = {
     "sharding": {"tables"},
     "runs": {
         "analysis",
-        "console",
         "data",
         "evaluation",
         "hf",
@@ -37,6 +36,8 @@ ALLOWED = {
         "training",
     },
     "resume": {"data", "model", "training"},
+    "export": {"data", "hf", "launch", "runs", "sharding"},
+    "generate": {"console", "data", "evaluation", "launch", "runs", "sharding"},
     "train_tokenizer": {"data", "launch"},
     "__init__": {"losses"},
 }

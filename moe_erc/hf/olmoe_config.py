@@ -21,6 +21,26 @@ FIELDS = {  # config.json -> ModelConfig
     "clip_qkv": "clip_qkv",
     "tie_word_embeddings": "tie_embeddings",
 }
+# What config.json does not say: an OLMoE has a softmax router and no more, and is computed alike.
+PLAIN = {
+    "router": "softmax",
+    "router_init": "normal",
+    "top_p": 1.0,
+    "bias_rate": 0.0,
+    "shared_experts": 0,
+    "gate_rank": 0,
+    "mpi_scale": 4.0,
+    "competition_rate": 0.07,
+    "competition_layers": 3,
+    "theta": 0.05,
+    "controller_rate": 0.02,
+    "init_std": 0.02,
+    "dtype": "float32",
+    "remat": "none",
+    "scan_unroll": 1,
+    "attention_implementation": "auto",
+    "experts_implementation": "auto",
+}
 # As transformers has them, whose clip_qkv is null where ours is 0.
 DEFAULTS = {"norm_topk_prob": False, "rms_norm_eps": 1e-5, "clip_qkv": 0.0, "tie_word_embeddings": False}
 FIXED = {"attention_bias": False, "attention_dropout": 0.0, "hidden_act": "silu"}

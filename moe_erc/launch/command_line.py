@@ -1,4 +1,4 @@
-"""What a user got wrong is one line on standard error and exit code 2, before anything is compiled."""
+"""The command line: what a user got wrong is one line and exit code 2, before any compilation."""
 
 import contextlib
 import dataclasses
@@ -7,6 +7,8 @@ import math
 import pathlib
 import re
 import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
@@ -37,64 +39,81 @@ LIMITS = {
 
 
 @contextlib.contextmanager
-def refusing_bad_input():
-    """Ends the program with one line and exit code 2 on a `BadInput`, and on a file that the system does not give.
+def refusing_bad_input() -> Iterator[None]:
+    """Ends the program with one line and exit code 2 on what a user can mend.
 
-    Everything else is a fault of the program, and goes through: a traceback and exit code 1.
+    That is a `BadInput`, and a file that the system does not give. Everything else is a fault of
+    the program and goes through: a traceback and exit code 1.
     """
     try:
         yield
     except Exception as error:
         if not is_refusal(error):
             raise
-        message = (
-            f"{error.strerror}: {error.filename!r}" if isinstance(error, OSError) else str(error)
-        )
+        message = str(error)
+        if isinstance(error, OSError):
+            message = f"{error.strerror}: {error.filename!r}"
     else:
         return
     print("error: " + console.printable(" ".join(message.split())), file=sys.stderr)
     sys.exit(2)
 
 
-def run(main, default_config: str | None = None, block: str = "") -> None:
-    """`absl.app.run` that refuses an unknown flag, config file or config key in one line, and prints help of its own.
+def run(
+    main: Callable[[list[str]], None],
+    default_config: str | None = None,
+    block: str = "",
+    arguments: Sequence[str] = (),
+) -> None:
+    """`absl.app.run` that refuses in one line and prints help of its own.
 
-    With a `default_config` there are --config=FILE[:SIZE] and --config.a.b=value, read as `flags.FLAGS.config`.
-    A config has to have the same keys, or those of one `block`, such as "data.", if the script reads no other.
+    An unknown flag, config file or config key is refused, as is another number of arguments.
+
+    Args:
+      main: gets the name of the program and its arguments. The docstring of its module is the help.
+      default_config: gives the program --config=FILE[:SIZE] and --config.a.b=value, read as
+        `flags.FLAGS.config`. A config has to have the keys of this one.
+      block: such as "data.", if the program reads no other keys than those.
+      arguments: the names of what is given without a flag.
     """
     console.make_safe()
     default_config = config_file.beside_the_script(default_config)
     if default_config:
-        # The library would read overrides of its own default while it is being defined, where nothing can be refused.
-        text = f"Config file and size, as --config=configs/vanilla.py:tiny; {default_config} if not given"
-        with refusing_bad_input(), _refusing_flags():  # a file of flags is read here already
+        text = (
+            "Config file and size, as --config=configs/vanilla.py:tiny; "
+            f"{default_config} if not given"
+        )
+        # The library would read overrides of its own default while it is being defined, where
+        # nothing can be refused. A file of flags is read here already.
+        with refusing_bad_input(), _refusing_flags():
             config_flags.DEFINE_config_file("config", None, text)
     # Before anything is parsed: help is printed beside a flag that is wrong, too.
     if help_text.asked(sys.argv[1:]):
         full = any(argument.endswith("helpfull") for argument in sys.argv)
-        help_text.show(full, default_config)
+        help_text.show(sys.modules[main.__module__], full, default_config)
         sys.exit(0)
     if default_config and not any(CONFIG.match(argument) for argument in sys.argv):
         sys.argv.insert(1, f"--config={default_config}")
-    app.run(main, argv=sys.argv, flags_parser=functools.partial(_parse, default_config, block))
+    parse = functools.partial(_parse, default_config, block, arguments)
+    app.run(main, argv=sys.argv, flags_parser=parse)
 
 
-def define_fields(kind, text):
-    """A flag for every number of a dataclass, so named; returns a function that makes one of their values.
+def define_fields(kind: type, text: str) -> Callable[[], Any]:
+    """A flag for every number of a dataclass, so named; returns a function that makes one.
 
     `text` says in `--help` what they are of; the default is the example.
     """
     define = {int: flags.DEFINE_integer, float: flags.DEFINE_float}
-    fields = [field for field in dataclasses.fields(kind) if field.type in define]
     holders = {}
-    for field in fields:
-        example = f"{text}: --{field.name}={field.default}"
-        holders[field.name] = define[field.type](field.name, field.default, example)
+    for field in dataclasses.fields(kind):
+        if field.type in define:
+            example = f"{text}: --{field.name}={field.default}"
+            holders[field.name] = define[field.type](field.name, field.default, example)
     return lambda: kind(**{name: holder.value for name, holder in holders.items()})
 
 
-def config_name():
-    """What runs are named after: erc-tiny for --config=configs/erc.py:tiny, and for configs/erc.py."""
+def config_name() -> str:
+    """What runs are named after: erc-tiny for configs/erc.py:tiny, and for configs/erc.py."""
     path, _, size = config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")
     return f"{pathlib.Path(path).stem}-{size or 'tiny'}"
 
@@ -125,20 +144,34 @@ def _check_representable(key: str, value: object) -> None:
         raise BadInput(f"{key}: {value!r} has a NUL character; leave it out")
 
 
-def _parse(default_config, block, argv):
+def _parse(
+    default_config: str | None, block: str, arguments: Sequence[str], argv: list[str]
+) -> list[str]:
     with refusing_bad_input(), _refusing_flags():
         if "config" in flags.FLAGS:
             _check_config(default_config, block, argv)
-        _, *strays = arguments = flags.FLAGS(argv)
+        remaining = flags.FLAGS(argv)
         if not flags.FLAGS["verbosity"].present:
-            logging.set_verbosity(logging.WARNING)  # the libraries tell too much at the default
-        if strays:
-            raise BadInput(
-                f"{strays[0]!r} is no option: options look like --workdir=DIR or --config.a.b=value"
-            )
+            # The libraries tell too much at the default.
+            logging.set_verbosity(logging.WARNING)
+        _check_arguments(remaining[1:], arguments)
         if "config" in flags.FLAGS:
             _check_values(default_config, block)
-        return arguments
+        return remaining
+
+
+def _check_arguments(given: Sequence[str], wanted: Sequence[str]) -> None:
+    """Refuses what is given without a flag, unless it is as much as is wanted."""
+    if len(given) == len(wanted):
+        return
+    if not wanted:
+        raise BadInput(
+            f"{given[0]!r} is no option: options look like --workdir=DIR or --config.a.b=value"
+        )
+    raise BadInput(
+        f"{len(given)} arguments are given, {' '.join(map(repr, given))}; "
+        f"give {len(wanted)}: {' '.join(wanted)}"
+    )
 
 
 @contextlib.contextmanager
@@ -151,9 +184,10 @@ def _refusing_flags():
 
 
 def _check_config(default_config, block, argv):
-    """Every config file, and every `--config.a.b` against the keys of the last one, as that is the one that counts.
+    """Checks every config file, and every `--config.a.b` against the keys of the last one, which counts.
 
-    The library would tell of a missing file in two sentences and suggest nothing for a key that is far from any.
+    The library would tell of a missing file in two sentences, and suggest nothing for a key that is
+    far from any.
     """
     argv = flags.FLAGS.read_flags_from_files(argv, force_gnu=False)
     named = []

@@ -1,8 +1,7 @@
-"""What `--help` prints: the script's own text, every flag of its own with an example, and where config keys are."""
+"""What `--help` prints: the text of a program, its flags with examples, where config keys are."""
 
-import sys
 import textwrap
-from collections.abc import Iterator
+from types import ModuleType
 
 from absl import flags
 from ml_collections import ConfigDict
@@ -19,30 +18,35 @@ def asked(arguments: list[str]) -> bool:
     return any(argument in ASKED for argument in before)
 
 
-def show(full: bool, default_config: str | None) -> None:
-    """Prints it to standard output; in `full` every key of the default config with its value as well."""
-    text = sys.modules["__main__"].__doc__ or ""
+def show(module: ModuleType, full: bool, default_config: str | None) -> None:
+    """Prints the help of a program to standard output.
+
+    Args:
+      module: that of the program: its docstring, and the flags that it defines.
+      full: whether every key of the default config is listed with its value.
+      default_config: FILE[:SIZE]; None for a program without configs.
+    """
+    text = module.__doc__ or ""
     print(text.strip() + "\n")
-    print("Flags:")
-    for flag in own_flags():
+    found = own_flags(module)
+    if found:
+        print("Flags:")
+    for flag in found:
         print(f"  --{flag.name}")
-        default = (
-            "" if flag.default in (None, "", [], False) else f" Default: {flag.default_as_str}."
-        )
+        has_default = flag.default not in (None, "", [], False)
+        default = f" Default: {flag.default_as_str}." if has_default else ""
         print(_indented(f"{flag.help.rstrip('.')}.{default}"))
     if default_config:
         _show_config(full, default_config)
 
 
-def own_flags() -> Iterator[flags.Flag]:
-    """Those that the script defines itself, by name, `config` first."""
-    values = flags.FLAGS
-    found = values.get_key_flags_for_module(sys.argv[0])
-    found = found + values.flags_by_module_dict().get("moe_erc.launch.command_line", [])
-    yield from sorted(
-        {flag.name: flag for flag in found}.values(),
-        key=lambda flag: (flag.name != "config", flag.name),
-    )
+def own_flags(module: ModuleType) -> list[flags.Flag]:
+    """Those that the program defines itself, by name, `config` first."""
+    found = flags.FLAGS.get_key_flags_for_module(module)
+    found += flags.FLAGS.flags_by_module_dict().get("moe_erc.launch.command_line", [])
+    by_name = {flag.name: flag for flag in found}
+    names = sorted(by_name, key=lambda name: (name != "config", name))
+    return [by_name[name] for name in names]
 
 
 def _show_config(full, default_config):

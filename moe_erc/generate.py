@@ -9,6 +9,8 @@ of an OLMoE as Hugging Face has it, with its tokenizer.json.
 import itertools
 import sys
 
+from absl import flags
+
 from moe_erc import sharding
 from moe_erc.checks import BadInput
 from moe_erc.console import printable
@@ -18,29 +20,45 @@ from moe_erc.evaluation.sampling import Sampling
 from moe_erc.launch import command_line, compilation_cache, processes
 from moe_erc.runs import Opened, open_checkpoint, open_run
 
+NEW_TOKENS = flags.DEFINE_integer(
+    "new_tokens", 128, "At most so many tokens are written, as --new_tokens=32"
+)
+TEMPERATURE = flags.DEFINE_float(
+    "temperature", 0.0, "Of the draw, as --temperature=0.8; 0 takes the most probable token"
+)
+TOP_K = flags.DEFINE_integer(
+    "top_k", 0, "Of the most probable tokens so many may be drawn, as --top_k=40; 0 is all"
+)
+TOP_P = flags.DEFINE_float(
+    "top_p", 1.0, "Of those the smallest prefix of this probability, as --top_p=0.9; 1 is all"
+)
+SEED = flags.DEFINE_integer("seed", 0, "Of the draws, as --seed=1")
+
 
 def main() -> None:
     """The command."""
-    make_sampling = command_line.define_fields(Sampling, "See moe_erc/evaluation/sampling.py")
-
-    def generate(argv: list[str]) -> None:
-        _, place, prompt = argv
-        with command_line.refusing_bad_input(), processes.ending_together():
-            sampling = make_sampling()
-            processes.initialize()
-            compilation_cache.enable()
-            sharding.use_cpu_cores()
-            processes.mute_all_but_first()
-            opened = open_model(place)
-            generator = Generator(opened.model, opened.tokenizer)
-            generator.check(prompt, sampling)
-        pieces = generator.stream(opened.weights, prompt, sampling)
-        for piece in itertools.chain([prompt], pieces):
-            text = printable(piece) if sys.stdout.isatty() else piece
-            print(text, end="", flush=True)
-        print()
-
     command_line.run(generate, arguments=("RUN|DIR", "PROMPT"))
+
+
+def generate(argv: list[str]) -> None:
+    """Prints the prompt argv[2] and how the model at argv[1] goes on."""
+    _, place, prompt = argv
+    with command_line.refusing_bad_input(), processes.ending_together():
+        sampling = Sampling(
+            NEW_TOKENS.value, TEMPERATURE.value, TOP_K.value, TOP_P.value, SEED.value
+        )
+        processes.initialize()
+        compilation_cache.enable()
+        sharding.use_cpu_cores()
+        processes.mute_all_but_first()
+        opened = open_model(place)
+        generator = Generator(opened.model, opened.tokenizer)
+        generator.check(prompt, sampling)
+    pieces = generator.stream(opened.weights, prompt, sampling)
+    for piece in itertools.chain([prompt], pieces):
+        text = printable(piece) if sys.stdout.isatty() else piece
+        print(text, end="", flush=True)
+    print()
 
 
 def open_model(place: str) -> Opened:

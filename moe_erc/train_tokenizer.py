@@ -13,27 +13,27 @@ from moe_erc.data import bpe, paths
 from moe_erc.data.config import DataConfig
 from moe_erc.launch import command_line
 
+VOCAB_SIZE = flags.DEFINE_integer("vocab_size", 8192, "Number of token ids, as --vocab_size=32000")
+OUTPUT = flags.DEFINE_string(
+    "output", "tokenizer.json", "File to write, as --output=tokenizer.json"
+)
+
 
 def main() -> None:
-    """The command: learns from `config.data` and writes a tokenizer.json."""
-    vocab_size = flags.DEFINE_integer(
-        "vocab_size", 8192, "Number of token ids, as --vocab_size=32000"
-    )
-    output = flags.DEFINE_string(
-        "output", "tokenizer.json", "File to write, as --output=tokenizer.json"
-    )
+    """The command."""
+    command_line.run(learn, default_config="configs/erc.py:tiny", block="data.")
 
-    def run(_):
-        with command_line.refusing_bad_input():
-            # Learning takes minutes. A file that cannot be written is refused before.
-            path = paths.writable_file(output.value)
-            texts = bpe.training_texts(DataConfig(**flags.FLAGS.config.data))
-            tokenizer = bpe.train(texts, vocab_size.value)
-            bpe.save(tokenizer, path)
-        tokens = tokenizer.get_vocab_size()
-        print(f"{tokens} tokens; use them with --config.data.tokenizer={path}")
 
-    command_line.run(run, default_config="configs/erc.py:tiny", block="data.")
+def learn(_: list[str]) -> None:
+    """Learns from `config.data` and writes a tokenizer.json."""
+    with command_line.refusing_bad_input():
+        # Learning takes minutes. A file that cannot be written is refused before.
+        path = paths.writable_file(OUTPUT.value)
+        texts = bpe.training_texts(DataConfig(**flags.FLAGS.config.data))
+        tokenizer = bpe.train(texts, VOCAB_SIZE.value)
+        bpe.save(tokenizer, path)
+    tokens = tokenizer.get_vocab_size()
+    print(f"{tokens} tokens; use them with --config.data.tokenizer={path}")
 
 
 if __name__ == "__main__":

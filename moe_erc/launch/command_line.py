@@ -1,14 +1,12 @@
 """The command line: what a user got wrong is one line and exit code 2, before any compilation."""
 
 import contextlib
-import dataclasses
 import functools
 import math
 import pathlib
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
@@ -96,20 +94,6 @@ def run(
         sys.argv.insert(1, f"--config={default_config}")
     parse = functools.partial(_parse, default_config, block, arguments)
     app.run(main, argv=sys.argv, flags_parser=parse)
-
-
-def define_fields(kind: type, text: str) -> Callable[[], Any]:
-    """A flag for every number of a dataclass, so named; returns a function that makes one.
-
-    `text` says in `--help` what they are of; the default is the example.
-    """
-    define = {int: flags.DEFINE_integer, float: flags.DEFINE_float}
-    holders = {}
-    for field in dataclasses.fields(kind):
-        if field.type in define:
-            example = f"{text}: --{field.name}={field.default}"
-            holders[field.name] = define[field.type](field.name, field.default, example)
-    return lambda: kind(**{name: holder.value for name, holder in holders.items()})
 
 
 def config_name() -> str:

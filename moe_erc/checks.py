@@ -1,4 +1,4 @@
-"""The one way to refuse: what a user can mend is a `BadInput`. Other errors are faults of the program.
+"""The one way to refuse: what a user can mend is a `BadInput`; other errors are faults of the code.
 
 A limit is data on the field that it limits:
 

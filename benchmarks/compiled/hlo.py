@@ -1,8 +1,12 @@
-"""XLA's HLO text as a graph: computations, their instructions, and what a line says of shapes, loops and groups.
+"""XLA's HLO text as a graph: computations and their instructions.
 
-    %name = f32[8,16]{1,0} opcode(%operand, …), attribute=value, …, metadata={op_name="where it comes from"}
+An instruction is a line, which says all of its shapes, loops and groups:
 
-The text names nothing before it has defined it, so one pass links operands to instructions and calls to computations.
+    %name = f32[8,16]{1,0} opcode(%operand, …), attribute=value, …,
+        metadata={op_name="where it comes from"}
+
+The text names nothing before it has defined it, so one pass links operands to instructions and
+calls to computations.
 """
 
 import dataclasses
@@ -13,7 +17,9 @@ from typing import NamedTuple
 HEADER = re.compile(r"(ENTRY )?%?([\w.-]+) \(.*\{$")
 INSTRUCTION = re.compile(r"\s+(ROOT )?%?([\w.-]+) = (.*?) ([a-z][\w-]*)\((.*)$")
 SHAPE = re.compile(r"([a-z]\w*)\[([\d,]*)\]")
-CALLS = re.compile(r"(?:calls|body|true_computation|false_computation)=%?([\w.-]+)|branch_computations=\{([^}]*)\}")
+CALLS = re.compile(
+    r"(?:calls|body|true_computation|false_computation)=%?([\w.-]+)|branch_computations=\{([^}]*)\}"
+)
 NAME = re.compile(r"[\w.-]+")
 
 
@@ -43,7 +49,8 @@ class Instruction:
     operands: tuple["Instruction", ...]
     literal: str  # what stands between the parentheses, for constants
     attributes: str
-    called: tuple["Computation", ...]  # not a loop's condition, nor what a reduction does to every element
+    # not a loop's condition, nor what a reduction does to every element
+    called: tuple["Computation", ...]
     condition: "Computation | None"
 
     @property
@@ -116,7 +123,8 @@ def _instruction(match, scope, computations):
 
 def _shapes(text):
     return tuple(
-        Shape(dtype, tuple(int(size) for size in sizes.split(",") if size)) for dtype, sizes in SHAPE.findall(text)
+        Shape(dtype, tuple(int(size) for size in sizes.split(",") if size))
+        for dtype, sizes in SHAPE.findall(text)
     )
 
 
@@ -133,7 +141,8 @@ def origins(computation):
 def trip_count(loop):
     """How often a while loop turns; None if that depends on data.
 
-    XLA's own word where it leaves one. Else the loop is one of jax's: a counter that goes up by one to a constant.
+    XLA's own word where it leaves one. Else the loop is one of jax's: a counter that goes up by one
+    to a constant.
     """
     if known := loop.find(r'known_trip_count":\{"n":"(\d+)"'):
         return int(known[0])
@@ -153,7 +162,10 @@ def _constant(instruction):
 
 
 def group_size(collective, devices):
-    """How many devices take part together: replica_groups are listed, or told as a grid or by axes of a mesh."""
+    """How many devices take part together.
+
+    replica_groups are listed, or told as a grid or by axes of a mesh.
+    """
     if listed := collective.find(r"replica_groups=\{\{([\d,]*)\}"):
         return len(listed[0].split(","))
     if grid := collective.find(r"replica_groups=\[\d+,(\d+)\]"):

@@ -47,7 +47,10 @@ class Lines:
 
 
 def bar(what: str, total: int | None, unit: str):
-    """A context with `update(count)`. `what` is done, to `total` things called `unit`; None where nobody knows."""
+    """A context with `update(count)`. `what` is done, to `total` things called `unit`.
+
+    None where nobody knows.
+    """
     if sys.stderr.isatty():
         return tqdm(desc=what, total=total, unit=f" {unit}")
     return Lines(what, total, unit)

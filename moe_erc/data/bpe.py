@@ -1,7 +1,7 @@
 """Byte-level byte-pair encoding, learned from the training documents of a configuration.
 
-The 256 bytes are always in the vocabulary, so that every text can be encoded; merges are added by frequency until it is
-full. `python -m moe_erc.train_tokenizer` is the command.
+The 256 bytes are always in the vocabulary, so that every text can be encoded; merges are added by
+frequency until it is full. `python -m moe_erc.train_tokenizer` is the command.
 """
 
 import os
@@ -23,7 +23,9 @@ def training_texts(config: DataConfig) -> Iterator[str]:
     for name in config.sources:
         source = sources.open_source(name, config)
         print(f"{name!r}: {source.account.splits}", file=sys.stderr)
-        for document in bars.over(source.documents(), f"Reading {source.label}", source.count, "documents"):
+        for document in bars.over(
+            source.documents(), f"Reading {source.label}", source.count, "documents"
+        ):
             if document.split == "train":
                 yield document.text.decode(errors="replace")
 

@@ -25,9 +25,12 @@ class Entry(NamedTuple):
 
 
 def entries(top: Path) -> Iterator[Entry]:
-    """Every file and directory below `top`, in no order; what is hidden is one entry, and not entered.
+    """Every file and directory below `top`, in no order.
 
-    BadInput names a link that leads to a directory above it. OSError for a directory that may not be read.
+    What is hidden is one entry, and is not entered.
+
+    BadInput names a link that leads to a directory above it. OSError for a directory that may not
+    be read.
     """
     found = os.stat(top)
     waiting = [((), ((found.st_dev, found.st_ino),))]
@@ -72,4 +75,7 @@ def _look_at(top: Path, parts: tuple[str, ...]) -> tuple[Entry, tuple[int, int]]
 
 def _loop(top: Path, parts: tuple[str, ...]) -> BadInput:
     link = top.joinpath(*parts)
-    return BadInput(f"data.sources: '{link}' is a link that leads back to itself or to a directory above; remove it")
+    return BadInput(
+        f"data.sources: '{link}' is a link that leads back to itself or to a directory above; "
+        "remove it"
+    )

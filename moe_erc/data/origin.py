@@ -1,4 +1,6 @@
-"""What a source looked like when a run read it, so that a later look can say what has changed since.
+"""What a source looked like when a run read it.
+
+A later look can say what has changed since.
 
 The tokens themselves stay in the cache; this is for people: versions of libraries, names of files.
 """
@@ -16,7 +18,10 @@ MOST_NAMED = 3  # files that a line names
 
 
 def describe(name: str) -> dict:
-    """Plain JSON: versions of `embedded`, name and version of a TFDS directory, files of a directory of text."""
+    """What a source looks like, as plain JSON.
+
+    Versions of `embedded`, name and version of a TFDS directory, files of a directory of text.
+    """
     if name == embedded.NAME:
         return {"versions": versions(installed_trees())}
     path = Path(name).expanduser()
@@ -34,7 +39,10 @@ def describe(name: str) -> dict:
 
 
 def compare(name: str, before: Mapping) -> str:
-    """What has changed about a source since `before`, what `describe` said then, in a few words; "" for nothing."""
+    """What has changed about a source since `before`, what `describe` said then, in a few words.
+
+    "" for nothing.
+    """
     now = describe(name)
     if now == before or not before:
         return ""

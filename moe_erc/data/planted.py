@@ -1,12 +1,14 @@
-"""A corpus with known answers: documents of several regimes, each a Markov chain of its own over one alphabet.
+"""A corpus with known answers: documents of several regimes.
+
+Each regime is a Markov chain of its own over one alphabet:
 
     chain_g = (1 - mixing) private_g + mixing shared        rows drawn from a Dirichlet distribution
 
 A document is drawn from one regime, from its stationary distribution on. Its domain is its regime,
 so that the regime of every token is known. The entropy of the source is known exactly: no model can
-have a lower loss than `floor`. At mixing 0 the chains share nothing. At mixing 1 all regimes are the
-same chain, and a bigram model reaches the floor. Everything is a function of the options: nothing is
-downloaded.
+have a lower loss than `floor`. At mixing 0 the chains share nothing. At mixing 1 all regimes are
+the same chain, and a bigram model reaches the floor. Everything is a function of the options:
+nothing is downloaded.
 """
 
 import dataclasses
@@ -47,12 +49,15 @@ class Planted:
         return (1 - self.mixing) * private_GAA + self.mixing * shared_AA
 
     def floor(self) -> dict[str, float]:
-        """{regime: nats per token} that no model can go below: the entropy of the source, given the regime.
+        """{regime: nats per token} that no model can go below.
+
+        It is the entropy of the source, given the regime.
 
         The end of a document, one token, is predictable from its length and adds nothing.
         """
         return {
-            _regime(number): (_entropy(start_A) + (self.letters - 1) * entropy_rate(chain_AA)) / (self.letters + 1)
+            _regime(number): (_entropy(start_A) + (self.letters - 1) * entropy_rate(chain_AA))
+            / (self.letters + 1)
             for number, chain_AA in enumerate(self.chains())
             for start_A in [stationary(chain_AA)]
         }
@@ -75,7 +80,7 @@ def parse(name: str) -> Planted:
     """The options in a source name: `planted`, or `planted:regimes=8,mixing=0.25`.
 
     Raises:
-      BadInput: for an option that does not exist, and for a value that is no number or out of its range.
+      BadInput: for an option that does not exist, and for a value beyond its limit.
     """
     _, _, text = name.partition(":")
     kinds = {field.name: field.type for field in dataclasses.fields(Planted)}
@@ -84,12 +89,15 @@ def parse(name: str) -> Planted:
         key, _, value = part.partition("=")
         if key not in kinds:
             raise BadInput(
-                f"data.sources: {name!r} has no option {key!r}; the nearest is {nearest(key, kinds)!r}"
+                f"data.sources: {name!r} has no option {key!r}; "
+                f"the nearest is {nearest(key, kinds)!r}"
             )
         try:
             options[key] = kinds[key](value)
         except ValueError:
-            raise BadInput(f"data.sources: {NAME}:{key}={value} is not a number; write {key}=…") from None
+            raise BadInput(
+                f"data.sources: {NAME}:{key}={value} is not a number; write {key}=…"
+            ) from None
     return Planted(**options)
 
 
@@ -105,16 +113,28 @@ def stationary(chain_AA: np.ndarray) -> np.ndarray:
 
 
 def entropy_rate(chain_AA: np.ndarray) -> float:
-    """Nats per letter of a long document: the mean entropy of a row, weighted by the stationary distribution."""
-    return float(sum(share * _entropy(row_A) for share, row_A in zip(stationary(chain_AA), chain_AA, strict=True)))
+    """Nats per letter of a long document.
+
+    It is the mean entropy of a row, weighted by the stationary distribution.
+    """
+    return float(
+        sum(
+            share * _entropy(row_A)
+            for share, row_A in zip(stationary(chain_AA), chain_AA, strict=True)
+        )
+    )
 
 
-def sample(chain_AA: np.ndarray, documents: int, letters: int, rng: np.random.Generator) -> list[bytes]:
+def sample(
+    chain_AA: np.ndarray, documents: int, letters: int, rng: np.random.Generator
+) -> list[bytes]:
     """Documents of the chain, each begun in its stationary distribution."""
     cumulative_AA = np.cumsum(chain_AA, axis=1)
     last = len(chain_AA) - 1  # a cumulative sum may end a rounding below 1
     states_ND = np.empty((letters, documents), np.int64)
-    states_ND[0] = np.minimum(np.searchsorted(np.cumsum(stationary(chain_AA)), rng.random(documents)), last)
+    states_ND[0] = np.minimum(
+        np.searchsorted(np.cumsum(stationary(chain_AA)), rng.random(documents)), last
+    )
     for position in range(1, letters):
         below_DA = cumulative_AA[states_ND[position - 1]] < rng.random(documents)[:, None]
         states_ND[position] = np.minimum(below_DA.sum(axis=1), last)

@@ -1,6 +1,7 @@
 """What a source name means: the embedded corpus, a directory, or a TFDS data set.
 
-An existing directory wins over a data set of the same name; what looks like a path is never looked up as a name.
+An existing directory wins over a data set of the same name; what looks like a path is never looked
+up as a name.
 """
 
 import dataclasses

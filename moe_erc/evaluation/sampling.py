@@ -1,6 +1,9 @@
-"""How the next token is taken from its logits: the most probable one, or drawn at a temperature from the likely ones.
+"""How the next token is taken from its logits.
 
-p = softmax(logits / temperature), cut to the top_k most probable, of them to the smallest prefix that sums to top_p
+It is the most probable one, or drawn at a temperature from the likely ones:
+
+p = softmax(logits / temperature), cut to the top_k most probable, of them to the smallest prefix
+that sums to top_p
 """
 
 import dataclasses
@@ -49,7 +52,10 @@ def draw(logits_BV, keys_B, temperature, top_k, top_p):
 
 
 def likely(logits_BV, top_k, top_p):
-    """The logits, and -inf where a token is not among the top_k, or not in the prefix of these that reaches top_p."""
+    """The logits, and -inf where a token is not likely.
+
+    Likely are the top_k, and of these the prefix that reaches top_p.
+    """
     rank_V = jnp.arange(logits_BV.shape[-1])
     among_V = (top_k == 0) | (rank_V < top_k)
     sorted_BV = jnp.where(among_V, jnp.sort(logits_BV, axis=-1, descending=True), -jnp.inf)

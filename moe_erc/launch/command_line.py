@@ -168,7 +168,7 @@ def _refusing_flags():
 
 
 def _check_config(default_config, block, argv):
-    """Checks every config file, and every `--config.a.b` against the keys of the last one, which counts.
+    """Checks every config file, and every `--config.a.b` against the keys of the last one.
 
     The library would tell of a missing file in two sentences, and suggest nothing for a key that is
     far from any.

@@ -1,7 +1,8 @@
-"""Compiled programs are kept: the second start of a configuration loads what the first one compiled.
+"""Compiled programs are kept: a second start loads what the first one compiled.
 
-They lie in programs/PROCESSOR of the cache directory (`data/cache.py`), under jax's own keys: of program, compiler,
-options and devices. A program for a CPU depends on its instructions and number of cores besides, hence the folder.
+They lie in programs/PROCESSOR of the cache directory (`data/cache.py`), under jax's own keys: of
+program, compiler, options and devices. A program for a CPU depends on its instructions and number
+of cores besides, hence the folder.
 """
 
 import contextlib
@@ -24,10 +25,13 @@ _OF_A_PROCESSOR = (
 
 
 def enable():
-    """Has jax keep programs, unless it was told where (JAX_COMPILATION_CACHE_DIR) or is one of several processes.
+    """Has jax keep programs, unless it was told where or is one of several processes.
 
-    Of several, jax lets the first alone write. Where they share no storage, the others would compile what the first one
-    loads, and on GPUs wait in vain for it to measure kernels with them. With shared storage, tell jax of it.
+    It is told by JAX_COMPILATION_CACHE_DIR.
+
+    Of several, jax lets the first alone write. Where they share no storage, the others would
+    compile what the first one loads, and on GPUs wait in vain for it to measure kernels with them.
+    With shared storage, tell jax of it.
     """
     if jax.config.jax_compilation_cache_dir is not None or jax.distributed.is_initialized():
         return

@@ -1,4 +1,7 @@
-"""A config file as `--config` names it, FILE[:SIZE]: read, or refused in one line that names the nearest."""
+"""A config file as `--config` names it, FILE[:SIZE].
+
+It is read, or refused in one line that names the nearest.
+"""
 
 import importlib.machinery
 import pathlib
@@ -42,7 +45,8 @@ def check_exists(path: str) -> None:
     """BadInput for what is no file, with the config that was probably meant."""
     if not path:
         raise BadInput(
-            f"--config: no file is named; give FILE[:SIZE], such as {next(known_files(), 'my_config.py')}"
+            "--config: no file is named; give FILE[:SIZE], such as "
+            f"{next(known_files(), 'my_config.py')}"
         )
     if pathlib.Path(path).is_dir():
         inside = [
@@ -57,7 +61,10 @@ def check_exists(path: str) -> None:
 
 
 def beside_the_script(argument: str | None) -> str | None:
-    """The same where the current directory has that file; else that of the project, wherever it was started from."""
+    """The same where the current directory has that file.
+
+    Else that of the project, wherever it was started from.
+    """
     project = pathlib.Path(__file__).parents[2]
     if argument and not pathlib.Path(argument.partition(":")[0]).exists():
         return str(project / argument)
@@ -65,7 +72,10 @@ def beside_the_script(argument: str | None) -> str | None:
 
 
 def known_files() -> Iterator[str]:
-    """The configs below the directory `configs` of the current directory, else of the project; ablations last."""
+    """The configs below the directory `configs` of the current directory, else of the project.
+
+    Ablations last.
+    """
     here = pathlib.Path("configs")
     project = pathlib.Path(__file__).parents[2] / "configs"
     found = (here if here.is_dir() else project).rglob("*.py")
@@ -75,7 +85,7 @@ def known_files() -> Iterator[str]:
 
 
 def check_fields(argument: str, config: ConfigDict, reference: ConfigDict, block: str = "") -> None:
-    """Refuses a config with a key that the reference lacks or has in another type, or without one of it.
+    """Refuses a config that has not the keys of the reference, of the same types.
 
     With a `block` only the keys of that block have to be there.
     """
@@ -95,7 +105,8 @@ def check_fields(argument: str, config: ConfigDict, reference: ConfigDict, block
     for key in kinds:
         if key not in found and key.startswith(block):
             raise BadInput(
-                f"--config={argument}: config.{key} is missing; begin with config = configs.base.get_config(size)"
+                f"--config={argument}: config.{key} is missing; "
+                "begin with config = configs.base.get_config(size)"
             )
 
 
@@ -119,7 +130,10 @@ def _fits(value: object, like: object) -> bool:
 
 
 def _nearest_file(path: str) -> str:
-    """Of the same name with or without .py first, else by likeness; "" where there is none at all."""
+    """Of the same name with or without .py first, else by likeness.
+
+    "" where there is none at all.
+    """
     known = list(known_files())
     wanted = pathlib.Path(path).with_suffix("")
     for name in known:

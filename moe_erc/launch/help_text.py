@@ -53,11 +53,13 @@ def _show_config(full, default_config):
     print("  --config.a.b=VALUE")
     print(
         _indented(
-            "Changes one key of the config, as --config.train.steps=100 or --config.data.sources=\"('c4/en',)\"."
+            "Changes one key of the config, as --config.train.steps=100 or "
+            "--config.data.sources=\"('c4/en',)\"."
         )
     )
     print(
-        "\nEvery config key is listed with its default and meaning in configs/base.py; sizes are in configs/sizes.py."
+        "\nEvery config key is listed with its default and meaning in configs/base.py; "
+        "sizes are in configs/sizes.py."
     )
     if not full:
         print("--helpfull prints every key with the value that it has here. Config files:")

@@ -1,4 +1,4 @@
-"""The one way to refuse: what a user can mend is a `BadInput`; other errors are faults of the code.
+"""The one way to refuse: what a user can mend is a `BadInput`; others are faults of the program.
 
 A limit is data on the field that it limits:
 

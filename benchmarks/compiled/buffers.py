@@ -11,6 +11,8 @@ import re
 import tempfile
 from typing import NamedTuple
 
+import jax
+
 from benchmarks.compiled import hlo
 
 ALLOCATION = re.compile(r"^allocation ", re.MULTILINE)
@@ -27,7 +29,7 @@ class Buffer(NamedTuple):
     origin: str  # the traced operation behind it
 
 
-def compile_with_account(lowered):
+def compile_with_account(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled, str]:
     """(executable, account): `account` is XLA's text, "" of a compiler that writes none."""
     with tempfile.TemporaryDirectory() as directory:
         executable = lowered.compile({"xla_dump_to": directory})
@@ -38,7 +40,7 @@ def compile_with_account(lowered):
         return executable, accounts[-1].read_text(encoding="utf-8") if accounts else ""
 
 
-def largest(account, text, count):
+def largest(account: str, text: str, count: int) -> list[Buffer]:
     """The `count` largest temporaries.
 
     Values that share a place at different times are told once, by the largest.
@@ -51,7 +53,9 @@ def largest(account, text, count):
     values = [
         (number, *value) for number, part in enumerate(temporaries) for value in VALUE.findall(part)
     ]
-    origins, places, found = hlo.origins(hlo.parse(text)), set(), []
+    origins = hlo.origins(hlo.parse(text))
+    places = set()
+    found = []
     for allocation, name, size, offset, shape in sorted(values, key=lambda value: -int(value[2])):
         if (allocation, offset) not in places and len(found) < count:
             places.add((allocation, offset))

@@ -6,6 +6,7 @@ They are TPUs, by the description that libtpu has of them, or virtual CPUs.
 import importlib.util
 import os
 import re
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -39,7 +40,9 @@ LIBTPU = {
 }
 
 
-def described(topology, slices, devices):
+def described(
+    topology: str | None, slices: int, devices: str | None
+) -> tuple[Sequence[jax.Device], Chip]:
     """(devices, chip) of one of v5p:4x4x4 and cpu:64.
 
     To be called before anything else wants a device.

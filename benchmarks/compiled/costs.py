@@ -14,6 +14,7 @@ import functools
 import math
 from typing import NamedTuple
 
+import jax
 import numpy as np
 
 from benchmarks.compiled import hlo
@@ -41,7 +42,7 @@ class Collective(NamedTuple):
     times: int = 1
 
     @property
-    def wire_bytes(self):
+    def wire_bytes(self) -> float:
         """The least that a device sends in all runs.
 
         An all-reduce is a reduce-scatter and an all-gather.
@@ -63,7 +64,7 @@ class Cost(NamedTuple):
     kernels: tuple[str, ...] = ()  # origins of calls that may multiply matrices: not counted
 
     @property
-    def wire_bytes(self):
+    def wire_bytes(self) -> float:
         return sum(collective.wire_bytes for collective in self.collectives)
 
 
@@ -78,12 +79,12 @@ class Memory(NamedTuple):
     in_use: int  # at once, by the compiler's count; that of XLA:CPU leaves temporaries out
 
     @property
-    def allocated(self):
+    def allocated(self) -> int:
         """All of it."""
         return self.arguments + self.outputs - self.aliased + self.temporaries + self.program
 
 
-def memory(compiled):
+def memory(compiled: jax.stages.Compiled) -> Memory:
     """What a `jax.stages.Compiled` says it needs."""
     stats = compiled.memory_analysis()
     return Memory(
@@ -96,7 +97,7 @@ def memory(compiled):
     )
 
 
-def cost(text):
+def cost(text: str) -> Cost:
     """Cost of a program, given as `Compiled.as_text()`."""
     found = _of_computation(hlo.parse(text))
     _of_computation.cache_clear()  # it holds the program
@@ -165,7 +166,8 @@ def _kernel_cost(instruction):
     Of libtpu's kernels behind `lax.ragged_dot` more is known.
     """
     if instruction.name.startswith("ragged-dot-none"):
-        (result,), (rows,) = instruction.shapes, instruction.operands[-2].shapes
+        (result,) = instruction.shapes
+        (rows,) = instruction.operands[-2].shapes
         return Cost(grouped_flops=2 * math.prod(result.sizes) * rows.sizes[1])
     multiplies = instruction.find(KERNELS) and not instruction.name.startswith(
         "ragged-dot-metadata"
@@ -226,7 +228,7 @@ def _convolution_flops(instruction):
 def _window(instruction, axis):
     """(size, stride, low padding, dilation of the image, of the kernel) along one axis."""
 
-    def field(name, default):
+    def field(name: str, default: int) -> int:
         found = instruction.find(rf"window=\{{[^}}]*\b{name}=([\dx_-]+)")
         return int(found[0].split("x")[axis].split("_")[0]) if found else default
 

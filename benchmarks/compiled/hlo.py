@@ -30,7 +30,7 @@ class Shape(NamedTuple):
     sizes: tuple[int, ...]
 
     @property
-    def bytes(self):
+    def bytes(self) -> int:
         width = re.search(r"\d+", self.dtype)
         bits = 8 if self.dtype == "pred" else int(width[0]) if width else 0  # a token has none
         return math.prod(self.sizes) * bits // 8
@@ -54,15 +54,15 @@ class Instruction:
     condition: "Computation | None"
 
     @property
-    def origin(self):
+    def origin(self) -> str:
         """The traced operation, as jax names it."""
         return next(iter(self.find(r'op_name="([^"]*)"')), "")
 
-    def find(self, pattern):
+    def find(self, pattern: str) -> list:
         """All matches in the attributes."""
         return re.findall(pattern, self.attributes)
 
-    def numbers(self, attribute):
+    def numbers(self, attribute: str) -> list[int]:
         """Of an attribute like lhs_contracting_dims={1,2}."""
         return [
             int(number)
@@ -81,18 +81,21 @@ class Computation:
     devices: int  # that the program runs on
 
     @property
-    def root(self):
+    def root(self) -> Instruction:
         return self.instructions[-1]
 
 
-def parse(text):
+def parse(text: str) -> Computation:
     """The entry computation of a program; the others hang on its instructions."""
     partitions = re.search(r"num_partitions=(\d+)", text)
     devices = int(partitions[1]) if partitions else 1
-    computations, scope, entry = {}, {}, None
+    computations = {}
+    scope = {}
+    entry = None
     for line in text.splitlines():
         if header := HEADER.match(line):
-            scope, current = {}, Computation(header[2], [], devices)
+            scope = {}
+            current = Computation(header[2], [], devices)
             computations[current.name] = current
             entry = current if header[1] else entry
         elif match := INSTRUCTION.match(line):
@@ -128,7 +131,7 @@ def _shapes(text):
     )
 
 
-def origins(computation):
+def origins(computation: Computation) -> dict[str, str]:
     """{name: origin} of every instruction of a program, however deep."""
     found = {}
     for instruction in computation.instructions:
@@ -138,7 +141,7 @@ def origins(computation):
     return found
 
 
-def trip_count(loop):
+def trip_count(loop: Instruction) -> int | None:
     """How often a while loop turns; None if that depends on data.
 
     XLA's own word where it leaves one. Else the loop is one of jax's: a counter that goes up by one
@@ -161,7 +164,7 @@ def _constant(instruction):
     return int(instruction.literal) if instruction.opcode == "constant" else None
 
 
-def group_size(collective, devices):
+def group_size(collective: Instruction, devices: int) -> int:
     """How many devices take part together.
 
     replica_groups are listed, or told as a grid or by axes of a mesh.

@@ -4,9 +4,12 @@ Memory, FLOPs, collectives, and the share of the losses on parameters.
 """
 
 import collections
+from collections.abc import Callable, Mapping, Sequence
 
 from rich.console import Console
 from rich.table import Table
+
+from benchmarks.compiled.costs import Collective, Cost, Memory
 
 ROWS = 20  # of collectives; the rest is summed up
 SURROUNDINGS = (
@@ -21,7 +24,7 @@ SURROUNDINGS = (
 )
 
 
-def show(facts, programs):
+def show(facts: Mapping, programs: Mapping[str, Mapping]) -> None:
     """Everything, of one device and one step."""
     console = Console(width=150)  # a narrower one would cut the numbers
     step = programs["step"]
@@ -49,7 +52,7 @@ def show(facts, programs):
             console.print(f"{what} {origin}" + (f", {count} of them" if count > 1 else ""))
 
 
-def memory_table(memory, available):
+def memory_table(memory: Memory, available: float | None) -> Table:
     """By kind, against what there is."""
     table = numbers("", "GiB", "of the device", title="Memory")
     kept = {
@@ -68,14 +71,15 @@ def memory_table(memory, available):
     return table
 
 
-def balanced_flops(facts, cost):
+def balanced_flops(facts: Mapping, cost: Cost) -> float:
     """Matmul FLOPs when every device of an expert group is routed an equal share of its rows."""
     return cost.flops + cost.grouped_flops / facts["mesh"]["expert"]
 
 
-def flops_table(facts, cost):
+def flops_table(facts: Mapping, cost: Cost) -> Table:
     """Compiled FLOPs beside those of the model: its matmuls forward, and twice that backward."""
-    rate, model = facts["flops_per_s"], facts["model_flops"]
+    rate = facts["flops_per_s"]
+    model = facts["model_flops"]
     table = numbers(
         "", "TFLOP", "of the model's", *(["ms at the peak rate"] if rate else []), title="Matmuls"
     )
@@ -88,7 +92,7 @@ def flops_table(facts, cost):
     return table
 
 
-def collectives_table(found):
+def collectives_table(found: Sequence[Collective]) -> Table:
     """Alike ones in a row, those that send most first."""
     table = numbers(
         "collective",
@@ -131,23 +135,24 @@ def collectives_table(found):
     return table
 
 
-def share_table(programs, facts):
+def share_table(programs: Mapping[str, Mapping], facts: Mapping) -> Table:
     """The losses on parameters beside the step, and what the step has more than one without."""
-    step, alone = programs["step"], programs["parameter losses"]
+    step = programs["step"]
+    alone = programs["parameter losses"]
     without = programs.get("step without them")
-    titles = ("alone", "of the step") + (
-        ("step less step without", "of the step") if without else ()
-    )
+    titles = ["alone", "of the step"]
+    if without:
+        titles += ["step less step without", "of the step"]
     table = numbers("", *titles, title="Losses on parameters")
 
-    def add(name, unit, read):
-        whole, values = (
-            read(step),
-            [read(alone)] + ([read(step) - read(without)] if without else []),
-        )
-        cells = [
-            cell for value in values for cell in (f"{value / unit:.4g}", percent(value, whole))
-        ]
+    def add(name: str, unit: float, read: Callable[[Mapping], float]) -> None:
+        whole = read(step)
+        values = [read(alone)]
+        if without:
+            values.append(whole - read(without))
+        cells = []
+        for value in values:
+            cells += [f"{value / unit:.4g}", percent(value, whole)]
         table.add_row(name, *cells)
 
     add("matmuls, TFLOP", 1e12, lambda program: balanced_flops(facts, program["cost"]))
@@ -156,7 +161,7 @@ def share_table(programs, facts):
     return table
 
 
-def describe(origin):
+def describe(origin: str) -> str:
     """The end of a traced operation's name, and whether it is of the backward pass.
 
     The loops around it are left out.
@@ -174,7 +179,7 @@ def describe(origin):
     )
 
 
-def numbers(*columns, title, text=(0,)):
+def numbers(*columns: str, title: str, text: Sequence[int] = (0,)) -> Table:
     """A table of right-aligned columns but for those of text."""
     table = Table(title=title, title_justify="left")
     for index, column in enumerate(columns):
@@ -182,9 +187,9 @@ def numbers(*columns, title, text=(0,)):
     return table
 
 
-def gib(size):
+def gib(size: float) -> str:
     return f"{size / 2**30:.3g}"
 
 
-def percent(part, whole):
+def percent(part: float, whole: float | None) -> str:
     return f"{part / whole:.2%}" if whole else ""

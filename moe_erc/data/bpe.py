@@ -9,6 +9,7 @@ import secrets
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from moe_erc.checks import Range, in_range
 from moe_erc.data import bars, sources
@@ -30,7 +31,7 @@ def training_texts(config: DataConfig) -> Iterator[str]:
                 yield document.text.decode(errors="replace")
 
 
-def train(texts: Iterable[str], vocab_size: int):
+def train(texts: Iterable[str], vocab_size: int) -> Any:
     """A tokenizer of at most `vocab_size` ids: the same texts give the same merges."""
     in_range("--vocab_size", vocab_size, VOCABULARY)
     tokenizers = library()
@@ -48,7 +49,7 @@ def train(texts: Iterable[str], vocab_size: int):
     return tokenizer
 
 
-def save(tokenizer, output: Path) -> None:
+def save(tokenizer: Any, output: Path) -> None:
     """Write a tokenizer.json in one step: readers see the old file, or all of the new one."""
     temporary = output.with_name(f"{output.name}.incomplete-{secrets.token_hex(4)}")
     try:

@@ -55,7 +55,8 @@ class Mixture(grain.transforms.DatasetSelectionMap):
         self._weights = list(weights)
         self._sources = np.repeat(np.arange(len(weights)), weights)[order]
         self._turns = np.concatenate([np.arange(weight) for weight in weights])[order]
-        self._batch_size, self._rows = batch_size, rows
+        self._batch_size = batch_size
+        self._rows = rows
         self._start_row = start_row
 
     def __len__(self) -> int:

@@ -60,10 +60,8 @@ def installed_trees() -> tuple[SourceTree, ...]:
     ]
     for package, distribution, domain in _PACKAGES:
         try:
-            version, spec = (
-                importlib.metadata.version(distribution),
-                importlib.util.find_spec(package),
-            )
+            version = importlib.metadata.version(distribution)
+            spec = importlib.util.find_spec(package)
         except (importlib.metadata.PackageNotFoundError, ModuleNotFoundError):
             continue
         if spec and spec.submodule_search_locations:
@@ -124,7 +122,8 @@ def _docstrings(node: ast.AST) -> Iterator[tuple[ast.Expr, bool]]:
 
 def _cut(lines: list[bytes], expression: ast.Expr, replacement: bytes) -> None:
     """Replace an expression in place; lines that it filled alone disappear with it."""
-    first, last = expression.lineno - 1, expression.end_lineno - 1
+    first = expression.lineno - 1
+    last = expression.end_lineno - 1
     rest = (
         lines[first][: expression.col_offset]
         + replacement

@@ -75,8 +75,12 @@ class _Writer:
     """One stream being written to an open file, and what the index will say of it."""
 
     def __init__(self, file: BinaryIO, dtype: np.dtype):
-        self._file, self._dtype, self._digest = file, dtype, hashlib.sha256()
-        self._tokens = self._bytes = self._documents = 0
+        self._file = file
+        self._dtype = dtype
+        self._digest = hashlib.sha256()
+        self._tokens = 0
+        self._bytes = 0
+        self._documents = 0
 
     def append(self, ids: np.ndarray, eos_id: int, text_bytes: int) -> None:
         data = np.append(ids.astype(self._dtype), self._dtype.type(eos_id)).tobytes()
@@ -144,7 +148,8 @@ def read(directory: Path, source: str) -> Iterator[tuple[str, str, Stream]]:
     dtype, entries, _ = _read_index(directory)
     for entry in entries:
         file = directory / entry["file"]
-        size, written = file.stat().st_size, entry["tokens"] * dtype.itemsize
+        size = file.stat().st_size
+        written = entry["tokens"] * dtype.itemsize
         if size != written:
             raise BadInput(
                 f"data.cache_dir: '{file}' has {size} bytes and was written with {written}; "
@@ -171,7 +176,8 @@ def _read_index(directory: Path) -> tuple[np.dtype, list[dict], Account]:
     """
     try:
         index = json.loads((directory / _INDEX).read_text(encoding="utf-8"))
-        dtype, entries = index["dtype"], index["streams"]
+        dtype = index["dtype"]
+        entries = index["streams"]
         account = Account(**index.get("account", {"splits": "", "ignored": {}}))
         sound = dtype in _DTYPES and all(map(_is_entry, entries)) and _is_account(account)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
@@ -207,7 +213,8 @@ def _batches(
 
     Those of nothing, or nothing but white space, are counted by split in `without_text` instead.
     """
-    batch, size = [], 0
+    batch = []
+    size = 0
     for document in documents:
         if not document.text.strip():
             without_text[document.split] += 1
@@ -216,7 +223,8 @@ def _batches(
         size += len(document.text)
         if size >= _BYTES_PER_BATCH:
             yield batch
-            batch, size = [], 0
+            batch = []
+            size = 0
     if batch:
         yield batch
 

@@ -194,9 +194,11 @@ def _domain_names(domains: Iterable[str], label: str, taken: set[str]) -> dict[s
     """
     names = {}
     for domain in dict.fromkeys(domains):
-        name, number = domain or label, 2
+        name = domain or label
+        number = 2
         while name in taken or name in names.values():
-            name, number = f"{domain or label}_{number}", number + 1
+            name = f"{domain or label}_{number}"
+            number = number + 1
         names[domain] = name
     return names
 
@@ -210,10 +212,8 @@ def _check_length(config: DataConfig, train: Iterable[Stream]) -> None:
     for group in [[source] for source in config.sources] if config.weights else [config.sources]:
         members = [stream for stream in train if stream.source in group]
         if not any(count_windows(stream, config.sequence_length) for stream in members):
-            tokens, needed = (
-                sum(len(stream.tokens_N) for stream in members),
-                config.sequence_length + 1,
-            )
+            tokens = sum(len(stream.tokens_N) for stream in members)
+            needed = config.sequence_length + 1
             raise BadInput(
                 f"data.sources: {', '.join(group)} has {tokens} training tokens, fewer than one "
                 f"window of {needed} "

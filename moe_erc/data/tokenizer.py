@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Protocol
 
 import numpy as np
@@ -210,7 +211,7 @@ def load(spec: str) -> Tokenizer:
     return HuggingFaceTokenizer(path)
 
 
-def library():
+def library() -> ModuleType:
     """The `tokenizers` library, which only these tokenizers need."""
     try:
         import tokenizers

@@ -32,11 +32,9 @@ class Windows:
     """The full windows of a stream as a source of random access."""
 
     def __init__(self, stream: Stream, sequence_length: int):
-        self._tokens_N, self._length, self._count = (
-            stream.tokens_N,
-            sequence_length,
-            count_windows(stream, sequence_length),
-        )
+        self._tokens_N = stream.tokens_N
+        self._length = sequence_length
+        self._count = count_windows(stream, sequence_length)
 
     def __len__(self) -> int:
         return self._count
@@ -100,7 +98,8 @@ def validation_batches(
 def documents_per_window(corpus: Corpus, sequence_length: int) -> float:
     """How many documents a training window meets on average, whole or in part."""
     train = corpus.streams["train"].values()
-    weights, expected = corpus.weights or {None: 1}, 0.0
+    weights = corpus.weights or {None: 1}
+    expected = 0.0
     for source, weight in weights.items():
         streams = [stream for stream in train if source in (None, stream.source)]
         ends_per_token = sum(stream.documents for stream in streams) / sum(

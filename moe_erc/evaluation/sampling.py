@@ -32,15 +32,21 @@ class Sampling:
             raise BadInput(f"stop: {self.stop!r} must be a tuple of texts and token ids")
 
     @property
-    def stop_texts(self):
+    def stop_texts(self) -> list[str]:
         return [item for item in self.stop if isinstance(item, str)]
 
     @property
-    def stop_ids(self):
+    def stop_ids(self) -> list[int]:
         return [item for item in self.stop if not isinstance(item, str)]
 
 
-def draw(logits_BV, keys_B, temperature, top_k, top_p):
+def draw(
+    logits_BV: jax.Array,
+    keys_B: jax.Array,
+    temperature: jax.Array,
+    top_k: jax.Array,
+    top_p: jax.Array,
+) -> jax.Array:
     """A token for every row, with a key of its own."""
 
     def sample():
@@ -51,7 +57,7 @@ def draw(logits_BV, keys_B, temperature, top_k, top_p):
     return lax.cond(temperature > 0, sample, lambda: jnp.argmax(logits_BV, axis=-1))
 
 
-def likely(logits_BV, top_k, top_p):
+def likely(logits_BV: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array:
     """The logits, and -inf where a token is not likely.
 
     Likely are the top_k, and of these the prefix that reaches top_p.

@@ -19,7 +19,8 @@ CONFIG = re.compile(r"--?config(=|$)")
 OVERRIDE = re.compile(r"--?(?:no)?config\.([^=]*)")
 PREFIX = re.compile(r"^(?:\w+Error: )+")  # of a message that a library wraps
 ANY = 2**31 - 1  # steps and sizes are int32 on the devices
-SMALLEST, LARGEST = 1.2e-38, 3.4e38  # of the real numbers, which are float32 there
+SMALLEST = 1.2e-38
+LARGEST = 3.4e38  # of the real numbers, which are float32 there
 # Of the numbers that scripts read themselves; those of a block are fields of its dataclass.
 LIMITS = {
     "seed": Range(0, 2**32 - 1),

@@ -24,7 +24,7 @@ _OF_A_PROCESSOR = (
 )  # lines of /proc/cpuinfo
 
 
-def enable():
+def enable() -> None:
     """Has jax keep programs, unless it was told where or is one of several processes.
 
     It is told by JAX_COMPILATION_CACHE_DIR.

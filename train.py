@@ -152,7 +152,8 @@ def main(_):
     step_size = (batch_size * length, 3 * model_config.flops_per_token(length) * batch_size * length)
 
     def batches_from(step, rows=None):
-        return text.train_batches(corpus, length, batch_size, config.seed, earlier.row_at(step, batch_size), rows)
+        start_row = earlier.row_at(step, batch_size)
+        return text.train_batches(corpus, length, batch_size, config.seed, start_row=start_row, rows=rows)
 
     batches = batches_from(start, sharding.local_rows(mesh, batch_size))
     trace = Trace(workdir / "profile", config.train.profile_step, (start, steps))

@@ -22,7 +22,8 @@ from benchmarks import environment
 from benchmarks.compiled import buffers, chips, costs, report
 from moe_erc import sharding
 from moe_erc.launch import command_line
-from moe_erc.losses.objective import PARAMETER_TERMS, Objective
+from moe_erc.losses import LOSSES
+from moe_erc.losses.objective import Objective
 from moe_erc.model.config import ModelConfig
 from moe_erc.model.transformer import Transformer
 from moe_erc.training.optimizer import OptimizerConfig, make_optimizer
@@ -110,7 +111,11 @@ def lower(config, devices):
 
 def batch_losses(losses):
     """The losses without those on parameters."""
-    return {name: options | {"weight": 0.0} if name in PARAMETER_TERMS else options for name, options in losses.items()}
+    kept = dict(losses)
+    for name, block in losses.items():
+        if LOSSES[name].kind == "parameters":
+            kept[name] = block | {"weight": 0.0}
+    return kept
 
 
 def compile_program(program):

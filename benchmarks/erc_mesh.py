@@ -24,7 +24,7 @@ from benchmarks import environment
 from benchmarks.compiled import costs
 from configs import base
 from moe_erc import sharding
-from moe_erc.losses.sharded_erc import sharded_erc_loss
+from moe_erc.losses.erc import erc_loss
 from moe_erc.model.config import ModelConfig
 
 SETTINGS = (
@@ -66,7 +66,7 @@ def compile_erc(model, mesh, gradient):
     everywhere, lies = NamedSharding(mesh, P()), jax.tree.map(lambda leaf: leaf.sharding, params)
 
     def loss(params, rng):
-        return sharded_erc_loss(params, rng, mesh)
+        return erc_loss(params, rng, mesh=mesh)
 
     program = jax.value_and_grad(loss) if gradient else loss
     outputs = (everywhere, lies) if gradient else everywhere
@@ -75,7 +75,7 @@ def compile_erc(model, mesh, gradient):
 
 
 def show(rows):
-    """The table of the README."""
+    """The table of docs/performance.md."""
     columns = (
         "size",
         "mesh",

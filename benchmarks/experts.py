@@ -43,20 +43,20 @@ def route(kind, tokens, count):
     return np.argsort(-(np.log(odds_E) + rng.gumbel(size=(tokens, count))), axis=1)[:, :K].astype(np.int32)
 
 
-def build(implementation, kind, count, shape, gradients):
-    """(step, temporary bytes) of one layer; shape is (N, D, F)."""
+def build(implementation, kind, count, shape, gradients, dtype=np.float32):
+    """(step, temporary bytes) of one layer; shape is (N, D, F). Weights of assignments stay float32."""
     tokens, width, hidden = shape
     rng, mesh = np.random.default_rng(1), sharding.make_mesh(1, jax.device_count())
     run = functools.partial(experts.implementation(implementation, jax.default_backend()), experts.weighed)
 
     def normal(*of):
-        return rng.normal(size=of, scale=0.1).astype(np.float32)
+        return (0.1 * rng.standard_normal(of, np.float32)).astype(dtype)
 
     rows = sharding.put_whole_batch(
         mesh,
         {
             "x": normal(tokens, 1, width),
-            "weights": normal(tokens, 1, K),
+            "weights": normal(tokens, 1, K).astype(np.float32),
             "experts": route(kind, tokens, count)[:, None],
         },
     )

@@ -34,7 +34,8 @@ def main(_):
         sharding.use_cpu_cores(batch_size)
         mesh = sharding.make_mesh(-1, 1)
         corpus = text.prepare(text.DataConfig(**config.data))
-    batches = text.train_batches(corpus, length, batch_size, config.seed, 0, sharding.local_rows(mesh, batch_size))
+    rows = sharding.local_rows(mesh, batch_size)
+    batches = text.train_batches(corpus, length, batch_size, config.seed, rows=rows)
     put, rates = functools.partial(sharding.put_batch, mesh), {"made": [], "made and put": []}
     next(batches)  # the first opens files
     for _ in range(ROUNDS.value):

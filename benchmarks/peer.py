@@ -47,6 +47,26 @@ def build(model, batch_size, length, threads):
     return run, {"experts_implementation": fastest, "trials_s": trials, "parameters": parameters}
 
 
+def build_on_device(model, batch_size, length, trial):
+    """`run` of one trial on the GPU where there is one: parameters, moments and matmuls in bfloat16, scaled-dot-product
+    attention, layers recomputed in the backward."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.manual_seed(0)
+    with torch.device(device):
+        network = OlmoeForCausalLM(olmoe_config(model, length)).to(torch.bfloat16)
+    network.set_experts_implementation(trial.removesuffix(COMPILED))
+    network.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    network.train()
+    adamw = torch.optim.AdamW(network.parameters(), 4e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    forward = torch.compile(network) if trial.endswith(COMPILED) else network
+
+    def step():  # its loss is read: the step is over
+        tokens_BT = torch.randint(model["vocab_size"], (batch_size, length), device=device)
+        train_step(forward, network, adamw, tokens_BT)
+
+    return timed(step)
+
+
 def build_matmul(size, threads):
     """(run, facts) of a square float32 matmul by PyTorch."""
     torch.set_num_threads(threads)
@@ -98,4 +118,4 @@ def naive_erc(router_ED, gate_up_EGD, alpha=1.0):
     coupling_EE = torch.einsum("id,jdf->ijf", router_ED * noise_ED, w_gate_EDF).norm(dim=-1)
     bar_E = alpha * coupling_EE.diagonal()
     excess_EE = torch.relu(coupling_EE - bar_E[:, None]) + torch.relu(coupling_EE - bar_E[None, :])
-    return (excess_EE * (1 - torch.eye(experts))).sum() / experts**2
+    return (excess_EE * (1 - torch.eye(experts, device=excess_EE.device))).sum() / experts**2

@@ -65,7 +65,7 @@ def _model():
 
 
 def _losses():
-    """moe_erc/losses/objective.py; a loss of weight 0 is not computed."""
+    """moe_erc/losses/, one file each; a loss of weight 0 is not computed."""
     losses = ConfigDict()
     losses.lm = ConfigDict()  # next-token cross-entropy
     losses.lm.weight = 1.0

@@ -2,7 +2,7 @@
 
     python train.py --config=configs/vanilla.py:tiny
 
-At tiny (2 CPU cores, 146 s, one seed): validation loss 1.905, ERC 0.032 to 0.074 by layer.
+What a run at tiny reaches: docs/results.md.
 """
 
 from configs import base

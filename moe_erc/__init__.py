@@ -9,7 +9,6 @@ Shapes live in names, in the letters of the einsum strings; scalars and configs 
 """
 
 from moe_erc.losses.erc import coupling_matrix, coupling_penalty, erc_loss, noise_bound, perturb
-from moe_erc.losses.sharded_erc import sharded_erc_loss
 
-__all__ = ["coupling_matrix", "coupling_penalty", "erc_loss", "noise_bound", "perturb", "sharded_erc_loss"]
+__all__ = ["coupling_matrix", "coupling_penalty", "erc_loss", "noise_bound", "perturb"]
 __version__ = "0.1.0"

@@ -43,7 +43,7 @@ FIRST = (
     "moe/test_expert_functions.py",
     "evaluation/test_generate.py",
     "test_bad_input.py",
-    "losses/test_sharded_erc.py",
+    "losses/test_erc_over_a_mesh.py",
     "losses/test_erc.py",
     "training/test_router_state.py",
     "benchmarks/test_compile_ahead.py",

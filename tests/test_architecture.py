@@ -8,17 +8,18 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
 ALLOWED = {
-    "losses": {"losses", "random_keys"},
-    "moe": {"moe", "sharding"},
+    "losses": {"losses", "numerics", "random_keys"},
+    "moe": {"moe", "numerics", "sharding"},
     "model": {"model", "moe", "sharding"},
     "data": {"data"},
-    "training": {"training", "model", "losses", "data", "random_keys", "sharding"},
+    "training": {"training", "model", "losses", "numerics", "data", "random_keys", "sharding"},
     "evaluation": {"evaluation", "model", "data", "sharding", "tables"},
-    "analysis": {"analysis", "model", "losses", "sharding", "tables"},
+    "analysis": {"analysis", "model", "losses", "numerics", "sharding", "tables"},
     "hf": {"hf", "model", "data"},
     "study": {"study"},
     "launch": {"launch", "console", "data"},
     "checks": set(),
+    "numerics": set(),
     "random_keys": set(),
     "console": set(),
     "tables": {"console"},

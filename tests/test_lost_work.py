@@ -1,25 +1,98 @@
-"""What fails beside the training itself comes after the checkpoint of its step, and is made up for on return."""
+"""What fails beside the training itself comes after the checkpoint of its step, and is made up for on return.
 
-import json
+A run that is terminated and killed, under the default guard, ends where the undisturbed run ends, bit for bit;
+test_resume.py has the same while spikes are skipped.
+"""
+
 import shutil
 import signal
 import textwrap
 
+import jax
+import numpy as np
 import pytest
 
 from moe_erc.training.checkpoint import Checkpoints
 from tests import script
+from tests.written import metrics, saved_state
 
 STEPS = 4
-FAILING = """
+# Programs that become train.py. At step 2 all of them save and evaluate, and at step 4.
+UNICODE_AT_THE_FIRST_SAMPLE = """
     import runpy
     from moe_erc.evaluation.generate import Generator
-    from moe_erc.training import metrics
 
     def fail(*_, **__):
-        raise {error}
+        raise UnicodeEncodeError("ascii", "x", 0, 1, "mine")
 
-    {place} = fail
+    Generator.run = fail
+    runpy.run_path("train.py", run_name="__main__")
+"""
+OS_ERROR_AT_THE_FIRST_SAMPLE = """
+    import runpy
+    from moe_erc.evaluation.generate import Generator
+
+    def fail(*_, **__):
+        raise OSError("mine")
+
+    Generator.run = fail
+    runpy.run_path("train.py", run_name="__main__")
+"""
+WRITERS_FAIL = """
+    import runpy
+    from moe_erc.training import metrics
+
+    write = metrics.LocalJsonLines.write
+
+    def fail_at_the_last_step(self, step, values):
+        if step == {steps}:
+            raise OSError("mine")
+        write(self, step, values)
+
+    def fail(*_, **__):
+        raise RuntimeError("of a board")
+
+    metrics.LocalJsonLines.write = fail_at_the_last_step
+    metrics._TensorBoard.write = fail
+    runpy.run_path("train.py", run_name="__main__")
+"""
+TERMINATED_AT_STEP_2 = """
+    import os, runpy, signal
+    from moe_erc.training import progress
+
+    flush = progress.Progress.flush
+
+    def stop(self):
+        flush(self)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    progress.Progress.flush = stop  # at step 1: to be read after step 2
+    runpy.run_path("train.py", run_name="__main__")
+"""
+KILLED_AT_STEP_3 = """
+    import os, runpy, signal
+    from moe_erc.training import progress
+
+    flush = progress.Progress.flush
+
+    def kill(self):
+        flush(self)
+        self._writer.flush()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    progress.Progress.flush = kill
+    runpy.run_path("train.py", run_name="__main__")
+"""
+KILLED_BEFORE_THE_LAST_EVALUATION = """
+    import os, pathlib, runpy, signal, time
+    from moe_erc.evaluation.perplexity import Perplexity
+
+    def kill(*_):
+        while not pathlib.Path("{workdir}", "checkpoints", "{steps}").exists():  # it is written meanwhile
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    Perplexity.run = kill
     runpy.run_path("train.py", run_name="__main__")
 """
 
@@ -40,20 +113,38 @@ def arguments(text_directory, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole(arguments, tmp_path_factory):
+    """The workdir of an undisturbed run."""
     workdir = tmp_path_factory.mktemp("lr[1e-3]")
     code, printed = script.run("train.py", [*arguments, f"--workdir={workdir}"], workdir / "out")
     assert code == 0, printed
     return workdir
 
 
-def metrics(workdir):
-    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if not name.startswith("speed/")} for line in lines]
+@pytest.fixture
+def run_in(arguments, tmp_path):
+    """Runs such a program, or train.py itself, on one workdir; (exit code, what it printed)."""
+    workdir = tmp_path / "run"
+
+    def run(program, *changes):
+        path = "train.py"
+        if program:
+            path = tmp_path / "program.py"
+            filled = textwrap.dedent(program).format(workdir=workdir, steps=STEPS)
+            path.write_text(filled)
+        everything = [*arguments, f"--workdir={workdir}", *changes]
+        return script.run(path, everything, tmp_path / "out")
+
+    run.workdir = workdir
+    return run
 
 
 def newest(workdir):
     with Checkpoints(workdir / "checkpoints") as checkpoints:
         return checkpoints.newest_intact()
+
+
+def validations(workdir):
+    return [line for line in metrics(workdir) if "validation/mean" in line]
 
 
 def test_a_workdir_with_brackets_is_evaluated_and_exported(whole, tmp_path):
@@ -63,46 +154,51 @@ def test_a_workdir_with_brackets_is_evaluated_and_exported(whole, tmp_path):
     assert code == 0 and (directory / "model.safetensors").is_file(), printed
 
 
-@pytest.mark.parametrize(
-    ("place", "error", "code", "words"),
-    [
-        ("Generator.run", "UnicodeEncodeError('ascii', 'x', 0, 1, 'mine')", 1, "UnicodeEncodeError"),
-        ("Generator.run", "OSError('mine')", 1, "error: mine; the last good checkpoint is of step 2"),
-        ("metrics.LocalJsonLines.write", "OSError('mine')", 1, "error: mine; the last good checkpoint is of step 2"),
-        ("metrics._TensorBoard.write", "RuntimeError('mine')", 0, "TensorBoard is switched off (mine)"),
-    ],
-)
-def test_what_fails_at_a_step_has_its_checkpoint_behind_it(place, error, code, words, arguments, whole, tmp_path):
-    program, workdir = tmp_path / "failing.py", tmp_path / "run"
-    program.write_text(textwrap.dedent(FAILING).format(place=place, error=error))
-    everything = [*arguments, f"--workdir={workdir}", "--config.log.every=2"]
-    ended, printed = script.run(program, everything, tmp_path / "out")
-    assert ended == code and words in printed, printed
-    assert newest(workdir) == (STEPS if code == 0 else 2)
-    if "Generator" in place:
-        code, printed = script.run("train.py", [*arguments, f"--workdir={workdir}"], tmp_path / "out")
-        assert code == 0, printed
-        validated = [line for line in metrics(workdir) if "validation/mean" in line]
-        assert validated == [line for line in metrics(whole) if "validation/mean" in line]
+def test_what_fails_at_a_step_has_its_checkpoint_behind_it(run_in, whole):
+    code, printed = run_in(UNICODE_AT_THE_FIRST_SAMPLE, "--config.log.every=2")
+    assert code == 1 and "UnicodeEncodeError" in printed, printed
+    assert newest(run_in.workdir) == 2
+
+    # A board ends nothing, so that the last step is reached; the metrics file is missed there.
+    code, printed = run_in(WRITERS_FAIL, "--config.log.every=2")
+    assert "TensorBoard is switched off (of a board)" in printed, printed
+    assert code == 1 and "error: mine; the last good checkpoint is of step 4" in printed, printed
+    assert newest(run_in.workdir) == STEPS
+
+    code, printed = run_in(OS_ERROR_AT_THE_FIRST_SAMPLE)
+    assert code == 1 and "error: mine; the last good checkpoint is of step 4" in printed, printed
+    assert newest(run_in.workdir) == STEPS
+
+    code, printed = run_in(None)
+    assert code == 0, printed
+    assert validations(run_in.workdir) == validations(whole)
 
 
-@pytest.mark.parametrize("step", [2, STEPS])
-def test_killed_between_a_checkpoint_and_its_evaluation(step, arguments, whole, tmp_path):
-    workdir = tmp_path / "run"
-    shutil.copytree(whole, workdir)
-    (workdir / "report.json").unlink()
-    for later in range(step + 1, STEPS + 1):
-        shutil.rmtree(workdir / "checkpoints" / str(later), ignore_errors=True)
-    kept = [
-        line
-        for line in (workdir / "metrics.jsonl").read_text().splitlines(keepends=True)
-        if json.loads(line)["step"] <= step and not (json.loads(line)["step"] == step and "validation/mean" in line)
-    ]
-    (workdir / "metrics.jsonl").write_text("".join(kept))
-    code, printed = script.run("train.py", [*arguments, f"--workdir={workdir}"], tmp_path / "out")
-    assert code == 0 and printed.count(f"step {step}: validation") == 1, printed
-    assert metrics(workdir) == metrics(whole)
-    assert (workdir / "report.json").read_text() == (whole / "report.json").read_text()
+def test_terminated_and_killed_it_ends_where_the_undisturbed_run_ends(run_in, whole):
+    # Told to stop at a step that is evaluated it saves and leaves.
+    code, printed = run_in(TERMINATED_AT_STEP_2)
+    assert code == 128 + signal.SIGTERM and "step 2: validation" not in printed, printed
+    assert newest(run_in.workdir) == 2
+
+    # The evaluation is made up for, and step 3, whose metrics are on the disk, is lost.
+    code, printed = run_in(KILLED_AT_STEP_3)
+    assert code == -signal.SIGKILL and printed.count("step 2: validation") == 1, printed
+    assert newest(run_in.workdir) == 2
+    assert metrics(run_in.workdir)[-1]["step"] == 3
+
+    code, printed = run_in(KILLED_BEFORE_THE_LAST_EVALUATION)
+    assert code == -signal.SIGKILL and ": validation" not in printed, printed
+    assert newest(run_in.workdir) == STEPS
+    assert [line["step"] for line in validations(run_in.workdir)] == [2]
+
+    code, printed = run_in(None)
+    assert code == 0 and printed.count(f"step {STEPS}: validation") == 1, printed
+    assert metrics(run_in.workdir) == metrics(whole)
+    step, state = saved_state(whole, STEPS)
+    found_step, found_state = saved_state(run_in.workdir, STEPS)
+    assert found_step == step == STEPS
+    jax.tree.map(np.testing.assert_array_equal, state, found_state)
+    assert (run_in.workdir / "report.json").read_text() == (whole / "report.json").read_text()
 
 
 def test_a_report_that_cannot_be_written_is_printed(arguments, whole, tmp_path):
@@ -113,26 +209,3 @@ def test_a_report_that_cannot_be_written_is_printed(arguments, whole, tmp_path):
     code, printed = script.run("train.py", [*arguments, f"--workdir={workdir}"], tmp_path / "out")
     assert code == 1 and "last good checkpoint is of step 4" in printed and "Validation" in printed, printed
     assert "Traceback" not in printed
-
-
-def test_told_to_stop_at_a_step_that_is_evaluated_it_saves_and_leaves(arguments, whole, tmp_path):
-    program, workdir = tmp_path / "stopped.py", tmp_path / "run"
-    program.write_text(
-        textwrap.dedent("""
-        import os, runpy, signal
-        from moe_erc.training import progress
-
-        flush = progress.Progress.flush
-
-        def stop(self):
-            flush(self)
-            os.kill(os.getpid(), signal.SIGTERM)
-
-        progress.Progress.flush = stop  # at step 1: to be read after step 2
-        runpy.run_path("train.py", run_name="__main__")
-    """)
-    )
-    code, printed = script.run(program, [*arguments, f"--workdir={workdir}"], tmp_path / "out")
-    assert code == 128 + signal.SIGTERM and newest(workdir) == 2 and "step 2: validation" not in printed, printed
-    code, printed = script.run("train.py", [*arguments, f"--workdir={workdir}"], tmp_path / "out")
-    assert code == 0 and metrics(workdir) == metrics(whole), printed

@@ -15,7 +15,7 @@ from moe_erc.data import text
 from moe_erc.training.checkpoint import Checkpoints
 from moe_erc.training.identity import RULES, SCHEDULE, check_same_run, differences
 from moe_erc.training.optimizer import OptimizerConfig, learning_rate_schedule
-from tests import script
+from tests import script, written
 
 STEPS, BATCH, LENGTH = 6, 8, 32  # of :debug
 
@@ -206,8 +206,11 @@ def test_another_loss_and_batch_size_are_said_kept_and_go_on_with_the_next_row(g
     assert meta["rows"] == 64 and change in meta["history"]
 
 
-def test_a_step_after_another_batch_size_reads_the_next_rows_and_so_do_its_last_words(going_on, arguments, place):
-    # 48 rows were read in batches of 8; steps of 5 rows go on with row 48, 53, …, until a number is not finite.
+def test_a_step_after_another_batch_size_reads_the_next_rows_and_so_do_its_last_words(
+    going_on, place
+):
+    # 48 rows were read in batches of 8; steps of 5 rows go on with row 48, 53, …, until a number is not finite: then,
+    # since none is to be skipped, the run stops and keeps its last good checkpoint.
     code, printed, _ = going_on(
         "--config.train.steps=40",
         "--config.train.batch_size=5",
@@ -216,8 +219,17 @@ def test_a_step_after_another_batch_size_reads_the_next_rows_and_so_do_its_last_
         "--config.mesh.expert=1",
         "--config.optimizer.learning_rate=1e8",
         "--config.eval.every=1000",
+        "--config.checkpoint.every=1",
     )
-    assert code == 3, printed
+    last = printed.splitlines()[-1]
+    assert code == 3 and "not finite" in last and "step" in last, printed
+    assert "the step was skipped" not in printed, printed
+    with Checkpoints(going_on.workdir / "checkpoints") as checkpoints:
+        kept = checkpoints.latest_step()
+    assert kept > STEPS and last.endswith(f"the last good checkpoint is of step {kept}"), printed
+    lines = written.metrics(going_on.workdir)
+    counted = [line for line in lines if line.get("guard/skipped_in_a_row") == 0]
+    assert counted and all(value is not None for line in counted for value in line.values())
     (path,) = going_on.workdir.glob("batch-*.npz")
     step = int(path.stem.removeprefix("batch-"))
     assert step > STEPS + 1  # of which the second batch of another size is one
@@ -263,34 +275,28 @@ def test_fewer_steps_than_are_done_are_said_in_one_line(going_on):
 
 
 @pytest.fixture
-def copied(text_directory, tmp_path):
-    """A finished run whose text and cache are its own; starts scripts on it."""
-    shutil.copytree(text_directory, tmp_path / "words")
-    flags = [
-        "--config=configs/erc.py:debug",
-        f"--config.data.sources=('{tmp_path / 'words'}',)",
-        f"--config.data.cache_dir={tmp_path / 'cache'}",
-        "--config.data.validation_fraction=0.1",
-        "--config.eval.prompt=",
-        "--config.log.tensorboard=False",
-        f"--workdir={tmp_path / 'run'}",
-    ]
+def copied(arguments, finished, place, tmp_path):
+    """(place, train): the finished run with its text and cache, where they lie; afterwards all is as before."""
+    kept = place.with_name("kept")
+    place.rename(kept)
+    shutil.copytree(kept, place)
 
-    def train(*changes, source="words"):
-        renamed = [flag.replace(f"{tmp_path / 'words'}", f"{tmp_path / source}") for flag in flags]
-        return start("train.py", [*renamed, *changes], tmp_path)
+    def train(*changes, source="text"):
+        given = [flag.replace(str(place / "text"), str(place / source)) for flag in arguments]
+        flags = ["--config=configs/erc.py:debug", *given, f"--workdir={finished}", *changes]
+        return start("train.py", flags, tmp_path)
 
-    code, printed, _ = train()
-    assert code == 0, printed
-    return tmp_path, train
+    yield place, train
+    shutil.rmtree(place)
+    kept.rename(place)
 
 
 def test_a_source_that_has_grown(copied):
     place, train = copied
     before = json.loads((place / "run" / "report.json").read_text())
-    (place / "words" / "new.txt").write_text("a document that came later " * 40)
-    (place / "words" / "00.txt").write_text("another text in an old file " * 40)
-    (place / "words" / "01.txt").unlink()
+    (place / "text" / "new.txt").write_text("a document that came later " * 40)
+    (place / "text" / "00.txt").write_text("another text in an old file " * 40)
+    (place / "text" / "01.txt").unlink()
     grown = ["1 file added (new.txt)", "1 file removed (01.txt)", "1 file changed (00.txt)", "data.sources"]
 
     # as long as its text is in the cache
@@ -325,7 +331,7 @@ def test_a_source_that_has_grown(copied):
 
 def test_a_source_that_is_gone_or_somewhere_else(copied):
     place, train = copied
-    (place / "words").rename(place / "moved")
+    (place / "text").rename(place / "moved")
     code, printed, said = train("--config.train.steps=6")
     assert code == 0 and "it is no longer there" in said and "Validation" in printed, printed
     code, printed, said = train("--config.train.steps=7", source="moved")

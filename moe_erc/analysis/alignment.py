@@ -11,6 +11,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
+from moe_erc.numerics import divide
+
 SQUARINGS = 10  # 1,024 power steps: sigma_max to 1e-5 for random gates, to log(min(D, F)) / 2,048 for any
 
 
@@ -38,36 +40,31 @@ def alignment(router_LED, w_gate_LEDF, mesh=None):
 def _of_layer(router_ED, w_gate_EDF):
     unit_ED, w_gate_EDF = unit_rows(router_ED), w_gate_EDF.astype(jnp.float32)
     response_EF = jnp.einsum("ed,edf->ef", unit_ED, w_gate_EDF, precision="highest")
-    return _ratio(jnp.linalg.norm(response_EF, axis=-1), largest_singular_value(w_gate_EDF))
+    return divide(jnp.linalg.norm(response_EF, axis=-1), largest_singular_value(w_gate_EDF))
 
 
 def largest_singular_value(w_EDF):
     """sigma_max of every matrix, (E,) float32, never above it by more than rounding; 0 for a matrix of zeros."""
     w_EDF = w_EDF.astype(jnp.float32)
     scale_E = jnp.max(jnp.abs(w_EDF), axis=(1, 2))
-    w_EDF = _ratio(w_EDF, scale_E[:, None, None])  # squares of small weights would underflow
+    w_EDF = divide(w_EDF, scale_E[:, None, None])  # squares of small weights would underflow
     product = "edf,egf->edg" if w_EDF.shape[1] <= w_EDF.shape[2] else "edf,edg->efg"
     gram_EGG = jnp.einsum(product, w_EDF, w_EDF, precision="highest")
 
     def square(_, power_EGG):
-        power_EGG = _ratio(power_EGG, _trace(power_EGG)[:, None, None])
+        power_EGG = divide(power_EGG, _trace(power_EGG)[:, None, None])
         return jnp.matmul(power_EGG, power_EGG, precision="highest")
 
     power_EGG = lax.fori_loop(0, SQUARINGS, square, gram_EGG)
     top_E = jnp.einsum("egh,ehg->e", gram_EGG, power_EGG, precision="highest")
-    return scale_E * jnp.sqrt(_ratio(top_E, _trace(power_EGG)))
+    return scale_E * jnp.sqrt(divide(top_E, _trace(power_EGG)))
 
 
 def unit_rows(rows_ED):
     """Rows of length 1 in float32; a zero row stays zero."""
     rows_ED = rows_ED.astype(jnp.float32)
-    return _ratio(rows_ED, jnp.linalg.norm(rows_ED, axis=-1, keepdims=True))
+    return divide(rows_ED, jnp.linalg.norm(rows_ED, axis=-1, keepdims=True))
 
 
 def _trace(matrix_EGG):
     return jnp.trace(matrix_EGG, axis1=1, axis2=2)
-
-
-def _ratio(a, b):
-    """a / b, 0 where b is."""
-    return jnp.where(b == 0, 0, a / jnp.where(b == 0, 1, b))

@@ -22,7 +22,6 @@ from jax.sharding import PartitionSpec as P
 
 from moe_erc.analysis.alignment import alignment, unit_rows
 from moe_erc.losses.erc import coupling_matrix, coupling_penalty, noise_bound
-from moe_erc.losses.sharded_erc import sharded_coupling_matrix
 
 ALPHAS = (1.0, 2.0, 3.0, 4.0, 5.0)
 
@@ -33,11 +32,10 @@ def measure_coupling(router_LED, w_gate_LEDF, mesh=None):
 
     One layer in memory at a time, or with the mesh on which the gates lie each device's own of it; all get the results.
     """
-    if mesh is None:
-        M_LEE = lax.map(lambda layer: coupling_matrix(*layer), (router_LED, w_gate_LEDF))
-    else:
+    M_LEE = coupling_matrix(router_LED, w_gate_LEDF, mesh)
+    if mesh is not None:
         everywhere = NamedSharding(mesh, P())
-        M_LEE = lax.with_sharding_constraint(sharded_coupling_matrix(router_LED, w_gate_LEDF, mesh), everywhere)
+        M_LEE = lax.with_sharding_constraint(M_LEE, everywhere)
     measures = lax.map(_measure_layer, (M_LEE, router_LED, gate_norms(w_gate_LEDF)))
     measures["alignment_L"] = jnp.mean(alignment(router_LED, w_gate_LEDF, mesh), axis=1)
     return measures if mesh is None else lax.with_sharding_constraint(measures, everywhere)

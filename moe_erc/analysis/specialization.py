@@ -7,6 +7,8 @@ A sum of E vectors per token is enough: nothing is (E, E), nor need the E answer
 
 import jax.numpy as jnp
 
+from moe_erc.numerics import masked_mean
+
 
 def pairwise_cosine(unit_sum_BTD, experts, mask_BT):
     """Mean over unmasked tokens and pairs of experts of the cosine of their answers, from the sum of unit vectors.
@@ -18,4 +20,4 @@ def pairwise_cosine(unit_sum_BTD, experts, mask_BT):
         return jnp.zeros((), jnp.float32)
     length2_BT = jnp.sum(jnp.square(unit_sum_BTD.astype(jnp.float32)), axis=-1)
     cosine_BT = (length2_BT - experts) / (experts * (experts - 1))
-    return jnp.sum(jnp.where(mask_BT, cosine_BT, 0)) / jnp.maximum(jnp.sum(mask_BT, dtype=jnp.float32), 1)
+    return masked_mean(cosine_BT, mask_BT)

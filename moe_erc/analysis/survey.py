@@ -21,6 +21,7 @@ from scipy.sparse.linalg import eigsh
 
 from moe_erc.analysis.coupling import erc_by_alpha, gate_norms, measure_matrix, measure_weights
 from moe_erc.losses.erc import coupling_matrix, perturb
+from moe_erc.numerics import divide
 
 SMALL = 32  # at most so wide, LAPACK is asked for all singular values
 
@@ -60,7 +61,7 @@ def _survey_layer(router_ED, w_gate_EDF, keys):
     def matrices(proxy_ED):
         M_EE = coupling_matrix(proxy_ED, w_gate_EDF)
         scale_EE = jnp.linalg.norm(proxy_ED, axis=-1)[:, None] * gate_norm_E / proxy_ED.shape[-1] ** 0.5
-        return {"raw": M_EE, "normalized": jnp.where(scale_EE > 0, M_EE / jnp.where(scale_EE > 0, scale_EE, 1), 0)}
+        return {"raw": M_EE, "normalized": divide(M_EE, scale_EE)}
 
     def draw(key):
         drawn = matrices(perturb(router_ED, key))

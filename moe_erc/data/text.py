@@ -2,7 +2,7 @@
 
     corpus = prepare(DataConfig(**config.data))
     for line in describe(corpus, sequence_length, windows): print(line)
-    for batch in train_batches(corpus, sequence_length, batch_size, seed, start_row): ...
+    for batch in train_batches(corpus, sequence_length, batch_size, seed, start_row=start_row): ...
 
 Text is tokenised once and opened from the cache ever after; a batch is {"inputs_BT", "targets_BT":
 int32, "mask_BT": bool}, and "segments_BT": int32, the document in its window of every input, where

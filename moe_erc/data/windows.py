@@ -49,15 +49,17 @@ def train_batches(
     sequence_length: int,
     batch_size: int,
     seed: int,
+    *,
     start_row: int = 0,
     rows: Sequence[int] | None = None,
 ) -> Iterator[dict[str, np.ndarray]]:
     """The endless training batches from `start_row` on, shuffled by `seed` and anew in every epoch.
 
     `start_row` counts the rows (windows) that all batches before had together, whatever their sizes
-    were: it need not be a multiple of `batch_size`. `batch_size` counts the rows of all processes;
-    `rows` are those of each batch that are read here, None reads all. Every source is a random
-    permutation of the windows of all its domains, then another.
+    were: it need not be a multiple of `batch_size`. It is given by name, so that nobody passes a
+    number of steps for it. `batch_size` counts the rows of all processes; `rows` are those of each
+    batch that are read here, None reads all. Every source is a random permutation of the windows of
+    all its domains, then another.
     """
     rows = range(batch_size) if rows is None else rows
     train = corpus.streams["train"].values()

@@ -1,27 +1,59 @@
-"""CompeteSMoE v2 (arXiv 2505.13380): the router learns to foretell which experts would answer most strongly.
+"""CompeteSMoE v2 (arXiv 2505.13380): the router learns to foretell which experts would answer most.
 
-    loss = mse(p, sg(q)) + 0.2 mse(p[top], sg(q[top])),   p the router's softmax, q that of the experts' answers
+    loss = mse(p, sg(q)) + 0.2 mse(p[top], sg(q[top])),
+    p the router's softmax, q the softmax of the experts' answers
 
-`top` are the K experts of highest q, which carry the token on such a step; q is constant, the experts are not trained.
-Over layers it is a mean of those that compete on the step: a layer that does not has no error, rather than one of 0.
+`top` are the K experts of highest q, to which the token is sent on such a step. q is constant: the
+experts are not trained. The loss is a mean over the layers that compete on the step. A layer that
+does not compete has no error, rather than an error of 0.
 """
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-CHOSEN = 0.2  # what the chosen experts' error counts besides
+from moe_erc.losses.base import Loss, Needs, NoOptions
+from moe_erc.numerics import masked_mean
+
+CHOSEN = 0.2  # the weight of the chosen experts' error, beside that of all experts
 
 
-def over_competing_layers(error_and_active_L2: jax.Array) -> jax.Array:
-    """Mean error of the layers whose second number is 1; 0 if none competes."""
-    error_L, active_L = error_and_active_L2[:, 0], error_and_active_L2[:, 1]
-    return jnp.sum(error_L * active_L) / jnp.maximum(jnp.sum(active_L), 1)
+def competition(
+    probabilities_BTE: jax.Array,
+    competitors_BTE: jax.Array,
+    experts_BTK: jax.Array,
+    mask_BT: jax.Array,
+) -> jax.Array:
+    """Mean over unmasked tokens of the error over E plus 0.2 times the error over the K slots.
 
-
-def competition(probabilities_BTE, competitors_BTE, experts_BTK, mask_BT):
-    """Mean over unmasked tokens of the error over E, and of that over the K slots; an empty slot (id >= E) adds 0."""
-    square_BTE = jnp.square(probabilities_BTE.astype(jnp.float32) - lax.stop_gradient(competitors_BTE))
+    An empty slot (id >= E) adds 0.
+    """
+    difference_BTE = probabilities_BTE.astype(jnp.float32) - lax.stop_gradient(competitors_BTE)
+    square_BTE = jnp.square(difference_BTE)
     square_BTK = jnp.take_along_axis(square_BTE, experts_BTK, axis=-1, mode="fill", fill_value=0)
     error_BT = jnp.mean(square_BTE, axis=-1) + CHOSEN * jnp.mean(square_BTK, axis=-1)
-    return jnp.sum(error_BT * mask_BT) / jnp.maximum(jnp.sum(mask_BT), 1)
+    return masked_mean(error_BT, mask_BT)
+
+
+def over_competing_layers(error_and_active_L2: jax.Array, mask_BT: jax.Array) -> jax.Array:
+    """Mean error of the layers whose second number is 1; 0 if none competes."""
+    error_L = error_and_active_L2[:, 0]
+    active_L = error_and_active_L2[:, 1]
+    return masked_mean(error_L, active_L == 1)
+
+
+def compute(options: NoOptions, layer) -> jax.Array:
+    """(error, whether the layer competes) as two numbers; the error is 0 where it does not."""
+    active, competitors_BTE = layer.competition
+    error = competition(
+        layer.scores.probabilities_BTE, competitors_BTE, layer.routing.experts_BTK, layer.mask_BT
+    )
+    return jnp.stack([jnp.where(active, error, 0), active])
+
+
+LOSS = Loss(
+    kind="layer",
+    compute=compute,
+    needs=Needs("competes", "learns from experts that compete"),
+    over_layers=over_competing_layers,
+)

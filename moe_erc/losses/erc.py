@@ -1,183 +1,312 @@
-"""Expert-router coupling: an E x E loss on parameters alone, whatever the batch (ERC, arXiv 2512.23447).
+"""Expert-router coupling: an E x E loss on parameters alone, whatever the batch.
 
-    bound[i]  = min_{j != i} |router[i] - router[j]| / (2 |router[i]|)                              (eq. 4)
-    proxy[i]  = router[i] * sg(noise[i]),   noise[i] ~ Uniform(1 - bound[i], 1 + bound[i]) per coordinate
+ERC, arXiv 2512.23447:
+
+    bound[i]  = min_{j != i} |router[i] - router[j]| / (2 |router[i]|)                     (eq. 4)
+    proxy[i]  = router[i] * sg(noise[i]),   noise[i] ~ Uniform(1 - bound[i], 1 + bound[i])
     M[i, j]   = |proxy[i] @ w_gate[j]|
-    loss      = 1/E^2 sum_{i != j} relu(M[i, j] - alpha M[i, i]) + relu(M[j, i] - alpha M[i, i])    (eq. 3)
+    loss      = 1/E^2 sum_{i != j} relu(M[i, j] - alpha M[i, i]) + relu(M[j, i] - alpha M[i, i])
+                                                                                           (eq. 3)
 
-A router row stands for the tokens it attracts. The loss asks that such a token excite its own expert most, and
-that an expert be excited most by its own tokens. Routing itself keeps the clean router.
+Each coordinate of a row has a noise of its own. A router row stands for the tokens it attracts. The
+loss asks that such a token excite its own expert most, and that an expert be excited most by its
+own tokens. Routing itself keeps the clean router.
+
+The path of the loss: `erc_loss` checks its options and stacks the layers, `devices.py` hands every
+device its slices, `_losses_of_layers` computes bounds, proxies, M (`responses.py`) and hinges.
 """
 
-from functools import partial
+import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
 from moe_erc.checks import BadInput
-from moe_erc.losses.precision import PRECISIONS
-from moe_erc.losses.responses import RESPONSES, expected_linear, linear, relative, sized, squared_responses
+from moe_erc.losses.base import Loss, Needs
+from moe_erc.losses.devices import Devices
+from moe_erc.losses.precision import PRECISIONS, resolve
+from moe_erc.losses.responses import (
+    LINEAR,
+    MATRICES,
+    Proxies,
+    Response,
+    relative,
+    squared_responses,
+)
+from moe_erc.numerics import divide, length, square_root
 
+NOISES = ("uniform", "expected", "none")
+LAYER_REDUCTIONS = {"mean": jnp.mean, "sum": jnp.sum}
 ROUNDING = 2.0**-21  # of bound, draw and product together, with room
 LARGEST = 1e18  # bound: that of a row of 1e-38 among others of 10 would be no float32
 
 
-def noise_bound(router_ED, rows_R=None):
-    """Half the relative distance to the nearest other row: the largest jitter that cannot swap two clusters (eq. 4).
+@dataclasses.dataclass(frozen=True)
+class ErcOptions:
+    """The options of `erc_loss`, which explains them. Those of a config may say precision "auto".
 
-    Returns (E,) float32, or (R,) for those rows alone, constant under differentiation; 0 for an all-zero row, for a
-    row with a twin, and for E = 1.
+    alpha may be a traced number, which is not checked.
+    """
+
+    alpha: float | jax.Array
+    noise: str
+    activation: str
+    detach_router: bool
+    normalize: bool
+    layer_reduction: str
+    precision: str
+
+    def __post_init__(self):
+        is_number = not isinstance(self.alpha, jax.core.Tracer)
+        if is_number and not 0 <= self.alpha < math.inf:
+            raise BadInput(f"alpha is {self.alpha}; it must be a finite number >= 0")
+        _check_word("noise", self.noise, NOISES)
+        _check_word("activation", self.activation, tuple(MATRICES))
+        _check_word("layer_reduction", self.layer_reduction, tuple(LAYER_REDUCTIONS))
+        _check_word("precision", self.precision, ("auto", *PRECISIONS))
+        if self.activation in LINEAR:
+            return
+        reason = f"needs a linear activation ({' or '.join(LINEAR)}), not {self.activation!r}"
+        if self.noise == "expected":
+            raise BadInput(f"noise 'expected' {reason}")
+        if self.normalize:
+            raise BadInput(f"normalize {reason}")
+
+
+def _check_word(name, word, known):
+    if word not in known:
+        raise BadInput(f"{name} is {word!r}; use one of {', '.join(known)}")
+
+
+# ------------------------------------------------------------------------------ noise and proxies
+def noise_bound(router_ED: jax.Array, rows_R: jax.Array | None = None) -> jax.Array:
+    """Half the relative distance to the nearest other row (eq. 4), (E,) float32.
+
+    It is the largest jitter that cannot swap two clusters. With `rows_R`, (R,) for those rows
+    alone. Constant under differentiation; 0 for an all-zero row, for a row with a twin, and for
+    E = 1.
     """
     router_ED = lax.stop_gradient(jnp.asarray(router_ED, jnp.float32))
     ids_E = jnp.arange(len(router_ED))
     rows_R = ids_E if rows_R is None else rows_R
 
     def nearest(row):
-        # Direct differences, one row at a time: the Gram form |a|^2 + |b|^2 - 2ab loses close rows to cancellation.
-        distance_E = _length(router_ED - router_ED[row])
+        # Direct differences, one row at a time. The Gram form |a|^2 + |b|^2 - 2ab loses close rows
+        # to cancellation.
+        distance_E = length(router_ED - router_ED[row])
         return jnp.min(jnp.where(ids_E == row, jnp.inf, distance_E))
 
-    nearest_R, length_R = lax.map(nearest, rows_R), _length(router_ED[rows_R])
-    defined_R = (length_R > 0) & jnp.isfinite(nearest_R)
-    bound_R = jnp.where(defined_R, nearest_R, 0) / (2 * jnp.where(defined_R, length_R, 1))
+    nearest_R = lax.map(nearest, rows_R)
+    length_R = length(router_ED[rows_R])
+    has_bound_R = (length_R > 0) & jnp.isfinite(nearest_R)
+    bound_R = jnp.where(has_bound_R, divide(nearest_R, 2 * length_R), 0)
     return jnp.minimum(bound_R, LARGEST)
 
 
-def _length(rows):
-    """Euclidean, of components whose squares float32 does not hold as well."""
-    largest = jnp.max(jnp.abs(rows), axis=-1)
-    scale = jnp.where(largest == 0, 1, largest)
-    return scale * jnp.linalg.norm(rows / scale[..., None], axis=-1)
+def perturb(router_ED: jax.Array, rng: jax.Array) -> jax.Array:
+    """Proxy tokens, (E, D): row i scaled by noise in [1 - bound[i], 1 + bound[i]).
 
-
-def perturb(router_ED, rng):
-    """Proxy tokens: coordinates of row i scaled by noise in [1 - bound[i], 1 + bound[i]), constant to the gradient."""
+    Each coordinate has a noise of its own, constant to the gradient.
+    """
     return _jitter(router_ED, noise_bound(router_ED), rng)
-
-
-def coupling_matrix(proxy_ED, w_gate_EDF):
-    """M[i, j] = |proxy_i @ w_gate_j|: how strongly the tokens of expert i excite expert j; (E, E) float32.
-
-    A diagnosis: in full float32 on every platform.
-    """
-    proxy_ED, w_gate_EDF = jnp.asarray(proxy_ED, jnp.float32), jnp.asarray(w_gate_EDF)
-    return root(squared_responses(partial(linear, precision="highest"), proxy_ED[None], (w_gate_EDF[None],)))[0]
-
-
-def coupling_penalty(M_EE, alpha):
-    """Mean over E^2 pairs of what M[i, j] exceeds alpha M[i, i] and alpha M[j, j] by (eq. 3); 0 when fully coupled."""
-    experts = len(M_EE)
-    bar_E = alpha * jnp.diagonal(M_EE)
-    excess_EE = jax.nn.relu(M_EE - bar_E[:, None]) + jax.nn.relu(M_EE - bar_E[None, :])
-    return jnp.sum(jnp.where(jnp.eye(experts, dtype=bool), 0, excess_EE)) / experts**2
-
-
-def erc_loss(
-    params,
-    rng,
-    *,
-    alpha=1.0,
-    noise="uniform",
-    activation="gate",
-    detach_router=False,
-    normalize=False,
-    layer_reduction="mean",
-    precision="high",
-):
-    """The ERC loss of one MoE layer, or of a stack of layers, as a scalar.
-
-    Args:
-      params: {"router": (E, D), "w_gate": (E, D, F)}, with "w_up" (E, D, F) and "w_down" (E, F, D) where `activation`
-        needs them; or all of them with a leading layer axis L, and layer l draws from `jax.random.split(rng, L)[l]`.
-      rng: a typed key; may be None unless `noise` is "uniform".
-      alpha: the share of the matching response that a foreign one may reach unpenalised; the paper uses 1 at E = 64.
-      noise: "uniform" (a draw), "expected" (M is the root of the exact expectation of its square) or "none".
-      activation: what |.| measures: "gate", "up", "silu_gate", "swiglu" or "output" of the expert.
-      detach_router: train the experts alone (another reading of the paper's pseudocode).
-      normalize: make the loss scale-free: hinges on sqrt(D) M[i, j] / (|proxy_i| |w_j|_F), 1 for an isotropic matrix;
-        with noise "expected", |proxy_i| is the root of E |proxy_i|^2.
-      layer_reduction: "mean" keeps the weight comparable with a layer-averaged balance loss; "sum".
-      precision: of the matmuls on a TPU or GPU: "default" (one bfloat16 pass on a TPU), "high" (three), "highest" (six:
-        float32). Configs say "auto", which `precision.py` resolves. On a CPU all are float32.
-
-    Loss and gradients are finite while M stays below 1e18, and with `normalize` or noise "expected" |proxy| and |w_j|_F
-    as well: their squares are float32, where what is below 1e-18 may count as 0. The loss of one expert is 0; that of
-    more is not finite where a parameter that is read is not.
-
-    Raises:
-      ValueError: for a word that is none of the above, or one that has no meaning with a non-linear activation.
-    """
-    words = {"noise": noise, "activation": activation, "layer_reduction": layer_reduction, "precision": precision}
-    check_options(**words, normalize=normalize)
-    router_LED, weights, keys_L = stack(params, rng, activation, noise)
-    router_LED = lax.stop_gradient(router_LED) if detach_router else router_LED
-    inputs, length2_LE = proxies(router_LED, lax.map(noise_bound, router_LED), keys_L, noise)
-    M_LEE = root(squared_responses(response(activation, noise, normalize, precision), inputs, weights))
-    if normalize:
-        M_LEE = relative(M_LEE, root(length2_LE), router_LED.shape[-1])
-    loss_L = jax.vmap(coupling_penalty, in_axes=(0, None))(M_LEE, alpha)
-    return LAYER_REDUCTIONS[layer_reduction](loss_L)
-
-
-def check_options(*, alpha=1.0, noise, activation, detach_router=False, normalize, layer_reduction, precision="high"):
-    """Refuses words that `erc_loss` does not know, and options that only a linear activation has."""
-    del detach_router  # either value will do
-    if not 0 <= alpha < float("inf"):
-        raise BadInput(f"alpha is {alpha}; it must be a finite number >= 0")
-    for name, value, known in (
-        ("noise", noise, ("uniform", "expected", "none")),
-        ("activation", activation, tuple(RESPONSES)),
-        ("layer_reduction", layer_reduction, tuple(LAYER_REDUCTIONS)),
-        ("precision", precision, PRECISIONS),
-    ):
-        if value not in known:
-            raise BadInput(f"{name} is {value!r}; use one of {', '.join(known)}")
-    if RESPONSES[activation][0] is not linear and (noise == "expected" or normalize):
-        option = "noise 'expected'" if noise == "expected" else "normalize"
-        raise BadInput(f"{option} needs a linear activation (gate or up), not {activation!r}")
-
-
-def stack(params, rng, activation, noise):
-    """(router_LED, the matrices that `activation` reads, keys_L): one layer becomes a stack of one."""
-    if noise == "uniform" and rng is None:
-        raise BadInput("noise 'uniform' draws from rng, which is None; pass a key, or noise 'expected' or 'none'")
-    router, names = jnp.asarray(params["router"], jnp.float32), RESPONSES[activation][1]
-    weights = tuple(jnp.asarray(params[name]) for name in names)
-    if router.ndim == 2:  # it draws from the key itself
-        return jax.tree.map(lambda leaf: leaf[None], (router, weights, rng))
-    return router, weights, jax.random.split(rng, len(router)) if noise == "uniform" else rng
-
-
-def proxies(router_LED, bound_LE, keys_L, noise):
-    """What the responses read, and the squared lengths of the proxies: drawn, clean, or in expectation."""
-    if noise == "expected":
-        # The variance of a uniform draw of half-width bound * router; the square of a bound alone may overflow.
-        spread_LED = jnp.square(bound_LE[..., None] * router_LED) / 3
-        return (router_LED, spread_LED), jnp.sum(router_LED**2 + spread_LED, axis=-1)
-    if noise == "uniform":
-        router_LED = lax.map(lambda arguments: _jitter(*arguments), (router_LED, bound_LE, keys_L))
-    return router_LED, jnp.sum(router_LED**2, axis=-1)
 
 
 def _jitter(router_ED, bound_E, rng):
     bound_E1 = bound_E[:, None]
     noise_ED = 1 - bound_E1 + 2 * bound_E1 * jax.random.uniform(rng, router_ED.shape)
-    # At its very ends the interval is as much shorter as float32 may have rounded: none ends up between two clusters.
+    # At its very ends the interval is as much shorter as float32 may have rounded: no draw ends up
+    # between two clusters.
     inside_E1 = jnp.maximum(bound_E1 - ROUNDING * (1 + bound_E1), 0)
     return router_ED * lax.stop_gradient(jnp.clip(noise_ED, 1 - inside_E1, 1 + inside_E1))
 
 
-def response(activation, noise, normalize, precision):
-    """What `squared_responses` asks of one expert."""
-    respond = expected_linear if noise == "expected" else RESPONSES[activation][0]
-    respond = partial(respond, precision=precision)
-    return partial(sized, respond) if normalize else respond
+def _proxies(router_LED, bound_LE, keys_L, noise):
+    """(Proxies, their squared lengths (L, E)): drawn, clean, or in expectation."""
+    if noise == "expected":
+        # The variance of a uniform draw of half-width bound * router; the square of a bound alone
+        # may overflow.
+        spread_LED = jnp.square(bound_LE[..., None] * router_LED) / 3
+        return Proxies(router_LED, spread_LED), jnp.sum(router_LED**2 + spread_LED, axis=-1)
+    row_LED = router_LED
+    if noise == "uniform":
+        row_LED = lax.map(lambda layer: _jitter(*layer), (router_LED, bound_LE, keys_L))
+    return Proxies(row_LED), jnp.sum(row_LED**2, axis=-1)
 
 
-def root(squares):
-    """Square root with gradient 0 at 0, where the norm has none; of NaN it is NaN."""
-    return jnp.where(squares == 0, 0, jnp.sqrt(jnp.where(squares == 0, 1, squares)))
+# ----------------------------------------------------------------------------- matrix and penalty
+def coupling_matrix(
+    proxy_ED: jax.Array, w_gate_EDF: jax.Array, mesh: Mesh | None = None
+) -> jax.Array:
+    """M[i, j] = |proxy_i @ w_gate_j|: how strongly the tokens of expert i excite expert j.
+
+    (E, E) float32, or (L, E, E) where both arrays have a leading layer axis L. A diagnosis: in full
+    float32 on every platform. Over a mesh of axes (data, expert) the columns stay split by expert.
+    """
+    layers = (jnp.asarray(proxy_ED, jnp.float32), {"w_gate": jnp.asarray(w_gate_EDF)})
+    is_one_layer = layers[0].ndim == 2
+    if is_one_layer:
+        layers = jax.tree.map(lambda leaf: leaf[None], layers)
+    devices = Devices(mesh)
+
+    def local(proxy_LED, weights, _):
+        return _matrix(Response("gate", "highest"), devices, Proxies(proxy_LED), weights)
+
+    M_LEE = devices.run(local, P(None, None, devices.expert_axis), *layers, None)
+    return M_LEE[0] if is_one_layer else M_LEE
 
 
-LAYER_REDUCTIONS = {"mean": jnp.mean, "sum": jnp.sum}
+def _matrix(response, devices, proxies, weights):
+    """The columns of M of a device's own experts, (L, E, J); with one more row for sizes."""
+    squares_LEJ = squared_responses(response, devices.as_own(proxies), weights)
+    if not response.is_whole:
+        squares_LEJ = devices.sum_over_data(squares_LEJ)
+    return square_root(squares_LEJ)
+
+
+def coupling_penalty(M_EE: jax.Array, alpha: float | jax.Array) -> jax.Array:
+    """Mean over E^2 pairs of what M[i, j] exceeds alpha M[i, i] and alpha M[j, j] by (eq. 3).
+
+    0 when router and experts are fully coupled.
+    """
+    own_EE = jnp.eye(len(M_EE), dtype=bool)
+    return _penalty(M_EE[None], own_EE, alpha, Devices())[0]
+
+
+def _penalty(M_LEJ, own_EJ, alpha, devices):
+    """The penalty of every layer, (L,), from the columns of M that each device has."""
+    bars_LEJ = alpha * jnp.where(own_EJ, M_LEJ, 0)
+    bar_LE = devices.sum_over_experts(jnp.sum(bars_LEJ, axis=2))
+    bar_LJ = jnp.sum(bars_LEJ, axis=1)
+    excess_LEJ = jax.nn.relu(M_LEJ - bar_LE[:, :, None]) + jax.nn.relu(M_LEJ - bar_LJ[:, None, :])
+    total_L = jnp.sum(jnp.where(own_EJ, 0, excess_LEJ), axis=(1, 2))
+    return devices.sum_over_experts(total_L) / len(own_EJ) ** 2
+
+
+# ---------------------------------------------------------------------------------------- the loss
+def erc_loss(
+    params: dict[str, jax.Array],
+    rng: jax.Array | None,
+    *,
+    alpha: float | jax.Array = 1.0,
+    noise: str = "uniform",
+    activation: str = "gate",
+    detach_router: bool = False,
+    normalize: bool = False,
+    layer_reduction: str = "mean",
+    precision: str = "high",
+    mesh: Mesh | None = None,
+) -> jax.Array:
+    """The ERC loss of one MoE layer, or of a stack of layers, as a scalar.
+
+    Args:
+      params: {"router": (E, D), "w_gate": (E, D, F)}, with "w_up" (E, D, F) and "w_down" (E, F, D)
+        where `activation` needs them; or all of them with a leading layer axis L, and layer l
+        draws from `jax.random.split(rng, L)[l]`.
+      rng: a typed key; may be None unless `noise` is "uniform".
+      alpha: the share of the matching response that a foreign one may reach unpenalised; the paper
+        uses 1 at E = 64.
+      noise: "uniform" (a draw), "expected" (M is the root of the exact expectation of its square)
+        or "none".
+      activation: what |.| measures: "gate", "up", "silu_gate", "swiglu" or "output" of the expert.
+      detach_router: train the experts alone (another reading of the paper's pseudocode).
+      normalize: make the loss scale-free: hinges on sqrt(D) M[i, j] / (|proxy_i| |w_j|_F), which
+        is 1 for an isotropic matrix; with noise "expected", |proxy_i| is the root of E |proxy_i|^2.
+      layer_reduction: "mean" keeps the weight comparable with a layer-averaged balance loss; "sum".
+      precision: of the matmuls on a TPU or GPU: "default" (one bfloat16 pass on a TPU), "high"
+        (three), "highest" (six: float32). On a CPU all are float32. Configs say "auto", which
+        `precision.py` resolves; what a step costs is unknown here.
+      mesh: of axes (data, expert); None is one device. It only decides where a sum is taken.
+        w_gate and w_up lie split by expert and along F over data, w_down by expert and along F;
+        the router lies whole on every device.
+
+    Loss and gradients are finite while M stays below 1e18, and with `normalize` or noise "expected"
+    |proxy| and |w_j|_F as well: their squares are float32, where what is below 1e-18 may count as
+    0. The loss of one expert is 0; that of more is not finite where a parameter that is read is
+    not.
+
+    Raises:
+      BadInput: for a word that is none of the above, for one that has no meaning with a non-linear
+        activation, and for noise "uniform" without a key.
+    """
+    _check_word("precision", precision, PRECISIONS)
+    options = ErcOptions(
+        alpha=alpha,
+        noise=noise,
+        activation=activation,
+        detach_router=detach_router,
+        normalize=normalize,
+        layer_reduction=layer_reduction,
+        precision=precision,
+    )
+    devices = Devices(mesh)
+    router_LED, weights, keys_L = _stack(params, rng, options)
+    if detach_router:
+        router_LED = lax.stop_gradient(router_LED)
+
+    def local(router_LED, weights, keys_L):
+        return _losses_of_layers(options, devices, router_LED, weights, keys_L)
+
+    loss_L = devices.run(local, P(), router_LED, weights, keys_L)
+    return LAYER_REDUCTIONS[layer_reduction](loss_L)
+
+
+def _stack(params, rng, options):
+    """(router_LED, the matrices that are read, keys_L or None); one layer is a stack of one."""
+    draws = options.noise == "uniform"
+    if draws and rng is None:
+        raise BadInput(
+            "noise 'uniform' draws from rng, which is None; "
+            "pass a key, or noise 'expected' or 'none'"
+        )
+    router = jnp.asarray(params["router"], jnp.float32)
+    weights = {name: jnp.asarray(params[name]) for name in MATRICES[options.activation]}
+    if router.ndim == 2:
+        # One layer draws from the key itself.
+        layers = (router, weights, rng if draws else None)
+        return jax.tree.map(lambda leaf: leaf[None], layers)
+    return router, weights, jax.random.split(rng, len(router)) if draws else None
+
+
+def _losses_of_layers(options, devices, router_LED, weights, keys_L):
+    """(L,): the loss of every layer, from a device's own slices of the weights."""
+    experts = router_LED.shape[1]
+    own = weights[MATRICES[options.activation][0]].shape[1]
+    own_J = devices.own_experts(experts, own)
+    own_EJ = jnp.arange(experts)[:, None] == own_J
+
+    # Each device computes the bounds of its own experts, and receives the others'.
+    bound_L1J = lax.map(lambda router_ED: noise_bound(router_ED, own_J), router_LED)[:, None, :]
+    bound_LE = devices.sum_over_experts(jnp.sum(jnp.where(own_EJ, bound_L1J, 0), axis=-1))
+    proxies, length2_LE = _proxies(router_LED, bound_LE, keys_L, options.noise)
+
+    response = Response(
+        activation=options.activation,
+        precision=options.precision,
+        with_size=options.normalize,
+        data_axis=devices.data_axis,
+    )
+    M_LEJ = _matrix(response, devices, proxies, weights)
+    if options.normalize:
+        M_LEJ = relative(M_LEJ, square_root(length2_LE), router_LED.shape[-1])
+    return _penalty(M_LEJ, own_EJ, options.alpha, devices)
+
+
+# ---------------------------------------------------------------------------- the trainer's record
+def compute(options: ErcOptions, params, rng, model, shape_BT) -> jax.Array:
+    """The loss of all layers of the model, over the mesh on which its parameters lie."""
+    of_layers = params["layers"]["moe"] | {"router": model.router_rows(params)}
+    chosen = dataclasses.asdict(options)
+    chosen["precision"] = resolve(options.precision, model.config, options.activation, shape_BT)
+    return erc_loss(of_layers, rng, mesh=model.mesh, **chosen)
+
+
+LOSS = Loss(
+    kind="parameters",
+    compute=compute,
+    options=ErcOptions,
+    needs=Needs("has_rows", "couples router rows with experts"),
+)

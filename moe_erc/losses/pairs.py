@@ -2,19 +2,23 @@
 
     gram[j, k] = <v_j, v_k>,   pairs (j, k) with j != k, both chosen
 
-All that a loss on pairs needs of vectors of width D is K x K numbers a token; nothing is (B, T, K, K, D).
+A loss on pairs needs K x K numbers per token of vectors of width D. No array is (B, T, K, K, D).
 
-Under accumulation it is the mean over a micro-batch's own pairs, which counts by its unmasked tokens. Where every token
-has K experts that is the mean of the whole batch. Under top-p and routing-free tokens have different numbers of pairs,
-and it is not: how many pairs the step has is not known when the gradient of its first micro-batch is taken.
+Under accumulation the mean is over a micro-batch's own pairs, and the micro-batch counts by its
+unmasked tokens. Where every token has K experts that is the mean of the whole batch. Under top-p
+and routing-free tokens have different numbers of pairs, and it is not: how many pairs the step has
+is not known when the gradient of its first micro-batch is taken.
 """
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
+from moe_erc.numerics import masked_mean
 
-def gram(vectors_BTKD):
-    """<v_j, v_k> of every two slots of a token, (B, T, K, K), summed in float32 whatever the vectors' dtype."""
+
+def gram(vectors_BTKD: jax.Array) -> jax.Array:
+    """<v_j, v_k> of every two slots of a token, (B, T, K, K), summed in float32."""
     return jnp.einsum(
         "btjd,btkd->btjk",
         vectors_BTKD,
@@ -24,13 +28,13 @@ def gram(vectors_BTKD):
     )
 
 
-def squared_lengths(gram_BTKK):
+def squared_lengths(gram_BTKK: jax.Array) -> jax.Array:
     """<v_k, v_k>, (B, T, K)."""
     return jnp.diagonal(gram_BTKK, axis1=-2, axis2=-1)
 
 
-def mean_over_pairs(values_BTKK, chosen_BTK):
-    """Mean of values[j, k] over the ordered pairs of all tokens together; 0 where there is no pair."""
+def mean_over_pairs(values_BTKK: jax.Array, chosen_BTK: jax.Array) -> jax.Array:
+    """Mean of values[j, k] over the ordered pairs of all tokens; 0 where there is no pair."""
     other_KK = ~jnp.eye(chosen_BTK.shape[-1], dtype=bool)
     pair_BTKK = chosen_BTK[..., :, None] & chosen_BTK[..., None, :] & other_KK
-    return jnp.sum(jnp.where(pair_BTKK, values_BTKK, 0)) / jnp.maximum(jnp.sum(pair_BTKK), 1)
+    return masked_mean(values_BTKK, pair_BTKK)

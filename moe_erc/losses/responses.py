@@ -1,146 +1,197 @@
-"""How strongly every expert answers every proxy token: the squared norms behind the coupling matrix.
+"""How strongly every expert responds to every proxy token: the squared norms behind M.
 
     S[l, i, j] = |h_j(proxy[l, i])|^2,   h_j one of the activations of expert j of layer l
 
-Squares rather than norms, because slices of the hidden axis held by different devices add up before the root.
+Squares rather than norms, because slices of the hidden axis F that lie on different devices are
+added before the root.
 """
 
+import dataclasses
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-COLUMNS = 128  # hidden units of several small experts, or of slices of experts, that are worth one turn of the loop
+from moe_erc.numerics import divide
+
+# Hidden units, of several small experts or of slices of experts, that are worth one turn of a loop.
+COLUMNS = 128
+
+# activation -> the matrices of an expert that it reads, first the one with shape (D, F)
+MATRICES = {
+    "gate": ("w_gate",),
+    "up": ("w_up",),
+    "silu_gate": ("w_gate",),
+    "swiglu": ("w_gate", "w_up"),
+    "output": ("w_gate", "w_up", "w_down"),
+}
+# activations x @ w: their square has an exact expectation, and their size a scale to compare with
+LINEAR = ("gate", "up")
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def squared_responses(respond, inputs, weights):
-    """S[l, i, j] = respond(inputs of layer l, weights of expert j)[i], a few experts at a time: nothing is (E, E, F).
+class Proxies(NamedTuple):
+    """The tokens that experts respond to; leaves are (L, E, D), or (E, D) inside a layer.
 
-    The backward recomputes a group's columns, and skips them when no hinge passes them a gradient, as most do once
-    coupled. One loop runs over the groups of all layers: nested loops would hold a copy of a layer's weights.
+    spread: variance of each coordinate, of which the expectation of a squared response is taken;
+    None for proxies that are what they are.
     """
-    layers, experts = weights[0].shape[:2]
 
-    def columns(layer_and_experts):
-        layer, matrices = layer_and_experts
-        return _respond(respond, jax.tree.map(lambda leaf: leaf[layer], inputs), matrices)
-
-    columns_GJE = lax.map(columns, _groups(weights))
-    return columns_GJE.reshape(layers, experts, -1).swapaxes(1, 2)
+    row: jax.Array
+    spread: jax.Array | None = None
 
 
-def _forward(respond, inputs, weights):
-    return squared_responses(respond, inputs, weights), (inputs, weights)
+@dataclasses.dataclass(frozen=True)
+class Response:
+    """The squared response of one expert to every proxy of its layer, a function.
 
-
-def _backward(respond, residuals, gradient_LEE):
-    inputs, weights = residuals
-    layer_of_group, groups = _groups(weights)
-
-    def columns(input_gradients, layer_experts_and_gradient):
-        layer, matrices, gradient_JE = layer_experts_and_gradient
-
-        def active():
-            of_layer = jax.tree.map(lambda leaf: leaf[layer], inputs)
-            _, pull_back = jax.vjp(partial(_respond, respond), of_layer, matrices)
-            extra, weight_gradients = pull_back(gradient_JE)
-            return jax.tree.map(lambda total, term: total.at[layer].add(term), input_gradients, extra), weight_gradients
-
-        def idle():
-            return input_gradients, jax.tree.map(jnp.zeros_like, matrices)
-
-        return lax.cond(jnp.any(gradient_JE != 0), active, idle)
-
-    gradient_GJE = gradient_LEE.swapaxes(1, 2).reshape(len(layer_of_group), -1, gradient_LEE.shape[1])
-    start = jax.tree.map(jnp.zeros_like, inputs)
-    input_gradients, weight_gradients = lax.scan(columns, start, (layer_of_group, groups, gradient_GJE))
-    return input_gradients, jax.tree.map(lambda g, w: g.reshape(w.shape), weight_gradients, weights)
-
-
-squared_responses.defvjp(_forward, _backward)
-
-
-def _respond(respond, inputs, matrices):
-    """(J, E): what J experts answer, or (1, E) for the matrices of one."""
-    if matrices[0].ndim == 2:
-        return respond(inputs, *matrices)[None]
-    return jax.vmap(respond, in_axes=(None, *(0,) * len(matrices)))(inputs, *matrices)
-
-
-def _groups(weights):
-    """(layer of each group, matrices as (groups, experts of a group, …)); a group lies within one layer.
-
-    Groups of one have no axis of their own: XLA copies all weights for an axis of length 1.
+    activation: a key of `MATRICES`.
+    precision: of the matmuls.
+    with_size: whether |w|_F^2 follows as row E; only for a linear activation.
+    data_axis: the mesh axis over which F is split; None where an expert's matrices are whole.
     """
-    layers, experts, _, hidden = weights[0].shape
-    size = max(size for size in range(1, experts + 1) if experts % size == 0 and size * hidden <= max(COLUMNS, hidden))
-    layer_of_group = jnp.repeat(jnp.arange(layers), experts // size)
-    group = (-1, size) if size > 1 else (-1,)
-    return layer_of_group, jax.tree.map(lambda leaf: leaf.reshape(*group, *leaf.shape[2:]), weights)
 
+    activation: str
+    precision: str
+    with_size: bool = False
+    data_axis: str | None = None
 
-def _matmul(a, b, precision):
-    return jnp.matmul(a, b, precision=precision, preferred_element_type=jnp.float32)
+    @property
+    def is_whole(self) -> bool:
+        """Whether it has been summed over the slices of F, so that the caller must not."""
+        return self.activation == "output"
+
+    def __call__(self, proxies: Proxies, matrices: dict[str, jax.Array]) -> jax.Array:
+        """(E,) float32, or (E + 1,) with size. `matrices` are one expert's, or slices of them."""
+        squares_E = _squares(self._activations(proxies.row, matrices))
+        if proxies.spread is None and not self.with_size:
+            return squares_E
+        [w_DF] = matrices.values()
+        w_DF = w_DF.astype(jnp.float32)
+        if proxies.spread is not None:
+            # E |(x * noise) @ w|^2 for independent noise of mean 1 is the square of x @ w plus
+            # what the variance of the noise adds.
+            squares_E += self._matmul(proxies.spread, _squares(w_DF))
+        if self.with_size:
+            return jnp.append(squares_E, jnp.sum(jnp.square(w_DF)))
+        return squares_E
+
+    def _activations(self, x_ED, matrices):
+        """h of every proxy: (E, F), a device's own slice of it, or (E, D) for "output"."""
+        if self.activation == "up":
+            return self._matmul(x_ED, matrices["w_up"])
+        gate_EF = self._matmul(x_ED, matrices["w_gate"])
+        if self.activation == "gate":
+            return gate_EF
+        if self.activation == "silu_gate":
+            return jax.nn.silu(gate_EF)
+        hidden_EF = jax.nn.silu(gate_EF) * self._matmul(x_ED, matrices["w_up"])
+        if self.activation == "swiglu":
+            return hidden_EF
+        out_ED = self._matmul(hidden_EF, matrices["w_down"])
+        # An output is a sum over F. Its slices have to be added before it is squared.
+        return out_ED if self.data_axis is None else lax.psum(out_ED, self.data_axis)
+
+    def _matmul(self, a, b):
+        return jnp.matmul(a, b, precision=self.precision, preferred_element_type=jnp.float32)
 
 
 def _squares(hidden):
     return jnp.sum(jnp.square(hidden), axis=-1)
 
 
-def linear(x_ED, w_DF, precision):
-    """|x @ w|^2 of every row."""
-    return _squares(_matmul(x_ED, w_DF, precision))
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def squared_responses(
+    response: Response, proxies: Proxies, weights: dict[str, jax.Array]
+) -> jax.Array:
+    """S[l, i, j] = response(proxies of layer l, weights of expert j)[i], (L, E, J) float32.
 
+    proxies: leaves (L, E, D). weights: by name, (L, J, …) with an axis of the J experts.
 
-def expected_linear(inputs, w_DF, precision):
-    """E |(x * noise) @ w|^2 for independent noise of mean 1: the clean square plus what its variance adds."""
-    x_ED, spread_ED = inputs
-    return linear(x_ED, w_DF, precision) + _matmul(spread_ED, _squares(w_DF.astype(jnp.float32)), precision)
-
-
-def sized(respond, inputs, w_DF):
-    """A linear response with |w|_F^2 as one more row: slices of it add up as the squares do."""
-    return jnp.append(respond(inputs, w_DF), jnp.sum(jnp.square(w_DF.astype(jnp.float32))))
-
-
-def relative(sized_LEE, length_LE, width):
-    """Of roots of sized responses, sqrt(D) M[i, j] / (|proxy_i| |w_j|_F): 0 for zeros, NaN where a length is NaN.
-
-    Shrinking router or gate gains nothing. Roots, because the derivative of 1 / square overflows for lengths of 1e-10.
+    A few experts are computed at a time: nothing is (E, E, F). The backward pass recomputes a
+    group's columns. It skips them when no hinge passes them a gradient, as most do once coupled.
+    One loop runs over the groups of all layers: nested loops would hold a copy of a layer's
+    weights.
     """
-    M_LEE, size_L1E = sized_LEE[:, :-1], sized_LEE[:, -1:]
-    return width**0.5 * M_LEE * _inverse(length_LE)[:, :, None] * _inverse(size_L1E)
+    first = weights[MATRICES[response.activation][0]]
+    layers, experts = first.shape[:2]
+
+    def columns(layer_and_experts):
+        layer, matrices = layer_and_experts
+        return _of_group(response, jax.tree.map(lambda leaf: leaf[layer], proxies), matrices)
+
+    columns_GJE = lax.map(columns, _groups(first, weights))
+    return columns_GJE.reshape(layers, experts, -1).swapaxes(1, 2)
 
 
-def _inverse(x):
-    return jnp.where(x == 0, 0, 1 / jnp.where(x == 0, 1, x))
+def _forward(response, proxies, weights):
+    return squared_responses(response, proxies, weights), (proxies, weights)
 
 
-def _silu_gate(x_ED, w_gate_DF, precision):
-    return _squares(jax.nn.silu(_matmul(x_ED, w_gate_DF, precision)))
+def _backward(response, residuals, gradient_LEJ):
+    proxies, weights = residuals
+    first = weights[MATRICES[response.activation][0]]
+    layer_of_group, groups = _groups(first, weights)
+
+    def columns(proxy_gradients, layer_experts_and_gradient):
+        layer, matrices, gradient_JE = layer_experts_and_gradient
+
+        def active():
+            of_layer = jax.tree.map(lambda leaf: leaf[layer], proxies)
+            _, pull_back = jax.vjp(partial(_of_group, response), of_layer, matrices)
+            extra, weight_gradients = pull_back(gradient_JE)
+
+            def add(total, term):
+                return total.at[layer].add(term)
+
+            return jax.tree.map(add, proxy_gradients, extra), weight_gradients
+
+        def idle():
+            return proxy_gradients, jax.tree.map(jnp.zeros_like, matrices)
+
+        return lax.cond(jnp.any(gradient_JE != 0), active, idle)
+
+    experts = gradient_LEJ.shape[1]
+    gradient_GJE = gradient_LEJ.swapaxes(1, 2).reshape(len(layer_of_group), -1, experts)
+    start = jax.tree.map(jnp.zeros_like, proxies)
+    slices = (layer_of_group, groups, gradient_GJE)
+    proxy_gradients, weight_gradients = lax.scan(columns, start, slices)
+    return proxy_gradients, jax.tree.map(lambda g, w: g.reshape(w.shape), weight_gradients, weights)
 
 
-def _hidden(x_ED, w_gate_DF, w_up_DF, precision):
-    return jax.nn.silu(_matmul(x_ED, w_gate_DF, precision)) * _matmul(x_ED, w_up_DF, precision)
+squared_responses.defvjp(_forward, _backward)
 
 
-def _swiglu(x_ED, w_gate_DF, w_up_DF, precision):
-    return _squares(_hidden(x_ED, w_gate_DF, w_up_DF, precision))
+def _of_group(response, proxies, matrices):
+    """(J, E): what the J experts of a group respond, (1, E) for the matrices of one."""
+    if next(iter(matrices.values())).ndim == 2:
+        return response(proxies, matrices)[None]
+    return jax.vmap(response, in_axes=(None, 0))(proxies, matrices)
 
 
-def output(x_ED, w_gate_DF, w_up_DF, w_down_FD, precision, sum_slices=lambda out_ED: out_ED):
-    """The one square of a sum over F: what slices of F give is added up by `sum_slices` before it is squared."""
-    hidden_EF = _hidden(x_ED, w_gate_DF, w_up_DF, precision)
-    return _squares(sum_slices(_matmul(hidden_EF, w_down_FD, precision)))
+def _groups(first, weights):
+    """(layer of each group, matrices as (groups, experts of a group, …)).
+
+    `first` has shape (L, E, D, F). A group lies within one layer. Groups of one have no axis of
+    their own: XLA copies all weights for an axis of length 1.
+    """
+    layers, experts, _, hidden = first.shape
+    sizes = [size for size in range(1, experts + 1) if experts % size == 0]
+    size = max(size for size in sizes if size * hidden <= max(COLUMNS, hidden))
+    layer_of_group = jnp.repeat(jnp.arange(layers), experts // size)
+    group = (-1, size) if size > 1 else (-1,)
+    return layer_of_group, jax.tree.map(lambda leaf: leaf.reshape(*group, *leaf.shape[2:]), weights)
 
 
-# activation -> (squared response of one expert to every proxy, at a `precision` of its matmuls; the weights it reads)
-RESPONSES = {
-    "gate": (linear, ("w_gate",)),
-    "up": (linear, ("w_up",)),
-    "silu_gate": (_silu_gate, ("w_gate",)),
-    "swiglu": (_swiglu, ("w_gate", "w_up")),
-    "output": (output, ("w_gate", "w_up", "w_down")),
-}
+def relative(sized_LEJ: jax.Array, length_LE: jax.Array, width: int) -> jax.Array:
+    """sqrt(D) M[i, j] / (|proxy_i| |w_j|_F): 0 for zeros, NaN where a length is NaN.
+
+    sized_LEJ: roots of responses with size, (L, E + 1, J). length_LE: of the proxies. width: D.
+
+    Shrinking router or gate gains nothing. Roots, because the derivative of 1 / square overflows
+    for lengths of 1e-10.
+    """
+    M_LEJ = sized_LEJ[:, :-1]
+    size_L1J = sized_LEJ[:, -1:]
+    return width**0.5 * M_LEJ * divide(1, length_LE)[:, :, None] * divide(1, size_L1J)

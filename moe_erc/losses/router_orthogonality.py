@@ -1,24 +1,51 @@
-"""Router orthogonality (ERNIE 4.5; the baseline of Figure 6c of ERC, arXiv 2512.23447): rows at right angles.
+"""Router orthogonality (ERNIE 4.5; the baseline of Figure 6c of ERC, arXiv 2512.23447).
 
-    loss = |R^ R^T - I|_F^2 / E^2,   R^ the router's rows at length 1      0 when orthonormal, below 1 whatever the rows
+    loss = |R^ R^T - I|_F^2 / E^2,   R^ the router's rows at length 1
 
-It sees directions alone: the length of a row changes nothing, and its gradient is at right angles to the row.
+0 when the rows are orthonormal, below 1 whatever the rows. The loss sees directions alone: the
+length of a row changes nothing, and the gradient is at right angles to the row.
 """
 
+import dataclasses
+
+import jax
 import jax.numpy as jnp
 from jax import lax
 
-from moe_erc.losses.erc import root
+from moe_erc.losses.base import Loss, Needs
+from moe_erc.numerics import divide, square_root
 
 
-def router_orthogonality(router_LED):
+@dataclasses.dataclass(frozen=True)
+class RouterOrthogonalityOptions:
+    """decoupled: router -= weight * gradient, after the optimizer's update."""
+
+    decoupled: bool
+
+
+def router_orthogonality(router_LED: jax.Array) -> jax.Array:
     """Mean over layers of the squared distance of the rows' cosines from the identity, over E^2.
 
-    An all-zero row has no direction: its cosines are 0, so that it costs 1 / E^2 on the diagonal and has gradient 0.
+    An all-zero row has no direction: its cosines are 0, so that it adds 1 / E^2 on the diagonal,
+    and its gradient is 0.
     """
     router_LED = jnp.asarray(router_LED, jnp.float32)
     experts = router_LED.shape[-2]
-    length_LE1 = root(jnp.sum(router_LED**2, axis=-1, keepdims=True))
-    row_LED = router_LED / jnp.where(length_LE1 > 0, length_LE1, 1)
+    length_LE1 = square_root(jnp.sum(router_LED**2, axis=-1, keepdims=True))
+    row_LED = divide(router_LED, length_LE1)
     cosine_LEE = jnp.einsum("lid,ljd->lij", row_LED, row_LED, precision=lax.Precision.HIGHEST)
-    return jnp.mean(jnp.sum((cosine_LEE - jnp.eye(experts)) ** 2, axis=(-2, -1))) / experts**2
+    distance_L = jnp.sum((cosine_LEE - jnp.eye(experts)) ** 2, axis=(-2, -1))
+    return jnp.mean(distance_L) / experts**2
+
+
+def compute(options: RouterOrthogonalityOptions, params, rng, model, shape_BT) -> jax.Array:
+    """The loss of the router's rows in all layers."""
+    return router_orthogonality(params["layers"]["moe"]["router"])
+
+
+LOSS = Loss(
+    kind="parameters",
+    compute=compute,
+    options=RouterOrthogonalityOptions,
+    needs=Needs("is_linear", "reads one router row of the model's width for every expert"),
+)

@@ -22,7 +22,7 @@ from moe_erc.moe import self_test
 from moe_erc.moe.block_loop import MATMUL, block_loop
 from moe_erc.moe.grouped import grouped
 from moe_erc.moe.grouped_matmul import grouped_matmul, tokamax_matmul
-from moe_erc.moe.routing import unit
+from moe_erc.numerics import unit
 
 GATED = ("w_gate", "w_up", "w_down")
 FACTORIZED = ("w_high", "w_up", "w_down")

@@ -1,18 +1,40 @@
-"""The dropless expert layer as grouped matmuls over chunks of rows; for backends that have such a matmul.
+"""The dropless expert layer as grouped matmuls over rows sorted by expert, for GPUs and TPUs.
 
-Assignments are sorted by expert and cut into chunks of at most E D rows, so that the hidden activations of one,
-(E D, F), are never larger than the experts' own matrices, however many tokens there are. Groups may be empty or cut by
-a chunk; nothing is padded per expert or dropped, and chunks of rows that belong to no expert here are skipped. The
-backward keeps the inputs alone and recomputes a chunk's hidden activations.
+Dispatch gathers the rows of the tokens in the order of their experts. Combine is a gather as well: every token knows
+the places of its K rows and reads them, which takes one pass over memory and adds in a fixed order, where a
+scatter-add needs atomic additions. Rows are cut into chunks only where the arrays of one would pass `CHUNK_BYTES`.
+Groups may be empty or cut by a chunk; nothing is padded per expert or dropped, and chunks without rows are skipped.
+The backward keeps the inputs alone and recomputes a chunk's hidden activations.
 """
 
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from moe_erc.moe.rows import add, by_row, sort_by_expert, take
+from moe_erc.moe.rows import by_row, sort_by_expert, take
+
+# Of the widest array of a chunk. Every chunk adds gradients of all experts into float32 once more, so fewer are faster;
+# about six such arrays live at a time.
+CHUNK_BYTES = 2**30
+
+
+class _Plan(NamedTuple):
+    """Where rows go. R is the size of a chunk, C the number of chunks; C R >= M = N K."""
+
+    rows_CR: (
+        jax.Array
+    )  # assignment n K + k of every place; M, which is out of range, where there is none
+    sizes_CE: jax.Array  # how many rows of a chunk each expert has
+    places_NK: jax.Array  # the place of every assignment; C R where it is nobody's here
+
+
+class _Chunk(NamedTuple):
+    rows_R: jax.Array
+    sizes_E: jax.Array
+    places_NK: jax.Array  # within the chunk; R where the assignment lies in another
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -21,22 +43,14 @@ def grouped(matmul, expert, x_ND, assigned, experts_NK, matrices):
 
     `matmul(x_MD, w_EDF, sizes_E)` multiplies consecutive groups of rows, each with its matrix.
     """
-    assigned = by_row(assigned)
+    assigned_M = by_row(assigned)
 
-    def results(tokens, rows, sizes_E):
-        product = partial(matmul, sizes_E=sizes_E)
-        return expert(take(x_ND, tokens), take(assigned, rows), matrices, product)
+    def of_chunk(chunk):
+        product = partial(matmul, sizes_E=chunk.sizes_E)
+        summed, kept = expert(*_dispatch(chunk, x_ND, assigned_M), matrices, product)
+        return _sum_by_token(chunk, summed), _by_assignment(chunk, kept)
 
-    def add_chunk(totals, tokens, rows, sizes_E):
-        return tuple(map(add, totals, (tokens, rows), results(tokens, rows, sizes_E)))
-
-    def zeros(rows, dtype):
-        return lambda leaf: jnp.zeros_like(x_ND, dtype or leaf.dtype, shape=(rows, *leaf.shape[1:]))
-
-    summed, kept = jax.eval_shape(results, *_first(_chunks(experts_NK, matrices)))
-    totals = jax.tree.map(zeros(len(x_ND), jnp.float32), summed), jax.tree.map(zeros(experts_NK.size, None), kept)
-    summed, kept = _over_chunks(add_chunk, totals, experts_NK, matrices)
-    kept = jax.tree.map(lambda leaf: leaf.reshape(*experts_NK.shape, *leaf.shape[1:]), kept)
+    summed, kept = _over_chunks(of_chunk, _plan(x_ND, experts_NK, matrices))
     return jax.tree.map(lambda leaf: leaf.astype(x_ND.dtype), summed), kept
 
 
@@ -45,61 +59,105 @@ def _forward(matmul, expert, *inputs):
 
 
 def _backward(matmul, expert, inputs, gradients):
-    # Else XLA may recognise what is recomputed, and keep it from the forward on.
+    # Without the barrier XLA may recognise what is recomputed, and keep it from the forward on.
     x_ND, assigned, experts_NK, matrices = lax.optimization_barrier(inputs)
-    assigned, gradients = by_row(assigned), (gradients[0], by_row(gradients[1]))
+    assigned_M = by_row(assigned)
+    of_summed, of_kept = gradients
+    of_kept_M = by_row(of_kept)
 
-    def add_chunk(totals, tokens, rows, sizes_E):
-        product = partial(matmul, sizes_E=sizes_E)
-        taken = take(x_ND, tokens), take(assigned, rows), matrices
-        results, pull_back = jax.vjp(lambda *of: expert(*of, product), *taken)
-        of_results = tuple(map(take, gradients, (tokens, rows)))
-        dx, dassigned, dmatrices = pull_back(jax.tree.map(lambda d, y: d.astype(y.dtype), of_results, results))
-        dx_ND, dassigned_M, total = totals
-        return add(dx_ND, tokens, dx), add(dassigned_M, rows, dassigned), jax.tree.map(jnp.add, total, dmatrices)
+    def of_chunk(chunk):
+        product = partial(matmul, sizes_E=chunk.sizes_E)
+        x_RD, assigned_R = _dispatch(chunk, x_ND, assigned_M)
+        results, pull_back = jax.vjp(lambda *of: expert(*of, product), x_RD, assigned_R, matrices)
+        of_results = _dispatch(chunk, of_summed, of_kept_M)
+        of_results = jax.tree.map(lambda d, y: d.astype(y.dtype), of_results, results)
+        dx_RD, dassigned_R, dmatrices = pull_back(of_results)
+        dmatrices = jax.tree.map(
+            lambda leaf: leaf.astype(jnp.float32), dmatrices
+        )  # added up over chunks
+        return _sum_by_token(chunk, dx_RD), _by_assignment(chunk, dassigned_R), dmatrices
 
-    inputs = x_ND, assigned, matrices
-    totals = _over_chunks(
-        add_chunk, jax.tree.map(lambda leaf: jnp.zeros_like(leaf, jnp.float32), inputs), experts_NK, matrices
+    plan = _plan(x_ND, experts_NK, matrices)
+    totals = _over_chunks(of_chunk, plan)
+    dx_ND, dassigned, dmatrices = jax.tree.map(
+        lambda d, leaf: d.astype(leaf.dtype), totals, (x_ND, assigned, matrices)
     )
-    dx_ND, dassigned, dmatrices = jax.tree.map(lambda d, leaf: d.astype(leaf.dtype), totals, inputs)
-    dassigned = jax.tree.map(lambda d: d.reshape(*experts_NK.shape, *d.shape[1:]), dassigned)
     return dx_ND, dassigned, None, dmatrices
 
 
 grouped.defvjp(_forward, _backward)
 
 
-def _over_chunks(add_chunk, totals, experts_NK, matrices):
-    """`add_chunk(totals, tokens, rows, sizes_E) -> totals` of every chunk that has rows, one after the other."""
-    chunks = _chunks(experts_NK, matrices)
-    if len(chunks[0]) == 1:  # without a loop XLA sees that the totals begin as zeros, and stores none
-        return add_chunk(totals, *_first(chunks))
-
-    def chunk(totals, of_chunk):
-        filled = jnp.any(of_chunk[-1] > 0)
-        return lax.cond(filled, lambda totals: add_chunk(totals, *of_chunk), lambda totals: totals, totals), None
-
-    return lax.scan(chunk, totals, chunks)[0]
-
-
-def _chunks(experts_NK, matrices):
-    """(token ids, assignment ids n K + k, sizes of the groups) of every chunk of rows, sorted by expert.
-
-    Ids of rows that are nobody's here, last, are out of range: read as 0, dropped on writing.
-    """
-    experts, _, width = matrices["w_down"].shape
-    assignments, experts_per_token = experts_NK.size, experts_NK.shape[-1]
-    chunks = -(-assignments // (experts * width))
+def _plan(x_ND, experts_NK, matrices):
+    experts, hidden_width, width = matrices["w_down"].shape
+    assignments = experts_NK.size
+    most = max(1, CHUNK_BYTES // (max(hidden_width, width) * x_ND.dtype.itemsize))
+    chunks = -(-assignments // most)
     size = -(-assignments // chunks)
     order_M, sizes_E = sort_by_expert(experts_NK, experts)
     ends_E = jnp.cumsum(sizes_E)
-    order_M = jnp.where(jnp.arange(assignments) < ends_E[-1], order_M, assignments)
-    rows_CR = jnp.pad(order_M, (0, chunks * size - assignments), constant_values=assignments).reshape(chunks, size)
+    places_M = jnp.arange(assignments, dtype=order_M.dtype)
+    inside_M = places_M < ends_E[-1]
+    rows_M = jnp.where(inside_M, order_M, assignments)
+    rows_CR = jnp.pad(rows_M, (0, chunks * size - assignments), constant_values=assignments)
+    place_of_M = (
+        jnp.zeros_like(order_M)
+        .at[order_M]
+        .set(jnp.where(inside_M, places_M, chunks * size), unique_indices=True)
+    )
     first_C1 = size * jnp.arange(chunks)[:, None]
-    ends_CE, starts_CE = (jnp.clip(bounds - first_C1, 0, size) for bounds in (ends_E, ends_E - sizes_E))
-    return rows_CR // experts_per_token, rows_CR, ends_CE - starts_CE
+    starts_CE = jnp.clip(ends_E - sizes_E - first_C1, 0, size)
+    ends_CE = jnp.clip(ends_E - first_C1, 0, size)
+    return _Plan(
+        rows_CR.reshape(chunks, size), ends_CE - starts_CE, place_of_M.reshape(experts_NK.shape)
+    )
 
 
-def _first(tree):
-    return jax.tree.map(lambda leaf: leaf[0], tree)
+def _dispatch(chunk, of_tokens, of_assignments_M):
+    """Rows of the chunk: those of the tokens, and those of the assignments."""
+    experts_per_token = chunk.places_NK.shape[1]
+    return take(of_tokens, chunk.rows_R // experts_per_token), take(of_assignments_M, chunk.rows_R)
+
+
+def _sum_by_token(chunk, rows):
+    """(R, …) -> (N, …) in float32: the sum of every token's rows."""
+
+    def combine(leaf):
+        # One by one: where a compiler does not fuse gathers, no array of K rows per token exists.
+        total = 0
+        for k in range(chunk.places_NK.shape[1]):
+            total += take(leaf, chunk.places_NK[:, k]).astype(jnp.float32)
+        return total
+
+    return jax.tree.map(combine, rows)
+
+
+def _by_assignment(chunk, rows):
+    """(R, …) -> (N, K, …)."""
+    return take(rows, chunk.places_NK)
+
+
+def _over_chunks(of_chunk, plan):
+    """The sum over chunks of `of_chunk(chunk)`."""
+    chunks, size = plan.rows_CR.shape
+    if chunks == 1:
+        return of_chunk(_Chunk(plan.rows_CR[0], plan.sizes_CE[0], plan.places_NK))
+
+    def add_chunk(totals, numbered):
+        number, rows_R, sizes_E = numbered
+        places_NK = plan.places_NK - number * size
+        elsewhere_NK = (places_NK < 0) | (places_NK >= size)
+        chunk = _Chunk(rows_R, sizes_E, jnp.where(elsewhere_NK, size, places_NK))
+
+        def add(totals):
+            return jax.tree.map(lambda total, leaf: total + leaf, totals, of_chunk(chunk))
+
+        return lax.cond(jnp.any(sizes_E > 0), add, lambda totals: totals, totals), None
+
+    first = _Chunk(plan.rows_CR[0], plan.sizes_CE[0], plan.places_NK)
+    shapes = jax.eval_shape(of_chunk, first)
+    totals = jax.tree.map(
+        lambda leaf: jnp.zeros_like(plan.places_NK, leaf.dtype, shape=leaf.shape), shapes
+    )
+    numbered = (jnp.arange(chunks, dtype=plan.places_NK.dtype), plan.rows_CR, plan.sizes_CE)
+    return lax.scan(add_chunk, totals, numbered)[0]

@@ -8,6 +8,7 @@ program owns a tile of one matrix and walks the rows of its group; of an empty o
 Operands keep their dtype, sums are float32. On CPU the kernels are interpreted: slow, to be tested.
 """
 
+import functools
 from functools import partial
 from typing import NamedTuple
 
@@ -17,8 +18,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-# A tile of the result, and how many bytes of a row of an operand are multiplied at a time. Not yet timed on a device.
-ROWS, COLUMNS, DEPTH_BYTES = 128, 128, 128
+# Rows and columns of a tile of the result, and how many bytes of a row of an operand are multiplied at a time: the
+# fastest of those that `benchmarks/on_device.py` times on an H100. Fewer columns serve a matrix that they divide.
+ROWS, COLUMNS, DEPTH_BYTES = 128, (256, 128), 128
 COMPILER = triton.CompilerParams(num_warps=8, num_stages=3)
 
 
@@ -41,25 +43,47 @@ pallas_matmul.defvjp(_forward, _backward)
 
 
 class _Span(NamedTuple):
-    """Consecutive indices of an axis, and which of them are inside."""
+    """Consecutive indices of an axis, and which of them are inside; None if all are."""
 
     slice: pl.Slice
-    inside: jax.Array
+    inside: jax.Array | None
 
 
 def _span(start, size, end):
+    """`size` indices from `start` on, inside as far as `end`."""
     return _Span(pl.ds(start, size), start + jnp.arange(size) < end)
+
+
+def _columns(width):
+    """Of a tile: the widest that divides `width`, the narrowest where none does."""
+    return next((columns for columns in COLUMNS if width % columns == 0), COLUMNS[-1])
+
+
+def _tile_of(index, size, whole):
+    """Tile `index` of an axis of length `whole`. No mask where tiles divide it: loads are then a quarter faster."""
+    if whole % size == 0:
+        return _Span(pl.ds(index * size, size), None)
+    return _span(index * size, size, whole)
 
 
 def _at(ref, rows, columns, *leading):
     """Where a tile is in memory, and which of its elements are inside."""
-    return ref.at[(*leading, rows.slice, columns.slice)], rows.inside[:, None] & columns.inside[None, :]
+    view = ref.at[(*leading, rows.slice, columns.slice)]
+    masks = []
+    if rows.inside is not None:
+        masks.append(rows.inside[:, None])
+    if columns.inside is not None:
+        masks.append(columns.inside[None, :])
+    if not masks:
+        return view, None
+    shape = rows.slice.size, columns.slice.size
+    return view, functools.reduce(jnp.logical_and, [jnp.broadcast_to(mask, shape) for mask in masks])
 
 
 def _read(ref, rows, columns, *leading):
     """A tile; zeros outside."""
     view, inside = _at(ref, rows, columns, *leading)
-    return triton.load(view, mask=inside, other=0.0)
+    return triton.load(view, mask=inside, other=None if inside is None else 0.0)
 
 
 def _write(tile, ref, rows, columns, *leading):
@@ -77,24 +101,26 @@ def _by_rows(x_MD, w_EDF, sizes_E, contracted):
     """x @ w where axis 1 of w is `contracted`, x @ w.T where axis 2 is."""
     (rows, depth), groups, width = x_MD.shape, len(w_EDF), w_EDF.shape[3 - contracted]
     step = DEPTH_BYTES // x_MD.dtype.itemsize
+    size = _columns(width)
 
     def kernel(x_ref, w_ref, group_ref, start_ref, end_ref, y_ref):
-        columns, block = _span(pl.program_id(0) * COLUMNS, COLUMNS, width), pl.program_id(1)
+        columns = _tile_of(pl.program_id(0), size, width)
+        block = pl.program_id(1)
         group = group_ref[block]
         own = _span(start_ref[block], ROWS, end_ref[block])
 
         def add(index, sum_RC):
-            deep = _span(index * step, step, depth)
+            deep = _tile_of(index, step, depth)
             of_matrix = (deep, columns) if contracted == 1 else (columns, deep)
             return sum_RC + _dot(_read(x_ref, own, deep), _read(w_ref, *of_matrix, group), 1, contracted - 1)
 
         # Not `where`: of two literals Triton's lowering makes a boolean.
         steps = (group < groups).astype(jnp.int32) * pl.cdiv(depth, step)
-        sum_RC = lax.fori_loop(0, steps, add, jnp.zeros((ROWS, COLUMNS), jnp.float32))
+        sum_RC = lax.fori_loop(0, steps, add, jnp.zeros((ROWS, size), jnp.float32))
         _write(sum_RC, y_ref, own, columns)
 
     table = _table(sizes_E, rows)
-    grid = pl.cdiv(width, COLUMNS), len(table[0])  # programs next to each other read the same rows
+    grid = pl.cdiv(width, size), len(table[0])  # programs next to each other read the same rows
     return _call(kernel, "grouped_matmul", grid, _like(x_MD, (rows, width)), x_MD, w_EDF, *table)
 
 
@@ -113,9 +139,11 @@ def _by_matrices(x_MD, dy_MF, w_EDF, sizes_E):
     """x.T @ dy of every group."""
     groups, depth, width = w_EDF.shape
     step = DEPTH_BYTES // x_MD.dtype.itemsize
+    size = _columns(width)
 
     def kernel(x_ref, dy_ref, start_ref, end_ref, dw_ref):
-        columns, deep = _span(pl.program_id(0) * COLUMNS, COLUMNS, width), _span(pl.program_id(1) * ROWS, ROWS, depth)
+        columns = _tile_of(pl.program_id(0), size, width)
+        deep = _tile_of(pl.program_id(1), ROWS, depth)
         group = pl.program_id(2)
         start, end = start_ref[group], end_ref[group]
 
@@ -123,11 +151,11 @@ def _by_matrices(x_MD, dy_MF, w_EDF, sizes_E):
             rows = _span(start + index * step, step, end)
             return sum_RC + _dot(_read(x_ref, rows, deep), _read(dy_ref, rows, columns), 0, 0)
 
-        sum_RC = lax.fori_loop(0, pl.cdiv(end - start, step), add, jnp.zeros((ROWS, COLUMNS), jnp.float32))
+        sum_RC = lax.fori_loop(0, pl.cdiv(end - start, step), add, jnp.zeros((ROWS, size), jnp.float32))
         _write(sum_RC, dw_ref, deep, columns, group)
 
     ends_E = jnp.cumsum(sizes_E, dtype=jnp.int32)
-    grid = pl.cdiv(width, COLUMNS), pl.cdiv(depth, ROWS), groups
+    grid = pl.cdiv(width, size), pl.cdiv(depth, ROWS), groups
     return _call(kernel, "grouped_matmul_dw", grid, _like(w_EDF, w_EDF.shape), x_MD, dy_MF, ends_E - sizes_E, ends_E)
 
 

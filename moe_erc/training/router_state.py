@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from moe_erc.checks import BadInput
 from moe_erc.losses.loss_free import balance_bias
+from moe_erc.numerics import divide
 
 MOST = 2**31 - 1  # assignments of a layer that an int32 counts
 LOW_BITS = 15  # of the halves in which numbers are added that an int32 does not hold the sum of
@@ -29,7 +30,7 @@ class StepCounts(NamedTuple):
     @property
     def experts_per_token_L(self) -> jax.Array:
         """Mean number of experts of a token, float32."""
-        return jnp.sum(self.assignments_LE, axis=-1) / jnp.maximum(self.tokens, 1)
+        return divide(jnp.sum(self.assignments_LE, axis=-1), self.tokens)
 
 
 def check_counts(config: Any, batch_size: int, length: int) -> None:

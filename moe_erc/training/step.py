@@ -12,6 +12,7 @@ import optax
 
 from moe_erc.losses.load_balance import load_measures
 from moe_erc.model.context import of_batch
+from moe_erc.numerics import divide
 from moe_erc.random_keys import named
 from moe_erc.sharding import replicate, shard_batch
 from moe_erc.training import router_state
@@ -45,15 +46,17 @@ def make_train_step(
             "loss/total": objective.total(terms, state.loss_scales),
             "router/experts_per_token": counts.experts_per_token_L,
             "norm/gradient": optax.tree.norm(gradients),
-            "norm/parameters": optax.tree.norm(params),
         }
         if schedule:
             metrics["optimizer/learning_rate"] = schedule(updates_done(state.opt_state))
+        # The guard judges what goes into the update. Were it to wait for the norm of what comes out, the whole update
+        # would be computed twice: once for the norm, once more for the choice between old and new.
         accepted, after, told = judge(guard, state.guard, metrics)
         changed = {"params": params, "opt_state": opt_state, "router": router, "loss_scales": scales}
         kept = {name: getattr(state, name) for name in changed}
         changed = jax.tree.map(functools.partial(jnp.where, accepted), changed, kept)
-        return state.replace(step=state.step + 1, guard=after, **changed), metrics | told
+        metrics |= told | {"norm/parameters": optax.tree.norm(changed["params"])}
+        return state.replace(step=state.step + 1, guard=after, **changed), metrics
 
     batch_shardings = shard_batch(model.mesh)
     return jax.jit(
@@ -101,14 +104,14 @@ def batch_gradients(of_batch, micro_batches):
 
     So every loss that is a mean over tokens and its gradient are those of the whole batch, whatever the number of
     micro-batches. Those that are not additive say in their own file what they are then: `losses/load_balance.py`,
-    `pairs.py`, `expert_orthogonality.py`. `of_batch(batch, earlier)` takes the summed counts of the earlier ones, None
+    `pairs.py`, `routing_variance.py`. `of_batch(batch, earlier)` takes the summed counts of the earlier ones, None
     where there is one micro-batch alone.
     """
     first = jax.tree.map(lambda leaf: leaf[0], micro_batches)
     if len(micro_batches["mask_BT"]) == 1:  # spares two passes over memory as large as the parameters
         return of_batch(first, None)
     tokens_M = jnp.sum(micro_batches["mask_BT"], axis=(1, 2))
-    shares_M = tokens_M / jnp.maximum(jnp.sum(tokens_M), 1)
+    shares_M = divide(tokens_M, jnp.sum(tokens_M))
 
     def accumulate(carry, share_and_batch):
         share, batch = share_and_batch

@@ -108,7 +108,8 @@ def test_processes_read_the_rows_of_one_batch_without_overlap(request, corpus_na
     corpus = request.getfixturevalue(corpus_name)
     alone = take(train_batches(corpus, T, 8, seed=5, start_row=16), 6)
     for rows in shares:
-        for mine, expected in zip(take(train_batches(corpus, T, 8, 5, 16, rows), 6), alone, strict=True):
+        shared = take(train_batches(corpus, T, 8, 5, start_row=16, rows=rows), 6)
+        for mine, expected in zip(shared, alone, strict=True):
             for name in expected:
                 np.testing.assert_array_equal(mine[name], expected[name][list(rows)])
 
@@ -125,11 +126,19 @@ def test_batches_of_any_size_go_on_where_the_last_one_stopped(request, corpus_na
     assert drawn == starts(take(train_batches(corpus, T, 1, seed=3), read))
 
 
+def test_the_row_is_given_by_name_so_that_a_step_is_not_taken_for_it(counting_corpus):
+    with pytest.raises(TypeError, match="positional"):
+        train_batches(counting_corpus, T, 4, 3, 6)
+
+
 @pytest.mark.parametrize("corpus_name", ["counting_corpus", "weighted_corpus"])
 def test_processes_share_batches_of_another_size_from_any_row_on(request, corpus_name):
     corpus = request.getfixturevalue(corpus_name)
     alone = starts(take(train_batches(corpus, T, 6, seed=3, start_row=7), 5))
-    shares = [starts(take(train_batches(corpus, T, 6, 3, 7, rows), 5)) for rows in ((0, 1, 4), (2, 3, 5))]
+    shares = [
+        starts(take(train_batches(corpus, T, 6, 3, start_row=7, rows=rows), 5))
+        for rows in ((0, 1, 4), (2, 3, 5))
+    ]
     for batch in range(5):
         expected = alone[6 * batch : 6 * batch + 6]
         assert shares[0][3 * batch : 3 * batch + 3] == [expected[row] for row in (0, 1, 4)]
@@ -205,7 +214,8 @@ def test_training_batches_number_documents_too_in_whatever_rows_are_read(ending_
         for inputs, segments in zip(batch["inputs_BT"].tolist(), batch["segments_BT"].tolist(), strict=True):
             assert segments == SEGMENTS[tuple(inputs[:2])]
     alone = take(train_batches(ending_corpus, T, 4, seed=0), 3)
-    for mine, expected in zip(take(train_batches(ending_corpus, T, 4, 0, 0, (1, 3)), 3), alone, strict=True):
+    shared = take(train_batches(ending_corpus, T, 4, 0, rows=(1, 3)), 3)
+    for mine, expected in zip(shared, alone, strict=True):
         np.testing.assert_array_equal(mine["segments_BT"], expected["segments_BT"][[1, 3]])
 
 

@@ -1,7 +1,6 @@
 """Two and four local processes train the curve of one, stop together, and hand over to another number of processes."""
 
 import itertools
-import json
 import os
 import shutil
 import signal
@@ -12,16 +11,10 @@ import jax
 import numpy as np
 import pytest
 
-from configs import erc
-from moe_erc import sharding
-from moe_erc.model.config import ModelConfig
-from moe_erc.model.transformer import Transformer
-from moe_erc.training.checkpoint import Checkpoints
-from moe_erc.training.optimizer import OptimizerConfig, make_optimizer
-from moe_erc.training.state import abstract_state, initializer
 from tests import script
 from tests.tolerance import within
 from tests.training.test_damage import flip
+from tests.written import metrics, saved_state
 
 STEPS, FEW = 80, 5
 EVALUATED = 2 * FEW  # steps between evaluations
@@ -59,12 +52,6 @@ def printed(workdir):
     return "\n".join(f"{path.name}:\n{path.read_text()}" for path in sorted(workdir.glob("out*")))
 
 
-def metrics(workdir):
-    """Every line of the metrics file without what the clock says."""
-    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if not name.startswith("speed/")} for line in lines]
-
-
 def assert_same_curve(found, expected):
     """Every metric of every step, to what rounding makes of 80 steps: see `within_drift`."""
     assert [line["step"] for line in found] == [line["step"] for line in expected]
@@ -97,17 +84,6 @@ def alone(train, tmp_path_factory):
     return workdir
 
 
-def saved_state(workdir, mesh_shape=(1, 1)):
-    """(step, state) of the latest checkpoint, read onto a mesh of this process and fetched."""
-    config = erc.get_config("debug")
-    optimizer = make_optimizer(OptimizerConfig(**config.optimizer), STEPS)
-    mesh = sharding.make_mesh(*mesh_shape)
-    shapes = abstract_state(initializer(Transformer(ModelConfig(**config.model), mesh), optimizer, 0), mesh)
-    with Checkpoints(workdir / "checkpoints") as checkpoints:
-        state, _ = checkpoints.restore(shapes)
-        return checkpoints.latest_step(), jax.device_get(state.replace(rng=jax.random.key_data(state.rng)))
-
-
 def terminate_one(members, workdir, name, count):
     """Sends SIGTERM to the last process once a file of the run has so many lines; all must leave in order."""
     path, deadline = workdir / name, time.monotonic() + LIMIT
@@ -137,9 +113,9 @@ def test_four_processes_train_the_curve_of_one(alone, stopped):
 
 def test_four_processes_stop_together_and_one_goes_on(train, alone, stopped, tmp_path):
     shutil.copytree(stopped, tmp_path, dirs_exist_ok=True)
-    step, state = saved_state(tmp_path)
+    step, state = saved_state(tmp_path, STEPS)
     assert FEW < step < STEPS - 1 and metrics(tmp_path)[-1]["step"] == step
-    jax.tree.map(np.testing.assert_array_equal, state, saved_state(tmp_path, (2, 4))[1])
+    jax.tree.map(np.testing.assert_array_equal, state, saved_state(tmp_path, STEPS, (2, 4))[1])
     norm = float(np.sqrt(sum(np.sum(np.square(leaf, dtype=np.float64)) for leaf in jax.tree.leaves(state.params))))
     steps = [line for line in metrics(tmp_path) if "norm/parameters" in line]  # the last line may be a validation's
     # Of the 512 * 32 squares of the largest matrix: random roundings add up to the root of so many, 128.
@@ -149,7 +125,8 @@ def test_four_processes_stop_together_and_one_goes_on(train, alone, stopped, tmp
     members = train(1, tmp_path, "--config.mesh.data=4", "--config.mesh.expert=1", JAX_NUM_CPU_DEVICES=4)
     assert script.join(members, LIMIT) == [0], printed(tmp_path)
     assert_same_curve(metrics(tmp_path), metrics(alone))
-    (_, final), (_, expected) = saved_state(tmp_path), saved_state(alone)
+    _, final = saved_state(tmp_path, STEPS)
+    _, expected = saved_state(alone, STEPS)
     # Adam moves a parameter by up to the rate, 3e-4, each step, also one whose gradient is but rounding: of 80 steps a
     # difference of one is allowed to single parameters, and a tenth of it to the whole.
     for one, other in zip(jax.tree.leaves(final.params), jax.tree.leaves(expected.params), strict=True):

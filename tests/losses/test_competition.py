@@ -54,5 +54,5 @@ def test_bfloat16_is_read_in_float32():
 
 def test_layers_that_do_not_compete_are_no_part_of_the_mean():
     # three layers, of which two compete, at 4 and 2: their mean is 3, that of all would be 2
-    assert over_competing_layers(jnp.array([[4.0, 1], [0, 0], [2, 1]])) == 3
-    assert over_competing_layers(jnp.zeros((3, 2))) == 0
+    assert over_competing_layers(jnp.array([[4.0, 1], [0, 0], [2, 1]]), None) == 3
+    assert over_competing_layers(jnp.zeros((3, 2)), None) == 0

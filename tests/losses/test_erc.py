@@ -244,6 +244,12 @@ def test_options_without_meaning_are_refused(options, named):
         erc_loss(random_params(), None, **options)
 
 
+@pytest.mark.parametrize("alpha", [-1.0, float("nan"), float("inf")])
+def test_an_alpha_that_is_no_share_is_refused(alpha):
+    with pytest.raises(ValueError, match="alpha is"):
+        moe_erc.erc_loss(random_params(), None, alpha=alpha, noise="none")
+
+
 # ---------------------------------------------------------------------------------------------------- edges
 @pytest.mark.parametrize("case", ["one expert", "twin rows", "zero row", "zero router", "zero gate"])
 @pytest.mark.parametrize("options", [{}, {"noise": "expected"}, {"normalize": True}], ids=str)

@@ -10,7 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_erc import erc_loss, perturb, sharding
-from moe_erc.losses.sharded_erc import sharded_erc_loss
 from moe_erc.training.guard import GuardConfig, initial, judge
 from tests.tolerance import assert_close, magnitude, within
 
@@ -200,6 +199,7 @@ def test_what_is_not_finite_reaches_the_guard(value_and_grad, options, seed, nam
 
 @pytest.mark.parametrize("name", ["router", "w_gate"])
 def test_what_is_not_finite_reaches_the_guard_from_any_device(name):
-    loss = jax.jit(lambda params: sharded_erc_loss(params, jax.random.key(0), sharding.make_mesh(2, 2)))
+    mesh = sharding.make_mesh(2, 2)
+    loss = jax.jit(lambda params: erc_loss(params, jax.random.key(0), mesh=mesh))
     assert np.isfinite(loss(random_params(0)))
     assert np.isnan(loss(spoilt(0, name, 0, np.nan))) and np.isnan(loss(spoilt(0, name, -1, np.nan)))

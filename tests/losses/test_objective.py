@@ -1,5 +1,6 @@
 """Names, weights and sums."""
 
+import dataclasses
 import types
 
 import jax
@@ -7,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_erc.losses import objective
+from moe_erc.losses import LOSSES
 from moe_erc.losses.erc import erc_loss
 from moe_erc.losses.objective import Objective
 from moe_erc.model.transformer import Transformer
@@ -40,8 +41,10 @@ ERC = {
     "alpha": 1.0,
     "noise": "uniform",
     "activation": "gate",
+    "detach_router": False,
     "normalize": False,
     "layer_reduction": "mean",
+    "precision": "high",
 }
 BATCH = {"targets_BT": jnp.zeros((1, 1), jnp.int32), "mask_BT": jnp.ones((1, 1), bool)}
 
@@ -77,7 +80,8 @@ def test_balance_over_the_step_counts_earlier_micro_batches(model):
 
 
 def test_a_loss_of_weight_zero_is_not_computed(model, monkeypatch):
-    monkeypatch.setitem(objective.PARAMETER_TERMS, "erc", lambda *_: pytest.fail("computed"))
+    never = dataclasses.replace(LOSSES["erc"], compute=lambda *_: pytest.fail("computed"))
+    monkeypatch.setitem(LOSSES, "erc", never)
     nothing = Objective({"erc": ERC | {"weight": 0.0}, "output_overlap": {"weight": 0.0}}, model())
     assert nothing.of_parameters({}, jax.random.key(0)) == {} and nothing.observers == ()
 
@@ -154,11 +158,15 @@ def test_decoupling_subtracts_weight_times_gradient_from_the_router_alone(model)
     ({"ercc": {"weight": 1.0}}, ["losses.ercc", "'erc'"]),
     ({"lm": {"weight": -1.0}}, ["losses.lm.weight", "-1.0"]),
     ({"lm": {"weight": float("nan")}}, ["losses.lm.weight", "nan"]),
-    ({"erc": ERC | {"noise": "gauss"}}, ["losses.erc", "noise", "gauss"]),
-    ({"erc": ERC | {"alpha": -0.5}}, ["losses.erc", "alpha", "-0.5"]),
-    ({"erc": ERC | {"precision": "higher"}}, ["losses.erc", "precision", "higher", "auto, default, high, highest"]),
-    ({"erc": ERC | {"activation": "swiglu", "normalize": True}}, ["losses.erc", "normalize", "swiglu"]),
-    ({"load_balance": {"weight": 1.0, "scope": "epoch"}}, ["losses.load_balance", "scope", "epoch"]),
+    ({"lm": {"weight": 1.0, "chunk": 0}}, ["losses.lm.chunk", "0", "1"]),
+    ({"lm": {"weight": 1.0}}, ["losses.lm.chunk", "missing"]),
+    ({"lm": {"weight": 1.0, "chunk": 8, "chunks": 8}}, ["losses.lm.chunks", "chunk"]),
+    ({"simbal": {"weight": 1.0, "scale": 2.0}}, ["losses.simbal.scale", "none"]),
+    ({"erc": ERC | {"noise": "gauss"}}, ["losses.erc.noise", "gauss"]),
+    ({"erc": ERC | {"alpha": -0.5}}, ["losses.erc.alpha", "-0.5"]),
+    ({"erc": ERC | {"precision": "higher"}}, ["losses.erc.precision", "higher", "auto, default, high, highest"]),
+    ({"erc": ERC | {"activation": "swiglu", "normalize": True}}, ["losses.erc.normalize", "swiglu"]),
+    ({"load_balance": {"weight": 1.0, "scope": "epoch"}}, ["losses.load_balance.scope", "epoch"]),
 ])  # fmt: skip
 def test_what_means_nothing_is_refused_at_once(losses, words, model):
     with pytest.raises(ValueError) as refusal:

@@ -9,11 +9,10 @@ import pytest
 
 from benchmarks.compiled import costs
 from configs import base
-from moe_erc import coupling_matrix, erc_loss, sharded_erc_loss, sharding
+from moe_erc import coupling_matrix, erc_loss, sharding
 from moe_erc.analysis.coupling import measure_coupling
 from moe_erc.losses.objective import Objective
 from moe_erc.losses.precision import PRECISIONS, erc_flops, erc_share, resolve
-from moe_erc.losses.sharded_erc import sharded_coupling_matrix
 from moe_erc.model.config import ModelConfig
 from moe_erc.model.transformer import Transformer
 
@@ -40,7 +39,7 @@ def test_every_matmul_of_the_loss_and_its_gradient_has_the_precision_asked_for(o
     key, mesh = jax.eval_shape(lambda: jax.random.key(0)), sharding.make_mesh(2, 2)
 
     def sharded(params, rng):
-        return sharded_erc_loss(params, rng, mesh, precision=precision, **options)
+        return erc_loss(params, rng, mesh=mesh, precision=precision, **options)
 
     def single(params, rng):
         return erc_loss(params, rng, precision=precision, **options)
@@ -55,17 +54,17 @@ def test_the_loss_alone_takes_three_passes_and_the_diagnosis_all_of_float32():
     router_LED, w_gate_LEDF = PARAMS["router"], PARAMS["w_gate"]
     of_layer = (jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype) for leaf in (router_LED, w_gate_LEDF))
     assert asked_for(coupling_matrix, *of_layer) == {"HIGHEST"}
-    over_mesh = lambda *arrays: sharded_coupling_matrix(*arrays, mesh)  # noqa: E731
+    over_mesh = lambda *arrays: coupling_matrix(*arrays, mesh)  # noqa: E731
     assert asked_for(over_mesh, router_LED, w_gate_LEDF) == {"HIGHEST"}
     assert asked_for(measure_coupling, router_LED, w_gate_LEDF) == {"HIGHEST"}
 
 
 def test_a_precision_that_does_not_exist_is_refused():
     params = {name: jnp.ones(shape) for name, shape in SHAPES.items()}
-    for loss in (erc_loss, lambda *of, **options: sharded_erc_loss(*of, sharding.make_mesh(1, 1), **options)):
+    for mesh in (None, sharding.make_mesh(1, 1)):
         for word in ("higher", "auto"):  # what a step costs is unknown here
             with pytest.raises(ValueError, match=f"precision is '{word}'; use one of default, high, highest"):
-                loss(params, jax.random.key(0), precision=word)
+                erc_loss(params, jax.random.key(0), precision=word, mesh=mesh)
 
 
 def published(size):

@@ -13,21 +13,24 @@ from jax.sharding import SingleDeviceSharding
 from benchmarks.compiled import chips, costs, hlo
 from moe_erc.moe import grouped
 from moe_erc.moe.experts import GATED, IMPLEMENTATIONS, weighed
+from tests.tolerance import assert_close
 
 HAS_LIBTPU = importlib.util.find_spec("libtpu") is not None
 
 
-def test_chunks_by_hand():
-    # E D = 2 x 2 rows at most, so 10 assignments are three chunks of 4; two of them are nobody's
+def test_places_by_hand(monkeypatch):
+    # Rows of 3 floats, at most 4 a chunk, so 10 assignments are three chunks; two of them are nobody's.
+    monkeypatch.setattr(grouped, "CHUNK_BYTES", 4 * 3 * 4)
     matrices = {"w_down": jnp.zeros((2, 3, 2))}
     experts_NK = jnp.array([[1, 0], [0, 2], [0, 1], [-1, 0], [1, 0]])
-    tokens_CR, rows_CR, sizes_CE = grouped._chunks(experts_NK, matrices)
-    np.testing.assert_array_equal(rows_CR, [[1, 2, 4, 7], [9, 0, 5, 8], [10, 10, 10, 10]])
-    np.testing.assert_array_equal(tokens_CR, [[0, 1, 2, 3], [4, 0, 2, 4], [5, 5, 5, 5]])
-    np.testing.assert_array_equal(sizes_CE, [[4, 0], [1, 3], [0, 0]])
+    plan = grouped._plan(jnp.zeros((5, 2)), experts_NK, matrices)
+    np.testing.assert_array_equal(plan.rows_CR, [[1, 2, 4, 7], [9, 0, 5, 8], [10, 10, 10, 10]])
+    np.testing.assert_array_equal(plan.sizes_CE, [[4, 0], [1, 3], [0, 0]])
+    np.testing.assert_array_equal(plan.places_NK, [[5, 0], [1, 12], [2, 6], [12, 3], [7, 4]])
 
 
-def test_chunks_without_rows_are_not_computed():
+def test_chunks_without_rows_are_not_computed(monkeypatch):
+    monkeypatch.setattr(grouped, "CHUNK_BYTES", 4 * 2 * 4)
     calls = []
 
     def matmul(x_MD, w_EDF, sizes_E):
@@ -45,12 +48,37 @@ def test_chunks_without_rows_are_not_computed():
     assert calls == [[0, 1]]
 
 
+@pytest.mark.parametrize("rows", [3, 8, 1000])
+def test_chunks_change_nothing(monkeypatch, rows):
+    """Values and gradients of one chunk, of a few and of many are those of every expert on every token."""
+    monkeypatch.setattr(grouped, "CHUNK_BYTES", rows * 12 * 4)
+    rng = np.random.default_rng(0)
+    weights_NK = rng.uniform(size=(20, 2)).astype(np.float32)
+    experts_NK = rng.integers(-1, 6, size=(20, 2))  # some are nobody's, some another device's
+    shapes = {"w_gate": (5, 8, 12), "w_up": (5, 8, 12), "w_down": (5, 12, 8)}
+    matrices = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+    inputs = rng.normal(size=(20, 8)).astype(np.float32), weights_NK, matrices
+    of_results = [rng.normal(size=shape).astype(np.float32) for shape in ((20, 8), (20, 2, 12), (20, 2, 8))]
+
+    def loss(implementation, x_ND, weights_NK, matrices):
+        expert = partial(weighed, keep=("hidden", "output"))
+        y, kept = IMPLEMENTATIONS[implementation](expert, x_ND, {"weight": weights_NK}, experts_NK, matrices)
+        return sum(jnp.vdot(*pair) for pair in zip((y, kept["hidden"], kept["output"]), of_results, strict=True))
+
+    inputs = jax.tree.map(jnp.asarray, inputs)
+    experts_NK = jnp.asarray(experts_NK)
+    found, right = (
+        jax.value_and_grad(partial(loss, name), (0, 1, 2))(*inputs) for name in ("ragged", "dense")
+    )
+    assert_close(found, right, terms=8 + 12 + 8 + 40)
+
+
 @pytest.mark.skipif(not HAS_LIBTPU, reason="compiles for TPU, which needs the extra `tpu`")
 def test_a_layer_compiled_for_tpu_multiplies_what_it_must_and_expands_nothing():
     tokens, experts_per_token, experts, width, hidden = 1024, 4, 8, 512, 256
     rows = (
         tokens * experts_per_token
-    )  # E D: one chunk; 512 an expert if balanced: one block of the weight gradient each
+    )  # one chunk; 512 an expert if balanced: one block of the weight gradient each
     place = SingleDeviceSharding(chips.described("v5e:2x2", 1, None)[0][0])
 
     def shape(*of, dtype=jnp.bfloat16):

@@ -1,12 +1,15 @@
 """The layer as a whole: what is added to the routed experts, who competes, what is observed, where gradients go."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_erc.losses.expert_orthogonality import output_overlap
-from moe_erc.losses.objective import LAYER_TERMS
+from moe_erc.losses import LOSSES
+from moe_erc.losses.base import NoOptions
+from moe_erc.losses.output_overlap import output_overlap
 from moe_erc.moe.layer import MoE, declare
 from moe_erc.moe.routers import competition
 from tests import tolerance
@@ -159,9 +162,15 @@ ROUTES = {  # term: (what it trains, what it does not touch)
 }
 
 
+def observer(name):
+    """(name, function of a layer, what it keeps) of a loss on single layers."""
+    loss = LOSSES[name]
+    return name, functools.partial(loss.compute, NoOptions()), loss.keep
+
+
 def largest_gradients(config, names, router_state):
     """{term: {parameter or "x": the largest gradient}}, through the module in one backward."""
-    module = MoE(config, observers=tuple((name, LAYER_TERMS[name].observe, LAYER_TERMS[name].keep) for name in names))
+    module = MoE(config, observers=tuple(observer(name) for name in names))
 
     def terms(inputs):
         of = {name: leaf for name, leaf in inputs.items() if name != "x"}
@@ -180,7 +189,7 @@ def assert_routes(found):
 
 
 def test_a_term_trains_what_its_paper_says(tiny):
-    assert ROUTES.keys() == LAYER_TERMS.keys()
+    assert ROUTES.keys() == {name for name, loss in LOSSES.items() if loss.kind == "layer"}
     assert_routes(largest_gradients(tiny(), tuple(ROUTES.keys() - {"competition"}), {}))
 
 
@@ -211,8 +220,8 @@ def test_overlap_of_factored_gates_has_the_gradient_of_their_product(tiny):
         return output_overlap(output_BTKD, jnp.broadcast_to(MASK_BT[..., None], chosen_BTK.shape))
 
     def through_the_layer(w_low_EDr):
-        module = MoE(config, observers=(("it", LAYER_TERMS["output_overlap"].observe, ("output",)),))
-        return module.apply({"params": params | {"w_low": w_low_EDr}}, tokens(), MASK_BT, {})[2]["it"]
+        module = MoE(config, observers=(observer("output_overlap"),))
+        return module.apply({"params": params | {"w_low": w_low_EDr}}, tokens(), MASK_BT, {})[2]["output_overlap"]
 
     expected = jax.jit(jax.value_and_grad(overlap))(params["w_low"])
     found = jax.jit(jax.value_and_grad(through_the_layer))(params["w_low"])

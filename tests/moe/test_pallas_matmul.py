@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 from moe_erc import sharding
-from moe_erc.moe import parallel
+from moe_erc.moe import grouped, parallel
 from moe_erc.moe.experts import GATED, IMPLEMENTATIONS, weighed
 from moe_erc.moe.pallas_matmul import pallas_matmul
 from moe_erc.moe.routing import Routing
@@ -59,8 +59,9 @@ def test_value_and_gradients_are_three_kernels(dtype):
     assert "stablehlo.dot_general" not in text
 
 
-def test_no_array_of_the_layer_grows_with_assignments_times_width():
+def test_no_array_of_the_layer_is_larger_than_a_chunk(monkeypatch):
     tokens, experts_per_token, experts, width, hidden = (4, 512), 8, 16, 64, 192
+    monkeypatch.setattr(grouped, "CHUNK_BYTES", 1024 * hidden * 2)
     text = lowered_for_cuda(
         described_gpus(1, 1), gradients(None), *arrays(tokens, experts_per_token, experts, width, hidden)
     )
@@ -70,7 +71,7 @@ def test_no_array_of_the_layer_grows_with_assignments_times_width():
     sizes = [
         [int(size) for size in found[:-1].split("x")] for found in re.findall(r"tensor<((?:\d+x)+)(?:f32|bf16)>", text)
     ]
-    # 16384 assignments in 16 chunks of E D = 1024 rows
+    # 16384 assignments of bfloat16 in 16 chunks of 1024 rows
     assert [1024, hidden] in sizes and [1024, width] in sizes
     largest_of_rows = max(rows * columns for rows, columns in (of for of in sizes if len(of) == 2))
     assert largest_of_rows == max(4 * 512 * width, 1024 * hidden)

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from moe_erc.moe.layer import declare
 from moe_erc.moe.routers import ROUTERS, competition
-from moe_erc.moe.routing import top, unit
+from moe_erc.moe.routing import top
+from moe_erc.numerics import unit
 from tests.tolerance import assert_close, within
 
 T, E, K, D = 2, 6, 3, 8

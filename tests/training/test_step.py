@@ -10,7 +10,8 @@ import pytest
 
 from configs import base
 from moe_erc import erc_loss, sharding
-from moe_erc.losses import objective as objective_module
+from moe_erc.losses import LOSSES
+from moe_erc.losses.base import Loss
 from moe_erc.losses.objective import Objective
 from moe_erc.model.transformer import Transformer
 from moe_erc.random_keys import named
@@ -120,11 +121,13 @@ def run(state_and_step, batch):
 
 def test_parameter_losses_are_computed_once_however_many_micro_batches(trainer, token_batch, monkeypatch):
     calls = []
-    monkeypatch.setitem(
-        objective_module.PARAMETER_TERMS,
-        "erc",
-        lambda params, rng, model, **_: calls.append(1) or jnp.sum(params["final_norm"]),
-    )
+
+    def counting(options, params, rng, model, shape_BT):
+        calls.append(1)
+        return jnp.sum(params["final_norm"])
+
+    stand_in = Loss(kind="parameters", compute=counting, options=LOSSES["erc"].options)
+    monkeypatch.setitem(LOSSES, "erc", stand_in)
     # "ragged" is no other test's, so both programs are traced here, with the stand-in
     plain, _ = run(trainer(implementation="ragged"), token_batch(BATCH, LENGTH))
     split, _ = run(trainer(micro_batches=2, implementation="ragged"), token_batch(BATCH, LENGTH))

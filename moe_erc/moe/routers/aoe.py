@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from moe_erc.moe import parallel
 from moe_erc.moe.routing import Router, Scores
+from moe_erc.numerics import square_root
 
 
 def declare(config):
@@ -22,8 +23,7 @@ def low_and_length(config, mesh, parameters, x_BTD):
     """(low_BTEr in the dtype of x, its lengths (B, T, E) in float32)."""
     low_BTEr = parallel.project(mesh, x_BTD, parameters["w_low"].astype(config.dtype))
     square_BTE = jnp.sum(jnp.square(low_BTEr), axis=-1)
-    length_BTE = jnp.where(square_BTE == 0, 0, jnp.sqrt(jnp.where(square_BTE == 0, 1, square_BTE)))  # of NaN, NaN
-    return low_BTEr.astype(config.dtype), length_BTE
+    return low_BTEr.astype(config.dtype), square_root(square_BTE)
 
 
 def score(config, mesh, parameters, x_BTD):

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from moe_erc.moe.routers import softmax
-from moe_erc.moe.routing import Router, unit
+from moe_erc.moe.routing import Router
+from moe_erc.numerics import unit
 
 
 def rows(config, parameters):

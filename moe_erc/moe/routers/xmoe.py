@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
 
-from moe_erc.moe.routing import Router, Scores, unit
+from moe_erc.moe.routing import Router, Scores
+from moe_erc.numerics import unit
 
 TEMPERATURE = 0.3  # at first, and of the balance loss
 LOWEST_TEMPERATURE = 0.01  # a learned scalar must not reach 0

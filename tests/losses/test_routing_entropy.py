@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_erc.losses.top_p import routing_entropy
+from moe_erc.losses.routing_entropy import routing_entropy
 from tests.tolerance import assert_close
 
 loss, value_and_gradient = jax.jit(routing_entropy), jax.jit(jax.value_and_grad(routing_entropy))

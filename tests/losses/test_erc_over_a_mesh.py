@@ -11,7 +11,6 @@ from jax.sharding import PartitionSpec as P
 
 from benchmarks.compiled import costs
 from moe_erc import coupling_matrix, erc_loss, sharding
-from moe_erc.losses.sharded_erc import sharded_coupling_matrix, sharded_erc_loss
 from tests.tolerance import assert_close
 
 L, E, D, F = 2, 16, 24, 32
@@ -56,7 +55,7 @@ def on_one_device(params):
 def test_any_mesh_gives_the_loss_and_the_gradients_of_one_device(on_one_device, params, shape, options):
     mesh = sharding.make_mesh(*shape)
     expected = on_one_device(tuple(options.items()))
-    found = value_and_grad(lambda params, rng: sharded_erc_loss(params, rng, mesh, alpha=0.5, **options))(params)
+    found = value_and_grad(lambda params, rng: erc_loss(params, rng, mesh=mesh, alpha=0.5, **options))(params)
     assert expected[0] > 0
     assert_equal(expected, found)
 
@@ -64,30 +63,36 @@ def test_any_mesh_gives_the_loss_and_the_gradients_of_one_device(on_one_device, 
 def test_one_layer_draws_from_the_key_itself(params):
     layer = {name: leaf[0] for name, leaf in params.items()}
     mesh = sharding.make_mesh(2, 4)
-    found = value_and_grad(lambda params, rng: sharded_erc_loss(params, rng, mesh))(layer)
+    found = value_and_grad(lambda params, rng: erc_loss(params, rng, mesh=mesh))(layer)
     assert_equal(value_and_grad(erc_loss)(layer), found)
 
 
 def test_the_matrix_over_a_mesh_is_the_matrix(params):
-    found = sharded_coupling_matrix(params["router"], params["w_gate"], sharding.make_mesh(4, 2))
+    found = coupling_matrix(params["router"], params["w_gate"], sharding.make_mesh(4, 2))
     expected = [coupling_matrix(params["router"][layer], params["w_gate"][layer]) for layer in range(L)]
     assert_equal(jnp.stack(expected), found)
 
 
 def test_words_that_erc_does_not_know_are_refused_over_a_mesh_too(params):
+    mesh = sharding.make_mesh(2, 4)
     with pytest.raises(ValueError, match="gaussian"):
-        sharded_erc_loss(params, jax.random.key(0), sharding.make_mesh(2, 4), noise="gaussian")
+        erc_loss(params, jax.random.key(0), noise="gaussian", mesh=mesh)
     with pytest.raises(ValueError, match="rng"):
-        sharded_erc_loss(params, None, sharding.make_mesh(2, 4))
+        erc_loss(params, None, mesh=mesh)
     with pytest.raises(TypeError, match="alfa"):
-        sharded_erc_loss(params, jax.random.key(0), sharding.make_mesh(2, 4), alfa=0.5)
+        erc_loss(params, jax.random.key(0), alfa=0.5, mesh=mesh)
+
+
+def test_a_mesh_of_other_than_two_axes_is_refused(params):
+    with pytest.raises(ValueError, match=r"mesh has the axes \(expert\); ERC needs two"):
+        erc_loss(params, jax.random.key(0), mesh=jax.make_mesh((8,), ("expert",)))
 
 
 def test_alpha_may_be_traced(params):
     def slope(loss):
         return jax.jit(jax.grad(lambda alpha: loss(params, jax.random.key(1), alpha=alpha)))(0.5)
 
-    over_mesh = functools.partial(sharded_erc_loss, mesh=sharding.make_mesh(2, 4))
+    over_mesh = functools.partial(erc_loss, mesh=sharding.make_mesh(2, 4))
     assert_close(slope(over_mesh), slope(erc_loss), terms=D + F + E * E)  # a sum over pairs, of one sign
 
 
@@ -104,8 +109,12 @@ def program(loss, shape, sizes=(L, E, D, F)):
     return jax.jit(lambda params, rng: loss(params, rng, mesh), out_shardings=outputs).lower(placed, key).compile()
 
 
+def value(params, rng, mesh):
+    return erc_loss(params, rng, mesh=mesh)
+
+
 def both(params, rng, mesh):
-    return jax.value_and_grad(sharded_erc_loss)(params, rng, mesh)
+    return jax.value_and_grad(value)(params, rng, mesh)
 
 
 @pytest.mark.parametrize("shape", [(8, 1), (1, 8), (2, 4), (4, 2)], ids=str)
@@ -134,7 +143,7 @@ def floats(shape):
 @pytest.mark.parametrize("shape", MESHES[1:], ids=str)
 def test_flops_are_divided_by_both_axes(shape):
     forward, backward = 2 * L * E**2 * D * F // 8, 3 * 2 * L * E**2 * D * F // 8  # recomputed, and two gradients
-    assert costs.cost(program(sharded_erc_loss, shape).as_text()).flops == forward
+    assert costs.cost(program(value, shape).as_text()).flops == forward
     assert costs.cost(program(both, shape).as_text()).flops == forward + backward
 
 
@@ -142,5 +151,5 @@ def test_xla_counts_the_same_where_its_count_has_no_loop():
     # One layer whose local experts make one group: XLA's own count, of all operations, is the matmul and a little more.
     experts, width, hidden = 16, 512, 64
     matmul = 2 * experts**2 * width * hidden / 8
-    counted = program(sharded_erc_loss, (2, 4), (1, experts, width, hidden)).cost_analysis()["flops"]
+    counted = program(value, (2, 4), (1, experts, width, hidden)).cost_analysis()["flops"]
     assert matmul <= counted <= 1.3 * matmul  # the draw of the noise is most of the rest, 50 / 256 of it

@@ -1,0 +1,45 @@
+"""Variance of routing weights (arXiv 2505.22323, L_v): a router that decides.
+
+    L_v = - 1 / (N E) sum_{n, e} (s_ne - mean_n s_ne)^2,
+    s the top K scores of a token, with sum 1, and 0 for the other experts
+
+The loss trains the router's own parameters: under MPI not the gates that its rows are turned by,
+under AoE w_low. The paper's first loss is `output_overlap.py`.
+
+Of several micro-batches each has its own mean score and counts by its share of unmasked tokens. A
+variance is not additive: the result is not that of the whole batch.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from moe_erc.losses.base import Loss, Needs, NoOptions
+from moe_erc.numerics import divide
+
+
+def routing_variance(
+    probabilities_BTE: jax.Array, experts_BTK: jax.Array, mask_BT: jax.Array
+) -> jax.Array:
+    """L_v of one layer, a mean over the unmasked tokens; 0 when all of them are routed alike.
+
+    The lower it is, the more decided the router. A slot whose expert is E or above is empty. The
+    gradient reaches the probabilities of the chosen alone.
+    """
+    experts = probabilities_BTE.shape[-1]
+    chosen_BTE = jnp.any(jax.nn.one_hot(experts_BTK, experts, dtype=bool), axis=-2)
+    kept_BTE = jnp.where(chosen_BTE, probabilities_BTE, 0).astype(jnp.float32)
+    score_BTE = divide(kept_BTE, jnp.sum(kept_BTE, axis=-1, keepdims=True))
+    share_BT = divide(mask_BT, jnp.sum(mask_BT))
+    # Two passes: the mean square less the squared mean would leave nothing of a small variance.
+    mean_E = jnp.einsum("bte,bt->e", score_BTE, share_BT, precision=lax.Precision.HIGHEST)
+    return -jnp.sum(jnp.mean((score_BTE - mean_E) ** 2, axis=-1) * share_BT)
+
+
+def compute(options: NoOptions, layer) -> jax.Array:
+    """L_v of a layer's routing."""
+    probabilities_BTE = layer.score_alone().probabilities_BTE
+    return routing_variance(probabilities_BTE, layer.routing.experts_BTK, layer.mask_BT)
+
+
+LOSS = Loss(kind="layer", compute=compute, needs=Needs("has_probabilities", "reads probabilities"))

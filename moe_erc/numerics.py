@@ -1,0 +1,61 @@
+"""Arithmetic that is defined at 0, with its gradient.
+
+`jnp.where(b == 0, 0, a / b)` has the right value and a NaN for a gradient, because the gradient of
+the quotient is computed and multiplied by 0. Each function here therefore replaces the denominator
+or the argument as well, so that both branches are finite. A NaN stays a NaN.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+
+def divide(a: jax.typing.ArrayLike, b: jax.typing.ArrayLike) -> jax.Array:
+    """a / b, broadcast, floating point; also of integers, such as counts.
+
+    Where b is 0 the value is 0, and the gradients with respect to a and b are 0.
+    """
+    is_zero = b == 0
+    return jnp.where(is_zero, 0, a / jnp.where(is_zero, 1, b))
+
+
+def square_root(x: jax.typing.ArrayLike) -> jax.Array:
+    """The square root of x, element by element.
+
+    At 0 the value is 0 and the gradient is 0, where that of `jnp.sqrt` is infinite. Negative
+    elements give NaN.
+    """
+    is_zero = x == 0
+    return jnp.where(is_zero, 0, jnp.sqrt(jnp.where(is_zero, 1, x)))
+
+
+def length(x: jax.Array) -> jax.Array:
+    """|x|, Euclidean, along the last axis, for components whose squares float32 does not hold.
+
+    Of a vector of zeros the value is 0 and the gradient is NaN: it is a value alone, for what is
+    constant under differentiation.
+    """
+    largest = jnp.max(jnp.abs(x), axis=-1)
+    return largest * jnp.linalg.norm(divide(x, largest[..., None]), axis=-1)
+
+
+def unit(x: jax.Array) -> jax.Array:
+    """x / |x| along the last axis, for a vector of any length that float32 holds.
+
+    Of a vector of zeros the value is a vector of zeros, and the gradient is 0.
+    """
+    largest = lax.stop_gradient(jnp.max(jnp.abs(x), axis=-1, keepdims=True))
+    # The derivative of 1 / |x| overflows for an |x| of 1e-13. That of x over its largest component
+    # does not, because the vector then has a length of at least 1.
+    x = divide(x, largest)
+    square = jnp.sum(jnp.square(x), axis=-1, keepdims=True)
+    return jnp.where(largest == 0, 0, x * lax.rsqrt(jnp.where(largest == 0, 1, square)))
+
+
+def masked_mean(values: jax.Array, mask: jax.Array) -> jax.Array:
+    """The mean of `values` over the elements where `mask`, a bool of the same shape, is True.
+
+    Where the mask is True nowhere, the value is 0 and the gradient is 0. A masked element is not
+    read: it may be NaN.
+    """
+    return divide(jnp.sum(jnp.where(mask, values, 0)), jnp.sum(mask))

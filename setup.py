@@ -55,6 +55,12 @@ EXTRAS = {
     "tokamax": TOKAMAX,
 }
 
+# What needs no config, and so no clone; each is `python -m moe_erc.NAME` as well.
+COMMANDS = [
+    "moe_erc-export = moe_erc.export:main",
+    "moe_erc-generate = moe_erc.generate:main",
+]
+
 setup(
     name="moe_erc",
     version=VERSION,
@@ -64,4 +70,5 @@ setup(
     packages=find_packages(include=["moe_erc", "moe_erc.*"]),
     install_requires=REQUIRES,
     extras_require=EXTRAS,
+    entry_points={"console_scripts": COMMANDS},
 )

@@ -34,7 +34,7 @@ from moe_erc.model.config import ModelConfig  # noqa: E402
 FIRST = (
     "test_resume.py",
     "test_configs.py",
-    "test_processes.py",
+    "launch/test_processes.py",
     "test_notebooks.py",
     "training/test_step.py",
     "test_init_from.py",
@@ -46,8 +46,8 @@ FIRST = (
     "losses/test_erc_over_a_mesh.py",
     "losses/test_erc.py",
     "training/test_router_state.py",
-    "test_compile_ahead.py",
-    "test_compilation_cache.py",
+    "benchmarks/test_compile_ahead.py",
+    "launch/test_compilation_cache.py",
 )
 TESTS = pathlib.Path(__file__).parent
 # Tracing makes many small objects that live on: the collector would walk over all of them, and over what was imported,

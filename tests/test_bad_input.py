@@ -201,11 +201,9 @@ def test_a_config_that_does_not_exist(arguments, words, tmp_path):
     ([], ["--workdir", "--checkpoint"]),
     (["--workdir=/no/run"], ["/no/run", "checkpoint"]),
     (["--workdir=/no/run", "--checkpoint=/no/model", "--coupling"], ["--workdir", "--checkpoint", "one of them"]),
-    (["--checkpoint=/no/model"], ["/no/model", "--coupling", "--tasks", "--generate"]),
+    (["--checkpoint=/no/model"], ["/no/model", "--coupling", "--tasks"]),
     (["--checkpoint=/no/model", "--coupling", "--figures"], ["/no/model", "--figures"]),
     (["--checkpoint=/no/model", "--coupling"], ["/no/model", "config.json"]),
-    (["--checkpoint=/no/model", "--generate=def"], ["/no/model", "config.json"]),
-    (["--workdir=/no/run", "--generate=def", "--temperature=-1"], ["temperature", "-1.0"]),
     (["--workdir=/no/run", "--tasks=sciq", "--task_dir=/no/tasks"], ["task_dir", "/no/tasks"]),
     (["--workdir=a,b", "--coupling", "--output=c"], ["--output=c", "one workdir"]),
     (["--workdir="], ["--workdir", "--checkpoint"]),
@@ -213,16 +211,30 @@ def test_a_config_that_does_not_exist(arguments, words, tmp_path):
     (["--workdir=/no/run", "--windows=many"], ["windows", "many"]),
     (["--workdir=/no/run", "--limit=1e3"], ["limit", "1e3"]),
     (["--workdir=/no/run", "--num_fewshot=-1"], ["num_fewshot", "-1"]),
-    (["--workdir=/no/run", "--generate=def", "--top_k=99999999999"], ["top_k", "99999999999"]),
-    (["--workdir=/no/run", "--generate=def", "--top_p=nan"], ["top_p", "nan"]),
-    (["--workdir=/no/run", "--generate=def", "--seed=-1"], ["seed", "-1"]),
-    (["--workdir=/no/run", "--generate=def", "--new_tokens=0"], ["new_tokens", "0"]),
-    (["--workdir=/no/run", "--generate"], ["generate"]),
-    (["--workdir=/no/run", "--genrate=x"], ["genrate"]),
+    (["--workdir=/no/run", "--figurs"], ["figurs"]),
     (["--workdir=/no/run", "stray"], ["'stray'"]),
 ])  # fmt: skip
 def test_evaluation_refuses(arguments, words, tmp_path):
     code, printed = script.run("eval.py", arguments, tmp_path / "out")
+    assert code == 2 and all(word in printed.splitlines()[-1] for word in words), printed
+    assert not os.path.exists("/no")
+
+
+@pytest.mark.parametrize("arguments, words", [
+    ([], ["0 arguments", "RUN|DIR PROMPT"]),
+    (["/no/run"], ["1 arguments", "/no/run", "RUN|DIR PROMPT"]),
+    (["/no/run", "def"], ["/no/run", "checkpoints", "config.json"]),
+    (["gs:///run", "def"], ["gs:///run", "gs://bucket/path"]),
+    ([OLMOE, "def"], [str(OLMOE), "tokenizer.json"]),
+    (["/no/run", "def", "--temperature=-1"], ["temperature", "-1.0", "at least 0"]),
+    (["/no/run", "def", "--top_k=99999999999"], ["top_k", "99999999999"]),
+    (["/no/run", "def", "--top_p=nan"], ["top_p", "nan"]),
+    (["/no/run", "def", "--seed=-1"], ["seed", "-1"]),
+    (["/no/run", "def", "--new_tokens=0"], ["new_tokens", "0"]),
+    (["/no/run", "def", "--tempreature=1"], ["tempreature"]),
+])  # fmt: skip
+def test_generation_refuses(arguments, words, tmp_path):
+    code, printed = script.run("moe_erc.generate", arguments, tmp_path / "out")
     assert code == 2 and all(word in printed.splitlines()[-1] for word in words), printed
     assert not os.path.exists("/no")
 

@@ -12,8 +12,8 @@ import sys
 
 import jax
 
-from moe_erc import bars, paths
 from moe_erc.checks import BadInput
+from moe_erc.data import bars, paths
 from moe_erc.tables import print_table
 
 PAPER = {  # the tasks of the ERC paper's two models

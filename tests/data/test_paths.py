@@ -5,9 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from moe_erc import paths
 from moe_erc.checks import BadInput
-from moe_erc.data import cache, sources, tokenizer
+from moe_erc.data import cache, paths, sources, tokenizer
 from moe_erc.data.config import DataConfig
 from moe_erc.evaluation.tasks import load_tasks
 from moe_erc.hf import inspect, olmoe, shard_writer, tokenizer_files
@@ -112,7 +111,7 @@ def test_every_reader_of_a_path_knows_the_home_directory(home):
     (home / "texts").mkdir(parents=True)
     (home / "texts" / "a.txt").write_text("text")
     (home / "tokenizer.json").write_text("{}")
-    assert cache.root("~/cache") == home / "cache"
+    assert cache.directory_of("~/cache") == home / "cache"
     assert sources.open_source("~/texts", data_config()).label == "texts"
     assert shard_writer.free_path("~/export") == home / "export"
     assert tokenizer_files.tokenizer_of("~", "bytes") == str(home / "tokenizer.json")

@@ -1,8 +1,12 @@
-"""Devices to compile for that need not be there: TPUs by the description that libtpu has of them, or virtual CPUs."""
+"""Devices to compile for that need not be there.
+
+They are TPUs, by the description that libtpu has of them, or virtual CPUs.
+"""
 
 import importlib.util
 import os
 import re
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -16,7 +20,8 @@ class Chip(NamedTuple):
 
     memory: float | None = None  # bytes that its compiler grants to a program
     flops: float | None = None  # bfloat16, a second, as published
-    config: str | None = None  # makes libtpu describe one device a chip, where that is not its default
+    # makes libtpu describe one device a chip, where that is not its default
+    config: str | None = None
 
 
 CHIPS = {
@@ -27,15 +32,21 @@ CHIPS = {
 }
 
 LIBTPU = {
-    # Else it asks a metadata server about the machine it is on, and says at length that there is none.
+    # Else it asks a metadata server about the machine it is on, and says at length that there is
+    # none.
     "TPU_ACCELERATOR_TYPE": "v5litepod-8",
     "TPU_WORKER_HOSTNAMES": "localhost",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # its lock is for the chips, and none are used
 }
 
 
-def described(topology, slices, devices):
-    """(devices, chip) of one of v5p:4x4x4 and cpu:64; to be called before anything else wants a device."""
+def described(
+    topology: str | None, slices: int, devices: str | None
+) -> tuple[Sequence[jax.Device], Chip]:
+    """(devices, chip) of one of v5p:4x4x4 and cpu:64.
+
+    To be called before anything else wants a device.
+    """
     if bool(topology) == bool(devices):
         raise BadInput("give one of --topology=v5p:4x4x4 and --devices=cpu:64")
     jax.config.update("jax_platforms", "cpu")  # what is attached is not asked
@@ -45,14 +56,19 @@ def described(topology, slices, devices):
 def _tpus(topology, slices):
     chip = CHIPS.get(topology.partition(":")[0])
     if chip is None:
-        raise BadInput(f"--topology: {topology!r} does not begin with one of {', '.join(CHIPS)}; v5p:4x4x4 would do")
+        raise BadInput(
+            f"--topology: {topology!r} does not begin with one of {', '.join(CHIPS)}; "
+            "v5p:4x4x4 would do"
+        )
     if not importlib.util.find_spec("libtpu"):
         raise BadInput('--topology compiles with libtpu, which is missing; pip install -e ".[tpu]"')
     for name, value in LIBTPU.items():
         os.environ.setdefault(name, value)
     options = {"chip_config_name": chip.config} if chip.config else {}
     try:
-        return topologies.get_topology_desc(topology, "tpu", num_slices=slices, **options).devices, chip
+        return topologies.get_topology_desc(
+            topology, "tpu", num_slices=slices, **options
+        ).devices, chip
     except jax.errors.JaxRuntimeError as error:
         raise BadInput(f"--topology: {topology!r}: {error}") from error
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from moe_erc import bars
+from moe_erc.data import bars
 
 
 def test_the_beginning_every_minute_and_the_end(capsys, monkeypatch):

@@ -1,26 +1,45 @@
-"""The tables of `benchmarks.compile_ahead`: memory, FLOPs, collectives, and the share of the losses on parameters."""
+"""The tables of `benchmarks.compile_ahead`.
+
+Memory, FLOPs, collectives, and the share of the losses on parameters.
+"""
 
 import collections
+from collections.abc import Callable, Mapping, Sequence
 
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.compiled.costs import Collective, Cost, Memory
+
 ROWS = 20  # of collectives; the rest is summed up
-SURROUNDINGS = ("jit(", "while", "body", "closed_call", "checkpoint", "rematted_computation", "layers", "shard_map")
+SURROUNDINGS = (
+    "jit(",
+    "while",
+    "body",
+    "closed_call",
+    "checkpoint",
+    "rematted_computation",
+    "layers",
+    "shard_map",
+)
 
 
-def show(facts, programs):
+def show(facts: Mapping, programs: Mapping[str, Mapping]) -> None:
     """Everything, of one device and one step."""
     console = Console(width=150)  # a narrower one would cut the numbers
     step = programs["step"]
     console.print(
-        f"{facts['config']}: {facts['parameters']:,} parameters, {facts['devices']}, mesh {facts['mesh']}, "
+        f"{facts['config']}: {facts['parameters']:,} parameters, {facts['devices']}, mesh "
+        f"{facts['mesh']}, "
         f"{facts['tokens']:,.0f} tokens a device in {facts['micro_batches']} micro-batches; "
         f"compiled in {step['seconds']:.0f} s"
     )
     console.print(memory_table(step["memory"], facts["memory_bytes"]))
     for buffer in step["buffers"]:
-        console.print(f"largest temporaries: {buffer.shape}, {gib(buffer.bytes)} GiB, {describe(buffer.origin)}")
+        console.print(
+            f"largest temporaries: {buffer.shape}, {gib(buffer.bytes)} GiB, "
+            f"{describe(buffer.origin)}"
+        )
     console.print(flops_table(facts, step["cost"]))
     console.print(collectives_table(step["cost"].collectives))
     if "parameter losses" in programs:
@@ -33,11 +52,16 @@ def show(facts, programs):
             console.print(f"{what} {origin}" + (f", {count} of them" if count > 1 else ""))
 
 
-def memory_table(memory, available):
+def memory_table(memory: Memory, available: float | None) -> Table:
     """By kind, against what there is."""
     table = numbers("", "GiB", "of the device", title="Memory")
-    kept = {"arguments (state, batch)": memory.arguments, "outputs not in their place": memory.outputs - memory.aliased}
-    for name, size in (kept | {"temporaries": memory.temporaries, "program": memory.program}).items():
+    kept = {
+        "arguments (state, batch)": memory.arguments,
+        "outputs not in their place": memory.outputs - memory.aliased,
+    }
+    for name, size in (
+        kept | {"temporaries": memory.temporaries, "program": memory.program}
+    ).items():
         table.add_row(name, gib(size), percent(size, available))
     table.add_section()
     table.add_row("allocated", gib(memory.allocated), percent(memory.allocated, available))
@@ -47,15 +71,18 @@ def memory_table(memory, available):
     return table
 
 
-def balanced_flops(facts, cost):
+def balanced_flops(facts: Mapping, cost: Cost) -> float:
     """Matmul FLOPs when every device of an expert group is routed an equal share of its rows."""
     return cost.flops + cost.grouped_flops / facts["mesh"]["expert"]
 
 
-def flops_table(facts, cost):
+def flops_table(facts: Mapping, cost: Cost) -> Table:
     """Compiled FLOPs beside those of the model: its matmuls forward, and twice that backward."""
-    rate, model = facts["flops_per_s"], facts["model_flops"]
-    table = numbers("", "TFLOP", "of the model's", *(["ms at the peak rate"] if rate else []), title="Matmuls")
+    rate = facts["flops_per_s"]
+    model = facts["model_flops"]
+    table = numbers(
+        "", "TFLOP", "of the model's", *(["ms at the peak rate"] if rate else []), title="Matmuls"
+    )
     rows = {"model, forward and backward": model, "compiled: dense": cost.flops}
     rows |= {"compiled: experts, at equal load": cost.grouped_flops / facts["mesh"]["expert"]}
     rows |= {"compiled": balanced_flops(facts, cost)}
@@ -65,7 +92,7 @@ def flops_table(facts, cost):
     return table
 
 
-def collectives_table(found):
+def collectives_table(found: Sequence[Collective]) -> Table:
     """Alike ones in a row, those that send most first."""
     table = numbers(
         "collective",
@@ -81,7 +108,9 @@ def collectives_table(found):
     )
     alike = collections.defaultdict(list)
     for collective in found:
-        alike[collective.kind, collective.shapes, collective.group, collective.asynchronous].append(collective)
+        alike[collective.kind, collective.shapes, collective.group, collective.asynchronous].append(
+            collective
+        )
     rows = sorted(alike.items(), key=lambda item: -sum(one.wire_bytes for one in item[1]))
     for (kind, shapes, group, asynchronous), members in rows[:ROWS]:
         more = f" + {len(shapes) - 1} more" if len(shapes) > 1 else ""
@@ -100,20 +129,30 @@ def collectives_table(found):
     rest = [one for _, members in rows[ROWS:] for one in members]
     for name, members in (("others", rest), ("all", found)):
         sent = sum(one.wire_bytes for one in members) / 1e9
-        table.add_row(name, "", "", str(sum(one.times for one in members)), "", f"{sent:.3g}", "", "")
+        table.add_row(
+            name, "", "", str(sum(one.times for one in members)), "", f"{sent:.3g}", "", ""
+        )
     return table
 
 
-def share_table(programs, facts):
-    """The losses on parameters alone beside the step, and what the step has more than one without them."""
-    step, alone = programs["step"], programs["parameter losses"]
+def share_table(programs: Mapping[str, Mapping], facts: Mapping) -> Table:
+    """The losses on parameters beside the step, and what the step has more than one without."""
+    step = programs["step"]
+    alone = programs["parameter losses"]
     without = programs.get("step without them")
-    titles = ("alone", "of the step") + (("step less step without", "of the step") if without else ())
+    titles = ["alone", "of the step"]
+    if without:
+        titles += ["step less step without", "of the step"]
     table = numbers("", *titles, title="Losses on parameters")
 
-    def add(name, unit, read):
-        whole, values = read(step), [read(alone)] + ([read(step) - read(without)] if without else [])
-        cells = [cell for value in values for cell in (f"{value / unit:.4g}", percent(value, whole))]
+    def add(name: str, unit: float, read: Callable[[Mapping], float]) -> None:
+        whole = read(step)
+        values = [read(alone)]
+        if without:
+            values.append(whole - read(without))
+        cells = []
+        for value in values:
+            cells += [f"{value / unit:.4g}", percent(value, whole)]
         table.add_row(name, *cells)
 
     add("matmuls, TFLOP", 1e12, lambda program: balanced_flops(facts, program["cost"]))
@@ -122,18 +161,25 @@ def share_table(programs, facts):
     return table
 
 
-def describe(origin):
-    """The end of a traced operation's name, without the loops around it, and whether it is of the backward pass."""
+def describe(origin: str) -> str:
+    """The end of a traced operation's name, and whether it is of the backward pass.
+
+    The loops around it are left out.
+    """
     first, *more = origin.split(":")  # operations that were merged
     words = [
         word.strip("()")
         for word in first.split("/")
         if not word.lstrip("(").startswith((*SURROUNDINGS, "jvp(", "transpose("))
     ]
-    return "/".join(words[-3:]) + (f" + {len(more)}" if more else "") + (" (backward)" if "transpose(" in first else "")
+    return (
+        "/".join(words[-3:])
+        + (f" + {len(more)}" if more else "")
+        + (" (backward)" if "transpose(" in first else "")
+    )
 
 
-def numbers(*columns, title, text=(0,)):
+def numbers(*columns: str, title: str, text: Sequence[int] = (0,)) -> Table:
     """A table of right-aligned columns but for those of text."""
     table = Table(title=title, title_justify="left")
     for index, column in enumerate(columns):
@@ -141,9 +187,9 @@ def numbers(*columns, title, text=(0,)):
     return table
 
 
-def gib(size):
+def gib(size: float) -> str:
     return f"{size / 2**30:.3g}"
 
 
-def percent(part, whole):
+def percent(part: float, whole: float | None) -> str:
     return f"{part / whole:.2%}" if whole else ""

@@ -21,7 +21,8 @@ class Lines:
         self._unit = unit
         self._stream = sys.stderr  # that of now: a library's bars are sent elsewhere while it works
         self._done = 0
-        self._begun = self._said = time.monotonic()
+        self._begun = time.monotonic()
+        self._said = self._begun
         self._say(f"{total:,} {unit}" if total is not None else f"all {unit}")
 
     def update(self, count: int = 1) -> None:
@@ -46,8 +47,11 @@ class Lines:
         print(f"{self._what}: {line}", file=self._stream)
 
 
-def bar(what: str, total: int | None, unit: str):
-    """A context with `update(count)`. `what` is done, to `total` things called `unit`; None where nobody knows."""
+def bar(what: str, total: int | None, unit: str) -> tqdm | Lines:
+    """A context with `update(count)`. `what` is done, to `total` things called `unit`.
+
+    None where nobody knows.
+    """
     if sys.stderr.isatty():
         return tqdm(desc=what, total=total, unit=f" {unit}")
     return Lines(what, total, unit)

@@ -153,7 +153,7 @@ def test_two_processes_go_on_before_a_damaged_checkpoint_and_stop_together(train
 INTERRUPTED_BEFORE_THE_FIRST_STEP = """
     import os, signal, time
     import jax
-    from moe_erc import processes
+    from moe_erc.launch import processes
     from moe_erc.training.interrupt import StopRequest
     processes.initialize()
     with StopRequest() as stop:
@@ -176,7 +176,8 @@ def test_ctrl_c_before_the_first_step_of_a_resumed_run_is_not_lost(tmp_path):
 PLACES_AND_AGREEMENT = """
     import sys
     import jax, numpy as np
-    from moe_erc import command_line, processes, sharding
+    from moe_erc import sharding
+    from moe_erc.launch import command_line, processes
     from moe_erc.checks import BadInput
     case = sys.argv[1]
     with command_line.refusing_bad_input(), processes.ending_together():

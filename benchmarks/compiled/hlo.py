@@ -1,8 +1,12 @@
-"""XLA's HLO text as a graph: computations, their instructions, and what a line says of shapes, loops and groups.
+"""XLA's HLO text as a graph: computations and their instructions.
 
-    %name = f32[8,16]{1,0} opcode(%operand, …), attribute=value, …, metadata={op_name="where it comes from"}
+An instruction is a line, which says all of its shapes, loops and groups:
 
-The text names nothing before it has defined it, so one pass links operands to instructions and calls to computations.
+    %name = f32[8,16]{1,0} opcode(%operand, …), attribute=value, …,
+        metadata={op_name="where it comes from"}
+
+The text names nothing before it has defined it, so one pass links operands to instructions and
+calls to computations.
 """
 
 import dataclasses
@@ -13,7 +17,9 @@ from typing import NamedTuple
 HEADER = re.compile(r"(ENTRY )?%?([\w.-]+) \(.*\{$")
 INSTRUCTION = re.compile(r"\s+(ROOT )?%?([\w.-]+) = (.*?) ([a-z][\w-]*)\((.*)$")
 SHAPE = re.compile(r"([a-z]\w*)\[([\d,]*)\]")
-CALLS = re.compile(r"(?:calls|body|true_computation|false_computation)=%?([\w.-]+)|branch_computations=\{([^}]*)\}")
+CALLS = re.compile(
+    r"(?:calls|body|true_computation|false_computation)=%?([\w.-]+)|branch_computations=\{([^}]*)\}"
+)
 NAME = re.compile(r"[\w.-]+")
 
 
@@ -24,7 +30,7 @@ class Shape(NamedTuple):
     sizes: tuple[int, ...]
 
     @property
-    def bytes(self):
+    def bytes(self) -> int:
         width = re.search(r"\d+", self.dtype)
         bits = 8 if self.dtype == "pred" else int(width[0]) if width else 0  # a token has none
         return math.prod(self.sizes) * bits // 8
@@ -43,19 +49,20 @@ class Instruction:
     operands: tuple["Instruction", ...]
     literal: str  # what stands between the parentheses, for constants
     attributes: str
-    called: tuple["Computation", ...]  # not a loop's condition, nor what a reduction does to every element
+    # not a loop's condition, nor what a reduction does to every element
+    called: tuple["Computation", ...]
     condition: "Computation | None"
 
     @property
-    def origin(self):
+    def origin(self) -> str:
         """The traced operation, as jax names it."""
         return next(iter(self.find(r'op_name="([^"]*)"')), "")
 
-    def find(self, pattern):
+    def find(self, pattern: str) -> list:
         """All matches in the attributes."""
         return re.findall(pattern, self.attributes)
 
-    def numbers(self, attribute):
+    def numbers(self, attribute: str) -> list[int]:
         """Of an attribute like lhs_contracting_dims={1,2}."""
         return [
             int(number)
@@ -74,18 +81,21 @@ class Computation:
     devices: int  # that the program runs on
 
     @property
-    def root(self):
+    def root(self) -> Instruction:
         return self.instructions[-1]
 
 
-def parse(text):
+def parse(text: str) -> Computation:
     """The entry computation of a program; the others hang on its instructions."""
     partitions = re.search(r"num_partitions=(\d+)", text)
     devices = int(partitions[1]) if partitions else 1
-    computations, scope, entry = {}, {}, None
+    computations = {}
+    scope = {}
+    entry = None
     for line in text.splitlines():
         if header := HEADER.match(line):
-            scope, current = {}, Computation(header[2], [], devices)
+            scope = {}
+            current = Computation(header[2], [], devices)
             computations[current.name] = current
             entry = current if header[1] else entry
         elif match := INSTRUCTION.match(line):
@@ -116,11 +126,12 @@ def _instruction(match, scope, computations):
 
 def _shapes(text):
     return tuple(
-        Shape(dtype, tuple(int(size) for size in sizes.split(",") if size)) for dtype, sizes in SHAPE.findall(text)
+        Shape(dtype, tuple(int(size) for size in sizes.split(",") if size))
+        for dtype, sizes in SHAPE.findall(text)
     )
 
 
-def origins(computation):
+def origins(computation: Computation) -> dict[str, str]:
     """{name: origin} of every instruction of a program, however deep."""
     found = {}
     for instruction in computation.instructions:
@@ -130,10 +141,11 @@ def origins(computation):
     return found
 
 
-def trip_count(loop):
+def trip_count(loop: Instruction) -> int | None:
     """How often a while loop turns; None if that depends on data.
 
-    XLA's own word where it leaves one. Else the loop is one of jax's: a counter that goes up by one to a constant.
+    XLA's own word where it leaves one. Else the loop is one of jax's: a counter that goes up by one
+    to a constant.
     """
     if known := loop.find(r'known_trip_count":\{"n":"(\d+)"'):
         return int(known[0])
@@ -152,8 +164,11 @@ def _constant(instruction):
     return int(instruction.literal) if instruction.opcode == "constant" else None
 
 
-def group_size(collective, devices):
-    """How many devices take part together: replica_groups are listed, or told as a grid or by axes of a mesh."""
+def group_size(collective: Instruction, devices: int) -> int:
+    """How many devices take part together.
+
+    replica_groups are listed, or told as a grid or by axes of a mesh.
+    """
     if listed := collective.find(r"replica_groups=\{\{([\d,]*)\}"):
         return len(listed[0].split(","))
     if grid := collective.find(r"replica_groups=\[\d+,(\d+)\]"):

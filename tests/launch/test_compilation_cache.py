@@ -5,12 +5,12 @@ import pathlib
 
 import pytest
 
-from moe_erc import compilation_cache
+from moe_erc.launch import compilation_cache
 from tests import script
 
 WHERE = """
 import jax
-from moe_erc import compilation_cache, processes
+from moe_erc.launch import compilation_cache, processes
 processes.initialize()
 compilation_cache.enable()
 jax.jit(lambda x: x + 1)(1)

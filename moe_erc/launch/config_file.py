@@ -1,6 +1,8 @@
-"""A config file as `--config` names it, FILE[:SIZE]: read, or refused in one line that names the nearest."""
+"""A config file as `--config` names it, FILE[:SIZE].
 
-import difflib
+It is read, or refused in one line that names the nearest.
+"""
+
 import importlib.machinery
 import pathlib
 import traceback
@@ -9,7 +11,7 @@ from collections.abc import Iterator
 
 from ml_collections import ConfigDict
 
-from moe_erc.checks import BadInput
+from moe_erc.checks import BadInput, nearest
 
 NO_CONFIGS = ("__init__.py", "sizes.py")
 
@@ -25,7 +27,9 @@ def load(argument: str) -> ConfigDict:
     try:
         importlib.machinery.SourceFileLoader("config", path).exec_module(module)
         if not callable(getattr(module, "get_config", None)):
-            raise BadInput(f"--config: {path!r} has no function get_config(size), which returns a config")
+            raise BadInput(
+                f"--config: {path!r} has no function get_config(size), which returns a config"
+            )
         config = module.get_config(*([size] if colon else []))
     except (BadInput, OSError):
         raise
@@ -40,29 +44,40 @@ def load(argument: str) -> ConfigDict:
 def check_exists(path: str) -> None:
     """BadInput for what is no file, with the config that was probably meant."""
     if not path:
-        raise BadInput(f"--config: no file is named; give FILE[:SIZE], such as {next(known_files(), 'my_config.py')}")
+        raise BadInput(
+            "--config: no file is named; give FILE[:SIZE], such as "
+            f"{next(known_files(), 'my_config.py')}"
+        )
     if pathlib.Path(path).is_dir():
-        inside = [name for name in known_files() if pathlib.Path(path) in pathlib.Path(name).parents]
+        inside = [
+            name for name in known_files() if pathlib.Path(path) in pathlib.Path(name).parents
+        ]
         mend = f", such as {inside[0]}" if inside else ""
         raise BadInput(f"--config: {path!r} is a directory; name a file in it{mend}")
     if not pathlib.Path(path).is_file():
-        nearest = _nearest_file(path)
-        mend = f"the nearest is {nearest}" if nearest else "give FILE[:SIZE]"
+        meant = _nearest_file(path)
+        mend = f"the nearest is {meant}" if meant else "give FILE[:SIZE]"
         raise BadInput(f"--config: there is no file {path!r}; {mend}")
 
 
 def beside_the_script(argument: str | None) -> str | None:
-    """The same where the current directory has that file; else that of the project, wherever it was started from."""
-    project = pathlib.Path(__file__).parents[1]
+    """The same where the current directory has that file.
+
+    Else that of the project, wherever it was started from.
+    """
+    project = pathlib.Path(__file__).parents[2]
     if argument and not pathlib.Path(argument.partition(":")[0]).exists():
         return str(project / argument)
     return argument
 
 
 def known_files() -> Iterator[str]:
-    """The configs below the directory `configs` of the current directory, else of the project; ablations last."""
+    """The configs below the directory `configs` of the current directory, else of the project.
+
+    Ablations last.
+    """
     here = pathlib.Path("configs")
-    project = pathlib.Path(__file__).parents[1] / "configs"
+    project = pathlib.Path(__file__).parents[2] / "configs"
     found = (here if here.is_dir() else project).rglob("*.py")
     for path in sorted(found, key=lambda path: (len(path.parts), path)):
         if path.name not in NO_CONFIGS:
@@ -70,7 +85,7 @@ def known_files() -> Iterator[str]:
 
 
 def check_fields(argument: str, config: ConfigDict, reference: ConfigDict, block: str = "") -> None:
-    """Refuses a config with a key that the reference lacks or has in another type, or without one of it.
+    """Refuses a config that has not the keys of the reference, of the same types.
 
     With a `block` only the keys of that block have to be there.
     """
@@ -78,22 +93,28 @@ def check_fields(argument: str, config: ConfigDict, reference: ConfigDict, block
     found = dict(leaves(config))
     for key, value in found.items():
         if key not in kinds:
-            raise BadInput(f"--config={argument}: no such key as config.{key}; {nearest_key(key, list(kinds))}")
+            raise BadInput(
+                f"--config={argument}: no such key as config.{key}; "
+                f"the nearest is config.{nearest_key(key, list(kinds))}"
+            )
         if not _fits(value, kinds[key]):
             wanted = type(kinds[key]).__name__
-            raise BadInput(f"--config={argument}: config.{key} is {value!r}; give a value of type {wanted}")
+            raise BadInput(
+                f"--config={argument}: config.{key} is {value!r}; give a value of type {wanted}"
+            )
     for key in kinds:
         if key not in found and key.startswith(block):
             raise BadInput(
-                f"--config={argument}: config.{key} is missing; begin with config = configs.base.get_config(size)"
+                f"--config={argument}: config.{key} is missing; "
+                "begin with config = configs.base.get_config(size)"
             )
 
 
 def nearest_key(key: str, known: list[str]) -> str:
-    """A hint at the key that was probably meant: one of the same name in another block, if there is one."""
+    """The key that was probably meant: one of the same name in another block, if there is one."""
     name = key.rpartition(".")[2]
     namesakes = [other for other in known if other.rpartition(".")[2] == name]
-    return f"the nearest is config.{difflib.get_close_matches(key, namesakes or known, n=1, cutoff=0)[0]}"
+    return nearest(key, namesakes or known)
 
 
 def leaves(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, object]]:
@@ -116,20 +137,26 @@ def _fits(value: object, like: object) -> bool:
 
 
 def _nearest_file(path: str) -> str:
-    """Of the same name with or without .py first, else by likeness; "" where there is none at all."""
+    """Of the same name with or without .py first, else by likeness.
+
+    "" where there is none at all.
+    """
     known = list(known_files())
     wanted = pathlib.Path(path).with_suffix("")
     for name in known:
         if pathlib.Path(name).stem == wanted.name:
             return name
     stems = {pathlib.Path(name).stem: name for name in known}
-    nearest = difflib.get_close_matches(wanted.name, stems, n=1, cutoff=0)
-    return stems[nearest[0]] if nearest else ""
+    return stems[nearest(wanted.name, stems)] if stems else ""
 
 
 def _blame(path: str, error: Exception) -> str:
     """The line of the config file in which it fails."""
-    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
+    lines = [
+        frame.lineno
+        for frame in traceback.extract_tb(error.__traceback__)
+        if frame.filename == path
+    ]
     reason = str(error)
     if isinstance(error, SyntaxError):
         lines = [error.lineno] if error.lineno else []

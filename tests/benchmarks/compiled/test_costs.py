@@ -9,7 +9,7 @@ from jax import lax
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from moe_erc.analysis import compiled
+from benchmarks.compiled import costs
 
 FLOAT = jnp.float32
 PROGRAMS = pathlib.Path(__file__).parent / "programs"
@@ -18,7 +18,7 @@ PROGRAMS = pathlib.Path(__file__).parent / "programs"
 def cost_of(function, *shapes):
     """Cost of a function of float32 arrays."""
     arguments = [jax.ShapeDtypeStruct(shape, FLOAT) for shape in shapes]
-    return compiled.cost(jax.jit(function).lower(*arguments).compile().as_text())
+    return costs.cost(jax.jit(function).lower(*arguments).compile().as_text())
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ def test_flops_in_nested_loops_are_multiplied_out():
         return lax.scan(lambda x, _: (x @ x, None), x, None, length=3)[0]
 
     program = jax.jit(repeated(inner, 5)).lower(jax.ShapeDtypeStruct((64, 64), FLOAT)).compile()
-    assert compiled.cost(program.as_text()).flops == 5 * 3 * 2 * 64**3
+    assert costs.cost(program.as_text()).flops == 5 * 3 * 2 * 64**3
     # Why this reader exists. If it fails, XLA has learned to count loops: do away with the reader's FLOPs.
     assert program.cost_analysis()["flops"] < 2 * 2 * 64**3
 
@@ -97,7 +97,7 @@ def test_memory_is_of_one_device_and_knows_of_donation():
 
     shapes = [jax.ShapeDtypeStruct((1024,), FLOAT)] * 2
     kept, donated = (
-        compiled.memory(jax.jit(step, donate_argnums=donate).lower(*shapes).compile()) for donate in ((), 0)
+        costs.memory(jax.jit(step, donate_argnums=donate).lower(*shapes).compile()) for donate in ((), 0)
     )
     assert kept.arguments == 2 * 4096 and kept.outputs == 4096
     assert donated.aliased == 4096 and donated.allocated == kept.allocated - 4096
@@ -105,7 +105,7 @@ def test_memory_is_of_one_device_and_knows_of_donation():
 
 def test_what_only_tpu_programs_hold():
     """Cut from programs of libtpu 0.0.42: loops without a trip count, dots as convolutions, collectives in fusions."""
-    cost = compiled.cost((PROGRAMS / "tpu.hlo").read_text())
+    cost = costs.cost((PROGRAMS / "tpu.hlo").read_text())
     assert cost.flops == 12 * 2 * 16 * 64 * 32  # a batch of 12, written as a window
     assert cost.grouped_flops == 2 * 192 * 64 * 32
     assert not cost.open_loops and cost.kernels == ("jit(step)/tgmm",)
@@ -121,7 +121,7 @@ def test_asynchronous_collectives_count_once():
     """In the forms of GPU programs, which CPU programs do not have."""
     found = [
         (one.kind, one.shapes, one.bytes, one.group, one.asynchronous)
-        for one in compiled.cost((PROGRAMS / "asynchronous.hlo").read_text()).collectives
+        for one in costs.cost((PROGRAMS / "asynchronous.hlo").read_text()).collectives
     ]
     assert found == [
         ("all-gather", ("f32[128,64]",), 128 * 64 * 4, 4, True),

@@ -6,12 +6,12 @@ import sys
 
 import pytest
 
-from moe_erc import huge_pages
+from moe_erc.launch import huge_pages
 from tests import script
 
 PROGRAM = """
 import os, pathlib, sys
-from moe_erc import huge_pages
+from moe_erc.launch import huge_pages
 huge_pages.MODE = pathlib.Path(sys.argv[1])
 with open(sys.argv[2], "a") as starts:
     starts.write("x")
@@ -66,3 +66,11 @@ def test_another_program_goes_on_as_it_is(monkeypatch, tmp_path):
     monkeypatch.setattr(sys.modules["__main__"], "__spec__", None)
     huge_pages.enable()
     assert "GLIBC_TUNABLES" not in os.environ
+
+
+def test_only_training_asks_for_them():
+    """Evaluation allocates little that it gives back: a second start would cost more than it spares."""
+    asking = [path.name for path in script.ROOT.glob("*.py") if "huge_pages" in path.read_text()]
+    package = script.ROOT / "moe_erc"
+    asking += [path.name for path in package.rglob("*.py") if "huge_pages" in path.read_text()]
+    assert asking == ["train.py"]

@@ -1,5 +1,6 @@
 """`--help` of each script: exit code 0, on standard output, every flag of its own with an example."""
 
+import importlib
 import re
 import subprocess
 import sys
@@ -10,8 +11,7 @@ from tests import script
 
 TRAIN = ("config", "workdir")
 EVALUATE = (
-    "checkpoint", "coupling", "export", "figures", "generate", "limit", "new_tokens", "num_fewshot", "output", "seed",
-    "task_dir", "tasks", "temperature", "top_k", "top_p", "windows", "workdir",
+    "checkpoint", "coupling", "figures", "limit", "num_fewshot", "output", "task_dir", "tasks", "windows", "workdir",
 )  # fmt: skip
 
 
@@ -36,6 +36,27 @@ def test_evaluation_names_its_flags(tmp_path):
     assert_examples(printed, EVALUATE)
 
 
+@pytest.mark.parametrize(("name", "says", "names"), [
+    ("export", "Writes the model of a run as an OLMoE", ()),
+    ("generate", "Continues a prompt", ("new_tokens", "seed", "temperature", "top_k", "top_p")),
+])  # fmt: skip
+def test_commands_of_the_package_name_their_flags(name, says, names, tmp_path):
+    printed = asked(f"moe_erc.{name}", "--help", tmp_path)
+    assert says in printed and f"python -m moe_erc.{name} runs/erc-tiny " in printed
+    if names:
+        assert_examples(printed, names)
+
+
+def test_commands_of_the_package_are_installed_under_their_names():
+    """As `setup.py` says: each entry is a function without arguments."""
+    text = (script.ROOT / "setup.py").read_text()
+    found = re.findall(r'"moe_erc-(\w+) = moe_erc\.(\w+):main"', text)
+    assert {"export", "generate"} <= {module for _, module in found}
+    for command, module in found:
+        assert command == module
+        assert callable(importlib.import_module(f"moe_erc.{module}").main)
+
+
 def assert_examples(printed, names):
     listed = printed.split("Flags:")[1]
     found = re.findall(r"^  --(\w+)$", listed, re.MULTILINE)
@@ -51,8 +72,8 @@ def test_help_is_printed_beside_what_is_wrong(tmp_path):
 
 
 def test_learning_a_tokenizer_names_its_flags():
-    command = [sys.executable, "-m", "moe_erc.data.bpe", "--help"]
+    command = [sys.executable, "-m", "moe_erc.train_tokenizer", "--help"]
     done = subprocess.run(command, cwd=script.ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and not done.stderr
-    assert "Byte-level byte-pair encoding" in done.stdout
+    assert "Learns a byte-pair tokenizer" in done.stdout
     assert_examples(done.stdout, ("config", "output", "vocab_size"))

@@ -3,8 +3,8 @@
 import pytest
 
 from configs import erc
-from moe_erc import config_file
 from moe_erc.checks import BadInput
+from moe_erc.launch import config_file
 from tests import script
 
 BASE = "from configs import base\ndef get_config(size=''):\n    config = base.get_config(size)\n    "

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from moe_erc.analysis import buffers
+from benchmarks.compiled import buffers
 
 ACCOUNT = """BufferAssignment:
 allocation 0: size 4096, parameter 0, shape |f32[32,32]| at ShapeIndex {}:

@@ -1,20 +1,32 @@
-"""What a compiled program costs one device: matmul FLOPs, collectives, bytes. Read from its optimized HLO.
+"""Costs of a compiled program for one device: matmul FLOPs, collectives, bytes.
 
-    cost(computation) = sum over its instructions;   of a loop: trips x its body;   of a conditional: its dearest branch
+They are read from its optimized HLO.
 
-`Compiled.cost_analysis` counts the body of a loop once, and so one layer of a scan over layers. Elementwise work is not
-counted: memory bounds it, not FLOPs.
+    cost(computation) = sum over its instructions
+    cost(loop)        = trips x its body
+    cost(conditional) = its dearest branch
+
+`Compiled.cost_analysis` counts the body of a loop once, and so one layer of a scan over layers.
+Elementwise work is not counted: memory bounds it, not FLOPs.
 """
 
 import functools
 import math
 from typing import NamedTuple
 
+import jax
 import numpy as np
 
-from moe_erc.analysis import hlo
+from benchmarks.compiled import hlo
 
-COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
+COLLECTIVES = (
+    "all-reduce",
+    "all-gather",
+    "reduce-scatter",
+    "all-to-all",
+    "ragged-all-to-all",
+    "collective-permute",
+)
 KERNELS = r'custom_call_target="[^"]*(?:tpu_custom_call|gemm|matmul|triton|mosaic|fmha)'
 
 
@@ -30,9 +42,14 @@ class Collective(NamedTuple):
     times: int = 1
 
     @property
-    def wire_bytes(self):
-        """The least that a device sends in all runs: an all-reduce is a reduce-scatter and an all-gather."""
-        rounds = {"all-reduce": 2, "collective-permute": self.group / max(self.group - 1, 1)}.get(self.kind, 1)
+    def wire_bytes(self) -> float:
+        """The least that a device sends in all runs.
+
+        An all-reduce is a reduce-scatter and an all-gather.
+        """
+        rounds = {"all-reduce": 2, "collective-permute": self.group / max(self.group - 1, 1)}.get(
+            self.kind, 1
+        )
         return self.times * self.bytes * rounds * (self.group - 1) / self.group
 
 
@@ -42,11 +59,12 @@ class Cost(NamedTuple):
     flops: int = 0  # matmuls and convolutions
     grouped_flops: int = 0  # ragged matmuls, as if every row belonged to one of the groups
     collectives: tuple[Collective, ...] = ()
-    open_loops: tuple[str, ...] = ()  # origins of loops whose length depends on data: counted as one turn
+    # origins of loops whose length depends on data: counted as one turn
+    open_loops: tuple[str, ...] = ()
     kernels: tuple[str, ...] = ()  # origins of calls that may multiply matrices: not counted
 
     @property
-    def wire_bytes(self):
+    def wire_bytes(self) -> float:
         return sum(collective.wire_bytes for collective in self.collectives)
 
 
@@ -61,12 +79,12 @@ class Memory(NamedTuple):
     in_use: int  # at once, by the compiler's count; that of XLA:CPU leaves temporaries out
 
     @property
-    def allocated(self):
+    def allocated(self) -> int:
         """All of it."""
         return self.arguments + self.outputs - self.aliased + self.temporaries + self.program
 
 
-def memory(compiled):
+def memory(compiled: jax.stages.Compiled) -> Memory:
     """What a `jax.stages.Compiled` says it needs."""
     stats = compiled.memory_analysis()
     return Memory(
@@ -79,7 +97,7 @@ def memory(compiled):
     )
 
 
-def cost(text):
+def cost(text: str) -> Cost:
     """Cost of a program, given as `Compiled.as_text()`."""
     found = _of_computation(hlo.parse(text))
     _of_computation.cache_clear()  # it holds the program
@@ -92,19 +110,29 @@ def _add(*costs):
 
 @functools.cache
 def _of_computation(computation):
-    return _add(*(_of_instruction(instruction, computation) for instruction in computation.instructions))
+    return _add(
+        *(_of_instruction(instruction, computation) for instruction in computation.instructions)
+    )
 
 
 def _of_instruction(instruction, computation):
     inside = [_of_computation(called) for called in instruction.called]
     if instruction.opcode == "conditional":
-        return max(inside, key=lambda branch: (branch.flops + branch.grouped_flops, branch.wire_bytes))
+        return max(
+            inside, key=lambda branch: (branch.flops + branch.grouped_flops, branch.wire_bytes)
+        )
     inside = _add(*inside)
     if instruction.opcode == "while":
         trips = hlo.trip_count(instruction)
-        return _add(inside, Cost(open_loops=(instruction.origin,))) if trips is None else _repeat(inside, trips)
+        return (
+            _add(inside, Cost(open_loops=(instruction.origin,)))
+            if trips is None
+            else _repeat(inside, trips)
+        )
     if instruction.opcode == "async-start":
-        inside = inside._replace(collectives=tuple(one._replace(asynchronous=True) for one in inside.collectives))
+        inside = inside._replace(
+            collectives=tuple(one._replace(asynchronous=True) for one in inside.collectives)
+        )
     return _add(inside, _own_cost(instruction, computation))
 
 
@@ -121,7 +149,8 @@ def _own_cost(instruction, computation):
         return Cost(collectives=_collective(instruction, computation))
     if instruction.opcode == "dot":
         contracted = [
-            instruction.operands[0].shapes[0].sizes[axis] for axis in instruction.numbers("lhs_contracting_dims")
+            instruction.operands[0].shapes[0].sizes[axis]
+            for axis in instruction.numbers("lhs_contracting_dims")
         ]
         return Cost(flops=2 * math.prod(instruction.shapes[0].sizes) * math.prod(contracted))
     if instruction.opcode == "convolution":
@@ -132,17 +161,28 @@ def _own_cost(instruction, computation):
 
 
 def _kernel_cost(instruction):
-    """Of a call no more is known than its name, other than of libtpu's kernels behind `lax.ragged_dot`."""
+    """The cost of a call, of which no more than its name is known.
+
+    Of libtpu's kernels behind `lax.ragged_dot` more is known.
+    """
     if instruction.name.startswith("ragged-dot-none"):
-        (result,), (rows,) = instruction.shapes, instruction.operands[-2].shapes
+        (result,) = instruction.shapes
+        (rows,) = instruction.operands[-2].shapes
         return Cost(grouped_flops=2 * math.prod(result.sizes) * rows.sizes[1])
-    multiplies = instruction.find(KERNELS) and not instruction.name.startswith("ragged-dot-metadata")
+    multiplies = instruction.find(KERNELS) and not instruction.name.startswith(
+        "ragged-dot-metadata"
+    )
     return Cost(kernels=(instruction.origin or instruction.name,)) if multiplies else Cost()
 
 
 def _collective(instruction, computation):
-    """() or the one that this is: TPU runs some as a chain of fusions that repeat the instruction."""
-    links = "".join(other.attributes for other in computation.instructions if other.opcode == "custom-call")
+    """The collective that an instruction is, or ().
+
+    A TPU runs some as a chain of fusions that repeat the instruction.
+    """
+    links = "".join(
+        other.attributes for other in computation.instructions if other.opcode == "custom-call"
+    )
     starts_chain = "AsyncCollectiveStart" in links
     if "async_collective_fusion_config" in instruction.attributes and not starts_chain:
         return ()
@@ -151,7 +191,8 @@ def _collective(instruction, computation):
         kind = "reduce-scatter"  # on TPU a fusion of the sum and of the slice that is kept
     operands = [shape for operand in instruction.operands for shape in operand.shapes]
     results = instruction.shapes
-    if instruction.opcode in ("all-gather-start", "collective-permute-start"):  # (operands, results, flags)
+    # (operands, results, flags)
+    if instruction.opcode in ("all-gather-start", "collective-permute-start"):
         results = results[len(operands) : 2 * len(operands)]
     found = Collective(
         kind=kind,
@@ -165,27 +206,45 @@ def _collective(instruction, computation):
 
 
 def _convolution_flops(instruction):
-    """Pairs that meet: TPU writes a batch axis of a dot as a window, dilated so that an element meets its own alone."""
+    """The number of pairs that meet.
+
+    A TPU writes a batch axis of a dot as a window, dilated so that an element meets its own alone.
+    """
     labels = instruction.find(r"dim_labels=(\w+)_(\w+)->(\w+)")[0]
-    arrays = (*(operand.shapes[0].sizes for operand in instruction.operands), instruction.shapes[0].sizes)
-    image, kernel, result = (dict(zip(names, sizes, strict=True)) for names, sizes in zip(labels, arrays, strict=True))
+    arrays = (
+        *(operand.shapes[0].sizes for operand in instruction.operands),
+        instruction.shapes[0].sizes,
+    )
+    image, kernel, result = (
+        dict(zip(names, sizes, strict=True)) for names, sizes in zip(labels, arrays, strict=True)
+    )
     windows = {axis: _window(instruction, int(axis)) for axis in image if axis.isdigit()}
-    pairs = math.prod(_window_pairs(image[axis], result[axis], window) for axis, window in windows.items())
+    pairs = math.prod(
+        _window_pairs(image[axis], result[axis], window) for axis, window in windows.items()
+    )
     return 2 * result["b"] * result["f"] * kernel["i"] * pairs
 
 
 def _window(instruction, axis):
     """(size, stride, low padding, dilation of the image, of the kernel) along one axis."""
 
-    def field(name, default):
+    def field(name: str, default: int) -> int:
         found = instruction.find(rf"window=\{{[^}}]*\b{name}=([\dx_-]+)")
         return int(found[0].split("x")[axis].split("_")[0]) if found else default
 
-    return field("size", 1), field("stride", 1), field("pad", 0), field("lhs_dilate", 1), field("rhs_dilate", 1)
+    return (
+        field("size", 1),
+        field("stride", 1),
+        field("pad", 0),
+        field("lhs_dilate", 1),
+        field("rhs_dilate", 1),
+    )
 
 
 def _window_pairs(image_size, result_size, window):
     size, stride, padding, image_dilation, kernel_dilation = window
-    position = np.arange(result_size)[:, None] * stride + np.arange(size) * kernel_dilation - padding
+    position = (
+        np.arange(result_size)[:, None] * stride + np.arange(size) * kernel_dilation - padding
+    )
     inside = (position >= 0) & (position <= (image_size - 1) * image_dilation)
     return int(np.sum(inside & (position % image_dilation == 0)))

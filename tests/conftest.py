@@ -32,12 +32,15 @@ from moe_erc.model.config import ModelConfig  # noqa: E402
 
 # The longest first, so that the workers end together: a long file that starts last has a worker to itself.
 FIRST = (
-    "test_resume.py",
     "test_configs.py",
     "launch/test_processes.py",
+    "test_resume.py",
+    "test_resumed_changes.py",
     "test_notebooks.py",
     "training/test_step.py",
+    "test_lost_work.py",
     "test_init_from.py",
+    "test_output.py",
     "model/test_context.py",
     "hf/test_olmoe.py",
     "moe/test_expert_functions.py",

@@ -18,8 +18,6 @@ ROOT = pathlib.Path(__file__).parents[1]
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["tests.script", "moe_erc.runs", "moe_erc.analysis.survey_report"])
 FAST = {"JAX_DISABLE_MOST_OPTIMIZATIONS": True, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": 0}  # to compile
-# Of the processes of one run the first compiles, and the others read what it has compiled.
-COMPILED_ONCE = {"JAX_SHARE_BINARY_BETWEEN_HOSTS": True}
 AS_FOR_USERS = {"JAX_DISABLE_MOST_OPTIMIZATIONS": False, "JAX_ENABLE_COMPILATION_CACHE": False, "XLA_FLAGS": ""}
 OPTIONS = (
     "jax_num_cpu_devices",
@@ -28,7 +26,6 @@ OPTIONS = (
     "jax_compilation_cache_dir",
     "jax_log_compiles",
     "jax_persistent_cache_min_compile_time_secs",
-    "jax_share_binary_between_hosts",
 )
 
 
@@ -53,8 +50,7 @@ def start_many(count, name, arguments, directory, **environment):
     """So many processes of one run; what they print goes to out0, out1, … of the directory."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         address = f"127.0.0.1:{free.getsockname()[1]}"
-    members = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": count}
-    environment = COMPILED_ONCE | members | environment
+    environment = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": count} | environment
     return [
         start(name, arguments, directory / f"out{number}", environment | {"JAX_PROCESS_ID": number})
         for number in range(count)
@@ -73,8 +69,8 @@ def join(processes, timeout):
 
 
 def _run(name, arguments, output, environment):
-    # Scripts end before their garbage is much, and collecting it took a twentieth of their time.
-    gc.disable()
+    gc.freeze()  # what the server has imported stays
+    gc.disable()  # scripts end before their garbage is much
     os.chdir(ROOT)
     os.environ |= {variable: str(value) for variable, value in environment.items() if value is not None}
     for option in OPTIONS:

@@ -27,7 +27,8 @@ def run(data, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("run")
     flags = ["--config=configs/erc.py:debug", "--config.data.attend_across_documents=False"]
     flags += [f"--config.data.{name}={value}" for name, value in data.items()]
-    flags += ["--config.train.micro_batches=2", "--config.model.remat=block", "--config.log.tensorboard=False"]
+    flags += ["--config.train.micro_batches=2", "--config.model.remat=block"]
+    flags += ["--config.eval.prompt=", "--config.log.tensorboard=False"]
     code, printed = script.run("train.py", [*flags, f"--workdir={workdir}"], workdir / "out")
     assert code == 0, printed
     return workdir, printed

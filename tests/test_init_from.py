@@ -19,6 +19,7 @@ def flags(text_directory, tmp_path_factory):
         f"--config.data.sources=('{text_directory}',)",
         f"--config.data.cache_dir={tmp_path_factory.mktemp('cache')}",
         "--config.data.validation_fraction=0.1",
+        "--config.eval.prompt=",
         "--config.log.tensorboard=False",
     ]
 

@@ -99,6 +99,8 @@ def environment(text_directory, tmp_path_factory):
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
         "JAX_PLATFORMS": "cpu",
+        # A script that does not find this starts itself anew, and imports everything twice: test_huge_pages.py.
+        "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
         "PYTHONPATH": str(ROOT),
         "IPYTHONDIR": str(tmp_path_factory.mktemp("ipython")),  # no start-up files and no history of the user
         "MPLBACKEND": "module://matplotlib_inline.backend_inline",

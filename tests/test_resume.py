@@ -78,9 +78,7 @@ def refuse_a_second(first, everything, workdir, output):
     assert f"a run is writing to {workdir}/checkpoints (process {first.pid} on " in printed, printed
 
 
-def test_killed_terminated_and_interrupted_while_spikes_are_skipped(
-    arguments, undisturbed, tmp_path
-):
+def test_killed_terminated_and_interrupted_while_spikes_are_skipped(arguments, undisturbed, tmp_path):
     # The samples of the undisturbed run leave no trace in it, nor does a second run that is refused.
     # Under the default guard, and killed once it was resumed: test_lost_work.py.
     everything = [*arguments, *SKIPPING, "--config.eval.prompt=", f"--workdir={tmp_path}"]
@@ -182,9 +180,7 @@ def test_another_models_directory_is_refused(arguments, undisturbed):
     assert saved_state(undisturbed, STEPS)[0] == STEPS
 
 
-def test_losses_that_are_not_finite_are_skipped_until_the_run_stops_with_its_last_good_checkpoint(
-    arguments, tmp_path
-):
+def test_losses_that_are_not_finite_are_skipped_until_the_run_stops_with_its_last_good_checkpoint(arguments, tmp_path):
     # Where none is skipped: test_resumed_changes.py.
     # A learning rate under which a few steps are enough to overflow the squares of float32, but not the first.
     everything = [

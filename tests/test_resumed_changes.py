@@ -54,12 +54,13 @@ def finished(arguments, place):
 
 
 @pytest.fixture
-def going_on(arguments, finished, tmp_path):
+def going_on(arguments, place, finished, tmp_path):
     """Starts a copy of the run again under a config, with changes."""
     workdir = shutil.copytree(finished, tmp_path / "run")
 
-    def go_on(*changes, config="erc", environment=None):
-        flags = [f"--config=configs/{config}.py:debug", *arguments, f"--workdir={workdir}", *changes]
+    def go_on(*changes, config="erc", source="text", environment=None):
+        given = [flag.replace(str(place / "text"), str(place / source)) for flag in arguments]
+        flags = [f"--config=configs/{config}.py:debug", *given, f"--workdir={workdir}", *changes]
         return start("train.py", flags, tmp_path, environment)
 
     go_on.workdir = workdir
@@ -214,9 +215,7 @@ def test_another_loss_and_batch_size_are_said_kept_and_go_on_with_the_next_row(g
     assert meta["rows"] == 64 and change in meta["history"]
 
 
-def test_a_step_after_another_batch_size_reads_the_next_rows_and_so_do_its_last_words(
-    going_on, place
-):
+def test_a_step_after_another_batch_size_reads_the_next_rows_and_so_do_its_last_words(going_on, place):
     # 48 rows were read in batches of 8; steps of 5 rows go on with row 48, 53, …, until a number is not finite: then,
     # since none is to be skipped, the run stops and keeps its last good checkpoint.
     code, printed, _ = going_on(
@@ -283,28 +282,33 @@ def test_fewer_steps_than_are_done_are_said_in_one_line(going_on):
 
 
 @pytest.fixture
-def copied(arguments, finished, place, tmp_path):
-    """(place, train): the finished run with its text and cache, where they lie; afterwards all is as before."""
-    kept = place.with_name("kept")
-    place.rename(kept)
-    shutil.copytree(kept, place)
+def copied(text_directory, tmp_path):
+    """A finished run whose text and cache are its own; starts scripts on it."""
+    shutil.copytree(text_directory, tmp_path / "words")
+    flags = [
+        "--config=configs/erc.py:debug",
+        f"--config.data.sources=('{tmp_path / 'words'}',)",
+        f"--config.data.cache_dir={tmp_path / 'cache'}",
+        "--config.data.validation_fraction=0.1",
+        "--config.eval.prompt=",
+        "--config.log.tensorboard=False",
+        f"--workdir={tmp_path / 'run'}",
+    ]
 
-    def train(*changes, source="text"):
-        given = [flag.replace(str(place / "text"), str(place / source)) for flag in arguments]
-        flags = ["--config=configs/erc.py:debug", *given, f"--workdir={finished}", *changes]
-        return start("train.py", flags, tmp_path)
+    def train(*changes):
+        return start("train.py", [*flags, *changes], tmp_path)
 
-    yield place, train
-    shutil.rmtree(place)
-    kept.rename(place)
+    code, printed, _ = train()
+    assert code == 0, printed
+    return tmp_path, train
 
 
 def test_a_source_that_has_grown(copied):
     place, train = copied
     before = json.loads((place / "run" / "report.json").read_text())
-    (place / "text" / "new.txt").write_text("a document that came later " * 40)
-    (place / "text" / "00.txt").write_text("another text in an old file " * 40)
-    (place / "text" / "01.txt").unlink()
+    (place / "words" / "new.txt").write_text("a document that came later " * 40)
+    (place / "words" / "00.txt").write_text("another text in an old file " * 40)
+    (place / "words" / "01.txt").unlink()
     grown = ["1 file added (new.txt)", "1 file removed (01.txt)", "1 file changed (00.txt)", "data.sources"]
 
     # as long as its text is in the cache
@@ -337,18 +341,28 @@ def test_a_source_that_has_grown(copied):
     assert code == 0 and "measured on other text" in said and "from step 8 on: data.sources" in said, printed
 
 
-def test_a_source_that_is_gone_or_somewhere_else(copied):
-    place, train = copied
-    (place / "text").rename(place / "moved")
-    code, printed, said = train("--config.train.steps=6")
+@pytest.fixture
+def movable(place):
+    """The directory of the shared run's text; afterwards the text is where it was, file for file."""
+    yield place
+    for name in ("moved", "again"):
+        if (place / name).exists():
+            (place / name / "new.txt").unlink(missing_ok=True)
+            (place / name).rename(place / "text")
+
+
+def test_a_source_that_is_gone_or_somewhere_else(going_on, movable):
+    (movable / "text").rename(movable / "moved")
+    code, printed, said = going_on("--config.train.steps=6")
     assert code == 0 and "it is no longer there" in said and "Validation" in printed, printed
-    code, printed, said = train("--config.train.steps=7", source="moved")
+    code, printed, said = going_on("--config.train.steps=7", source="moved")
     assert code == 0 and "data.sources" not in said, printed  # the same text at another place
-    (place / "moved" / "new.txt").write_text("more text " * 40)
-    (place / "moved").rename(place / "again")
-    code, printed, said = train("--config.train.steps=8", source="again")
+    (movable / "moved" / "new.txt").write_text("more text " * 40)
+    (movable / "moved").rename(movable / "again")
+    code, printed, said = going_on("--config.train.steps=8", source="again")
     last = printed.splitlines()[-1]
-    assert code == 2 and all(word in last for word in ("data.sources", "moved", "again", "other text")), printed
+    assert code == 2, printed
+    assert all(word in last for word in ("data.sources", "moved", "again", "other text")), printed
 
 
 # ---------------------------------------------------------------------------- checkpoints of before, in this process

@@ -17,10 +17,7 @@ from moe_erc.training.state import abstract_state, initializer
 def metrics(workdir: pathlib.Path) -> list[dict]:
     """Every line of the metrics file without what the clock says."""
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return [
-        {name: value for name, value in line.items() if not name.startswith("speed/")}
-        for line in lines
-    ]
+    return [{name: value for name, value in line.items() if not name.startswith("speed/")} for line in lines]
 
 
 def saved_state(workdir: pathlib.Path, steps: int, mesh_shape=(1, 1)):

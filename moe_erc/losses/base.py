@@ -35,7 +35,7 @@ class NoOptions:
 
 @dataclasses.dataclass(frozen=True)
 class Needs:
-    """What a loss asks of the router, without which it is refused.
+    """What a loss needs of the router. Without it the loss is refused.
 
     capability: what the router has to say of itself, an attribute of its record that is true.
     purpose: what the loss does with it, as the predicate of a sentence about the loss.

@@ -9,8 +9,8 @@ ERC, arXiv 2512.23447:
                                                                                            (eq. 3)
 
 Each coordinate of a row has a noise of its own. A router row stands for the tokens it attracts. The
-loss asks that such a token excite its own expert most, and that an expert be excited most by its
-own tokens. Routing itself keeps the clean router.
+loss is 0 when such a token excites its own expert most, and an expert is excited most by its own
+tokens, by the factor alpha. Routing itself keeps the clean router.
 
 The path of the loss: `erc_loss` checks its options and stacks the layers, `devices.py` hands every
 device its slices, `_losses_of_layers` computes bounds, proxies, M (`responses.py`) and hinges.

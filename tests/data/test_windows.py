@@ -136,8 +136,7 @@ def test_processes_share_batches_of_another_size_from_any_row_on(request, corpus
     corpus = request.getfixturevalue(corpus_name)
     alone = starts(take(train_batches(corpus, T, 6, seed=3, start_row=7), 5))
     shares = [
-        starts(take(train_batches(corpus, T, 6, 3, start_row=7, rows=rows), 5))
-        for rows in ((0, 1, 4), (2, 3, 5))
+        starts(take(train_batches(corpus, T, 6, 3, start_row=7, rows=rows), 5)) for rows in ((0, 1, 4), (2, 3, 5))
     ]
     for batch in range(5):
         expected = alone[6 * batch : 6 * batch + 6]

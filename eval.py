@@ -3,23 +3,21 @@
     python eval.py --workdir=runs/erc-tiny                loss, load and coupling as tables, and in eval.json
     python eval.py --workdir=runs/erc-tiny --figures      figures/ and report.html; of runs A,B, into comparison
     python eval.py --workdir=runs/erc-tiny --tasks=sciq   what it reaches in these, and tasks.json; or --tasks=paper_3b
-    python eval.py --workdir=runs/erc-tiny --generate="def main("      how it goes on, token by token
-    python eval.py --workdir=runs/erc-tiny --export=DIR   the model for transformers and vLLM, an OLMoE
 
-An OLMoE --checkpoint has tasks and text too. A workdir may be gs://bucket/path. Wrong input is one line, exit code 2.
+An OLMoE --checkpoint has tasks too. A workdir may be gs://bucket/path. Wrong input is one line, exit code 2.
 `python -m moe_erc.diagnose DIR` says all of the coupling of a run, or of any Hugging Face MoE.
 """
 
 from absl import flags
 
 from configs import base
-from moe_erc import command_line, compilation_cache, paths, processes, sharding
+from moe_erc import sharding
 from moe_erc.checks import BadInput
+from moe_erc.data import paths
 from moe_erc.diagnosis.report import write_report
 from moe_erc.diagnosis.tables import print_found
-from moe_erc.evaluation.sampling import Sampling
 from moe_erc.evaluation.tasks import load_tasks
-from moe_erc.hf import shard_writer
+from moe_erc.launch import command_line, compilation_cache, processes
 from moe_erc.resume import history_lines
 from moe_erc.runs import open_checkpoint, open_run
 
@@ -28,7 +26,6 @@ CHECKPOINT = flags.DEFINE_string(
     "checkpoint", None, "A local directory of a Hugging Face OLMoE, as --checkpoint=OLMoE-1B-7B"
 )
 FIGURES = flags.DEFINE_bool("figures", False, "Figures of the run, or of several side by side: --figures")
-EXPORT = flags.DEFINE_string("export", None, "A new local directory for the run's model as an OLMoE, as --export=model")
 OUTPUT = flags.DEFINE_string(
     "output", None, "Where --figures and --tasks write, as --output=found; else as above"
 )
@@ -43,30 +40,26 @@ NUM_FEWSHOT = flags.DEFINE_integer(
     "num_fewshot", None, "Examples shown, as --num_fewshot=5; else the task's own", lower_bound=0
 )
 LIMIT = flags.DEFINE_integer("limit", 0, "Documents of each task, as --limit=100; 0 is all", lower_bound=0)
-GENERATE = flags.DEFINE_string("generate", None, "A prompt, which the model continues, as --generate='def main('")
-SAMPLING = command_line.define_fields(Sampling, "Of --generate, see evaluation/sampling.py")
 
 
 def main(_):
     with command_line.refusing_bad_input(), processes.ending_together():
         check_flags()
-        sampling = SAMPLING()
         processes.initialize()
         compilation_cache.enable()
         sharding.use_cpu_cores()
         processes.mute_all_but_first()
         tasks = load_tasks(TASKS.value, TASK_DIR.value, NUM_FEWSHOT.value)
-    reports = FIGURES.value or not (EXPORT.value or TASKS.value or GENERATE.value is not None)
+    reports = FIGURES.value or not TASKS.value
     defaults = base.get_config().to_dict()
     evaluated = {}
     for place in workdirs() or [CHECKPOINT.value]:
         with command_line.refusing_bad_input(), processes.ending_together():
-            if WORKDIR.value:
-                opened = open_run(place, defaults, with_text=bool(reports))
-            else:
-                opened = open_checkpoint(place, defaults["model"])
-            if EXPORT.value:
-                opened.export(EXPORT.value)
+            opened = (
+                open_checkpoint(place)
+                if CHECKPOINT.value
+                else open_run(place, defaults, with_text=bool(reports))
+            )
         print(place if opened.step is None else f"{place}: step {opened.step}")
         if WORKDIR.value:
             for line in history_lines(opened.earlier.history):
@@ -74,8 +67,6 @@ def main(_):
         with command_line.refusing_bad_input():
             if TASKS.value:
                 write_report(output(opened.directory) / "tasks.json", opened.print_tasks(tasks, LIMIT.value))
-            if GENERATE.value is not None:
-                opened.print_text(GENERATE.value, sampling)
         if reports:
             report = opened.report(WINDOWS.value)
             print_found(report["measures"])
@@ -90,15 +81,13 @@ def main(_):
 
 
 def check_flags():
-    given, others = CHECKPOINT.value, TASKS.value or GENERATE.value is not None
+    given = CHECKPOINT.value
     if bool(WORKDIR.value) == bool(given):
         raise BadInput("--workdir, --checkpoint: give one of them, the directory of a run or of a Hugging Face MoE")
-    if given and (FIGURES.value or EXPORT.value or not others):
-        raise BadInput(f"--checkpoint={given}: has --tasks and --generate, but no --figures or --export")
-    if len(workdirs()) > 1 and (EXPORT.value or (OUTPUT.value and not FIGURES.value)):
-        raise BadInput(f"--output={OUTPUT.value}, --export={EXPORT.value}: for one run; name one workdir")
-    if EXPORT.value:
-        shard_writer.free_path(EXPORT.value)
+    if given and (FIGURES.value or not TASKS.value):
+        raise BadInput(f"--checkpoint={given}: has --tasks, but no --figures; give --tasks")
+    if len(workdirs()) > 1 and OUTPUT.value and not FIGURES.value:
+        raise BadInput(f"--output={OUTPUT.value}: is for one run; name one workdir")
     if OUTPUT.value and output("").exists() and not output("").is_dir():
         raise BadInput(f"--output={OUTPUT.value}: is a file; name a directory")
     if FIGURES.value:

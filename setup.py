@@ -55,6 +55,13 @@ EXTRAS = {
     "tokamax": TOKAMAX,
 }
 
+# What needs no config, and so no clone; each is `python -m moe_erc.NAME` as well.
+COMMANDS = [
+    "moe_erc-diagnose = moe_erc.diagnose:main",
+    "moe_erc-export = moe_erc.export:main",
+    "moe_erc-generate = moe_erc.generate:main",
+]
+
 setup(
     name="moe_erc",
     version=VERSION,
@@ -64,6 +71,5 @@ setup(
     packages=find_packages(include=["moe_erc", "moe_erc.*"]),
     install_requires=REQUIRES,
     extras_require=EXTRAS,
-    # Named as the modules are, which `python -m` runs without an installation.
-    entry_points={"console_scripts": ["moe_erc_diagnose = moe_erc.diagnose:main"]},
+    entry_points={"console_scripts": COMMANDS},
 )

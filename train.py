@@ -4,7 +4,8 @@
     python train.py --config=configs/vanilla.py:small --config.optimizer.learning_rate=3e-4 --workdir=DIR
 
 Started again on the same workdir, a directory or gs://bucket/path, it goes on where it stopped, bit for bit, on any
-number of processes (docs/launch.md); exit codes: docs/reliability.md.
+number of processes (docs/launch.md); exit codes: docs/reliability.md. On a CPU it asks for huge pages, which
+GLIBC_TUNABLES=glibc.malloc.hugetlb=0 turns off.
 """
 
 import functools
@@ -13,8 +14,8 @@ import sys
 from absl import flags
 
 from configs import base
-from moe_erc import command_line, compilation_cache, paths, processes, resume, sharding
-from moe_erc.data import text
+from moe_erc import resume, sharding
+from moe_erc.data import paths, text
 from moe_erc.diagnosis.in_training import Diagnosis, headline
 from moe_erc.diagnosis.report import make_report, read_report, write_report
 from moe_erc.diagnosis.tables import print_found
@@ -24,6 +25,7 @@ from moe_erc.evaluation.ngram import ngram_losses
 from moe_erc.evaluation.perplexity import Perplexity
 from moe_erc.evaluation.tasks import TaskScores, load_tasks
 from moe_erc.hf import olmoe, tokenizer_files
+from moe_erc.launch import command_line, compilation_cache, huge_pages, processes
 from moe_erc.losses.language_model import token_losses
 from moe_erc.losses.objective import Objective
 from moe_erc.measures import validation
@@ -207,4 +209,5 @@ def open_checkpoints(workdir, keep):
 
 
 if __name__ == "__main__":
+    huge_pages.enable()  # may start the program anew
     command_line.run(main, default_config="configs/erc.py:tiny")

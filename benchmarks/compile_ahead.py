@@ -18,9 +18,10 @@ import jax
 import jax.numpy as jnp
 from absl import flags
 
-from benchmarks import chips, compiled_report, environment
-from moe_erc import command_line, sharding
-from moe_erc.analysis import buffers, compiled
+from benchmarks import environment
+from benchmarks.compiled import buffers, chips, costs, report
+from moe_erc import sharding
+from moe_erc.launch import command_line
 from moe_erc.losses import LOSSES
 from moe_erc.losses.objective import Objective
 from moe_erc.model.config import ModelConfig
@@ -59,7 +60,7 @@ def main(_):
         )
         print(f"error: does not fit: {error}; use {remedies}", file=sys.stderr)
         sys.exit(1)
-    compiled_report.show(facts, measured)
+    report.show(facts, measured)
     if JSON.value:
         found = {
             "benchmark": "compile_ahead",
@@ -126,12 +127,12 @@ def compile_program(program):
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         raise DoesNotFitError(str(error).splitlines()[0]) from error
-    seconds, memory = time.perf_counter() - start, compiled.memory(executable)
+    seconds, memory = time.perf_counter() - start, costs.memory(executable)
     if MEMORY.value and memory.allocated > MEMORY.value * 2**30:
         raise DoesNotFitError(f"{memory.allocated / 2**30:.2f} GiB are allocated, a device has {MEMORY.value:g}")
     text = executable.as_text()
     largest = buffers.largest(account, text, LARGEST)
-    return {"seconds": seconds, "memory": memory, "cost": compiled.cost(text), "buffers": tuple(largest)}
+    return {"seconds": seconds, "memory": memory, "cost": costs.cost(text), "buffers": tuple(largest)}
 
 
 def plain(value):

@@ -20,9 +20,9 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import ours
+from benchmarks.compiled import hlo
 from benchmarks.step import SHAPES
-from moe_erc import huge_pages
-from moe_erc.analysis import hlo
+from moe_erc.launch import huge_pages
 
 WARM_UP = 3  # steps
 PARTS = (  # the first whose words are all in the operation's origin

@@ -21,9 +21,9 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import environment, limits, take_turns, timed
+from benchmarks.compiled.costs import memory
 from configs import sizes
-from moe_erc import huge_pages
-from moe_erc.analysis.compiled import memory
+from moe_erc.launch import huge_pages
 from moe_erc.losses.erc import coupling_penalty, erc_loss, perturb
 
 HINGES = {"all active": 0.0, "none active": 100.0}  # at which alpha

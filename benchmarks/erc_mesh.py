@@ -21,9 +21,9 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import environment
+from benchmarks.compiled import costs
 from configs import base
 from moe_erc import sharding
-from moe_erc.analysis import compiled
 from moe_erc.losses.erc import erc_loss
 from moe_erc.model.config import ModelConfig
 
@@ -41,7 +41,7 @@ def measure(size, paper_dp, paper_ep, mesh_shape):
     tokens = config.train.batch_size * config.data.sequence_length
     experts, expert_token = model.experts, 6 * model.width * model.expert_width
     forward, backward = (compile_erc(model, mesh, gradient) for gradient in (False, True))
-    forward_flops, both = compiled.cost(forward.as_text()).flops, compiled.cost(backward.as_text())
+    forward_flops, both = costs.cost(forward.as_text()).flops, costs.cost(backward.as_text())
     return {
         "size": size,
         "mesh": mesh_shape,
@@ -53,7 +53,7 @@ def measure(size, paper_dp, paper_ep, mesh_shape):
         "forward_flops": forward_flops,
         "step_flops": both.flops,
         "wire_bytes": both.wire_bytes,
-        "temporary_bytes": compiled.memory(backward).temporaries,
+        "temporary_bytes": costs.memory(backward).temporaries,
     }
 
 

@@ -23,8 +23,9 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import environment, limits, take_turns, timed
-from moe_erc import huge_pages, sharding
-from moe_erc.analysis.compiled import memory
+from benchmarks.compiled.costs import memory
+from moe_erc import sharding
+from moe_erc.launch import huge_pages
 from moe_erc.moe import experts, parallel, routing
 
 K = 8

@@ -18,8 +18,9 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import environment
-from moe_erc import command_line, sharding
+from moe_erc import sharding
 from moe_erc.data import text
+from moe_erc.launch import command_line
 
 BATCHES = flags.DEFINE_integer("batches", 200, "of a turn", lower_bound=1)
 ROUNDS = flags.DEFINE_integer("rounds", 5, "turns", lower_bound=1)

@@ -20,7 +20,7 @@ from rich.table import Table
 from benchmarks import Subject, environment, take_turns
 from benchmarks.ours import configure
 from benchmarks.step import MATMUL, SHAPES
-from moe_erc import huge_pages
+from moe_erc.launch import huge_pages
 from moe_erc.model.config import ModelConfig
 
 EXPERTS = {"peer": (16, 4), "debug": (8, 2)}  # E, K

@@ -14,9 +14,9 @@ import jax
 import numpy as np
 
 from benchmarks import timed
+from benchmarks.compiled.costs import memory
 from configs import sizes
 from moe_erc import sharding
-from moe_erc.analysis.compiled import memory
 from moe_erc.losses.objective import Objective
 from moe_erc.model.config import ModelConfig
 from moe_erc.model.transformer import Transformer

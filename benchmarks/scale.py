@@ -14,8 +14,9 @@ from absl import flags
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import chips, compile_ahead, environment
-from moe_erc import command_line
+from benchmarks import compile_ahead, environment
+from benchmarks.compiled import chips
+from moe_erc.launch import command_line
 from moe_erc.model.config import ModelConfig
 
 MESHES = flags.DEFINE_string("meshes", "1x1,1x2,2x1,2x2,1x4,4x1,2x4,8x1", "data x expert, separated by commas")

@@ -21,7 +21,6 @@ from rich.table import Table
 
 from benchmarks import Subject, cores, environment, take_turns, timed
 from configs import base
-from moe_erc import huge_pages
 
 KINDS = {  # documents, answers to each, tokens of a context and of an answer: drawn evenly from first to last
     "sentences": (50, 4, (20, 120), (4, 32)),
@@ -129,7 +128,6 @@ def show(rows):
 
 
 def main():
-    huge_pages.enable()  # as train.py has them
     parser = argparse.ArgumentParser(prog="python -m benchmarks.scoring", description=__doc__.split("\n")[0])
     parser.add_argument(
         "--peer", action="store_true", help="the harness's own backend as well; needs the extras hf and eval"

@@ -19,7 +19,7 @@ from rich.table import Table
 
 from benchmarks import Subject, cores, environment, take_turns
 from benchmarks.limits import MATMUL
-from moe_erc import huge_pages
+from moe_erc.launch import huge_pages
 
 SHAPES = {  # model block, (sequences, length) of a step, (E, K) of the rows
     "peer": ({"layers": 4, "width": 256, "heads": 4, "kv_heads": 4, "expert_width": 128, "vocab_size": 512},

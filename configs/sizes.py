@@ -10,9 +10,7 @@ The ERC paper counts 0.5B (3b) and 0.7B (15b) active parameters, as these do wit
 the key/value heads of its 15B: 384 and 4 give both totals. It trains on 500B tokens in batches of 3M.
 """
 
-import difflib
-
-from moe_erc.checks import BadInput
+from moe_erc.checks import one_of
 
 MODELS = {
     #              layers width heads kv experts K  expert_width vocab
@@ -43,9 +41,7 @@ LARGE_CADENCE = (10, 1_000, 1_000, 256, 0)
 
 def apply(config, size):
     """Sets the fields of one size; an unknown one is refused by name."""
-    if size not in MODELS:
-        (nearest,) = difflib.get_close_matches(size, MODELS, n=1, cutoff=0)
-        raise BadInput(f"--config: size {size!r} is none of {', '.join(MODELS)}; the nearest is {nearest!r}")
+    one_of("--config: size", size, MODELS)
     for field, value in zip(MODEL_FIELDS, MODELS[size], strict=True):
         config.model[field] = value
     length, batch_size, micro_batches, steps, learning_rate, warmup_steps, dtype, remat, mesh = RUNS[size]

@@ -15,7 +15,7 @@ import unicodedata
 class _Unfailing(io.FileIO):
     """A stream of the process; what the system does not take is dropped."""
 
-    def write(self, data) -> int:
+    def write(self, data: bytes) -> int:
         try:
             # None: the reader of a pipe that does not block is slow.
             while (written := super().write(data)) is None:

@@ -1,66 +1,57 @@
 """Is the router of an MoE coupled to its experts? All that router rows and gates tell of it.
 
-    python -m moe_erc.diagnose OLMoE-1B-7B      a Hugging Face MoE, into diagnosis/OLMoE-1B-7B
     python -m moe_erc.diagnose runs/erc-tiny    a run of train.py, into its own directory
-    python -m moe_erc.diagnose runs/a runs/b    one after the other
+    python -m moe_erc.diagnose OLMoE-1B-7B      a Hugging Face MoE, into diagnosis/OLMoE-1B-7B
 
 Prints tables and a verdict, and writes diagnosis.json, diagnosis.md and figures/. No text is read
 and no model is run: of a Hugging Face MoE two matrices of each layer are read from its safetensors,
-a layer at a time. A run may be gs://bucket/path. The extra `plot` draws the figures. Wrong input is
-one line, exit code 2.
+a layer at a time. A run may be gs://bucket/path. The extra `plot` draws the figures.
 """
 
 from collections.abc import Iterable, Sequence
 
 from absl import flags
 
-from moe_erc import command_line, compilation_cache, paths, processes, sharding
+from moe_erc import sharding
 from moe_erc.checks import BadInput
+from moe_erc.data import paths
 from moe_erc.hf import inspect
+from moe_erc.launch import command_line, compilation_cache, processes
 from moe_erc.runs import open_run
+
+OUTPUT = flags.DEFINE_string("output", None, "Where to write, as --output=found; else as above")
 
 
 def main() -> None:
     """The command."""
-    output = flags.DEFINE_string(
-        "output", None, "Where to write, as --output=found; by default as above"
-    )
-
-    def run(arguments):
-        with command_line.refusing_bad_input(), processes.ending_together():
-            directories = arguments[1:]
-            check(directories, output.value)
-            from moe_erc.diagnosis.documents import report_diagnosis  # needs the extra `plot`
-
-            processes.initialize()
-            compilation_cache.enable()
-            sharding.use_cpu_cores()
-            processes.mute_all_but_first()
-        for directory in directories:
-            with command_line.refusing_bad_input(), processes.ending_together():
-                name, default, layers, numbers = open_layers(directory)
-            report_diagnosis(paths.absolute(output.value or default), name, layers, numbers)
-
-    command_line.run(run, takes_arguments=True)
+    command_line.run(diagnose, arguments=("DIR",))
 
 
-def check(directories: list[str], output: str | None) -> None:
+def diagnose(argv: list[str]) -> None:
+    """Prints and writes the diagnosis of the run or the checkpoint in the directory argv[1]."""
+    _, directory = argv
+    with command_line.refusing_bad_input(), processes.ending_together():
+        check(directory, OUTPUT.value)
+        from moe_erc.diagnosis.documents import report_diagnosis  # needs the extra `plot`
+
+        processes.initialize()
+        compilation_cache.enable()
+        sharding.use_cpu_cores()
+        processes.mute_all_but_first()
+        name, default, layers, numbers = open_layers(directory)
+    report_diagnosis(paths.absolute(OUTPUT.value or default), name, layers, numbers)
+
+
+def check(directory: str, output: str | None) -> None:
     """BadInput for arguments that cannot be used, before anything is read."""
-    if not directories:
-        raise BadInput("DIR: name the directory of a Hugging Face MoE, or of a run of train.py")
-    if output and len(directories) > 1:
-        raise BadInput(
-            f"--output={output}: is for one DIR, and {len(directories)} are given; name one"
-        )
+    place = paths.absolute(directory)
     if output and paths.absolute(output).exists() and not paths.absolute(output).is_dir():
         raise BadInput(f"--output={output}: is a file; name a directory")
-    for directory in directories:
-        place = paths.absolute(directory)
-        if not is_run(directory) and not (place / "config.json").exists():
-            raise BadInput(
-                f"{directory}: has neither checkpoints/ nor config.json; "
-                "name a run of train.py, or the local directory of a Hugging Face MoE"
-            )
+    if not is_run(directory) and not (place / "config.json").exists():
+        raise BadInput(
+            f"{directory}: has neither checkpoints/ nor config.json; "
+            "name a run of train.py, or the local directory of a Hugging Face MoE"
+        )
 
 
 def is_run(directory: str) -> bool:

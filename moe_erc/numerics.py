@@ -15,8 +15,16 @@ def divide(a: jax.typing.ArrayLike, b: jax.typing.ArrayLike) -> jax.Array:
 
     Where b is 0 the value is 0, and the gradients with respect to a and b are 0.
     """
-    is_zero = b == 0
-    return jnp.where(is_zero, 0, a / jnp.where(is_zero, 1, b))
+    return jnp.where(b == 0, 0, a / nonzero(b))
+
+
+def nonzero(b: jax.typing.ArrayLike) -> jax.Array:
+    """b with 1 in place of 0: a denominator for an `a` that is 0 wherever b is.
+
+    Where b is 0, the value of a / nonzero(b) is a, its gradient with respect to a is 1, and with
+    respect to b 0. `divide` would add a select, which changes how XLA rounds the quotient.
+    """
+    return jnp.where(b == 0, 1, b)
 
 
 def square_root(x: jax.typing.ArrayLike) -> jax.Array:

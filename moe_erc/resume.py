@@ -214,7 +214,7 @@ def _refuse_changed_sources(record: Mapping, config: text.DataConfig, mend: str)
             back = "install those versions" if "versions" in entry["origin"] else "put its files back"
             raise TextGone(
                 f"data.sources: the text that the run was begun with is not in the cache "
-                f"({cache.root(config.cache_dir) / entry['directory']}), "
+                f"({cache.directory_of(config.cache_dir) / entry['directory']}), "
                 f"and {entry['name']!r} has changed since ({words}): {back}, {mend}"
             )
 

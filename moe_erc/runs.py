@@ -4,17 +4,15 @@ import dataclasses
 import functools
 import itertools
 import json
-import sys
 from typing import Any
 
 import jax
 import numpy as np
 from etils import epath
 
-from moe_erc import paths, processes, resume, sharding
+from moe_erc import resume, sharding
 from moe_erc.checks import BadInput
-from moe_erc.console import printable
-from moe_erc.data import text
+from moe_erc.data import paths, text
 from moe_erc.data.tokenizer import load as load_tokenizer
 from moe_erc.diagnosis.curves import read_metrics
 from moe_erc.diagnosis.gate_map import gate_map
@@ -22,15 +20,14 @@ from moe_erc.diagnosis.in_training import Diagnosis
 from moe_erc.diagnosis.report import make_report
 from moe_erc.evaluation import evaluators
 from moe_erc.evaluation.expert_use import ExpertUse
-from moe_erc.evaluation.generate import Generator
 from moe_erc.evaluation.ngram import ngram_losses
 from moe_erc.evaluation.perplexity import Perplexity
 from moe_erc.evaluation.tasks import TaskScores, print_tasks
-from moe_erc.hf import model_card, olmoe, olmoe_config, shard_writer, shards, tokenizer_files
+from moe_erc.hf import olmoe, olmoe_config, shards, tokenizer_files
+from moe_erc.launch import processes
 from moe_erc.losses.erc import coupling_matrix
 from moe_erc.losses.language_model import token_losses
 from moe_erc.measures.coupling import MATRIX
-from moe_erc.measures.validation import LOSS, MEAN
 from moe_erc.model.config import ModelConfig
 from moe_erc.model.transformer import Transformer
 from moe_erc.training.checkpoint import Checkpoints
@@ -57,13 +54,6 @@ class Opened:
         reached = TaskScores(tasks, limit, self.model, self.tokenizer, self.shape_BT).answer(self.weights)
         print_tasks(reached)
         return {"step": self.step} | reached
-
-    def print_text(self, prompt, sampling):
-        """Prints the prompt and how the model goes on, piece by piece."""
-        pieces = Generator(self.model, self.tokenizer).stream(self.weights, prompt, sampling)
-        for piece in itertools.chain([prompt], pieces):
-            print(printable(piece) if sys.stdout.isatty() else piece, end="", flush=True)
-        print()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,30 +120,6 @@ class Run(Opened):
         take = jax.jit(lambda arrays, layer: [array[layer] for array in arrays], out_shardings=everywhere)
         return (jax.device_get(take(arrays, layer)) for layer in range(len(rows_LED)))
 
-    def export(self, directory):
-        """Writes the model for transformers, with its tokenizer and a card, into a new local directory."""
-        with processes.first():  # nobody waits for a writer that is refused
-            shard_writer.free_path(directory)
-        model, tokenizer, data = self.model.config, self.tokenizer, self.config["data"]
-        length, balance = data["sequence_length"], self.config["losses"]["load_balance"]["weight"]
-        entries = {
-            "eos_token_id": tokenizer.eos_id,
-            "max_position_embeddings": length,
-            "router_aux_loss_coef": balance / model.experts_per_token,  # of a loss that is K when balanced, not 1
-        }
-        card = model_card.model_card(paths.local(directory).name, model, self.earlier, self._validation())
-        files = tokenizer_files.tokenizer_files(data["tokenizer"], tokenizer.eos, length) | {"README.md": card}
-        olmoe.export_olmoe(directory, self.model, self.weights.params, olmoe.About(entries, files))
-
-    def _validation(self):
-        """The loss that eval.py, or the end of training, wrote down for these weights; None if neither did."""
-        for name, step in (("eval.json", self.step), ("report.json", self.config["train"]["steps"])):
-            path = self.directory / name
-            report = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-            if "measures" in report and report.get("step", step) == self.step:
-                return report["measures"][LOSS.of(MEAN).key]
-        return None
-
 
 def open_run(workdir, defaults=None, with_text=True) -> Run:
     """Of a directory or bucket. Of several processes all open it, and the first fills the cache.
@@ -187,14 +153,14 @@ def open_run(workdir, defaults=None, with_text=True) -> Run:
     return Run(step, directory, model, weights, tokenizer, shape_BT, config, corpus, earlier)
 
 
-def open_checkpoint(directory, model_block) -> Opened:
-    """Of an OLMoE as Hugging Face has it; `model_block`, as in configs/base.py, says what its config.json does not.
+def open_checkpoint(directory) -> Opened:
+    """Of an OLMoE as Hugging Face has it.
 
     ValueError or OSError of one line for what is none, or has no tokenizer.json.
     """
     source = paths.local(directory)
     config = shards.read_config(source)
-    model_config = ModelConfig(**model_block | olmoe_config.model_fields(config))
+    model_config = ModelConfig(**olmoe_config.PLAIN | olmoe_config.model_fields(config))
     tokenizer = load_tokenizer(tokenizer_files.tokenizer_of(source, tokenizer_files.BYTES))
     model_config.check_vocabulary(tokenizer.vocab_size)
     model, abstract = _lay_out(model_config)

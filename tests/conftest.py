@@ -33,7 +33,7 @@ from moe_erc.model.config import ModelConfig  # noqa: E402
 # The longest first, so that the workers end together: a long file that starts last has a worker to itself.
 FIRST = (
     "test_configs.py",
-    "test_processes.py",
+    "launch/test_processes.py",
     "test_resume.py",
     "test_resumed_changes.py",
     "test_notebooks.py",
@@ -49,8 +49,8 @@ FIRST = (
     "losses/test_erc_over_a_mesh.py",
     "losses/test_erc.py",
     "training/test_router_state.py",
-    "test_compile_ahead.py",
-    "test_compilation_cache.py",
+    "benchmarks/test_compile_ahead.py",
+    "launch/test_compilation_cache.py",
 )
 TESTS = pathlib.Path(__file__).parent
 # Tracing makes many small objects that live on: the collector would walk over all of them, and over what was imported,

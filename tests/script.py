@@ -1,4 +1,4 @@
-"""Runs train.py and eval.py as a user does, in a process of their own, without paying for the imports each time.
+"""Runs scripts and commands as a user does, in a process of their own, without paying for the imports each time.
 
 Nor for programs that a script of this session has compiled before: `conftest.py` says where they are kept.
 """
@@ -81,6 +81,9 @@ def _run(name, arguments, output, environment):
         os.dup2(file.fileno(), 2)
     sys.argv = [name, *arguments]
     try:
-        runpy.run_path(name, run_name="__main__")
+        if name.endswith(".py"):
+            runpy.run_path(name, run_name="__main__")
+        else:  # python -m
+            runpy.run_module(name, run_name="__main__", alter_sys=True)
     finally:
         jax.distributed.shutdown()  # as jax does at exit, which multiprocessing skips

@@ -201,10 +201,8 @@ def test_a_config_that_does_not_exist(arguments, words, tmp_path):
     ([], ["--workdir", "--checkpoint"]),
     (["--workdir=/no/run"], ["/no/run", "checkpoint"]),
     (["--workdir=/no/run", "--checkpoint=/no/model"], ["--workdir", "--checkpoint", "one of them"]),
-    (["--checkpoint=/no/model"], ["/no/model", "--tasks", "--generate"]),
+    (["--checkpoint=/no/model"], ["/no/model", "--tasks"]),
     (["--checkpoint=/no/model", "--tasks=sciq", "--figures"], ["/no/model", "--figures"]),
-    (["--checkpoint=/no/model", "--generate=def"], ["/no/model", "config.json"]),
-    (["--workdir=/no/run", "--generate=def", "--temperature=-1"], ["temperature", "-1.0"]),
     (["--workdir=/no/run", "--tasks=sciq", "--task_dir=/no/tasks"], ["task_dir", "/no/tasks"]),
     (["--workdir=a,b", "--tasks=sciq", "--output=c"], ["--output=c", "one workdir"]),
     (["--workdir="], ["--workdir", "--checkpoint"]),
@@ -212,12 +210,7 @@ def test_a_config_that_does_not_exist(arguments, words, tmp_path):
     (["--workdir=/no/run", "--windows=many"], ["windows", "many"]),
     (["--workdir=/no/run", "--limit=1e3"], ["limit", "1e3"]),
     (["--workdir=/no/run", "--num_fewshot=-1"], ["num_fewshot", "-1"]),
-    (["--workdir=/no/run", "--generate=def", "--top_k=99999999999"], ["top_k", "99999999999"]),
-    (["--workdir=/no/run", "--generate=def", "--top_p=nan"], ["top_p", "nan"]),
-    (["--workdir=/no/run", "--generate=def", "--seed=-1"], ["seed", "-1"]),
-    (["--workdir=/no/run", "--generate=def", "--new_tokens=0"], ["new_tokens", "0"]),
-    (["--workdir=/no/run", "--generate"], ["generate"]),
-    (["--workdir=/no/run", "--genrate=x"], ["genrate"]),
+    (["--workdir=/no/run", "--figurs"], ["figurs"]),
     (["--workdir=/no/run", "stray"], ["'stray'"]),
 ])  # fmt: skip
 def test_evaluation_refuses(arguments, words, tmp_path):
@@ -227,21 +220,40 @@ def test_evaluation_refuses(arguments, words, tmp_path):
 
 
 @pytest.mark.parametrize("arguments, words", [
-    ([], ["DIR"]),
+    ([], ["0 arguments", "RUN|DIR PROMPT"]),
+    (["/no/run"], ["1 arguments", "/no/run", "RUN|DIR PROMPT"]),
+    (["/no/run", "def"], ["/no/run", "checkpoints", "config.json"]),
+    (["gs:///run", "def"], ["gs:///run", "gs://bucket/path"]),
+    ([OLMOE, "def"], [str(OLMOE), "tokenizer.json"]),
+    (["/no/run", "def", "--temperature=-1"], ["temperature", "-1.0", "at least 0"]),
+    (["/no/run", "def", "--top_k=99999999999"], ["top_k", "99999999999"]),
+    (["/no/run", "def", "--top_p=nan"], ["top_p", "nan"]),
+    (["/no/run", "def", "--seed=-1"], ["seed", "-1"]),
+    (["/no/run", "def", "--new_tokens=0"], ["new_tokens", "0"]),
+    (["/no/run", "def", "--tempreature=1"], ["tempreature"]),
+])  # fmt: skip
+def test_generation_refuses(arguments, words, tmp_path):
+    code, printed = script.run("moe_erc.generate", arguments, tmp_path / "out")
+    assert code == 2 and all(word in printed.splitlines()[-1] for word in words), printed
+    assert not os.path.exists("/no")
+
+
+@pytest.mark.parametrize("arguments, words", [
+    ([], ["0 arguments", "DIR"]),
     (["/no/model"], ["/no/model", "checkpoints/", "config.json"]),
-    (["tests", "configs", "--output=c"], ["--output=c", "2"]),
+    (["tests", "configs"], ["2 arguments", "DIR"]),
     (["tests", "--output=README.md"], ["--output=README.md", "is a file"]),
     (["tests/hf/families/olmoe", "--coupling"], ["coupling"]),
     ([""], ["''"]),
 ])  # fmt: skip
 def test_diagnosis_refuses(arguments, words, tmp_path):
-    code, printed = script.run("moe_erc/diagnose.py", arguments, tmp_path / "out")
+    code, printed = script.run("moe_erc.diagnose", arguments, tmp_path / "out")
     assert code == 2 and all(word in printed.splitlines()[-1] for word in words), printed
     assert not os.path.exists("/no") and not (script.ROOT / "diagnosis").exists()
 
 
 def test_the_diagnosis_of_a_hugging_face_model(tmp_path):
     directory = script.ROOT / "tests" / "hf" / "families" / "olmoe"
-    code, printed = script.run("moe_erc/diagnose.py", [directory, f"--output={tmp_path / 'found'}"], tmp_path / "out")
+    code, printed = script.run("moe_erc.diagnose", [directory, f"--output={tmp_path / 'found'}"], tmp_path / "out")
     assert code == 0 and "olmoe: " in printed and "layers are coupled" in printed, printed
     assert {path.name for path in (tmp_path / "found").iterdir()} == {"diagnosis.json", "diagnosis.md", "figures"}

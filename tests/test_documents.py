@@ -53,7 +53,7 @@ def test_eval_keeps_to_documents_as_the_run_did(run):
 
 
 def test_an_export_says_how_attention_was_trained(run, tmp_path):
-    code, printed = script.run("eval.py", [f"--workdir={run[0]}", f"--export={tmp_path / 'olmoe'}"], tmp_path / "out")
+    code, printed = script.run("moe_erc.export", [run[0], tmp_path / "olmoe"], tmp_path / "out")
     assert code == 0, printed
     card = (tmp_path / "olmoe" / "README.md").read_text()
     assert "| attention | within documents, with positions that restart at each |" in card

@@ -1,11 +1,11 @@
-"""A run that changes its machine thrice has the losses of one that never did; test_processes.py is the short form."""
+"""A run that changes its machine thrice has the losses of one that never did; launch/test_processes.py is shorter."""
 
 import json
 
 import pytest
+from tests.test_processes import within_drift
 
 from tests import script
-from tests.test_processes import within_drift
 
 LIMIT = 600  # seconds until what hangs is given up
 STEPS = 12

@@ -1,4 +1,4 @@
-"""A run becomes an OLMoE by eval.py, and train.py goes on from one with its weights and its tokenizer."""
+"""A run becomes an OLMoE by `moe_erc.export`, and train.py goes on from one with its weights and its tokenizer."""
 
 import json
 import random
@@ -26,12 +26,12 @@ def flags(text_directory, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def exported(flags, tmp_path_factory):
-    """(workdir of a run, what eval.py exported of it)."""
+    """(workdir of a run, what was exported of it)."""
     workdir = tmp_path_factory.mktemp("run")
     code, printed = script.run("train.py", [*flags, f"--workdir={workdir}"], workdir / "out")
     assert code == 0, printed
     directory = workdir / "export" / "olmoe"
-    code, printed = script.run("eval.py", [f"--workdir={workdir}", f"--export={directory}"], workdir / "out")
+    code, printed = script.run("moe_erc.export", [workdir, directory], workdir / "out")
     assert code == 0, printed
     return workdir, directory
 
@@ -75,15 +75,16 @@ def test_an_export_says_what_it_is(exported):
 
 def test_an_export_is_evaluated_as_the_run_is(exported, tmp_path):
     workdir, directory = exported
-    tasks = ["--tasks=alphabet_choice", "--task_dir=tests/evaluation/tasks", f"--output={tmp_path}"]
     texts = []
-    for place in ([f"--workdir={workdir}"], [f"--checkpoint={directory}", *tasks]):
-        arguments = [*place, "--generate=the rou", "--new_tokens=12"]
-        code, printed = script.run("eval.py", arguments, tmp_path / "out")
+    for place in (workdir, directory):
+        arguments = [place, "the rou", "--new_tokens=12"]
+        code, printed = script.run("moe_erc.generate", arguments, tmp_path / "out")
         assert code == 0, printed
         texts.append(printed[printed.index("the rou") :])
     assert texts[0] == texts[1] and len(texts[0]) > len("the rou\n")
-    assert " alphabet_choice " in printed, printed
+    tasks = ["--tasks=alphabet_choice", "--task_dir=tests/evaluation/tasks", f"--output={tmp_path}"]
+    code, printed = script.run("eval.py", [f"--checkpoint={directory}", *tasks], tmp_path / "out")
+    assert code == 0 and " alphabet_choice " in printed, printed
     assert json.loads((tmp_path / "tasks.json").read_text())["step"] is None
 
 
@@ -132,18 +133,19 @@ def test_the_tokenizer_comes_with_the_model(flags, exported, tmp_path):
 def test_an_export_is_refused(exported, tmp_path):
     workdir, directory = exported
     for arguments, words in (
-        ([f"--workdir={workdir}", f"--export={directory}"], [str(directory), "there already"]),
-        ([f"--workdir={workdir},b", "--export=c"], ["--export=c", "one workdir"]),
-        (["--checkpoint=/no/model", "--tasks=sciq", "--export=c"], ["/no/model", "--tasks"]),
+        ([workdir, directory], [str(directory), "there already"]),
+        (["/no/run", tmp_path / "new"], ["/no/run", "checkpoint"]),
+        ([workdir], ["1 arguments", "RUN DIR"]),
+        ([workdir, "gs://bucket/model"], ["gs://bucket/model", "local directory"]),
     ):
-        code, printed = script.run("eval.py", arguments, tmp_path / "out")
+        code, printed = script.run("moe_erc.export", arguments, tmp_path / "out")
         assert code == 2 and all(word in printed.splitlines()[-1] for word in words), printed
 
 
 def test_two_processes_export_the_same_bytes(exported, tmp_path):
     workdir, directory = exported
-    arguments = [f"--workdir={workdir}", f"--export={tmp_path / 'both'}"]
-    codes = script.join(script.start_many(2, "eval.py", arguments, tmp_path), 300)
+    arguments = [workdir, tmp_path / "both"]
+    codes = script.join(script.start_many(2, "moe_erc.export", arguments, tmp_path), 300)
     assert codes == [0, 0], (tmp_path / "out0").read_text() + (tmp_path / "out1").read_text()
     for name in ("config.json", "model.safetensors", "tokenizer.json"):
         assert (tmp_path / "both" / name).read_bytes() == (directory / name).read_bytes()

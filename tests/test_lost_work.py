@@ -150,7 +150,7 @@ def validations(workdir):
 def test_a_workdir_with_brackets_is_evaluated_and_exported(whole, tmp_path):
     assert newest(whole) == STEPS
     directory = tmp_path / "olmoe[1]"
-    code, printed = script.run("eval.py", [f"--workdir={whole}", f"--export={directory}"], tmp_path / "out")
+    code, printed = script.run("moe_erc.export", [whole, directory], tmp_path / "out")
     assert code == 0 and (directory / "model.safetensors").is_file(), printed
 
 

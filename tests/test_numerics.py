@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_erc.numerics import divide, length, masked_mean, square_root, unit
+from moe_erc.numerics import divide, length, masked_mean, nonzero, square_root, unit
 from tests.tolerance import assert_close
 
 
@@ -16,6 +16,13 @@ def test_a_quotient_is_0_where_its_denominator_is_and_so_are_its_gradients():
     # 1 / b and - a / b^2
     assert_close(of_a, [1 / 3, 0, 0], terms=4)
     assert_close(of_b, [-2 / 3, 0, 0], terms=4)
+
+
+def test_a_denominator_of_0_is_1_and_has_gradient_0():
+    b = jnp.array([3.0, 0.0, -2.0])
+    np.testing.assert_array_equal(nonzero(b), [3, 1, -2])
+    np.testing.assert_array_equal(jax.grad(lambda b: jnp.sum(nonzero(b)))(b), [1, 0, 1])
+    assert jnp.isnan(nonzero(jnp.nan))
 
 
 def test_counts_are_divided_as_floats():

@@ -143,7 +143,7 @@ def bucket():
 
 
 GCSFS = """
-    from moe_erc import paths
+    from moe_erc.data import paths
     from moe_erc.diagnosis.report import write_report
     from moe_erc.training.checkpoint import holds_steps, prepare_directory
     from moe_erc.training.metrics import MetricWriter

@@ -129,21 +129,21 @@ def test_eval_reads_the_run(undisturbed):
     assert len(same) > 16 and all(found[key] == expected[key] for key in same)
 
 
-def test_eval_has_the_run_write(undisturbed):
-    arguments = [f"--workdir={undisturbed}", "--generate=the rou", "--new_tokens=12", "--temperature=1", "--top_k=9"]
+def test_a_run_goes_on_with_a_prompt(undisturbed):
+    arguments = [undisturbed, "the rou", "--new_tokens=12", "--temperature=1", "--top_k=9"]
     texts = []
     for seed in (1, 1, 2):
-        code, printed = script.run("eval.py", [*arguments, f"--seed={seed}"], undisturbed / "written")
+        code, printed = script.run("moe_erc.generate", [*arguments, f"--seed={seed}"], undisturbed / "written")
         assert code == 0, printed
         texts.append(printed.split("the rou", 1)[1])
     assert texts[0] == texts[1] != texts[2]
-    _, printed = script.run("eval.py", [*arguments, "--new_tokens=40000"], undisturbed / "written")
+    _, printed = script.run("moe_erc.generate", [*arguments, "--new_tokens=40000"], undisturbed / "written")
     assert "error: prompt: 7 tokens" in printed.splitlines()[-1] and "Traceback" not in printed
 
 
 def test_a_run_is_diagnosed(undisturbed, tmp_path):
     flags = [undisturbed, f"--output={tmp_path}"]
-    code, printed = script.run("moe_erc/diagnose.py", flags, undisturbed / "eval")
+    code, printed = script.run("moe_erc.diagnose", flags, undisturbed / "eval")
     assert code == 0, printed
     said = " ".join(printed.split())  # wrapped wherever a line was full
     assert all(words in said for words in ("ERC of the clean router", "without the norms", "layers are coupled"))

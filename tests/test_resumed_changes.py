@@ -330,7 +330,7 @@ def test_a_source_that_has_grown(copied):
     assert code == 2 and all(words in printed.splitlines()[-1] for words in grown), printed
     code, printed, said = train("--config.train.steps=7")
     assert code == 0 and "Validation" in printed and "report.json" in said, printed
-    code, printed, said = start("eval.py", [f"--workdir={place / 'run'}", "--generate=the"], place)
+    code, printed, said = start("moe_erc.generate", [place / "run", "the"], place)
     assert code == 0, printed  # which needs no text
 
     # meant: it goes on with the other text, and the run's record says so

@@ -1,9 +1,7 @@
 """Byte-level byte-pair encoding, learned from the training documents of a configuration.
 
-The 256 bytes are always in the vocabulary, so that every text can be encoded; merges are added by frequency until it is
-full.
-
-    python -m moe_erc.data.bpe --config=configs/erc.py:tiny --vocab_size=8192 --output=tokenizer.json
+The 256 bytes are always in the vocabulary, so that every text can be encoded; merges are added by
+frequency until it is full. `python -m moe_erc.train_tokenizer` is the command.
 """
 
 import os
@@ -11,16 +9,14 @@ import secrets
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
-from absl import flags
-
-from moe_erc import bars, command_line, paths
-from moe_erc.checks import BadInput
-from moe_erc.data import sources
+from moe_erc.checks import Range, in_range
+from moe_erc.data import bars, sources
 from moe_erc.data.config import DataConfig
 from moe_erc.data.tokenizer import END_OF_DOCUMENT, library
 
-SMALLEST_VOCABULARY = 257  # 256 bytes and the end of a document
+VOCABULARY = Range(least=257, note="256 bytes and the end of a document")
 
 
 def training_texts(config: DataConfig) -> Iterator[str]:
@@ -28,17 +24,16 @@ def training_texts(config: DataConfig) -> Iterator[str]:
     for name in config.sources:
         source = sources.open_source(name, config)
         print(f"{name!r}: {source.account.splits}", file=sys.stderr)
-        for document in bars.over(source.documents(), f"Reading {source.label}", source.count, "documents"):
+        for document in bars.over(
+            source.documents(), f"Reading {source.label}", source.count, "documents"
+        ):
             if document.split == "train":
                 yield document.text.decode(errors="replace")
 
 
-def train(texts: Iterable[str], vocab_size: int):
+def train(texts: Iterable[str], vocab_size: int) -> Any:
     """A tokenizer of at most `vocab_size` ids: the same texts give the same merges."""
-    if vocab_size < SMALLEST_VOCABULARY:
-        raise BadInput(
-            f"--vocab_size: {vocab_size} is below {SMALLEST_VOCABULARY} (256 bytes and an end of document); give more"
-        )
+    in_range("--vocab_size", vocab_size, VOCABULARY)
     tokenizers = library()
     byte_level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
@@ -54,7 +49,7 @@ def train(texts: Iterable[str], vocab_size: int):
     return tokenizer
 
 
-def save(tokenizer, output: Path) -> None:
+def save(tokenizer: Any, output: Path) -> None:
     """Write a tokenizer.json in one step: readers see the old file, or all of the new one."""
     temporary = output.with_name(f"{output.name}.incomplete-{secrets.token_hex(4)}")
     try:
@@ -62,22 +57,3 @@ def save(tokenizer, output: Path) -> None:
         os.replace(temporary, output)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def main() -> None:
-    """The command: train on `config.data`, write a tokenizer.json."""
-    vocab_size = flags.DEFINE_integer("vocab_size", 8192, "Number of token ids, as --vocab_size=32000")
-    output = flags.DEFINE_string("output", "tokenizer.json", "File to write, as --output=tokenizer.json")
-
-    def run(_):
-        with command_line.refusing_bad_input():
-            path = paths.writable_file(output.value)  # learning takes minutes: what it gave would be lost
-            tokenizer = train(training_texts(DataConfig(**flags.FLAGS.config.data)), vocab_size.value)
-            save(tokenizer, path)
-        print(f"{tokenizer.get_vocab_size()} tokens; use them with --config.data.tokenizer={path}")
-
-    command_line.run(run, default_config="configs/erc.py:tiny", block="data.")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,8 +1,8 @@
 """What is derived once and used again: directories that are complete or absent, never half written.
 
-A directory is filled under a temporary sibling name and renamed into place in one step. A killed process leaves only
-the sibling, which nobody reads; of two processes that fill the same directory, the second to finish drops its own copy
-and uses the first one's.
+A directory is filled under a temporary sibling name and renamed into place in one step. A killed
+process leaves only the sibling, which nobody reads; of two processes that fill the same directory,
+the second to finish drops its own copy and uses the first one's.
 """
 
 import contextlib
@@ -14,17 +14,21 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from moe_erc import paths
 from moe_erc.checks import BadInput
+from moe_erc.data import paths
 
 
-def root(cache_dir: str) -> Path:
+def directory_of(cache_dir: str) -> Path:
     """The cache directory of a configuration; "" means $MOE_ERC_CACHE, or ~/.cache/moe_erc."""
     return paths.local(cache_dir or os.environ.get("MOE_ERC_CACHE", "") or "~/.cache/moe_erc")
 
 
 def make_writable(directory: Path) -> None:
-    """Create a directory, or say in one line which part of the configuration names an unwritable place."""
+    """Create a directory.
+
+    Raises:
+      BadInput: names the key that names an unwritable place.
+    """
     try:
         directory.mkdir(parents=True, exist_ok=True)
         probe = directory / f".writable-{secrets.token_hex(4)}"
@@ -39,7 +43,10 @@ def make_writable(directory: Path) -> None:
 
 @contextlib.contextmanager
 def filling(directory: Path) -> Iterator[Path]:
-    """Yield a temporary sibling to fill, then rename it to `directory` unless another process was faster."""
+    """Yield a temporary sibling to fill, then rename it to `directory`.
+
+    It is dropped if another process was faster.
+    """
     make_writable(directory.parent)
     temporary = directory.with_name(f"{directory.name}.incomplete-{secrets.token_hex(4)}")
     temporary.mkdir()

@@ -1,7 +1,8 @@
 """A document, the split it belongs to, and the account of how a source was divided.
 
-Where a source has no validation split, the hash of the text decides: the same text is always on the same side, on every
-machine, in any order of reading, and whatever else the source holds. Equal texts cannot end up in both splits.
+Where a source has no validation split, the hash of the text decides: the same text is always on the
+same side, on every machine, in any order of reading, and whatever else the source holds. Equal
+texts cannot end up in both splits.
 """
 
 import dataclasses
@@ -11,7 +12,10 @@ from typing import NamedTuple
 
 
 class Document(NamedTuple):
-    """One text, its split ("train" or "validation") and its domain ("" where the source is one domain)."""
+    """One text, its split ("train" or "validation") and its domain.
+
+    The domain is "" where the source is one domain.
+    """
 
     split: str
     domain: str
@@ -20,7 +24,10 @@ class Document(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Account:
-    """What is said of a source before it is used: which part became which split, and what is not read."""
+    """What is said of a source before it is used.
+
+    It says which part became which split, and what is not read.
+    """
 
     splits: str  # one line
     ignored: Mapping[str, int]  # what kind of thing -> how many of them
@@ -34,4 +41,5 @@ def split_by_hash(text: bytes, validation_fraction: float) -> str:
 
 def divided_by_hash(what: str, validation_fraction: float) -> str:
     """How an `Account` says that nothing but the hash of a text decides."""
-    return f"{what}: {100 * validation_fraction:g} % of the documents are held out, by the hash of their text"
+    percent = 100 * validation_fraction
+    return f"{what}: {percent:g} % of the documents are held out, by the hash of their text"

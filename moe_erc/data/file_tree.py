@@ -24,22 +24,25 @@ class Entry(NamedTuple):
     ignored: str = ""  # why it is never read
 
 
-def entries(root: Path) -> Iterator[Entry]:
-    """Every file and directory below `root`, in no order; what is hidden is one entry, and not entered.
+def entries(top: Path) -> Iterator[Entry]:
+    """Every file and directory below `top`, in no order.
 
-    BadInput names a link that leads to a directory above it. OSError for a directory that may not be read.
+    What is hidden is one entry, and is not entered.
+
+    BadInput names a link that leads to a directory above it. OSError for a directory that may not
+    be read.
     """
-    top = os.stat(root)
-    waiting = [((), ((top.st_dev, top.st_ino),))]
+    found = os.stat(top)
+    waiting = [((), ((found.st_dev, found.st_ino),))]
     while waiting:
         parts, above = waiting.pop()
-        for name in os.listdir(root.joinpath(*parts)):
-            entry, device_and_inode = _look_at(root, (*parts, name))
+        for name in os.listdir(top.joinpath(*parts)):
+            entry, device_and_inode = _look_at(top, (*parts, name))
             yield entry
             if entry.kind != "directory" or entry.ignored:
                 continue
             if device_and_inode in above:
-                raise _loop(root, entry.parts)
+                raise _loop(top, entry.parts)
             waiting.append((entry.parts, (*above, device_and_inode)))
 
 
@@ -49,17 +52,17 @@ def stamp(path: Path) -> tuple[int, int, int, int]:
     return found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino
 
 
-def _look_at(root: Path, parts: tuple[str, ...]) -> tuple[Entry, tuple[int, int]]:
+def _look_at(top: Path, parts: tuple[str, ...]) -> tuple[Entry, tuple[int, int]]:
     nowhere = (0, 0)
     if parts[-1].startswith("."):
         return Entry(parts, "", 0, nowhere, HIDDEN), nowhere
     try:
-        found = root.joinpath(*parts).stat()
+        found = top.joinpath(*parts).stat()
     except FileNotFoundError:
         return Entry(parts, "", 0, nowhere, BROKEN), nowhere
     except OSError as error:
         if error.errno == errno.ELOOP:
-            raise _loop(root, parts) from None
+            raise _loop(top, parts) from None
         raise
     place = found.st_dev, found.st_ino
     if stat.S_ISDIR(found.st_mode):
@@ -70,6 +73,9 @@ def _look_at(root: Path, parts: tuple[str, ...]) -> tuple[Entry, tuple[int, int]
     return Entry(parts, "", 0, place, SPECIAL), place
 
 
-def _loop(root: Path, parts: tuple[str, ...]) -> BadInput:
-    link = root.joinpath(*parts)
-    return BadInput(f"data.sources: '{link}' is a link that leads back to itself or to a directory above; remove it")
+def _loop(top: Path, parts: tuple[str, ...]) -> BadInput:
+    link = top.joinpath(*parts)
+    return BadInput(
+        f"data.sources: '{link}' is a link that leads back to itself or to a directory above; "
+        "remove it"
+    )

@@ -1,7 +1,10 @@
-"""Which source each row of a batch comes from: weights honoured exactly, as a pure function of the row's number.
+"""Which source each row of a batch comes from.
 
-Sources take turns on a schedule that repeats: after a period of sum(weights) rows each has given exactly `weight` of
-them, and within one they are spread evenly. `grain.MapDataset.mix` does the same for weights that it rounds first.
+It is a pure function of the row's number, and honours weights exactly.
+
+Sources take turns on a schedule that repeats: after a period of sum(weights) rows each has given
+exactly `weight` of them, and within one they are spread evenly. `grain.MapDataset.mix` does the
+same for weights that it rounds first.
 """
 
 import fractions
@@ -14,36 +17,46 @@ import numpy as np
 from moe_erc.checks import BadInput
 
 _LONGEST_SCHEDULE = 10**6
-_ENDLESS = 2**62  # a length that stays below the largest one when grain divides it into batches of 1 row
+# a length that stays below the largest one when grain divides it into batches of 1 row
+_ENDLESS = 2**62
 
 
 def whole_weights(weights: Sequence[float]) -> list[int]:
-    """The smallest whole numbers in the same proportion, taking decimals as they are written: (0.3, 0.7) is (3, 7)."""
+    """The smallest whole numbers in the same proportion.
+
+    Decimals are taken as they are written: (0.3, 0.7) is (3, 7).
+    """
     written = [fractions.Fraction(str(weight)) for weight in weights]
     common = math.lcm(*(weight.denominator for weight in written))
     whole = [int(weight * common) for weight in written]
     smallest = [weight // math.gcd(*whole) for weight in whole]
     if sum(smallest) > _LONGEST_SCHEDULE:
         raise BadInput(
-            f"data.weights: {tuple(weights)} have too many digits to mix exactly; give whole numbers, such as (2, 1)"
+            f"data.weights: {tuple(weights)} have too many digits to mix exactly; "
+            "give whole numbers, such as (2, 1)"
         )
     return smallest
 
 
 class Mixture(grain.transforms.DatasetSelectionMap):
-    """Number among the `rows` of all batches -> (source, how many windows were drawn from it before).
+    """Which window a row is: number of the row -> (source, windows drawn from it before).
+
+    Rows are counted over the `rows` of all batches.
 
     `start_row`: the rows drawn before the first of these batches, in batches of whatever size.
     """
 
-    def __init__(self, weights: Sequence[int], batch_size: int, rows: Sequence[int], start_row: int = 0):
+    def __init__(
+        self, weights: Sequence[int], batch_size: int, rows: Sequence[int], start_row: int = 0
+    ):
         # The j-th of a source's turns in a period comes at time (j + 1/2) / weight.
         times = np.concatenate([(np.arange(weight) + 0.5) / weight for weight in weights])
         order = np.argsort(times, kind="stable")
         self._weights = list(weights)
         self._sources = np.repeat(np.arange(len(weights)), weights)[order]
         self._turns = np.concatenate([np.arange(weight) for weight in weights])[order]
-        self._batch_size, self._rows = batch_size, rows
+        self._batch_size = batch_size
+        self._rows = rows
         self._start_row = start_row
 
     def __len__(self) -> int:

@@ -1,4 +1,6 @@
-"""What a source looked like when a run read it, so that a later look can say what has changed since.
+"""What a source looked like when a run read it.
+
+A later look can say what has changed since.
 
 The tokens themselves stay in the cache; this is for people: versions of libraries, names of files.
 """
@@ -8,17 +10,20 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from moe_erc.checks import BadInput
-from moe_erc.data import text_files, tfds_source
-from moe_erc.data.python_source import versions
+from moe_erc.data import embedded, text_files
+from moe_erc.data.python_source import installed_trees, versions
 
 MOST_FILES = 10_000  # whose names are kept; of more only their number and size
 MOST_NAMED = 3  # files that a line names
 
 
 def describe(name: str) -> dict:
-    """Plain JSON: versions of `embedded`, name and version of a TFDS directory, files of a directory of text."""
-    if name == "embedded":
-        return {"versions": versions(tfds_source.installed_roots())}
+    """What a source looks like, as plain JSON.
+
+    Versions of `embedded`, name and version of a TFDS directory, files of a directory of text.
+    """
+    if name == embedded.NAME:
+        return {"versions": versions(installed_trees())}
     path = Path(name).expanduser()
     if (path / "dataset_info.json").is_file():
         return {"dataset": _name_and_version(path / "dataset_info.json")}
@@ -34,7 +39,10 @@ def describe(name: str) -> dict:
 
 
 def compare(name: str, before: Mapping) -> str:
-    """What has changed about a source since `before`, what `describe` said then, in a few words; "" for nothing."""
+    """What has changed about a source since `before`, what `describe` said then, in a few words.
+
+    "" for nothing.
+    """
     now = describe(name)
     if now == before or not before:
         return ""

@@ -1,55 +1,44 @@
-"""A corpus with known answers: documents of several regimes, each a Markov chain of its own over one alphabet.
+"""A corpus with known answers: documents of several regimes.
+
+Each regime is a Markov chain of its own over one alphabet:
 
     chain_g = (1 - mixing) private_g + mixing shared        rows drawn from a Dirichlet distribution
 
 A document is drawn from one regime, from its stationary distribution on. Its domain is its regime,
 so that the regime of every token is known. The entropy of the source is known exactly: no model can
-have a lower loss than `floor`. At mixing 0 the chains share nothing. At mixing 1 all regimes are the
-same chain, and a bigram model reaches the floor. Everything is a function of the options: nothing is
-downloaded.
+have a lower loss than `floor`. At mixing 0 the chains share nothing. At mixing 1 all regimes are
+the same chain, and a bigram model reaches the floor. Everything is a function of the options:
+nothing is downloaded.
 """
 
 import dataclasses
-import difflib
 import string
 from collections.abc import Iterator
 
 import numpy as np
 
-from moe_erc.checks import BadInput
+from moe_erc.checks import BadInput, check_fields, nearest, within
 from moe_erc.data.document import Document
 
 NAME = "planted"
 LETTERS = string.ascii_lowercase + string.ascii_uppercase + string.digits
 CONCENTRATION = 0.1  # of the Dirichlet rows: from most letters a few others are likely
-LIMITS = {  # option -> least and largest value
-    "regimes": (1, 64),
-    "alphabet": (2, len(LETTERS)),
-    "mixing": (0.0, 1.0),
-    "documents": (1, 10**6),
-    "letters": (2, 10**6),
-    "validation": (1, 10**5),
-    "seed": (0, 2**32 - 1),
-}
 
 
 @dataclasses.dataclass(frozen=True)
 class Planted:
     """The options of the source, written as `planted:regimes=8,mixing=0.25`."""
 
-    regimes: int = 8  # G
-    alphabet: int = 32  # letters, A
-    mixing: float = 0.25  # share of the chain that all regimes have in common
-    documents: int = 64  # of each regime, for training
-    letters: int = 4096  # of a document
-    validation: int = 4  # documents of each regime that are held out
-    seed: int = 0
+    regimes: int = within(1, 64, default=8)  # G
+    alphabet: int = within(2, len(LETTERS), default=32)  # letters, A
+    mixing: float = within(0.0, 1.0, default=0.25)  # share of the chain that all have in common
+    documents: int = within(1, 10**6, default=64)  # of each regime, for training
+    letters: int = within(2, 10**6, default=4096)  # of a document
+    validation: int = within(1, 10**5, default=4)  # documents of each regime that are held out
+    seed: int = within(0, 2**32 - 1, default=0)
 
     def __post_init__(self):
-        for name, (least, most) in LIMITS.items():
-            value = getattr(self, name)
-            if not least <= value <= most:
-                raise BadInput(f"data.sources: {NAME}:{name}={value} is not from {least} to {most}")
+        check_fields(self, f"data.sources: {NAME}")
 
     def chains(self) -> np.ndarray:
         """(G, A, A) float64: the probability of a letter after a letter, by regime."""
@@ -60,12 +49,15 @@ class Planted:
         return (1 - self.mixing) * private_GAA + self.mixing * shared_AA
 
     def floor(self) -> dict[str, float]:
-        """{regime: nats per token} that no model can go below: the entropy of the source, given the regime.
+        """{regime: nats per token} that no model can go below.
+
+        It is the entropy of the source, given the regime.
 
         The end of a document, one token, is predictable from its length and adds nothing.
         """
         return {
-            _regime(number): (_entropy(start_A) + (self.letters - 1) * entropy_rate(chain_AA)) / (self.letters + 1)
+            _regime(number): (_entropy(start_A) + (self.letters - 1) * entropy_rate(chain_AA))
+            / (self.letters + 1)
             for number, chain_AA in enumerate(self.chains())
             for start_A in [stationary(chain_AA)]
         }
@@ -88,7 +80,7 @@ def parse(name: str) -> Planted:
     """The options in a source name: `planted`, or `planted:regimes=8,mixing=0.25`.
 
     Raises:
-      BadInput: for an option that does not exist, and for a value that is no number or out of its range.
+      BadInput: for an option that does not exist, and for a value beyond its limit.
     """
     _, _, text = name.partition(":")
     kinds = {field.name: field.type for field in dataclasses.fields(Planted)}
@@ -96,12 +88,16 @@ def parse(name: str) -> Planted:
     for part in filter(None, text.split(",")):
         key, _, value = part.partition("=")
         if key not in kinds:
-            (nearest,) = difflib.get_close_matches(key, kinds, n=1, cutoff=0)
-            raise BadInput(f"data.sources: {name!r} has no option {key!r}; the nearest is {nearest!r}")
+            raise BadInput(
+                f"data.sources: {name!r} has no option {key!r}; "
+                f"the nearest is {nearest(key, kinds)!r}"
+            )
         try:
             options[key] = kinds[key](value)
         except ValueError:
-            raise BadInput(f"data.sources: {NAME}:{key}={value} is not a number; write {key}=…") from None
+            raise BadInput(
+                f"data.sources: {NAME}:{key}={value} is not a number; write {key}=…"
+            ) from None
     return Planted(**options)
 
 
@@ -117,16 +113,28 @@ def stationary(chain_AA: np.ndarray) -> np.ndarray:
 
 
 def entropy_rate(chain_AA: np.ndarray) -> float:
-    """Nats per letter of a long document: the mean entropy of a row, weighted by the stationary distribution."""
-    return float(sum(share * _entropy(row_A) for share, row_A in zip(stationary(chain_AA), chain_AA, strict=True)))
+    """Nats per letter of a long document.
+
+    It is the mean entropy of a row, weighted by the stationary distribution.
+    """
+    return float(
+        sum(
+            share * _entropy(row_A)
+            for share, row_A in zip(stationary(chain_AA), chain_AA, strict=True)
+        )
+    )
 
 
-def sample(chain_AA: np.ndarray, documents: int, letters: int, rng: np.random.Generator) -> list[bytes]:
+def sample(
+    chain_AA: np.ndarray, documents: int, letters: int, rng: np.random.Generator
+) -> list[bytes]:
     """Documents of the chain, each begun in its stationary distribution."""
     cumulative_AA = np.cumsum(chain_AA, axis=1)
     last = len(chain_AA) - 1  # a cumulative sum may end a rounding below 1
     states_ND = np.empty((letters, documents), np.int64)
-    states_ND[0] = np.minimum(np.searchsorted(np.cumsum(stationary(chain_AA)), rng.random(documents)), last)
+    states_ND[0] = np.minimum(
+        np.searchsorted(np.cumsum(stationary(chain_AA)), rng.random(documents)), last
+    )
     for position in range(1, letters):
         below_DA = cumulative_AA[states_ND[position - 1]] < rng.random(documents)[:, None]
         states_ND[position] = np.minimum(below_DA.sum(axis=1), last)

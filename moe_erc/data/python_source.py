@@ -1,8 +1,8 @@
-"""Installed Python source as text: which files there are, and code and docstrings as separate documents.
+"""Installed Python source as text: its files, and code and docstrings apart.
 
-Tests are left out: they are tables of expected values and near copies of one another, they outweigh the libraries they
-test (19 of the 31 MB of the standard library), and many distributions strip them, so that the text would depend on who
-packaged the interpreter.
+Tests are left out: they are tables of expected values and near copies of one another, they outweigh
+the libraries they test (19 of the 31 MB of the standard library), and many distributions strip
+them, so that the text would depend on who packaged the interpreter.
 """
 
 import ast
@@ -30,14 +30,16 @@ _PACKAGES = (
     ("absl", "absl-py", "ml_code"),
     ("ml_collections", "ml-collections", "ml_code"),
 )
-_SKIPPED_DIRECTORIES = frozenset({"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"})
+_SKIPPED_DIRECTORIES = frozenset(
+    {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+)
 _TEST_FILE = re.compile(r"test_.*|.*_test|conftest")
 _LEADING_COMMENTS = re.compile(rb"\A(?:[ \t\f]*(?:#[^\n]*)?\n)+")
 _WITH_DOCSTRING = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 _WITH_STATEMENTS = (ast.stmt, ast.excepthandler, ast.match_case)
 
 
-class Root(NamedTuple):
+class SourceTree(NamedTuple):
     """A tree of source files with one domain and one version."""
 
     name: str
@@ -46,49 +48,71 @@ class Root(NamedTuple):
     directory: Path
 
 
-def installed_roots() -> tuple[Root, ...]:
-    """The standard library of the interpreter and the core dependencies that are installed, none of them imported."""
-    roots = [Root("stdlib", platform.python_version(), "stdlib_code", Path(sysconfig.get_path("stdlib")))]
+def installed_trees() -> tuple[SourceTree, ...]:
+    """The standard library and the core dependencies that are installed.
+
+    None of them is imported.
+    """
+    trees = [
+        SourceTree(
+            "stdlib", platform.python_version(), "stdlib_code", Path(sysconfig.get_path("stdlib"))
+        )
+    ]
     for package, distribution, domain in _PACKAGES:
         try:
-            version, spec = importlib.metadata.version(distribution), importlib.util.find_spec(package)
+            version = importlib.metadata.version(distribution)
+            spec = importlib.util.find_spec(package)
         except (importlib.metadata.PackageNotFoundError, ModuleNotFoundError):
             continue
         if spec and spec.submodule_search_locations:
-            roots.append(
-                Root(package.replace(".", "/"), version, domain, Path(next(iter(spec.submodule_search_locations))))
-            )
-    return tuple(roots)
+            directory = Path(next(iter(spec.submodule_search_locations)))
+            trees.append(SourceTree(package.replace(".", "/"), version, domain, directory))
+    return tuple(trees)
 
 
-def source_files(root: Root) -> list[tuple[str, Path]]:
-    """The files of a tree that are not tests, with their relative paths, in an order that depends on these alone."""
+def source_files(tree: SourceTree) -> list[tuple[str, Path]]:
+    """The files of a tree that are not tests, with their relative paths.
+
+    The order depends on these paths alone.
+    """
     found = []
-    for path in root.directory.rglob("*.py"):
-        relative = path.relative_to(root.directory)
-        if not _SKIPPED_DIRECTORIES.intersection(relative.parts[:-1]) and not _TEST_FILE.fullmatch(path.stem):
-            found.append((f"{root.name}/{relative.as_posix()}", path))
+    for path in tree.directory.rglob("*.py"):
+        relative = path.relative_to(tree.directory)
+        if not _SKIPPED_DIRECTORIES.intersection(relative.parts[:-1]) and not _TEST_FILE.fullmatch(
+            path.stem
+        ):
+            found.append((f"{tree.name}/{relative.as_posix()}", path))
     return sorted(found)
 
 
 def separate(source: bytes) -> tuple[bytes, bytes]:
-    """Code without docstrings, and the docstrings joined by blank lines; SyntaxError or ValueError if it is not Python.
+    """(code without docstrings, the docstrings joined by blank lines).
 
-    The code still parses (a body that was only a docstring becomes `...`). Leading comments go too: they are licence
-    headers, the same few hundred bytes at the top of every file of a project.
+    Raises SyntaxError or ValueError for what is not Python.
+
+    The code still parses (a body that was only a docstring becomes `...`). Leading comments go too:
+    they are licence headers, the same few hundred bytes at the top of every file of a project.
     """
     text = importlib.util.decode_source(source).encode()
     docstrings = list(_docstrings(ast.parse(text)))
-    prose = [inspect.cleandoc(expression.value.value).encode(errors="replace") for expression, _ in docstrings]
+    prose = [
+        inspect.cleandoc(expression.value.value).encode(errors="replace")
+        for expression, _ in docstrings
+    ]
     lines = text.split(b"\n")
     # From the last to the first, so that the positions of those still to be cut stay valid.
-    for expression, is_only_statement in sorted(docstrings, key=lambda found: found[0].lineno, reverse=True):
+    for expression, is_only_statement in sorted(
+        docstrings, key=lambda found: found[0].lineno, reverse=True
+    ):
         _cut(lines, expression, b"..." if is_only_statement else b"")
     return _LEADING_COMMENTS.sub(b"", b"\n".join(lines)), b"\n\n".join(filter(None, prose))
 
 
 def _docstrings(node: ast.AST) -> Iterator[tuple[ast.Expr, bool]]:
-    """The docstring of every module, class and function, and whether its body holds nothing else."""
+    """Every docstring, and whether its body holds nothing else.
+
+    Those of modules, classes and functions.
+    """
     if isinstance(node, _WITH_DOCSTRING) and ast.get_docstring(node, clean=False) is not None:
         yield node.body[0], len(node.body) == 1 and not isinstance(node, ast.Module)
     for child in ast.iter_child_nodes(node):
@@ -98,11 +122,16 @@ def _docstrings(node: ast.AST) -> Iterator[tuple[ast.Expr, bool]]:
 
 def _cut(lines: list[bytes], expression: ast.Expr, replacement: bytes) -> None:
     """Replace an expression in place; lines that it filled alone disappear with it."""
-    first, last = expression.lineno - 1, expression.end_lineno - 1
-    rest = lines[first][: expression.col_offset] + replacement + lines[last][expression.end_col_offset :].lstrip(b"; ")
+    first = expression.lineno - 1
+    last = expression.end_lineno - 1
+    rest = (
+        lines[first][: expression.col_offset]
+        + replacement
+        + lines[last][expression.end_col_offset :].lstrip(b"; ")
+    )
     lines[first : last + 1] = [rest] if rest.strip() else []
 
 
-def versions(roots: Sequence[Root]) -> dict[str, str]:
+def versions(trees: Sequence[SourceTree]) -> dict[str, str]:
     """What the text depends on, by name of the tree."""
-    return {root.name: root.version for root in roots}
+    return {tree.name: tree.version for tree in trees}

@@ -1,18 +1,20 @@
 """What a source name means: the embedded corpus, a directory, or a TFDS data set.
 
-An existing directory wins over a data set of the same name; what looks like a path is never looked up as a name.
+An existing directory wins over a data set of the same name; what looks like a path is never looked
+up as a name.
 """
 
 import dataclasses
 import functools
 import re
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
-from moe_erc import paths
 from moe_erc.checks import BadInput
-from moe_erc.data import cache, text_files, tfds_source
+from moe_erc.data import cache, embedded, paths, text_files, tfds_source
 from moe_erc.data.config import DataConfig
 from moe_erc.data.document import Account, Document
+from moe_erc.data.python_source import installed_trees, versions
 
 _RULES = 2  # counts up when the same files or records may give other documents or splits
 _LONGEST_LABEL = 64  # characters; file systems allow 255 for the names made of it
@@ -32,44 +34,64 @@ class Source:
 
 
 def open_source(name: str, config: DataConfig) -> Source:
-    """Find (and for TFDS prepare) what `name` stands for; no text is read before `documents()` is called."""
-    if name == "embedded":
-        builder = tfds_source.embedded(cache.root(config.cache_dir))
-        return _from_tfds(name, builder, config, "text", "domain")
+    """Find (and for TFDS prepare) what `name` stands for; no text is read before `documents()`."""
+    if name == embedded.NAME:
+        return _embedded()
     path = paths.local(name)
     if (path / "dataset_info.json").is_file():
-        return _from_tfds(name, tfds_source.in_directory(path), config, config.text_key)
+        return _from_tfds(name, tfds_source.in_directory(path), config)
     if path.is_dir():
-        settings = [config.text_key, config.validation_fraction]
-        survey = text_files.survey(path, config.validation_fraction)
-        key = [_RULES, "text files", str(path.resolve()), text_files.fingerprint(path), settings]
-        documents = functools.partial(text_files.documents, path, *settings)
-        label = _label(path.resolve().name)
-        return Source(name, label, cache.digest(key), documents, survey.account, survey.has_own_splits)
+        return _from_directory(name, path, config)
     if name[0] in "/.~" or path.exists():
         raise BadInput(
             f"data.sources: no such directory '{name}'; "
             "give an existing directory, a TFDS name such as 'c4/en', or 'embedded'"
         )
-    return _from_tfds(name, tfds_source.named(name, config.text_key), config, config.text_key)
+    return _from_tfds(name, tfds_source.named(name, config.text_key), config)
 
 
-def _from_tfds(
-    name: str, builder: tfds_source.Builder, config: DataConfig, text_key: str, domain_key: str = ""
-) -> Source:
-    tfds_source.check_text(builder, text_key)
-    settings = [text_key, config.validation_fraction, domain_key]
+def _embedded() -> Source:
+    trees = installed_trees()
+    return Source(
+        name=embedded.NAME,
+        label=embedded.NAME,
+        identity=cache.digest([_RULES, embedded.NAME, versions(trees)]),
+        documents=functools.partial(embedded.documents, trees),
+        account=embedded.account(),
+        # It divides itself by the hash of each text: a small one may have nothing held out.
+        has_own_splits=False,
+    )
+
+
+def _from_directory(name: str, path: Path, config: DataConfig) -> Source:
+    survey = text_files.survey(path, config.validation_fraction)
+    settings = [config.text_key, config.validation_fraction]
+    key = [_RULES, "text files", str(path.resolve()), text_files.fingerprint(path), settings]
+    return Source(
+        name=name,
+        label=_label(path.resolve().name),
+        identity=cache.digest(key),
+        documents=functools.partial(text_files.documents, path, *settings),
+        account=survey.account,
+        has_own_splits=survey.has_own_splits,
+    )
+
+
+def _from_tfds(name: str, builder: tfds_source.Builder, config: DataConfig) -> Source:
+    tfds_source.check_text(builder, config.text_key)
     splits = tfds_source.splits(builder)
-    if not domain_key:
-        tfds_source.check_splits(builder, splits)
+    tfds_source.check_splits(builder, splits)
+    settings = [config.text_key, config.validation_fraction]
     key = [_RULES, "tfds", tfds_source.fingerprint(builder), str(builder.data_dir), settings]
-    documents = functools.partial(tfds_source.documents, builder, *settings)
-    label = _label(builder.info.full_name.rsplit("/", 1)[0])
-    account = tfds_source.account(builder, splits, config.validation_fraction)
-    # The embedded corpus divides itself by the hash of each text: a small one may have nothing held out.
-    has_own_splits = not domain_key and len(set(splits.values())) > 1
-    count = tfds_source.count(builder)
-    return Source(name, label, cache.digest(key), documents, account, has_own_splits, count)
+    return Source(
+        name=name,
+        label=_label(builder.info.full_name.rsplit("/", 1)[0]),
+        identity=cache.digest(key),
+        documents=functools.partial(tfds_source.documents, builder, *settings),
+        account=tfds_source.account(builder, splits, config.validation_fraction),
+        has_own_splits=len(set(splits.values())) > 1,
+        count=tfds_source.count(builder),
+    )
 
 
 def _label(name: str) -> str:

@@ -1,10 +1,10 @@
 """Which names mean a split: how people call the training and the held-out part of a data set.
 
-A file or directory is a split by the word that its name begins with, whatever the case, if the end, a digit, or one of
-`- _ .` and a space follows: `train-00000-of-00002.jsonl`, `Val/`, `dev_1.txt`; not `validated.jsonl`. A word further
-behind counts only where the same name has a training and a held-out form (`c4-train.0.json`, `c4-validation.0.json`).
-In a path any held-out name wins over any training name, and the outermost of several: what may be held out is never
-trained on.
+A file or directory is a split by the word that its name begins with, whatever the case, if the end,
+a digit, or one of `- _ .` and a space follows: `train-00000-of-00002.jsonl`, `Val/`, `dev_1.txt`;
+not `validated.jsonl`. A word further behind counts only where the same name has a training and a
+held-out form (`c4-train.0.json`, `c4-validation.0.json`). In a path any held-out name wins over any
+training name, and the outermost of several: what may be held out is never trained on.
 """
 
 import re
@@ -14,23 +14,41 @@ TRAIN = "train"
 # What is validated on, the most fitting first; the others are kept out of training as well.
 HELD_OUT = ("validation", "dev", "eval", "heldout", "test")
 
-_OTHER_SPELLINGS = {"training": TRAIN, "valid": "validation", "val": "validation", "evaluation": "eval"}
+_OTHER_SPELLINGS = {
+    "training": TRAIN,
+    "valid": "validation",
+    "val": "validation",
+    "evaluation": "eval",
+}
 _OTHER_SPELLINGS |= {"holdout": "heldout", "testing": "test"}
-_WORD = r"(?P<word>train|validation|valid|val|dev|eval|h[eo]ld[-_ ]?out|test)(?:set|split)?(?=[-_.\s\d]|$)"
+_WORD = (
+    r"(?P<word>train|validation|valid|val|dev|eval|h[eo]ld[-_ ]?out|test)"
+    r"(?:set|split)?(?=[-_.\s\d]|$)"
+)
 _FIRST = re.compile(_WORD, re.IGNORECASE)
 _LATER = re.compile(rf"(?<=[-_.\s]){_WORD}", re.IGNORECASE)
 _SHARD = r"[-_.\s]*\d+(?:[-_.]of[-_.]\d+)?"
-# Words that begin other names as well (training_notes) count only if nothing but a shard's number follows.
+# Words that begin other names as well (training_notes) count only if nothing but a shard's number
+# follows.
 _ALONE = re.compile(rf"(?P<word>training|testing|evaluation)(?:{_SHARD})*", re.IGNORECASE)
-_SUFFIXES = re.compile(r"(\.(txt|jsonl?|ndjson|parquet|arrow|csv|tsv))?(\.(gz|zst|bz2|xz))?$", re.IGNORECASE)
+_SUFFIXES = re.compile(
+    r"(\.(txt|jsonl?|ndjson|parquet|arrow|csv|tsv))?(\.(gz|zst|bz2|xz))?$", re.IGNORECASE
+)
 
 
 class SplitNames:
-    """The names of one data set: a word inside a name means a split if the names together say so."""
+    """The names of one data set.
+
+    A word inside a name means a split if the names together say so.
+    """
 
     def __init__(self, components: Iterable[str]):
         """`components`: every name of a file or directory in any of the paths."""
-        later = {name: found for name in set(components) if not split_word(name) and (found := _later(name))}
+        later = {
+            name: found
+            for name in set(components)
+            if not split_word(name) and (found := _later(name))
+        }
         words_by_rest: dict[str, set[str]] = {}
         for word, rest in later.values():
             words_by_rest.setdefault(rest, set()).add(word)
@@ -42,7 +60,10 @@ class SplitNames:
         return split_word(component) or self._later.get(component)
 
     def decide(self, parts: Iterable[str]) -> tuple[str | None, int]:
-        """(split, number of leading parts that say so) of a path; (None, 0) if no part is a split."""
+        """(split, number of leading parts that say so) of a path.
+
+        (None, 0) if no part is a split.
+        """
         words = [self.word(part) for part in parts]
         held_out = next((depth for depth, word in enumerate(words) if word in HELD_OUT), None)
         depth = held_out if held_out is not None else words.index(TRAIN) if TRAIN in words else None
@@ -67,7 +88,10 @@ def held_out_name(names: Collection[str]) -> str | None:
 
 
 def _later(component: str) -> tuple[str, str] | None:
-    """The last word for a split inside a name, and the name without it and without numbers of shards."""
+    """The last word for a split inside a name, and the name without it.
+
+    Numbers of shards are left out as well.
+    """
     stem = _SUFFIXES.sub("", component)
     found = list(_LATER.finditer(stem))
     if not found:

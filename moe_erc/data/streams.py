@@ -1,8 +1,11 @@
-"""Documents as flat arrays of token ids on disk, one per domain and split, each followed by the end-of-document token.
+"""Documents as flat arrays of token ids on disk, one per domain and split.
 
-Little-endian uint16, or uint32 where the vocabulary needs it. `index.json` is the table of contents. Reading is a
-memory map: a step touches the pages of its own windows and nothing else. The table also keeps the account of how the
-source was divided, so that a run that reads the cache says the same as the one that filled it.
+Each document is followed by the end-of-document token.
+
+Little-endian uint16, or uint32 where the vocabulary needs it. `index.json` is the table of
+contents. Reading is a memory map: a step touches the pages of its own windows and nothing else. The
+table also keeps the account of how the source was divided, so that a run that reads the cache says
+the same as the one that filled it.
 """
 
 import collections
@@ -17,8 +20,8 @@ from typing import BinaryIO
 
 import numpy as np
 
-from moe_erc import bars
 from moe_erc.checks import BadInput
+from moe_erc.data import bars
 from moe_erc.data.document import Account, Document
 from moe_erc.data.sources import Source
 from moe_erc.data.tokenizer import Tokenizer
@@ -26,10 +29,19 @@ from moe_erc.data.tokenizer import Tokenizer
 FORMAT_VERSION = 2
 _INDEX = "index.json"
 _DTYPES = ("<u2", "<u4")
-_KINDS = {"split": str, "domain": str, "file": str, "tokens": int, "bytes": int, "documents": int, "sha256": str}
+_KINDS = {
+    "split": str,
+    "domain": str,
+    "file": str,
+    "tokens": int,
+    "bytes": int,
+    "documents": int,
+    "sha256": str,
+}
 _BYTES_PER_BATCH = 2**20  # of text held in memory while it is tokenised
 _WITHOUT_TEXT = "documents without text"
-_PLAIN_NAME = re.compile(r"[a-z0-9_]{1,64}")  # of a domain that names its file: alike on every file system
+# of a domain that names its file: alike on every file system
+_PLAIN_NAME = re.compile(r"[a-z0-9_]{1,64}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,19 +61,26 @@ class Corpus:
 
     tokenizer: Tokenizer
     streams: Mapping[str, Mapping[str, Stream]]  # "train" or "validation" -> domain -> stream
-    weights: Mapping[str, int]  # source -> its share of the training windows; empty means proportional to size
+    # source -> its share of the training windows; empty means proportional to size
+    weights: Mapping[str, int]
     identity: str  # differs when any batch could hold other tokens
     accounts: Mapping[str, Account] = dataclasses.field(default_factory=dict)  # by source
-    attend_across_documents: bool = True  # False: windows say which of their tokens are one document
-    record: Mapping = dataclasses.field(default_factory=dict)  # where it lies in the cache: `text.reopen`
+    # False: windows say which of their tokens are one document
+    attend_across_documents: bool = True
+    # where it lies in the cache: `text.reopen`
+    record: Mapping = dataclasses.field(default_factory=dict)
 
 
 class _Writer:
     """One stream being written to an open file, and what the index will say of it."""
 
     def __init__(self, file: BinaryIO, dtype: np.dtype):
-        self._file, self._dtype, self._digest = file, dtype, hashlib.sha256()
-        self._tokens = self._bytes = self._documents = 0
+        self._file = file
+        self._dtype = dtype
+        self._digest = hashlib.sha256()
+        self._tokens = 0
+        self._bytes = 0
+        self._documents = 0
 
     def append(self, ids: np.ndarray, eos_id: int, text_bytes: int) -> None:
         data = np.append(ids.astype(self._dtype), self._dtype.type(eos_id)).tobytes()
@@ -87,10 +106,14 @@ def write(directory: Path, source: Source, tokenizer: Tokenizer) -> None:
     bar = bars.bar(f"Tokenising {source.label}", source.count, "documents")
     with bar, contextlib.ExitStack() as files:
         for batch in _batches(source.documents(), without_text):
-            for document, ids in zip(batch, tokenizer.encode_batch([document.text for document in batch]), strict=True):
+            for document, ids in zip(
+                batch, tokenizer.encode_batch([document.text for document in batch]), strict=True
+            ):
                 key = document.split, document.domain
                 if key not in writers:
-                    writers[key] = _Writer(files.enter_context(open(directory / _file_name(*key), "wb")), dtype)
+                    writers[key] = _Writer(
+                        files.enter_context(open(directory / _file_name(*key), "wb")), dtype
+                    )
                 writers[key].append(ids, tokenizer.eos_id, len(document.text))
             bar.update(len(batch))
     _check_splits(source, {split for split, _ in writers}, without_text)
@@ -107,12 +130,16 @@ def write(directory: Path, source: Source, tokenizer: Tokenizer) -> None:
 
 
 def _check_splits(source: Source, written: set[str], without_text: Mapping[str, int]) -> None:
-    """Refuse splits of the source's own of which one holds nothing: the other alone is not what was meant."""
+    """Refuse splits of the source's own of which one holds nothing.
+
+    The other alone is not what was meant.
+    """
     for split in ("train", "validation"):
         if source.has_own_splits and written and split not in written:
             raise BadInput(
                 f"data.sources: '{source.name}' has no document with text in its {split} split "
-                f"({without_text[split]} without; {source.account.splits}); add some, or check data.text_key"
+                f"({without_text[split]} without; {source.account.splits}); "
+                "add some, or check data.text_key"
             )
 
 
@@ -121,10 +148,12 @@ def read(directory: Path, source: str) -> Iterator[tuple[str, str, Stream]]:
     dtype, entries, _ = _read_index(directory)
     for entry in entries:
         file = directory / entry["file"]
-        size, written = file.stat().st_size, entry["tokens"] * dtype.itemsize
+        size = file.stat().st_size
+        written = entry["tokens"] * dtype.itemsize
         if size != written:
             raise BadInput(
-                f"data.cache_dir: '{file}' has {size} bytes and was written with {written}; delete '{directory}'"
+                f"data.cache_dir: '{file}' has {size} bytes and was written with {written}; "
+                f"delete '{directory}'"
             )
         tokens_N = np.memmap(file, dtype, mode="r")
         yield (
@@ -141,16 +170,23 @@ def read_account(directory: Path) -> Account:
 
 
 def _read_index(directory: Path) -> tuple[np.dtype, list[dict], Account]:
-    """Type of the tokens, entries of the streams, each in a file of the directory itself, and the account."""
+    """Type of the tokens, entries of the streams, and the account.
+
+    Each stream is a file of the directory itself.
+    """
     try:
         index = json.loads((directory / _INDEX).read_text(encoding="utf-8"))
-        dtype, entries = index["dtype"], index["streams"]
+        dtype = index["dtype"]
+        entries = index["streams"]
         account = Account(**index.get("account", {"splits": "", "ignored": {}}))
         sound = dtype in _DTYPES and all(map(_is_entry, entries)) and _is_account(account)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         sound = False
     if not sound:
-        raise BadInput(f"data.cache_dir: '{directory / _INDEX}' is no table of token streams; delete '{directory}'")
+        raise BadInput(
+            f"data.cache_dir: '{directory / _INDEX}' is no table of token streams; "
+            f"delete '{directory}'"
+        )
     return np.dtype(dtype), entries, account
 
 
@@ -163,15 +199,22 @@ def _is_account(account: Account) -> bool:
 
 def _is_entry(entry: dict) -> bool:
     kinds = {key: type(value) for key, value in entry.items()}
-    return kinds == _KINDS and entry["file"] == _file_name(entry["split"], entry["domain"]) and "/" not in entry["file"]
+    return (
+        kinds == _KINDS
+        and entry["file"] == _file_name(entry["split"], entry["domain"])
+        and "/" not in entry["file"]
+    )
 
 
-def _batches(documents: Iterable[Document], without_text: collections.Counter[str]) -> Iterator[list[Document]]:
+def _batches(
+    documents: Iterable[Document], without_text: collections.Counter[str]
+) -> Iterator[list[Document]]:
     """Documents in lists that a tokenizer can work on in parallel, of about a megabyte each.
 
     Those of nothing, or nothing but white space, are counted by split in `without_text` instead.
     """
-    batch, size = [], 0
+    batch = []
+    size = 0
     for document in documents:
         if not document.text.strip():
             without_text[document.split] += 1
@@ -180,13 +223,17 @@ def _batches(documents: Iterable[Document], without_text: collections.Counter[st
         size += len(document.text)
         if size >= _BYTES_PER_BATCH:
             yield batch
-            batch, size = [], 0
+            batch = []
+            size = 0
     if batch:
         yield batch
 
 
 def _file_name(split: str, domain: str) -> str:
-    """A name that no other domain has: no part of a path, and unlike others if capitals are not told apart."""
+    """A file name that no other domain has.
+
+    It is no part of a path, and unlike others where capitals are not told apart.
+    """
     if not domain:
         return f"{split}-text.bin"
     if _PLAIN_NAME.fullmatch(domain) and domain != "text":

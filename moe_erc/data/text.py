@@ -4,8 +4,9 @@
     for line in describe(corpus, sequence_length, windows): print(line)
     for batch in train_batches(corpus, sequence_length, batch_size, seed, start_row=start_row): ...
 
-Text is tokenised once and opened from the cache ever after; a batch is {"inputs_BT", "targets_BT": int32, "mask_BT":
-bool}, and "segments_BT": int32, the document in its window of every input, where attention is to stay within documents.
+Text is tokenised once and opened from the cache ever after; a batch is {"inputs_BT", "targets_BT":
+int32, "mask_BT": bool}, and "segments_BT": int32, the document in its window of every input, where
+attention is to stay within documents.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -19,7 +20,12 @@ from moe_erc.data.mixture import whole_weights
 from moe_erc.data.streams import Corpus, Stream
 from moe_erc.data.tokenizer import Tokenizer
 from moe_erc.data.tokenizer import load as load_tokenizer
-from moe_erc.data.windows import count_windows, documents_per_window, train_batches, validation_batches
+from moe_erc.data.windows import (
+    count_windows,
+    documents_per_window,
+    train_batches,
+    validation_batches,
+)
 
 __all__ = [
     "Corpus",
@@ -37,15 +43,17 @@ __all__ = [
 
 
 def prepare(config: DataConfig) -> Corpus:
-    """Open the token streams of a configuration, tokenising each source the first time it is seen with this tokenizer.
+    """Open the token streams of a configuration.
 
-    Raises BadInput or OSError, with one line that names the value and the mend, for anything wrong with the
-    configuration or the text.
+    Each source is tokenised the first time it is seen with this tokenizer.
+
+    Raises BadInput or OSError, with one line that names the value and the mend, for anything wrong
+    with the configuration or the text.
     """
     # Weights that cannot be mixed are refused before anything is tokenised.
     whole_weights(config.weights)
     tokenizer = load_tokenizer(config.tokenizer)
-    root = cache.root(config.cache_dir)
+    cache_directory = cache.directory_of(config.cache_dir)
     entries = []
     names_by_identity: dict[str, str] = {}
     for name in config.sources:
@@ -53,22 +61,29 @@ def prepare(config: DataConfig) -> Corpus:
         seen = origin.describe(name)
         source = sources.open_source(name, config)
         if first := names_by_identity.get(source.identity):
-            raise BadInput(f"data.sources: '{name}' is the same text as '{first}'; list it once, with data.weights")
+            raise BadInput(
+                f"data.sources: '{name}' is the same text as '{first}'; "
+                "list it once, with data.weights"
+            )
         names_by_identity[source.identity] = name
-        directory = _tokenised(source, tokenizer, root)
-        place = directory.relative_to(root).as_posix()
+        directory = _tokenised(source, tokenizer, cache_directory)
+        place = directory.relative_to(cache_directory).as_posix()
         entries.append({"name": name, "label": source.label, "directory": place, "origin": seen})
     return _corpus(config, tokenizer, entries)
 
 
 def reopen(record: Mapping, config: DataConfig) -> Corpus | None:
-    """The corpus of an earlier run as it lies in the cache, whatever has become of its sources; None if it is gone.
+    """The corpus of an earlier run as it lies in the cache; None if it is gone.
+
+    What has become of its sources does not matter.
 
     `record` is the `Corpus.record` of then. Weights and window length are those of `config`.
     """
     entries = record.get("sources", ())
-    root = cache.root(config.cache_dir)
-    if not entries or not all(_lies_in(root / entry["directory"], root) for entry in entries):
+    cache_directory = cache.directory_of(config.cache_dir)
+    if not entries or not all(
+        _lies_in(cache_directory / entry["directory"], cache_directory) for entry in entries
+    ):
         return None
     corpus = _corpus(config, load_tokenizer(config.tokenizer), entries)
     return corpus if streams_of(corpus.record) == streams_of(record) else None
@@ -84,21 +99,24 @@ def identity_of(record: Mapping, weights: Sequence[int], sequence_length: int) -
     return cache.digest([record["tokenizer"], list(weights), sequence_length, *streams_of(record)])
 
 
-def _lies_in(directory: Path, root: Path) -> bool:
+def _lies_in(directory: Path, cache_directory: Path) -> bool:
     """Whether it is there, below the cache, whatever a damaged checkpoint says."""
-    return directory.resolve().is_relative_to(root.resolve()) and directory.is_dir()
+    return directory.resolve().is_relative_to(cache_directory.resolve()) and directory.is_dir()
 
 
 def _corpus(config: DataConfig, tokenizer: Tokenizer, entries: Sequence[Mapping]) -> Corpus:
-    """The streams in the directories of `entries`, {"name", "label", "directory", "origin"} of each source."""
+    """The streams in the directories of `entries`.
+
+    An entry is {"name", "label", "directory", "origin"} of a source.
+    """
     whole = whole_weights(config.weights)
     weights = dict(zip(config.sources, whole, strict=True)) if config.weights else {}
-    root = cache.root(config.cache_dir)
+    cache_directory = cache.directory_of(config.cache_dir)
     by_split: dict[str, dict[str, Stream]] = {"train": {}, "validation": {}}
     accounts: dict[str, Account] = {}
     described = []
     for entry in entries:
-        directory = root / entry["directory"]
+        directory = cache_directory / entry["directory"]
         found = list(streams.read(directory, entry["name"]))
         accounts[entry["name"]] = streams.read_account(directory)
         taken = {domain for split in by_split.values() for domain in split}
@@ -124,11 +142,14 @@ def _corpus(config: DataConfig, tokenizer: Tokenizer, entries: Sequence[Mapping]
 def describe(corpus: Corpus, sequence_length: int, windows: int) -> Iterator[str]:
     """Of each source the lines that say what a run of so many training windows makes of it.
 
-    Documents and tokens by split, and the epochs: how often the run reads each training window (of `sequence_length`
-    tokens). Then which part of the source became which split, and what is not read at all.
+    Documents and tokens by split, and the epochs: how often the run reads each training window (of
+    `sequence_length` tokens). Then which part of the source became which split, and what is not
+    read at all.
     """
     shares = corpus.weights or {
-        source: sum(count_windows(stream, sequence_length) for stream in _of_source(corpus, "train", source))
+        source: sum(
+            count_windows(stream, sequence_length) for stream in _of_source(corpus, "train", source)
+        )
         for source in corpus.accounts
     }
     for source, account in corpus.accounts.items():
@@ -138,10 +159,13 @@ def describe(corpus: Corpus, sequence_length: int, windows: int) -> Iterator[str
             documents = sum(stream.documents for stream in members)
             tokens = sum(len(stream.tokens_N) for stream in members)
             counts.append(f"{split} {documents:,} documents of {tokens:,} tokens")
-        held = sum(count_windows(stream, sequence_length) for stream in _of_source(corpus, "train", source))
+        held = sum(
+            count_windows(stream, sequence_length) for stream in _of_source(corpus, "train", source)
+        )
         # A source too short for one window gives none, however often the others are read.
         drawn = windows * shares[source] / max(sum(shares.values()), 1)
-        yield f"data {source!r}: {', '.join(counts)}; {drawn / max(held, 1):.3g} epochs of train in this run"
+        epochs = drawn / max(held, 1)
+        yield f"data {source!r}: {', '.join(counts)}; {epochs:.3g} epochs of train in this run"
         ignored = ", ".join(f"{count:,} {what}" for what, count in account.ignored.items())
         yield f"  {account.splits}" + (f"; ignored: {ignored}" if ignored else "")
 
@@ -150,10 +174,13 @@ def _of_source(corpus: Corpus, split: str, source: str) -> list[Stream]:
     return [stream for stream in corpus.streams[split].values() if stream.source == source]
 
 
-def _tokenised(source: sources.Source, tokenizer: Tokenizer, cache_root: Path) -> Path:
-    """The directory of a source's token streams, filled now if source and tokenizer were never seen together."""
+def _tokenised(source: sources.Source, tokenizer: Tokenizer, cache_directory: Path) -> Path:
+    """The directory of a source's token streams.
+
+    It is filled now if source and tokenizer were never seen together.
+    """
     key = cache.digest([source.identity, tokenizer.identity, streams.FORMAT_VERSION])
-    directory = cache_root / "tokens" / f"{source.label}-{key}"
+    directory = cache_directory / "tokens" / f"{source.label}-{key}"
     if not directory.is_dir():
         with cache.filling(directory) as temporary:
             streams.write(temporary, source, tokenizer)
@@ -161,24 +188,35 @@ def _tokenised(source: sources.Source, tokenizer: Tokenizer, cache_root: Path) -
 
 
 def _domain_names(domains: Iterable[str], label: str, taken: set[str]) -> dict[str, str]:
-    """A name for every domain of a source that none before it has: its own or its source's, with a number if taken."""
+    """A name for every domain of a source that none before it has.
+
+    It is its own or its source's, with a number if that is taken.
+    """
     names = {}
     for domain in dict.fromkeys(domains):
-        name, number = domain or label, 2
+        name = domain or label
+        number = 2
         while name in taken or name in names.values():
-            name, number = f"{domain or label}_{number}", number + 1
+            name = f"{domain or label}_{number}"
+            number = number + 1
         names[domain] = name
     return names
 
 
 def _check_length(config: DataConfig, train: Iterable[Stream]) -> None:
-    """Refuse text from which no training window can be cut; with weights, every source must give one."""
+    """Refuse text from which no training window can be cut.
+
+    With weights, every source must give one.
+    """
     train = list(train)
     for group in [[source] for source in config.sources] if config.weights else [config.sources]:
         members = [stream for stream in train if stream.source in group]
         if not any(count_windows(stream, config.sequence_length) for stream in members):
-            tokens, needed = sum(len(stream.tokens_N) for stream in members), config.sequence_length + 1
+            tokens = sum(len(stream.tokens_N) for stream in members)
+            needed = config.sequence_length + 1
             raise BadInput(
-                f"data.sources: {', '.join(group)} has {tokens} training tokens, fewer than one window of {needed} "
-                f"(data.sequence_length {config.sequence_length} + 1) in any domain; give more text or shorter windows"
+                f"data.sources: {', '.join(group)} has {tokens} training tokens, fewer than one "
+                f"window of {needed} "
+                f"(data.sequence_length {config.sequence_length} + 1) in any domain; "
+                "give more text or shorter windows"
             )

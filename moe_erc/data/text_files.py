@@ -1,8 +1,9 @@
 """Documents from a directory of text files, read in the order of their paths.
 
-A .txt file is one document, passed on byte for byte (a tokenizer that needs Unicode replaces what is not UTF-8). A line
-of a .jsonl or .json file is an object with the text under `text_key`. Each may be compressed (.gz). Files whose path
-names a split are that split (`split_names.py`); without a held-out name the hash of each text decides.
+A .txt file is one document, passed on byte for byte (a tokenizer that needs Unicode replaces what
+is not UTF-8). A line of a .jsonl or .json file is an object with the text under `text_key`. Each
+may be compressed (.gz). Files whose path names a split are that split (`split_names.py`); without a
+held-out name the hash of each text decides.
 """
 
 import collections
@@ -22,9 +23,28 @@ from moe_erc.data.split_names import TRAIN, SplitNames, held_out_name
 _SUFFIXES = (".txt", ".jsonl", ".json")
 _READABLE = ".txt or .jsonl file"
 # What tools of the field write beside the text: never text, whatever its suffix says.
-_NO_TEXT = ("dataset_dict.json", "dataset_info.json", "dataset_infos.json", "metadata.json", "state.json")
-# Files that would be text of a split if they could be read. Others of such a name may be anything, such as train.py.
-_DATA_SUFFIXES = (".parquet", ".arrow", ".csv", ".tsv", ".zst", ".bz2", ".xz", ".lz4", ".zip", ".tar", ".bin")
+_NO_TEXT = (
+    "dataset_dict.json",
+    "dataset_info.json",
+    "dataset_infos.json",
+    "metadata.json",
+    "state.json",
+)
+# Files that would be text of a split if they could be read. Others of such a name may be anything,
+# such as train.py.
+_DATA_SUFFIXES = (
+    ".parquet",
+    ".arrow",
+    ".csv",
+    ".tsv",
+    ".zst",
+    ".bz2",
+    ".xz",
+    ".lz4",
+    ".zip",
+    ".tar",
+    ".bin",
+)
 _LISTED = 3  # entries or suffixes that a line names before it counts the others
 
 
@@ -42,7 +62,8 @@ class _Named:
     """Of one split: the files that can be read, and the entries that are so named."""
 
     files: list[file_tree.Entry] = dataclasses.field(default_factory=list)
-    entries: dict[str, None] = dataclasses.field(default_factory=dict)  # in the order of their paths
+    # in the order of their paths
+    entries: dict[str, None] = dataclasses.field(default_factory=dict)
 
     def __str__(self) -> str:
         return f"{_some(list(map(repr, self.entries)))} ({_counted(len(self.files), 'file')})"
@@ -59,10 +80,12 @@ def find(path: Path) -> list[Path]:
 
 
 def fingerprint(path: Path) -> list[tuple]:
-    """Name, size, times of change and inode of every file: it differs as soon as one is added, removed or written.
+    """Name, size, times of change and inode of every file.
 
-    The time of the last change of the inode (ctime) cannot be set, as a copy sets the time of the last write: another
-    text of the same size and date is noticed.
+    It differs as soon as one is added, removed or written.
+
+    The time of the last change of the inode (ctime) cannot be set, as a copy sets the time of the
+    last write: another text of the same size and date is noticed.
     """
     return [(file.relative_to(path).as_posix(), *file_tree.stamp(file)) for file in find(path)]
 
@@ -77,8 +100,8 @@ def documents(path: Path, text_key: str, validation_fraction: float) -> Iterator
 def survey(path: Path, validation_fraction: float) -> Survey:
     """Look at every name under a directory, reading no text.
 
-    BadInput of one line for a directory without text, for a split that is empty while the other is not, and for a link
-    that leads back to a directory above it.
+    BadInput of one line for a directory without text, for a split that is empty while the other is
+    not, and for a link that leads back to a directory above it.
     """
     entries = sorted(file_tree.entries(path), key=lambda entry: entry.parts)
     ignored = collections.Counter(entry.ignored for entry in entries if entry.ignored)
@@ -87,10 +110,16 @@ def survey(path: Path, validation_fraction: float) -> Survey:
     ignored.update(_of_other_suffixes(entries))
     if not files:
         said = _said(ignored)
-        raise BadInput(f"data.sources: no {_READABLE} in '{path}'{said}; add some, or give another directory")
+        raise BadInput(
+            f"data.sources: no {_READABLE} in '{path}'{said}; add some, or give another directory"
+        )
     by_split = _by_split(entries, files, ignored)
     taken, split_rule = _choose(path, by_split, ignored, validation_fraction)
-    found = sorted((path.joinpath(*file.parts), split) for split, named in taken.items() for file in named.files)
+    found = sorted(
+        (path.joinpath(*file.parts), split)
+        for split, named in taken.items()
+        for file in named.files
+    )
     has_own_splits = len(taken) > 1
     if not has_own_splits:
         found = [(file, None) for file, _ in found]
@@ -98,7 +127,10 @@ def survey(path: Path, validation_fraction: float) -> Survey:
 
 
 def _by_split(entries: list, files: list, ignored: collections.Counter) -> dict[str | None, _Named]:
-    """Entries by the split that their paths name; each real file in one of them only, however many paths lead to it."""
+    """Entries by the split that their paths name.
+
+    Each real file in one of them only, however many paths lead to it.
+    """
     names = SplitNames(part for entry in entries for part in entry.parts)
     decided = {entry.parts: names.decide(entry.parts) for entry in entries}
     by_split: dict[str | None, _Named] = collections.defaultdict(_Named)
@@ -108,7 +140,8 @@ def _by_split(entries: list, files: list, ignored: collections.Counter) -> dict[
         if split and is_split:
             ending = "/" if depth < len(entry.parts) or entry.kind == "directory" else ""
             by_split[split].entries.setdefault("/".join(entry.parts[:depth]) + ending)
-    # Held-out paths come first: a text that is held out under one name is not trained on under another.
+    # Held-out paths come first: a text that is held out under one name is not trained on under
+    # another.
     order = {None: 2, TRAIN: 1}
     seen = set()
     for file in sorted(files, key=lambda file: order.get(decided[file.parts][0], 0)):
@@ -121,7 +154,10 @@ def _by_split(entries: list, files: list, ignored: collections.Counter) -> dict[
 
 
 def _choose(
-    path: Path, by_split: dict[str | None, _Named], ignored: collections.Counter, validation_fraction: float
+    path: Path,
+    by_split: dict[str | None, _Named],
+    ignored: collections.Counter,
+    validation_fraction: float,
 ) -> tuple[dict[str | None, _Named], str]:
     """The splits to read under the names of ours, and the sentence that says which they are."""
     train = by_split.get(TRAIN, _Named())
@@ -129,7 +165,9 @@ def _choose(
     held_out = held_out_name(by_split)
     if held_out is None:
         if train.entries and not train.hold_text:
-            raise BadInput(_one_is_empty(path, "training", train, f"{len(unnamed.files)} others", ignored))
+            raise BadInput(
+                _one_is_empty(path, "training", train, f"{len(unnamed.files)} others", ignored)
+            )
         everything = _Named(train.files + unnamed.files)
         what = f"{_counted(len(everything.files), 'file')}, none of them named as held out"
         return {None: everything}, divided_by_hash(what, validation_fraction)
@@ -139,16 +177,25 @@ def _choose(
             raise BadInput(_one_is_empty(path, name, split, str(other), ignored))
     for word, named in by_split.items():
         if word not in (None, TRAIN, held_out) and named.files:
-            ignored[f"files in another held-out split, {_some(list(map(repr, named.entries)))}"] += len(named.files)
+            ignored[
+                f"files in another held-out split, {_some(list(map(repr, named.entries)))}"
+            ] += len(named.files)
     if unnamed.files:
         ignored["text files whose names say no split"] += len(unnamed.files)
     return {TRAIN: train, "validation": validation}, f"train is {train}, validation is {validation}"
 
 
-def _one_is_empty(path: Path, name: str, empty: _Named, other: str, ignored: collections.Counter) -> str:
-    said = f"no text in {_some(list(map(repr, empty.entries)))}" if empty.entries else "nothing is named so"
+def _one_is_empty(
+    path: Path, name: str, empty: _Named, other: str, ignored: collections.Counter
+) -> str:
+    said = (
+        f"no text in {_some(list(map(repr, empty.entries)))}"
+        if empty.entries
+        else "nothing is named so"
+    )
     return (
-        f"data.sources: '{path}' has no {name} split ({said}), though it has {other}{_said(ignored)}; "
+        f"data.sources: '{path}' has no {name} split ({said}), though it has "
+        f"{other}{_said(ignored)}; "
         f"give both splits a {_READABLE}, named such as train/ and validation/, or name neither so"
     )
 
@@ -166,7 +213,10 @@ def _of_other_suffixes(entries: list) -> dict[str, int]:
     """How many files of which suffixes are not read, the frequent ones by name."""
     others = [entry.parts[-1] for entry in entries if entry.kind == "file" and not _is_text(entry)]
     suffixes = collections.Counter(_suffix(name) for name in others).most_common()
-    counts = {f"{suffix!r} files" if suffix else "files without suffix": count for suffix, count in suffixes[:_LISTED]}
+    counts = {
+        f"{suffix!r} files" if suffix else "files without suffix": count
+        for suffix, count in suffixes[:_LISTED]
+    }
     rest = sum(count for _, count in suffixes[_LISTED:])
     return counts | ({"files of other suffixes": rest} if rest else {})
 
@@ -174,7 +224,9 @@ def _of_other_suffixes(entries: list) -> dict[str, int]:
 def _suffix(name: str) -> str:
     """With the one in front of it where the last is that of a compression: .jsonl.zst."""
     suffixes = Path(name).suffixes[-2:]
-    return "".join(suffixes if suffixes and suffixes[-1] in (".gz", ".zst", ".bz2", ".xz") else suffixes[-1:])
+    return "".join(
+        suffixes if suffixes and suffixes[-1] in (".gz", ".zst", ".bz2", ".xz") else suffixes[-1:]
+    )
 
 
 def _said(ignored: collections.Counter) -> str:
@@ -201,7 +253,9 @@ def _texts(file: Path, text_key: str) -> Iterator[bytes]:
                 if line.strip():
                     yield _text_of_line(line, text_key, f"{file}:{number}")
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise BadInput(f"data.sources: '{file}' cannot be unpacked ({error}); fetch it again") from None
+        raise BadInput(
+            f"data.sources: '{file}' cannot be unpacked ({error}); fetch it again"
+        ) from None
 
 
 def _open(file: Path) -> BinaryIO:

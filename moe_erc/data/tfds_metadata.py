@@ -1,7 +1,8 @@
 """What a prepared data set says of itself, checked before TFDS acts on it.
 
-TFDS imports the module of any class that features.json names, and opens any path that dataset_info.json makes of a
-split. From a directory that someone else wrote, only TFDS's own classes and files beside these two are taken.
+TFDS imports the module of any class that features.json names, and opens any path that
+dataset_info.json makes of a split. From a directory that someone else wrote, only TFDS's own
+classes and files beside these two are taken.
 """
 
 import json
@@ -16,7 +17,7 @@ _FILE_KEYS = ("filepathTemplate", "filepath_template")
 
 
 def check(directory: Path) -> None:
-    """ValueError of one line for a foreign class, for a path that leads elsewhere, and for what is no JSON."""
+    """Refuse a foreign class, a path that leads elsewhere, and what is no JSON."""
     for path in (directory / "features.json", directory / "dataset_info.json"):
         if not path.is_file():
             continue
@@ -24,13 +25,20 @@ def check(directory: Path) -> None:
             content = json.loads(path.read_bytes())
         except (ValueError, RecursionError) as error:
             raise BadInput(
-                f"data.sources: '{directory}' holds a {path.name} that TFDS cannot read ({error}); prepare it again"
+                f"data.sources: '{directory}' holds a {path.name} that TFDS cannot read ({error}); "
+                "prepare it again"
             ) from None
         for key, value in _strings(content):
             if key in _CLASS_KEYS and "." in value and not value.startswith(_OWN):
-                raise BadInput(f"data.sources: '{path}' names the class {value!r}; only those of TFDS are loaded")
+                raise BadInput(
+                    f"data.sources: '{path}' names the class {value!r}; "
+                    "only those of TFDS are loaded"
+                )
             if key in _FILE_KEYS and ("/" in value or "\\" in value):
-                raise BadInput(f"data.sources: '{path}' names the files {value!r}, not files beside it; refused")
+                raise BadInput(
+                    f"data.sources: '{path}' names the files {value!r}, not files beside it; "
+                    "refused"
+                )
 
 
 def _strings(content: object) -> Iterator[tuple[str, str]]:
@@ -40,4 +48,6 @@ def _strings(content: object) -> Iterator[tuple[str, str]]:
         value = waiting.pop()
         if isinstance(value, dict):
             yield from ((key, inner) for key, inner in value.items() if isinstance(inner, str))
-        waiting += value.values() if isinstance(value, dict) else value if isinstance(value, list) else []
+        waiting += (
+            value.values() if isinstance(value, dict) else value if isinstance(value, list) else []
+        )

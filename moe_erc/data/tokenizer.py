@@ -1,8 +1,9 @@
 """Text to token ids and back: plain bytes, or a Hugging Face `tokenizer.json`.
 
-Both have `vocab_size`, `eos_id` and `eos` (the token after every document, and how it is spelled), `identity` (differs
-whenever ids could differ), `encode_batch`, `encode` and `decode`. Models may have more rows than a tokenizer has ids,
-so `decode` ignores ids that it does not know. `bpe.py` makes such a file from the configured text.
+Both have `vocab_size`, `eos_id` and `eos` (the token after every document, and how it is spelled),
+`identity` (differs whenever ids could differ), `encode_batch`, `encode` and `decode`. Models may
+have more rows than a tokenizer has ids, so `decode` ignores ids that it does not know. `bpe.py`
+makes such a file from the configured text.
 """
 
 import hashlib
@@ -10,19 +11,33 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Protocol
 
 import numpy as np
 
-from moe_erc import paths
 from moe_erc.checks import BadInput
+from moe_erc.data import paths
 
 # How published tokenizers spell the end of a document.
 END_OF_DOCUMENT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]", "[SEP]")
 
 
-# How published tokenizers spell other tokens that text must not make, where a file forgets to call them special.
-_CONTROL = ("<s>", "<bos>", "<|bos|>", "[BOS]", "[CLS]", "<cls>", "<sep>", "<pad>", "[PAD]", "<unk>", "[UNK]")
+# How published tokenizers spell other tokens that text must not make, where a file forgets to call
+# them special.
+_CONTROL = (
+    "<s>",
+    "<bos>",
+    "<|bos|>",
+    "[BOS]",
+    "[CLS]",
+    "<cls>",
+    "<sep>",
+    "<pad>",
+    "[PAD]",
+    "<unk>",
+    "[UNK]",
+)
 _CONTROL += ("<mask>", "[MASK]", "<eod>", "<eot>", "<eop>")
 _CONTROL_FORM = re.compile(r"<[|｜][^<>]+[|｜]>")  # <|im_start|>
 # Files beside a tokenizer.json that say how a document ends, and under which keys.
@@ -53,7 +68,10 @@ class Tokenizer(Protocol):
 
 
 class ByteTokenizer:
-    """UTF-8 bytes as tokens, and one more that ends a document: no training, no unknown characters."""
+    """UTF-8 bytes as tokens, and one more that ends a document.
+
+    It needs no training and knows every character.
+    """
 
     vocab_size = 257
     eos_id = 256
@@ -74,15 +92,16 @@ class ByteTokenizer:
 class HuggingFaceTokenizer:
     """A `tokenizer.json` of the `tokenizers` library; text that spells a control token stays text.
 
-    Control tokens are those that the file calls special, the end of a document, and added tokens that are spelled like
-    one (`_CONTROL`, `<|…|>`) and that the file calls ordinary. Other ordinary added tokens, such as runs of spaces, are
-    text and encode as in transformers.
+    Control tokens are those that the file calls special, the end of a document, and added tokens
+    that are spelled like one (`_CONTROL`, `<|…|>`) and that the file calls ordinary. Other ordinary
+    added tokens, such as runs of spaces, are text and encode as in transformers.
     """
 
     def __init__(self, path: Path):
         self.identity = hashlib.sha256(path.read_bytes()).hexdigest()
         self._tokenizer = _read(path)
-        self._tokenizer.encode_special_tokens = True  # a document about "<|endoftext|>" does not end there
+        # a document about "<|endoftext|>" does not end there
+        self._tokenizer.encode_special_tokens = True
         self._tokenizer.no_truncation()  # which the file may ask for, as it may for padding
         self._tokenizer.no_padding()
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
@@ -91,25 +110,33 @@ class HuggingFaceTokenizer:
         declared = [] if ends else list(_declared_ends(path.parent, vocabulary))
         if not ends and not declared:
             raise BadInput(
-                f"data.tokenizer: '{path}' has no end-of-document token; add one of {', '.join(END_OF_DOCUMENT)}, "
+                f"data.tokenizer: '{path}' has no end-of-document token; "
+                f"add one of {', '.join(END_OF_DOCUMENT)}, "
                 "or name it as eos_token in a tokenizer_config.json beside it"
             )
         self.eos = (ends or declared)[0]
         self.eos_id = vocabulary[self.eos]
         marked = self._mark_special()
         if marked or declared:  # else the file alone decides the ids, as it always did
-            self.identity = hashlib.sha256(json.dumps([self.identity, self.eos, marked]).encode()).hexdigest()
+            self.identity = hashlib.sha256(
+                json.dumps([self.identity, self.eos, marked]).encode()
+            ).hexdigest()
         self._is_control = self._control_ids()
         self._unknown_id = _unknown_id(self._tokenizer)
 
     def encode_batch(self, texts: Sequence[str | bytes]) -> list[np.ndarray]:
-        # A text from the command line that is no UTF-8 has surrogates, which the library does not take.
-        encoded = [text if isinstance(text, bytes) else text.encode(errors="replace") for text in texts]
+        # A text from the command line that is no UTF-8 has surrogates, which the library does not
+        # take.
+        encoded = [
+            text if isinstance(text, bytes) else text.encode(errors="replace") for text in texts
+        ]
         strings = [text.decode(errors="replace") for text in encoded]
         found = self._tokenizer.encode_batch_fast(strings, add_special_tokens=False)
         ids = [np.array(encoding.ids, np.uint32) for encoding in found]
         return [
-            np.array(list(self._spelled(text)), np.uint32) if self._is_control[ids_N].any() else ids_N
+            np.array(list(self._spelled(text)), np.uint32)
+            if self._is_control[ids_N].any()
+            else ids_N
             for text, ids_N in zip(strings, ids, strict=True)
         ]
 
@@ -134,13 +161,18 @@ class HuggingFaceTokenizer:
         """By id, whether no text may make it."""
         added = self._tokenizer.get_added_tokens_decoder()
         is_control = np.zeros(self.vocab_size, bool)
-        is_control[[number for number, token in added.items() if token.special] + [self.eos_id]] = True
+        is_control[[number for number, token in added.items() if token.special] + [self.eos_id]] = (
+            True
+        )
         return is_control
 
     def _spelled(self, text: str) -> Iterator[int]:
-        """Ids of a text of which the model itself makes a control token, since its vocabulary holds them as words.
+        """Ids of a text of which the model itself makes a control token.
 
-        Such a token is cut in two in the text, and what lies before and behind the cut is encoded by itself.
+        Its vocabulary holds such tokens as words.
+
+        Such a token is cut in two in the text, and what lies before and behind the cut is encoded
+        by itself.
         """
         waiting = [text]
         while waiting:
@@ -149,14 +181,19 @@ class HuggingFaceTokenizer:
             cut = self._first_cut(piece, found)
             if cut is None:
                 yield from found.ids
-            elif len(piece) > 1:  # else a single character that is a control token: it has no other spelling
+            # else a single character that is a control token: it has no other spelling
+            elif len(piece) > 1:
                 waiting += [piece[cut:], piece[:cut]]
 
     def _first_cut(self, piece: str, found) -> int | None:
-        """Where to cut a piece of text within the first control token that it spells; None if it spells none."""
+        """Where to cut a piece of text within the first control token that it spells.
+
+        None if it spells none.
+        """
         for token, (start, end) in zip(found.ids, found.offsets, strict=True):
             spelled = piece[start:end].strip() == self._tokenizer.id_to_token(token)
-            # What is not in the vocabulary is the unknown token, rightly, unless the text spells just that.
+            # What is not in the vocabulary is the unknown token, rightly, unless the text spells
+            # just that.
             if self._is_control[token] and (token != self._unknown_id or spelled):
                 return min(max((start + end) // 2, 1), len(piece) - 1)
         return None
@@ -168,17 +205,20 @@ def load(spec: str) -> Tokenizer:
         return ByteTokenizer()
     path = paths.local(spec)
     if not path.is_file():
-        raise BadInput(f"data.tokenizer: no such file '{spec}'; give 'bytes' or the path of a tokenizer.json")
+        raise BadInput(
+            f"data.tokenizer: no such file '{spec}'; give 'bytes' or the path of a tokenizer.json"
+        )
     return HuggingFaceTokenizer(path)
 
 
-def library():
+def library() -> ModuleType:
     """The `tokenizers` library, which only these tokenizers need."""
     try:
         import tokenizers
     except ImportError:
         raise BadInput(
-            "data.tokenizer: the library 'tokenizers' is missing; pip install 'moe_erc[tokenizers]', or use 'bytes'"
+            "data.tokenizer: the library 'tokenizers' is missing; "
+            "pip install 'moe_erc[tokenizers]', or use 'bytes'"
         ) from None
     return tokenizers
 
@@ -215,5 +255,6 @@ def _read(path: Path):
     except Exception as error:  # the library raises bare Exception
         reason = str(error).splitlines()[0]
         raise BadInput(
-            f"data.tokenizer: '{path}' is not a tokenizer.json ({reason}); give 'bytes' or a file that is"
+            f"data.tokenizer: '{path}' is not a tokenizer.json ({reason}); "
+            "give 'bytes' or a file that is"
         ) from None

@@ -1,9 +1,9 @@
 """Batches of fixed windows, addressed by one integer.
 
-Window i of a stream is tokens [i T, i T + T]; its inputs are all but the last, its targets all but the first. Every
-target is in exactly one window. A training batch is a pure function of (corpus, seed, rows read before it): resuming
-costs nothing, also in batches of another size, and a batch has the same rows in the same order whether one process
-reads all of it or several read some each.
+Window i of a stream is tokens [i T, i T + T]; its inputs are all but the last, its targets all but
+the first. Every target is in exactly one window. A training batch is a pure function of (corpus,
+seed, rows read before it): resuming costs nothing, also in batches of another size, and a batch has
+the same rows in the same order whether one process reads all of it or several read some each.
 """
 
 import functools
@@ -16,11 +16,15 @@ from moe_erc.checks import BadInput
 from moe_erc.data.mixture import Mixture
 from moe_erc.data.streams import Corpus, Stream
 
-_READING = grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)  # batches, prepared while the device computes
+# batches, prepared while the device computes
+_READING = grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)
 
 
 def count_windows(stream: Stream, sequence_length: int) -> int:
-    """The number of full windows in a stream; a window's last target is the first input of the next."""
+    """The number of full windows in a stream.
+
+    A window's last target is the first input of the next.
+    """
     return max(len(stream.tokens_N) - 1, 0) // sequence_length
 
 
@@ -28,11 +32,9 @@ class Windows:
     """The full windows of a stream as a source of random access."""
 
     def __init__(self, stream: Stream, sequence_length: int):
-        self._tokens_N, self._length, self._count = (
-            stream.tokens_N,
-            sequence_length,
-            count_windows(stream, sequence_length),
-        )
+        self._tokens_N = stream.tokens_N
+        self._length = sequence_length
+        self._count = count_windows(stream, sequence_length)
 
     def __len__(self) -> int:
         return self._count
@@ -53,16 +55,20 @@ def train_batches(
 ) -> Iterator[dict[str, np.ndarray]]:
     """The endless training batches from `start_row` on, shuffled by `seed` and anew in every epoch.
 
-    `start_row` counts the rows (windows) that all batches before had together, whatever their
-    sizes were: it need not be a multiple of `batch_size`. It is given by name, so that nobody passes
-    a number of steps for it. `batch_size` counts the rows of all processes; `rows` are those of each
+    `start_row` counts the rows (windows) that all batches before had together, whatever their sizes
+    were: it need not be a multiple of `batch_size`. It is given by name, so that nobody passes a
+    number of steps for it. `batch_size` counts the rows of all processes; `rows` are those of each
     batch that are read here, None reads all. Every source is a random permutation of the windows of
     all its domains, then another.
     """
     rows = range(batch_size) if rows is None else rows
     train = corpus.streams["train"].values()
-    groups = [[stream for stream in train if stream.source == source] for source in corpus.weights] or [list(train)]
-    shuffled = [_shuffled(group, sequence_length, (seed, position)) for position, group in enumerate(groups)]
+    groups = [
+        [stream for stream in train if stream.source == source] for source in corpus.weights
+    ] or [list(train)]
+    shuffled = [
+        _shuffled(group, sequence_length, (seed, position)) for position, group in enumerate(groups)
+    ]
     mixture = Mixture(list(corpus.weights.values()) or [1], batch_size, rows, start_row)
     windows = grain.MapDataset.select_from_datasets(shuffled, mixture)
     of_windows = functools.partial(_inputs_and_targets, _document_end(corpus))
@@ -72,30 +78,45 @@ def train_batches(
 def validation_batches(
     corpus: Corpus, domain: str, sequence_length: int, batch_size: int, limit: int | None = None
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Every target of a domain's validation stream once, in order, in batches of one shape; padding has mask False.
+    """Every target of a domain's validation stream once, in order, in batches of one shape.
 
-    `limit` bounds the number of windows: the ones read are then spread evenly over the stream. 0 and None mean all.
+    Padding has mask False.
+
+    `limit` bounds the number of windows: the ones read are then spread evenly over the stream. 0
+    and None mean all.
     """
     streams = corpus.streams["validation"]
     if domain not in streams:
-        raise BadInput(f"no validation text in domain '{domain}'; the domains that have some are {sorted(streams)}")
+        raise BadInput(
+            f"no validation text in domain '{domain}'; "
+            f"the domains that have some are {sorted(streams)}"
+        )
     of_windows = functools.partial(_inputs_and_targets, _document_end(corpus))
-    return _validation_batches(streams[domain].tokens_N, sequence_length, batch_size, limit, of_windows)
+    return _validation_batches(
+        streams[domain].tokens_N, sequence_length, batch_size, limit, of_windows
+    )
 
 
 def documents_per_window(corpus: Corpus, sequence_length: int) -> float:
     """How many documents a training window meets on average, whole or in part."""
     train = corpus.streams["train"].values()
-    weights, expected = corpus.weights or {None: 1}, 0.0
+    weights = corpus.weights or {None: 1}
+    expected = 0.0
     for source, weight in weights.items():
         streams = [stream for stream in train if source in (None, stream.source)]
-        ends_per_token = sum(stream.documents for stream in streams) / sum(len(stream.tokens_N) for stream in streams)
+        ends_per_token = sum(stream.documents for stream in streams) / sum(
+            len(stream.tokens_N) for stream in streams
+        )
         expected += weight / sum(weights.values()) * (1 + (sequence_length - 1) * ends_per_token)
     return expected
 
 
 def _validation_batches(
-    tokens_N: np.ndarray, sequence_length: int, batch_size: int, limit: int | None, of_windows: Callable
+    tokens_N: np.ndarray,
+    sequence_length: int,
+    batch_size: int,
+    limit: int | None,
+    of_windows: Callable,
 ) -> Iterator[dict[str, np.ndarray]]:
     total = -(-(len(tokens_N) - 1) // sequence_length)
     kept = min(limit or total, total)
@@ -110,14 +131,17 @@ def _validation_batches(
         yield of_windows(window_BT) | {"mask_BT": mask_BT}
 
 
-def _shuffled(streams: list[Stream], sequence_length: int, entropy: tuple[int, int]) -> grain.MapDataset:
+def _shuffled(
+    streams: list[Stream], sequence_length: int, entropy: tuple[int, int]
+) -> grain.MapDataset:
     """All windows of some streams, epoch after epoch, each epoch a new permutation."""
     sets = [
         grain.MapDataset.source(Windows(stream, sequence_length))
         for stream in streams
         if count_windows(stream, sequence_length)
     ]
-    seed = int(np.random.SeedSequence(entropy).generate_state(1)[0])  # each source has a permutation of its own
+    # each source has a permutation of its own
+    seed = int(np.random.SeedSequence(entropy).generate_state(1)[0])
     return grain.MapDataset.concatenate(sets).shuffle(seed).repeat()
 
 
@@ -127,21 +151,29 @@ def _document_end(corpus: Corpus) -> int | None:
 
 
 def _inputs_and_targets(eos_id: int | None, window_BT: np.ndarray) -> dict[str, np.ndarray]:
-    """Windows of T + 1 tokens as T predictions each, all counted; with `eos_id` their documents are numbered."""
+    """Windows of T + 1 tokens as T predictions each, all counted.
+
+    With `eos_id` their documents are numbered.
+    """
     window_BT = window_BT.astype(np.int32)
     batch = {
         "inputs_BT": window_BT[:, :-1],
         "targets_BT": window_BT[:, 1:],
         "mask_BT": np.ones_like(window_BT[:, 1:], bool),
     }
-    return batch if eos_id is None else batch | {"segments_BT": _number_documents(batch["inputs_BT"], eos_id)}
+    return (
+        batch
+        if eos_id is None
+        else batch | {"segments_BT": _number_documents(batch["inputs_BT"], eos_id)}
+    )
 
 
 def _number_documents(inputs_BT: np.ndarray, eos_id: int) -> np.ndarray:
     """(B, T) int32: how many documents ended in the window before each token.
 
-    The end-of-document token is the last of its own document, and what it predicts is the first token of the next: that
-    target is counted too, so that a loss is over the same targets whether attention crosses documents or not.
+    The end-of-document token is the last of its own document, and what it predicts is the first
+    token of the next: that target is counted too, so that a loss is over the same targets whether
+    attention crosses documents or not.
     """
     ends_BT = inputs_BT == eos_id
     return np.cumsum(ends_BT, axis=1, dtype=np.int32) - ends_BT

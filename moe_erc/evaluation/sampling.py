@@ -1,51 +1,52 @@
-"""How the next token is taken from its logits: the most probable one, or drawn at a temperature from the likely ones.
+"""How the next token is taken from its logits.
 
-p = softmax(logits / temperature), cut to the top_k most probable, of them to the smallest prefix that sums to top_p
+It is the most probable one, or drawn at a temperature from the likely ones:
+
+p = softmax(logits / temperature), cut to the top_k most probable, of them to the smallest prefix
+that sums to top_p
 """
 
 import dataclasses
-import math
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from moe_erc.checks import BadInput
+from moe_erc.checks import BadInput, check_fields, within
 
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """What is asked of a continuation."""
+    """What is asked of a continuation; BadInput for a value beyond its limit."""
 
-    new_tokens: int = 128  # at most
-    temperature: float = 0.0  # 0 takes the most probable token
-    top_k: int = 0  # 0 keeps all
-    top_p: float = 1.0  # 1 keeps all
-    seed: int = 0
+    new_tokens: int = within(least=1, default=128)  # at most
+    temperature: float = within(least=0, default=0.0)  # 0 takes the most probable token
+    top_k: int = within(0, 2**31 - 1, note="0 keeps all", default=0)
+    top_p: float = within(above=0, most=1, note="1 keeps all", default=1.0)
+    seed: int = within(0, 2**32 - 1, default=0)
     stop: tuple = ()  # strings and token ids that end it, and are no part of it
 
     def __post_init__(self):
-        for name, (holds, limit) in {
-            "new_tokens": (self.new_tokens >= 1, "at least 1"),
-            "temperature": (0 <= self.temperature < math.inf, "at least 0 and finite"),
-            "top_k": (0 <= self.top_k < 2**31, "from 0 to 2^31 - 1 (0 keeps all)"),
-            "top_p": (0 < self.top_p <= 1, "above 0 and at most 1 (1 keeps all)"),
-            "seed": (0 <= self.seed < 2**32, "from 0 to 2^32 - 1"),
-            "stop": (not isinstance(self.stop, str) and "" not in self.stop, "a tuple of texts and token ids"),
-        }.items():
-            if not holds:
-                raise BadInput(f"{name}: {getattr(self, name)!r} must be {limit}")
+        check_fields(self)
+        if isinstance(self.stop, str) or "" in self.stop:
+            raise BadInput(f"stop: {self.stop!r} must be a tuple of texts and token ids")
 
     @property
-    def stop_texts(self):
+    def stop_texts(self) -> list[str]:
         return [item for item in self.stop if isinstance(item, str)]
 
     @property
-    def stop_ids(self):
+    def stop_ids(self) -> list[int]:
         return [item for item in self.stop if not isinstance(item, str)]
 
 
-def draw(logits_BV, keys_B, temperature, top_k, top_p):
+def draw(
+    logits_BV: jax.Array,
+    keys_B: jax.Array,
+    temperature: jax.Array,
+    top_k: jax.Array,
+    top_p: jax.Array,
+) -> jax.Array:
     """A token for every row, with a key of its own."""
 
     def sample():
@@ -56,8 +57,11 @@ def draw(logits_BV, keys_B, temperature, top_k, top_p):
     return lax.cond(temperature > 0, sample, lambda: jnp.argmax(logits_BV, axis=-1))
 
 
-def likely(logits_BV, top_k, top_p):
-    """The logits, and -inf where a token is not among the top_k, or not in the prefix of these that reaches top_p."""
+def likely(logits_BV: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array:
+    """The logits, and -inf where a token is not likely.
+
+    Likely are the top_k, and of these the prefix that reaches top_p.
+    """
     rank_V = jnp.arange(logits_BV.shape[-1])
     among_V = (top_k == 0) | (rank_V < top_k)
     sorted_BV = jnp.where(among_V, jnp.sort(logits_BV, axis=-1, descending=True), -jnp.inf)

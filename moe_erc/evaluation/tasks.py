@@ -12,8 +12,8 @@ import sys
 
 import jax
 
-from moe_erc import bars, paths
 from moe_erc.checks import BadInput
+from moe_erc.data import bars, paths
 from moe_erc.measures.validation import TASK
 from moe_erc.tables import print_table
 

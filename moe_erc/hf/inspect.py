@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from moe_erc import paths
 from moe_erc.checks import BadInput
+from moe_erc.data import paths
 from moe_erc.hf.families import FAMILIES
 from moe_erc.hf.layers import Layer, locate_layers
 from moe_erc.hf.shards import find_tensors, read_config

@@ -10,7 +10,7 @@ from moe_erc.hf.shards import Tensor
 MOST = 2**20  # layers, experts, width: a config.json beyond it is no model's
 
 
-class Stored(NamedTuple):
+class Matrix(NamedTuple):
     """A router, or the gate of one expert: its tensors, and how to take it out of them."""
 
     parts: tuple[Tensor, ...]
@@ -24,8 +24,8 @@ class Stored(NamedTuple):
 class Layer(NamedTuple):
     """Where a layer lies."""
 
-    router: Stored
-    gates: list[Stored]  # by expert
+    router: Matrix
+    gates: list[Matrix]  # by expert
     gates_shape: tuple[int, int, int]  # (E, F, D)
 
 
@@ -94,7 +94,7 @@ def _locate(candidates, expert, tensors, sizes):
     if len(found) > 1:
         raise BadInput(f"the shards have both {found[0][0]!r} and {found[1][0]!r}; save the model again, in one form")
     [(name, layout)] = found
-    return Stored(tuple(_checked(name + part.suffix, part, tensors, sizes) for part in layout.parts), layout, expert)
+    return Matrix(tuple(_checked(name + part.suffix, part, tensors, sizes) for part in layout.parts), layout, expert)
 
 
 def _checked(name, part, tensors, sizes):

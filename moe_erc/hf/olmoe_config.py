@@ -22,6 +22,16 @@ FIELDS = {  # config.json -> ModelConfig
     "tie_word_embeddings": "tie_embeddings",
 }
 RENORMALIZE = "norm_topk_prob"  # an option of the router
+# What config.json does not say, of a model that is to be run.
+PLAIN = {
+    "shared_experts": 0,
+    "init_std": 0.02,
+    "dtype": "float32",
+    "remat": "none",
+    "scan_unroll": 1,
+    "attention_implementation": "auto",
+    "experts_implementation": "auto",
+}
 # As transformers has them, whose clip_qkv is null where ours is 0.
 DEFAULTS = {"norm_topk_prob": False, "rms_norm_eps": 1e-5, "clip_qkv": 0.0, "tie_word_embeddings": False}
 FIXED = {"attention_bias": False, "attention_dropout": 0.0, "hidden_act": "silu"}

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 
-class Stored(NamedTuple):
+class TensorName(NamedTuple):
     """How a parameter is stored: the name of its tensors, with {} for its leading axes, layer and expert."""
 
     name: str
@@ -29,21 +29,21 @@ class Stored(NamedTuple):
 LAYER = "model.layers.{}."
 EXPERT = LAYER + "mlp.experts.{}."
 TABLE = {
-    "embed": Stored("model.embed_tokens.weight"),
-    "layers.attention_norm": Stored(LAYER + "input_layernorm.weight"),
-    "layers.attention.query": Stored(LAYER + "self_attn.q_proj.weight", transposed=True),
-    "layers.attention.query_norm": Stored(LAYER + "self_attn.q_norm.weight"),
-    "layers.attention.key": Stored(LAYER + "self_attn.k_proj.weight", transposed=True),
-    "layers.attention.key_norm": Stored(LAYER + "self_attn.k_norm.weight"),
-    "layers.attention.value": Stored(LAYER + "self_attn.v_proj.weight", transposed=True),
-    "layers.attention.output": Stored(LAYER + "self_attn.o_proj.weight", transposed=True),
-    "layers.moe_norm": Stored(LAYER + "post_attention_layernorm.weight"),
-    "layers.moe.router": Stored(LAYER + "mlp.gate.weight"),
-    "layers.moe.w_gate": Stored(EXPERT + "gate_proj.weight", transposed=True),
-    "layers.moe.w_up": Stored(EXPERT + "up_proj.weight", transposed=True),
-    "layers.moe.w_down": Stored(EXPERT + "down_proj.weight", transposed=True),
-    "final_norm": Stored("model.norm.weight"),
-    "head": Stored("lm_head.weight"),  # absent where it is the embedding
+    "embed": TensorName("model.embed_tokens.weight"),
+    "layers.attention_norm": TensorName(LAYER + "input_layernorm.weight"),
+    "layers.attention.query": TensorName(LAYER + "self_attn.q_proj.weight", transposed=True),
+    "layers.attention.query_norm": TensorName(LAYER + "self_attn.q_norm.weight"),
+    "layers.attention.key": TensorName(LAYER + "self_attn.k_proj.weight", transposed=True),
+    "layers.attention.key_norm": TensorName(LAYER + "self_attn.k_norm.weight"),
+    "layers.attention.value": TensorName(LAYER + "self_attn.v_proj.weight", transposed=True),
+    "layers.attention.output": TensorName(LAYER + "self_attn.o_proj.weight", transposed=True),
+    "layers.moe_norm": TensorName(LAYER + "post_attention_layernorm.weight"),
+    "layers.moe.router": TensorName(LAYER + "mlp.gate.weight"),
+    "layers.moe.w_gate": TensorName(EXPERT + "gate_proj.weight", transposed=True),
+    "layers.moe.w_up": TensorName(EXPERT + "up_proj.weight", transposed=True),
+    "layers.moe.w_down": TensorName(EXPERT + "down_proj.weight", transposed=True),
+    "final_norm": TensorName("model.norm.weight"),
+    "head": TensorName("lm_head.weight"),  # absent where it is the embedding
 }
 # All experts of a layer in one tensor, as transformers has them in memory: their matrices in a row.
 PACKED = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}

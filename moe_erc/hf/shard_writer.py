@@ -13,8 +13,8 @@ import secrets
 import shutil
 from pathlib import Path
 
-from moe_erc import paths
 from moe_erc.checks import BadInput
+from moe_erc.data import paths
 from moe_erc.hf.shards import DTYPES
 
 CODES = {dtype.name: code for code, dtype in DTYPES.items()}

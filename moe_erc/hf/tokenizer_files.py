@@ -2,8 +2,8 @@
 
 import json
 
-from moe_erc import paths
 from moe_erc.checks import BadInput
+from moe_erc.data import paths
 
 BYTES = "bytes"
 END_OF_DOCUMENT = "<|endoftext|>"

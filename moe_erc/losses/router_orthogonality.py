@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from moe_erc.losses.base import Loss, Needs
-from moe_erc.numerics import divide, square_root
+from moe_erc.numerics import nonzero, square_root
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +32,7 @@ def router_orthogonality(router_LED: jax.Array) -> jax.Array:
     router_LED = jnp.asarray(router_LED, jnp.float32)
     experts = router_LED.shape[-2]
     length_LE1 = square_root(jnp.sum(router_LED**2, axis=-1, keepdims=True))
-    row_LED = divide(router_LED, length_LE1)
+    row_LED = router_LED / nonzero(length_LE1)
     cosine_LEE = jnp.einsum("lid,ljd->lij", row_LED, row_LED, precision=lax.Precision.HIGHEST)
     distance_L = jnp.sum((cosine_LEE - jnp.eye(experts)) ** 2, axis=(-2, -1))
     return jnp.mean(distance_L) / experts**2

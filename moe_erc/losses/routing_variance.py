@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from moe_erc.losses.base import Loss, Needs, NoOptions
-from moe_erc.numerics import divide
+from moe_erc.numerics import divide, nonzero
 
 
 def routing_variance(
@@ -29,9 +29,7 @@ def routing_variance(
     experts = probabilities_BTE.shape[-1]
     chosen_BTE = jnp.any(jax.nn.one_hot(experts_BTK, experts, dtype=bool), axis=-2)
     kept_BTE = jnp.where(chosen_BTE, probabilities_BTE, 0).astype(jnp.float32)
-    total_BT1 = jnp.sum(kept_BTE, axis=-1, keepdims=True)
-    # Where the total is 0, so is every score: no `divide`, whose select XLA rounds in another way.
-    score_BTE = kept_BTE / jnp.where(total_BT1 > 0, total_BT1, 1)
+    score_BTE = kept_BTE / nonzero(jnp.sum(kept_BTE, axis=-1, keepdims=True))
     share_BT = divide(mask_BT, jnp.sum(mask_BT))
     # Two passes: the mean square less the squared mean would leave nothing of a small variance.
     mean_E = jnp.einsum("bte,bt->e", score_BTE, share_BT, precision=lax.Precision.HIGHEST)

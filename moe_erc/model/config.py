@@ -9,8 +9,8 @@ from collections.abc import Mapping
 
 import jax
 
-from moe_erc.checks import BadInput
-from moe_erc.model.check import check_numbers, check_sizes
+from moe_erc.checks import BadInput, among, within
+from moe_erc.model.check import check_sizes
 from moe_erc.moe.experts import FACTORIZED, GATED
 from moe_erc.moe.layer import declare
 from moe_erc.moe.routers import make_router
@@ -23,30 +23,31 @@ MOST_ASSIGNMENTS = 2**31 - 1  # of a layer in a step, that an int32 counts
 class ModelConfig:
     """Every field is explained in `configs/base.py`, where the values come from."""
 
-    vocab_size: int
-    layers: int
-    width: int
-    heads: int
-    kv_heads: int
-    experts: int
-    experts_per_token: int
-    expert_width: int
+    vocab_size: int = within(least=1)
+    layers: int = within(least=1)
+    width: int = within(least=1)
+    heads: int = within(least=1)
+    kv_heads: int = within(least=1)
+    experts: int = within(least=1)
+    experts_per_token: int = within(least=1)
+    expert_width: int = within(least=1)
     router: Router  # with its options, the block `routers` of the configuration
-    shared_experts: int
-    rope_theta: float
-    norm_eps: float
-    clip_qkv: float
-    init_std: float
+    shared_experts: int = within(least=0)
+    rope_theta: float = within(above=0)
+    norm_eps: float = within(above=0)
+    clip_qkv: float = within(least=0, note="0 clips nothing")
+    init_std: float = within(above=0)
     tie_embeddings: bool
-    dtype: str
-    remat: str
-    scan_unroll: int
-    attention_implementation: str
-    experts_implementation: str
+    dtype: str = among("float32", "bfloat16")
+    remat: str = among("none", "block")
+    scan_unroll: int = within(least=1)
+    attention_implementation: str = among("auto", "xla", "cudnn")
+    experts_implementation: str = among(
+        "auto", "dense", "block_loop", "ragged", "pallas", "tokamax"
+    )
 
     def __post_init__(self):
         check_sizes(self)
-        check_numbers(self)
         self.router.check(self)
 
     @classmethod

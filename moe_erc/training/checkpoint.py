@@ -13,8 +13,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from moe_erc.checks import BadInput
-from moe_erc.paths import absolute
+from moe_erc.checks import BadInput, Range, in_range
+from moe_erc.data.paths import absolute
 from moe_erc.training import contents, digests
 from moe_erc.training.lock import lock
 
@@ -36,8 +36,8 @@ class Checkpoints:
 
     def __init__(self, directory, keep=None):
         self._directory = absolute(directory)
-        if keep is not None and keep < 1:
-            raise BadInput(f"keep = {keep} checkpoints would leave nothing to resume from: keep at least 1")
+        if keep is not None:
+            in_range("checkpoint.keep", keep, Range(least=1))
         self._manager = ocp.CheckpointManager(
             self._directory,
             options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=False),

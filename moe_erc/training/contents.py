@@ -13,7 +13,7 @@ import jax
 import orbax.checkpoint as ocp
 import tensorstore
 
-from moe_erc.paths import is_remote
+from moe_erc.data.paths import is_remote
 
 STATE, META = "state", "meta"
 LONGEST = 160  # characters of what a library says

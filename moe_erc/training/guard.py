@@ -12,10 +12,8 @@ import dataclasses
 import jax.numpy as jnp
 import numpy as np
 
-from moe_erc.checks import BadInput
+from moe_erc.checks import among, check_fields, within
 from moe_erc.measures.training import IN_A_ROW, SKIPPED, TOTAL, ZSCORE
-
-NONFINITE, SPIKE = ("stop", "skip"), ("report", "skip")
 
 
 class Stopped(Exception):
@@ -28,23 +26,16 @@ class Stopped(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class GuardConfig:
-    """The `guard` block of a config; a value out of range is a ValueError that names its key."""
+    """The `guard` block of a config; BadInput for a value beyond its limit."""
 
-    nonfinite: str = "stop"
-    spike: str = "report"
-    zscore: float = 6.0
-    window: int = 100
-    limit: int = 10
+    nonfinite: str = among("stop", "skip", default="stop")
+    spike: str = among("report", "skip", default="report")
+    zscore: float = within(above=0, finite=False, note="inf finds no spike", default=6.0)
+    window: int = within(least=2, note="steps", default=100)
+    limit: int = within(least=1, note="steps", default=10)
 
     def __post_init__(self):
-        for key, known in (("nonfinite", NONFINITE), ("spike", SPIKE)):
-            if getattr(self, key) not in known:
-                raise BadInput(f"guard.{key}: {getattr(self, key)!r} is none of {', '.join(known)}")
-        if not self.zscore > 0:
-            raise BadInput(f"guard.zscore: {self.zscore} is not positive; inf finds no spike")
-        for key, least in (("window", 2), ("limit", 1)):
-            if getattr(self, key) < least:
-                raise BadInput(f"guard.{key}: {getattr(self, key)} is below {least}; give a number of steps")
+        check_fields(self, "guard")
 
 
 def initial():

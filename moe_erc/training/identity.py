@@ -8,12 +8,11 @@ Every key of `configs/base.py` has one of four rules, that of its longest prefix
     FREE     where, how fast and what is shown: another value is taken without a word
 """
 
-import difflib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-from moe_erc.checks import BadInput
+from moe_erc.checks import BadInput, nearest
 
 METHOD = "method"
 SAID = "said"
@@ -141,8 +140,10 @@ def check_names(allow: Sequence[str], config: Mapping) -> None:
     known = list(_names(config))
     for name in allow:
         if name not in known:
-            nearest = difflib.get_close_matches(str(name), known, n=1, cutoff=0)[0]
-            raise BadInput(f"resume.allow: no block and no key is called {name!r}; the nearest is {nearest!r}")
+            raise BadInput(
+                f"resume.allow: no block and no key is called {name!r}; "
+                f"the nearest is {nearest(name, known)!r}"
+            )
 
 
 def _names(config: Mapping, prefix: str = "") -> Iterator[str]:

@@ -10,7 +10,7 @@ import os
 import socket
 
 from moe_erc.checks import BadInput
-from moe_erc.paths import is_remote
+from moe_erc.data.paths import is_remote
 
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 

@@ -17,7 +17,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from moe_erc.checks import BadInput
-from moe_erc.paths import absolute, is_remote
+from moe_erc.data.paths import absolute, is_remote
 from moe_erc.training.json_lines import LocalJsonLines, RemoteJsonLines
 
 

@@ -11,18 +11,14 @@ scaled to the root mean square of Adam's (arXiv 2502.16982), so both share one l
 """
 
 import dataclasses
-import difflib
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from moe_erc.checks import BadInput
+from moe_erc.checks import BadInput, among, check_fields, within
 
-OPTIMIZERS = ("adamw", "muon")
-SCHEDULES = ("constant", "cosine", "linear", "wsd")
 MUON_MOMENTUM = 0.95  # the published value, so that naming muon is all it takes
 NORM = "_norm"  # how the name of a norm's scale ends
 ADAM_RMS = 0.2  # what Adam's direction measures in practice; an orthogonal (m, n) matrix has 1 / sqrt(max(m, n))
@@ -30,45 +26,25 @@ ADAM_RMS = 0.2  # what Adam's direction measures in practice; an orthogonal (m, 
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """The `optimizer` block of a config; a value out of range is a ValueError that names its key."""
+    """The `optimizer` block of a config; BadInput for a value beyond its limit."""
 
-    name: str
-    learning_rate: float  # the peak
-    schedule: str
-    warmup_steps: int
-    decay_fraction: float  # wsd alone: the last share of all steps, in which the rate falls
-    final_fraction: float  # the rate at the end, as a share of the peak
-    b1: float
-    b2: float
-    eps: float
-    weight_decay: float
-    clip_norm: float  # of the gradient of all parameters together; inf never clips
+    name: str = among("adamw", "muon")
+    learning_rate: float = within(above=0)  # the peak
+    schedule: str = among("constant", "cosine", "linear", "wsd")
+    warmup_steps: int = within(least=0)
+    # wsd alone: the last share of all steps, in which the rate falls
+    decay_fraction: float = within(above=0, most=1)
+    final_fraction: float = within(least=0, most=1)  # the rate at the end, as a share of the peak
+    b1: float = within(least=0, below=1)
+    b2: float = within(least=0, below=1)
+    eps: float = within(above=0)
+    weight_decay: float = within(least=0)
+    # of the gradient of all parameters together
+    clip_norm: float = within(above=0, finite=False, note="inf never clips")
     decay_norms: bool = False  # whether the scales of norms decay as matrices do
 
     def __post_init__(self):
-        _check_choice("name", self.name, OPTIMIZERS)
-        _check_choice("schedule", self.schedule, SCHEDULES)
-        _check_range("learning_rate", self.learning_rate, 0 < self.learning_rate < math.inf, "positive and finite")
-        _check_range("warmup_steps", self.warmup_steps, self.warmup_steps >= 0, "at least 0")
-        _check_range("decay_fraction", self.decay_fraction, 0 < self.decay_fraction <= 1, "above 0 and at most 1")
-        _check_range("final_fraction", self.final_fraction, 0 <= self.final_fraction <= 1, "from 0 to 1")
-        _check_range("b1", self.b1, 0 <= self.b1 < 1, "at least 0 and below 1")
-        _check_range("b2", self.b2, 0 <= self.b2 < 1, "at least 0 and below 1")
-        _check_range("eps", self.eps, 0 < self.eps < math.inf, "positive and finite")
-        _check_range("weight_decay", self.weight_decay, 0 <= self.weight_decay < math.inf, "at least 0 and finite")
-        _check_range("clip_norm", self.clip_norm, self.clip_norm > 0, "positive (inf never clips)")
-
-
-def _check_choice(key, value, known):
-    if value not in known:
-        nearest = difflib.get_close_matches(str(value), known, n=1)
-        mend = f"did you mean {nearest[0]!r}?" if nearest else f"choose one of {', '.join(known)}"
-        raise BadInput(f"optimizer.{key} = {value!r} is unknown: {mend}")
-
-
-def _check_range(key, value, holds, limit):
-    if not holds:
-        raise BadInput(f"optimizer.{key} = {value!r} must be {limit}")
+        check_fields(self, "optimizer")
 
 
 def learning_rate_schedule(config, steps) -> optax.Schedule:
@@ -78,7 +54,9 @@ def learning_rate_schedule(config, steps) -> optax.Schedule:
     """
     peak, warmup = config.learning_rate, config.warmup_steps
     if warmup >= steps:
-        raise BadInput(f"optimizer.warmup_steps = {warmup} must be below the {steps} steps of the run: lower it")
+        raise BadInput(
+            f"optimizer.warmup_steps: {warmup} must be below {steps}, the steps of the run; lower it"
+        )
     return optax.join_schedules(
         [optax.linear_schedule(peak / (warmup + 1), peak, warmup), _after_warmup(config, steps)], [warmup]
     )
@@ -106,8 +84,9 @@ def _after_warmup(config, steps):
             decay = max(1, round(config.decay_fraction * steps))
             if decay > remaining:
                 raise BadInput(
-                    f"optimizer.decay_fraction = {config.decay_fraction} decays over {decay} of {steps} steps, "
-                    f"but only {remaining} follow optimizer.warmup_steps = {config.warmup_steps}: lower one of the two"
+                    f"optimizer.decay_fraction: {config.decay_fraction} decays over {decay} of "
+                    f"{steps} steps, but only {remaining} follow optimizer.warmup_steps = "
+                    f"{config.warmup_steps}; lower one of the two"
                 )
             return optax.linear_schedule(peak, final, decay, transition_begin=remaining - decay)
 

@@ -1,4 +1,4 @@
-"""A small world of text: a source tree with known documents, its corpus, and streams that count upwards."""
+"""A small world of text: a source tree with known documents, and streams that count upwards."""
 
 import dataclasses
 import os
@@ -10,18 +10,10 @@ import numpy as np
 import pytest
 
 import moe_erc
-from moe_erc.data import tfds_source
 from moe_erc.data.config import DataConfig
-from moe_erc.data.corpus import EmbeddedCorpus
-from moe_erc.data.python_source import Root
+from moe_erc.data.python_source import SourceTree
 from moe_erc.data.streams import Corpus, Stream
 from moe_erc.data.tokenizer import ByteTokenizer
-
-
-def _build(roots, data_dir):
-    return tfds_source.prepare(
-        lambda: EmbeddedCorpus(roots=roots, data_dir=os.fspath(data_dir), file_format="array_record")
-    )
 
 
 def _make_tree(directory, modules):
@@ -37,13 +29,7 @@ def _make_tree(directory, modules):
     (package / "binary.py").write_bytes(b"\xff\xfe\x00")
     (package / "tests" / "inner.py").write_text("x = 'test'\n")
     (package / "test_outer.py").write_text("x = 'test'\n")
-    return (Root("package", "1.0", "ml_code", package),)
-
-
-@pytest.fixture(scope="session")
-def build():
-    """Prepares the embedded corpus of some trees in a directory."""
-    return _build
+    return (SourceTree("package", "1.0", "ml_code", package),)
 
 
 @pytest.fixture(scope="session")
@@ -55,11 +41,6 @@ def make_tree():
 @pytest.fixture(scope="session")
 def tree(tmp_path_factory):
     return _make_tree(tmp_path_factory.mktemp("tree"), modules=200)
-
-
-@pytest.fixture(scope="session")
-def built_corpus(tree, tmp_path_factory):
-    return _build(tree, tmp_path_factory.mktemp("corpus"))
 
 
 @pytest.fixture

@@ -15,10 +15,10 @@ from moe_erc.data.config import DataConfig
         ({"sources": ("a", "a")}, "data.sources: 'a' is empty or listed twice in ('a', 'a')"),
         ({"sources": ("",)}, "data.sources: '' is empty"),
         ({"weights": (1.0, 2.0)}, "data.weights: 2 weights for 1 data.sources"),
-        ({"weights": (0.0,)}, "data.weights: (0.0,) must all be above 0"),
-        ({"weights": (float("inf"),)}, "data.weights: (inf,) must"),
-        ({"validation_fraction": 1.0}, "data.validation_fraction: 1.0 is not in [0, 1)"),
-        ({"sequence_length": 0}, "data.sequence_length: 0 is below 1"),
+        ({"weights": (0.0,)}, "data.weights: 0.0 must be positive (give each source"),
+        ({"weights": (float("inf"),)}, "data.weights: inf must be finite and positive"),
+        ({"validation_fraction": 1.0}, "data.validation_fraction: 1.0 must be at least 0 and below 1"),
+        ({"sequence_length": 0}, "data.sequence_length: 0 must be at least 1"),
     ],
 )
 def test_a_configuration_is_checked_where_it_is_made(config, fields, message):

@@ -68,10 +68,10 @@ def test_the_chains_are_distributions_and_share_what_mixing_says():
 @pytest.mark.parametrize("name, words", [
     ("planted:regime=3", ["'regime'", "'regimes'"]),
     ("planted:regimes=many", ["regimes=many", "number"]),
-    ("planted:regimes=0", ["regimes=0", "1 to 64"]),
-    ("planted:mixing=1.5", ["mixing=1.5", "0.0 to 1.0"]),
-    ("planted:mixing=nan", ["mixing=nan"]),
-    ("planted:alphabet=99", ["alphabet=99", "62"]),
+    ("planted:regimes=0", ["regimes: 0", "1 to 64"]),
+    ("planted:mixing=1.5", ["mixing: 1.5", "0.0 to 1.0"]),
+    ("planted:mixing=nan", ["mixing: nan"]),
+    ("planted:alphabet=99", ["alphabet: 99", "62"]),
 ])  # fmt: skip
 def test_options_that_mean_nothing_are_refused(name, words):
     with pytest.raises(BadInput) as refusal:

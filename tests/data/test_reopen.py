@@ -23,16 +23,21 @@ def tokens(corpus):
     return {split: {name: stream.sha256 for name, stream in found.items()} for split, found in corpus.streams.items()}
 
 
+def _install(monkeypatch, tree):
+    for module in ("sources", "origin"):
+        monkeypatch.setattr(f"moe_erc.data.{module}.installed_trees", lambda: (tree,))
+
+
 @pytest.fixture
 def upgraded(config, make_tree, tmp_path, monkeypatch):
     """A run on the embedded corpus of a library whose next release has more modules."""
-    (root,) = make_tree(tmp_path / "old", modules=200)
-    monkeypatch.setattr("moe_erc.data.tfds_source.installed_roots", lambda: (root,))
+    (older,) = make_tree(tmp_path / "old", modules=200)
+    _install(monkeypatch, older)
     config = dataclasses.replace(config)
     corpus = prepare(config)
     (newer,) = make_tree(tmp_path / "new", modules=230)
     newer = newer._replace(version="2.0")
-    monkeypatch.setattr("moe_erc.data.tfds_source.installed_roots", lambda: (newer,))
+    _install(monkeypatch, newer)
     return config, corpus
 
 

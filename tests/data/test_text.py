@@ -40,7 +40,7 @@ def test_many_batches_of_documents_keep_their_order(config, text_directory, monk
 
 
 def test_embedded_domains(config, tree, monkeypatch):
-    monkeypatch.setattr("moe_erc.data.tfds_source.installed_roots", lambda: tree)
+    monkeypatch.setattr("moe_erc.data.sources.installed_trees", lambda: tree)
     corpus = prepare(config)
     assert set(corpus.streams["train"]) == {"ml_code", "prose"}
     assert corpus.weights == {}

@@ -106,7 +106,7 @@ def test_the_command_trains_or_says_why_not(tmp_path, source, code, said):
     (tmp_path / "config.py").write_text(CONFIG.format(source=str(tmp_path / source)))
     flags = [f"--config={tmp_path / 'config.py'}:debug", "--vocab_size=260", f"--output={tmp_path / 'tokenizer.json'}"]
     environment = os.environ | {"PYTHONPATH": str(Path(moe_erc.__file__).parents[1])}
-    command = [sys.executable, "-m", "moe_erc.data.bpe", *flags]
+    command = [sys.executable, "-m", "moe_erc.train_tokenizer", *flags]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == code and said in done.stdout + done.stderr and "Traceback" not in done.stderr
     assert (tmp_path / "tokenizer.json").exists() == (code == 0)
@@ -125,7 +125,7 @@ def test_errors_are_one_line_and_name_the_value(trained, tmp_path, monkeypatch):
         with pytest.raises(kind, match=r"^data\.tokenizer: ") as error:
             tokenizer.load(spec)
         assert message in str(error.value) and "\n" not in str(error.value)
-    with pytest.raises(ValueError, match="--vocab_size: 256 is below 257"):
+    with pytest.raises(ValueError, match="--vocab_size: 256 must be at least 257"):
         bpe.train(TEXTS, 256)
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     with pytest.raises(ValueError, match=r"pip install 'moe_erc\[tokenizers\]'"):

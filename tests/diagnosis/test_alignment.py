@@ -7,8 +7,8 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from benchmarks.compiled import costs
 from moe_erc import sharding
-from moe_erc.analysis import compiled
 from moe_erc.diagnosis.alignment import alignment, largest_singular_value
 from tests.tolerance import assert_close
 
@@ -56,6 +56,6 @@ def test_over_a_mesh_it_is_the_same_and_gathers_one_layer_at_a_time(width, hidde
     program = jax.jit(lambda *arrays: alignment(*arrays, mesh)).lower(*placed).compile()
     # Sums over D and F of the response and of the Gram matrix, whose powers converge to what it is for both.
     assert_close(program(*placed), alignment(router_LED, w_gate_LEDF), terms=10 * (width + hidden))
-    gathers = [one for one in compiled.cost(program.as_text()).collectives if one.kind == "all-gather"]
+    gathers = [one for one in costs.cost(program.as_text()).collectives if one.kind == "all-gather"]
     # a device's 8 / 4 experts of a layer, whole along F, as float32; once a layer
     assert [(one.bytes, one.group, one.times) for one in gathers] == [(2 * width * hidden * 4, 2, 3)]

@@ -110,7 +110,8 @@ IN_TWO_PROCESSES = """
     import functools, json
     import jax
     from configs import base
-    from moe_erc import processes, sharding
+    from moe_erc import sharding
+    from moe_erc.launch import processes
     from moe_erc.evaluation.scoring import Scorer
     from moe_erc.model.config import ModelConfig
     from moe_erc.model.transformer import Transformer

@@ -9,8 +9,8 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from benchmarks.compiled import costs
 from moe_erc import coupling_matrix, erc_loss, sharding
-from moe_erc.analysis import compiled
 from tests.tolerance import assert_close
 
 L, E, D, F = 2, 16, 24, 32
@@ -122,11 +122,11 @@ def test_what_crosses_devices_is_e_squared_over_ep_and_the_router_gradient(shape
     data, expert = shape
     sent = sorted(
         (size, collective.group)
-        for collective in compiled.cost(program(both, shape).as_text()).collectives
+        for collective in costs.cost(program(both, shape).as_text()).collectives
         for size in map(floats, collective.shapes)
         if collective.group > 1
     )
-    assert {collective.times for collective in compiled.cost(program(both, shape).as_text()).collectives} == {1}
+    assert {collective.times for collective in costs.cost(program(both, shape).as_text()).collectives} == {1}
     over_data = [(L * E * (E // expert), data)]  # S, one sum for all layers
     over_expert = [(L * E, expert)] * 3 + [(L, expert)]  # bounds, bars of the hinge and their gradient; the loss
     everywhere = [(L * E * D, 8)]  # the gradient of the router
@@ -143,8 +143,8 @@ def floats(shape):
 @pytest.mark.parametrize("shape", MESHES[1:], ids=str)
 def test_flops_are_divided_by_both_axes(shape):
     forward, backward = 2 * L * E**2 * D * F // 8, 3 * 2 * L * E**2 * D * F // 8  # recomputed, and two gradients
-    assert compiled.cost(program(value, shape).as_text()).flops == forward
-    assert compiled.cost(program(both, shape).as_text()).flops == forward + backward
+    assert costs.cost(program(value, shape).as_text()).flops == forward
+    assert costs.cost(program(both, shape).as_text()).flops == forward + backward
 
 
 def test_xla_counts_the_same_where_its_count_has_no_loop():

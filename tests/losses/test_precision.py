@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from benchmarks.compiled import costs
 from configs import base
 from moe_erc import coupling_matrix, erc_loss, sharding
-from moe_erc.analysis import compiled
 from moe_erc.diagnosis.coupling import measure_coupling
 from moe_erc.losses.objective import Objective
 from moe_erc.losses.precision import PRECISIONS, erc_flops, erc_share, resolve
@@ -96,7 +96,7 @@ def test_the_flops_of_auto_are_those_of_the_compiled_program(model_config, activ
     config = model_config(layers=L, experts=E, width=D, heads=2, expert_width=F)
     loss = jax.value_and_grad(lambda params, rng: erc_loss(params, rng, activation=activation))
     program = jax.jit(loss).lower(PARAMS, jax.eval_shape(lambda: jax.random.key(0))).compile()
-    assert compiled.cost(program.as_text()).flops == erc_flops(config, activation)
+    assert costs.cost(program.as_text()).flops == erc_flops(config, activation)
 
 
 def test_the_objective_resolves_auto_by_the_batch_of_the_step(model_config):

@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 from jax.sharding import SingleDeviceSharding
 
-from benchmarks import chips
-from moe_erc.analysis import compiled, hlo
+from benchmarks.compiled import chips, costs, hlo
 from moe_erc.moe import grouped
 from moe_erc.moe.experts import GATED, IMPLEMENTATIONS, weighed
 from tests.tolerance import assert_close
@@ -94,7 +93,7 @@ def test_a_layer_compiled_for_tpu_multiplies_what_it_must_and_expands_nothing():
     weights_NK, experts_NK = (shape(tokens, experts_per_token, dtype=of) for of in (jnp.float32, jnp.int32))
     gradients = jax.jit(jax.grad(loss, (0, 1, 2)))
     text = gradients.lower(shape(tokens, width), weights_NK, matrices, experts_NK).compile().as_text()
-    cost, matmul = compiled.cost(text), 2 * rows * width * hidden
+    cost, matmul = costs.cost(text), 2 * rows * width * hidden
     # Forward 3, the hidden rows again 2, gradients of the rows 3; of the matrices 3, an open loop counting one turn.
     assert cost.grouped_flops == pytest.approx((3 + 2 + 3) * matmul, rel=0.1)
     assert cost.flops == pytest.approx(3 * matmul, rel=0.1) and len(cost.open_loops) == 3

@@ -33,7 +33,7 @@ def small_tiles(monkeypatch):
     flags.FLAGS.mark_as_parsed()  # tokamax has flags, and would read pytest's command line
     monkeypatch.setattr(by_library, "BLOCK", 8)
     monkeypatch.setattr(by_kernel, "ROWS", 16)
-    monkeypatch.setattr(by_kernel, "COLUMNS", 16)
+    monkeypatch.setattr(by_kernel, "COLUMNS", (16,))
     monkeypatch.setattr(by_kernel, "DEPTH_BYTES", 16)
 
 

@@ -14,11 +14,12 @@ from ml_collections import ConfigDict
 
 from configs import base
 from moe_erc import sharding
+from moe_erc.checks import within
 from moe_erc.losses.objective import Objective
 from moe_erc.model.config import ModelConfig
 from moe_erc.model.transformer import Transformer
 from moe_erc.moe.routers import ROUTERS
-from moe_erc.moe.routers.base import Parameter, RouterState, TopK, option
+from moe_erc.moe.routers.base import Parameter, RouterState, TopK
 from moe_erc.moe.routing import Scores
 from moe_erc.training.optimizer import OptimizerConfig, make_optimizer
 from moe_erc.training.state import abstract_state, create_state, initializer, shardings
@@ -34,7 +35,7 @@ class Distance(TopK):
     """
 
     name: ClassVar[str] = "distance"
-    sharpness: float = option(1.0, lambda value: value > 0, "positive")
+    sharpness: float = within(above=0, default=1.0)
     growth: float = 0.5
 
     def parameters(self, config):

@@ -151,7 +151,7 @@ def test_a_directory_that_cannot_be_written_is_refused_in_one_line(tmp_path):
         with pytest.raises(BadInput, match=r"cannot write to .*file.*: name a writable directory") as error:
             prepare_directory(directory)
         assert "\n" not in str(error.value)
-    with pytest.raises(ValueError, match="keep = 0"):
+    with pytest.raises(ValueError, match=r"checkpoint\.keep: 0 must be at least 1"):
         Checkpoints(tmp_path, keep=0)
 
 

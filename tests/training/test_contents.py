@@ -10,8 +10,8 @@ import tensorstore
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from moe_erc import paths
 from moe_erc.checks import BadInput
+from moe_erc.data import paths
 from moe_erc.training import contents, digests
 from moe_erc.training.checkpoint import Checkpoints, SaveError, prepare_directory
 

@@ -76,11 +76,11 @@ def test_what_is_said_of_a_step():
 
 
 @pytest.mark.parametrize("change, words", [
-    ({"nonfinite": "ignore"}, r"guard.nonfinite: 'ignore' is none of stop, skip"),
-    ({"spike": "stop"}, r"guard.spike: 'stop' is none of report, skip"),
-    ({"zscore": 0.0}, r"guard.zscore: 0.0 is not positive"),
-    ({"window": 1}, r"guard.window: 1 is below 2"),
-    ({"limit": 0}, r"guard.limit: 0 is below 1"),
+    ({"nonfinite": "ignore"}, r"guard.nonfinite: 'ignore' is not one of stop, skip"),
+    ({"spike": "stop"}, r"guard.spike: 'stop' is not one of report, skip"),
+    ({"zscore": 0.0}, r"guard.zscore: 0.0 must be positive"),
+    ({"window": 1}, r"guard.window: 1 must be at least 2"),
+    ({"limit": 0}, r"guard.limit: 0 must be at least 1"),
 ])  # fmt: skip
 def test_a_block_that_cannot_be_is_refused(change, words):
     with pytest.raises(ValueError, match=words):

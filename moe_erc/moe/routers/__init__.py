@@ -1,10 +1,9 @@
 """The routers, a paper a file. Adding one is a file here, a line below and a config."""
 
 import dataclasses
-import difflib
 from collections.abc import Mapping
 
-from moe_erc.checks import BadInput
+from moe_erc.checks import BadInput, nearest, one_of
 from moe_erc.moe.routers.aoe import AoE
 from moe_erc.moe.routers.base import Router
 from moe_erc.moe.routers.competition import Competition
@@ -30,21 +29,20 @@ def make_router(name: str, options: Mapping[str, Mapping]) -> Router:
     The options of the other routers are checked as well. BadInput for a router or an option that
     there is not, and for a value out of its range.
     """
-    if name not in ROUTERS:
-        raise BadInput(f"model.router: {name!r} is not one of {', '.join(ROUTERS)}")
+    one_of("model.router", name, ROUTERS)
     records = {other: _make(other, chosen) for other, chosen in options.items()}
     return records[name] if name in records else ROUTERS[name]()
 
 
 def _make(name: str, options: Mapping) -> Router:
     if name not in ROUTERS:
-        nearest = difflib.get_close_matches(name, ROUTERS, n=1, cutoff=0)[0]
-        raise BadInput(f"routers.{name}: there is no such router; the nearest is {nearest!r}")
+        raise BadInput(
+            f"routers.{name}: there is no such router; the nearest is {nearest(name, ROUTERS)!r}"
+        )
     kind = ROUTERS[name]
     known = [field.name for field in dataclasses.fields(kind)]
     for option in options:
         if option not in known:
-            nearest = difflib.get_close_matches(option, known, n=1, cutoff=0)
-            mend = f"the nearest is {nearest[0]!r}" if nearest else "it has no options"
+            mend = f"the nearest is {nearest(option, known)!r}" if known else "it has no options"
             raise BadInput(f"routers.{name}.{option}: the router has no such option; {mend}")
     return kind(**options)

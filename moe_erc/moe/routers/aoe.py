@@ -17,8 +17,9 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
+from moe_erc.checks import within
 from moe_erc.moe import parallel
-from moe_erc.moe.routers.base import FlexibleTopK, Parameter, Router, option
+from moe_erc.moe.routers.base import FlexibleTopK, Parameter, Router
 from moe_erc.moe.routing import Scores
 from moe_erc.numerics import square_root
 from moe_erc.sharding import DATA, EXPERT
@@ -32,7 +33,7 @@ class Factorized(Router):
     experts'.
     """
 
-    rank: int = option(0, lambda value: value >= 0, "at least 0 (0 takes D F / (D + F))")
+    rank: int = within(least=0, note="0 takes D F / (D + F)", default=0)
 
     def gate_rank(self, config: Any) -> int:
         """`rank`; where it is 0 the largest with which an expert has no more parameters than with a

@@ -11,7 +11,6 @@ are `self`.
 import abc
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, NamedTuple
 
@@ -20,7 +19,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from moe_erc.checks import BadInput
+from moe_erc.checks import BadInput, check_fields, within
 from moe_erc.moe import parallel
 from moe_erc.moe.routers.loss_free import balance_bias
 from moe_erc.moe.routing import Routing, Scores, StepCounts, top
@@ -52,11 +51,6 @@ class Choice(NamedTuple):
     auxiliary: Any = None  # what a loss that is this router's own reads of it
 
 
-def option(default: Any, holds: Callable[[Any], bool], limit: str) -> Any:
-    """A field of a router that `holds` has to accept; `limit` says in words what it accepts."""
-    return dataclasses.field(default=default, metadata={"holds": holds, "limit": limit})
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Router(abc.ABC):
     """How tokens choose experts.
@@ -78,12 +72,7 @@ class Router(abc.ABC):
     competes: ClassVar[bool] = False
 
     def __post_init__(self):
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.metadata and not field.metadata["holds"](value):
-                raise BadInput(
-                    f"{self.key(field.name)}: {value!r} must be {field.metadata['limit']}"
-                )
+        check_fields(self, f"routers.{self.name}")
 
     def key(self, option: str) -> str:
         """The configuration's key of an option."""
@@ -205,10 +194,8 @@ class FlexibleTopK(TopK):
     {"bias": (L, E)}.
     """
 
-    top_p: float = option(
-        1.0, lambda value: 0 < value <= 1, "above 0 and at most 1 (1 keeps all K)"
-    )
-    bias_rate: float = option(0.0, lambda value: 0 <= value < math.inf, "at least 0 and finite")
+    top_p: float = within(above=0, most=1, note="1 keeps all K", default=1.0)
+    bias_rate: float = within(least=0, default=0.0)
 
     def __post_init__(self):
         super().__post_init__()

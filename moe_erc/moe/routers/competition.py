@@ -21,8 +21,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh
 
+from moe_erc.checks import within
 from moe_erc.moe import experts, parallel
-from moe_erc.moe.routers.base import Choice, option
+from moe_erc.moe.routers.base import Choice
 from moe_erc.moe.routers.softmax import LinearRouter
 from moe_erc.moe.routing import Routing, Scores, shares
 from moe_erc.random_keys import named
@@ -51,9 +52,9 @@ class Competition(LinearRouter):
     is_softmax: ClassVar[bool] = True
     competes: ClassVar[bool] = True
     # The probability that the experts of a layer compete on a step.
-    rate: float = option(0.07, lambda value: 0 <= value <= 1, "from 0 to 1")
+    rate: float = within(0, 1, default=0.07)
     # In how many layers at most they compete on the same step.
-    max_layers: int = option(3, lambda value: value >= 1, "at least 1")
+    max_layers: int = within(least=1, default=3)
 
     def before_step(self, config: Any, by_layer: dict, rng: jax.Array) -> dict:
         return by_layer | {

@@ -10,7 +10,6 @@ the model is an ordinary MoE.
 """
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -18,7 +17,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from moe_erc.moe.routers.base import FlexibleTopK, Router, option
+from moe_erc.checks import within
+from moe_erc.moe.routers.base import FlexibleTopK, Router
 from moe_erc.moe.routers.softmax import LinearRouter
 from moe_erc.numerics import unit
 
@@ -29,7 +29,7 @@ class MPI(LinearRouter, FlexibleTopK):
 
     name: ClassVar[str] = "mpi"
     # C' of the paper, whose sweep at E = 256 found 2, 4 and 8 good, and 1 as bad as vanilla.
-    scale: float = option(4.0, lambda value: 0 < value < math.inf, "positive and finite")
+    scale: float = within(above=0, default=4.0)
 
     def rows(self, config: Any, parameters: Mapping) -> jax.Array:
         """r', (E, D), of length scale / sqrt(E) each; 0 where the power step gives 0."""

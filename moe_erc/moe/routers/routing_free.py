@@ -13,7 +13,6 @@ AoE, and w_low is its first factor.
 """
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -22,8 +21,9 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.sharding import Mesh
 
+from moe_erc.checks import within
 from moe_erc.moe.routers.aoe import Factorized
-from moe_erc.moe.routers.base import Parameter, RouterState, option
+from moe_erc.moe.routers.base import Parameter, RouterState
 from moe_erc.moe.routing import Routing, Scores, StepCounts
 
 LOW_BITS = 15  # of the halves in which numbers are added that an int32 does not hold the sum of
@@ -37,11 +37,9 @@ class RoutingFree(Factorized):
 
     name: ClassVar[str] = "routing_free"
     # The least gate with which an expert runs.
-    theta: float = option(0.05, lambda value: 0 < value < math.inf, "positive and finite")
+    theta: float = within(above=0, default=0.05)
     # By how much a step may change the weight of the balance loss, as a share of it.
-    controller_rate: float = option(
-        0.02, lambda value: 0 <= value < math.inf, "at least 0 and finite"
-    )
+    controller_rate: float = within(least=0, default=0.02)
 
     def parameters(self, config: Any) -> dict[str, Parameter]:
         """The first factors, and thresholds at the length to be expected of a normalised token:

@@ -14,7 +14,8 @@ from jax import lax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from moe_erc.moe.routers.base import FlexibleTopK, Parameter, Router, TopK, option
+from moe_erc.checks import among
+from moe_erc.moe.routers.base import FlexibleTopK, Parameter, Router, TopK
 from moe_erc.moe.routing import Scores
 from moe_erc.sharding import DATA
 
@@ -40,7 +41,7 @@ class LinearRouter(TopK):
     has_rows: ClassVar[bool] = True
     is_linear: ClassVar[bool] = True
     # Of the rows: as other matrices, or orthonormal.
-    init: str = option("normal", lambda value: value in INITIALIZERS, " or ".join(INITIALIZERS))
+    init: str = among(*INITIALIZERS, default="normal")
 
     def parameters(self, config: Any) -> dict[str, Parameter]:
         initializer = (

@@ -1,0 +1,81 @@
+"""Devices to compile for that need not be there.
+
+They are TPUs, by the description that libtpu has of them, or virtual CPUs.
+"""
+
+import importlib.util
+import os
+import re
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+from jax.experimental import topologies
+
+from moe_erc.checks import BadInput
+
+
+class Chip(NamedTuple):
+    """What a device is held against."""
+
+    memory: float | None = None  # bytes that its compiler grants to a program
+    flops: float | None = None  # bfloat16, a second, as published
+    # makes libtpu describe one device a chip, where that is not its default
+    config: str | None = None
+
+
+CHIPS = {
+    "v4": Chip(30.75 * 2**30, 275e12, "megacore"),
+    "v5e": Chip(15.75 * 2**30, 197e12),
+    "v5p": Chip(95.74 * 2**30, 459e12),
+    "v6e": Chip(31.25 * 2**30, 918e12),
+}
+
+LIBTPU = {
+    # Else it asks a metadata server about the machine it is on, and says at length that there is
+    # none.
+    "TPU_ACCELERATOR_TYPE": "v5litepod-8",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # its lock is for the chips, and none are used
+}
+
+
+def described(
+    topology: str | None, slices: int, devices: str | None
+) -> tuple[Sequence[jax.Device], Chip]:
+    """(devices, chip) of one of v5p:4x4x4 and cpu:64.
+
+    To be called before anything else wants a device.
+    """
+    if bool(topology) == bool(devices):
+        raise BadInput("give one of --topology=v5p:4x4x4 and --devices=cpu:64")
+    jax.config.update("jax_platforms", "cpu")  # what is attached is not asked
+    return _tpus(topology, slices) if topology else (_virtual(devices), Chip())
+
+
+def _tpus(topology, slices):
+    chip = CHIPS.get(topology.partition(":")[0])
+    if chip is None:
+        raise BadInput(
+            f"--topology: {topology!r} does not begin with one of {', '.join(CHIPS)}; "
+            "v5p:4x4x4 would do"
+        )
+    if not importlib.util.find_spec("libtpu"):
+        raise BadInput('--topology compiles with libtpu, which is missing; pip install -e ".[tpu]"')
+    for name, value in LIBTPU.items():
+        os.environ.setdefault(name, value)
+    options = {"chip_config_name": chip.config} if chip.config else {}
+    try:
+        return topologies.get_topology_desc(
+            topology, "tpu", num_slices=slices, **options
+        ).devices, chip
+    except jax.errors.JaxRuntimeError as error:
+        raise BadInput(f"--topology: {topology!r}: {error}") from error
+
+
+def _virtual(devices):
+    count = re.fullmatch(r"cpu:([1-9]\d*)", devices)
+    if not count:
+        raise BadInput(f"--devices: {devices!r} is not of the form cpu:64")
+    jax.config.update("jax_num_cpu_devices", int(count[1]))
+    return jax.devices()

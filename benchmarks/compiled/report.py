@@ -1,0 +1,195 @@
+"""The tables of `benchmarks.compile_ahead`.
+
+Memory, FLOPs, collectives, and the share of the losses on parameters.
+"""
+
+import collections
+from collections.abc import Callable, Mapping, Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.compiled.costs import Collective, Cost, Memory
+
+ROWS = 20  # of collectives; the rest is summed up
+SURROUNDINGS = (
+    "jit(",
+    "while",
+    "body",
+    "closed_call",
+    "checkpoint",
+    "rematted_computation",
+    "layers",
+    "shard_map",
+)
+
+
+def show(facts: Mapping, programs: Mapping[str, Mapping]) -> None:
+    """Everything, of one device and one step."""
+    console = Console(width=150)  # a narrower one would cut the numbers
+    step = programs["step"]
+    console.print(
+        f"{facts['config']}: {facts['parameters']:,} parameters, {facts['devices']}, mesh "
+        f"{facts['mesh']}, "
+        f"{facts['tokens']:,.0f} tokens a device in {facts['micro_batches']} micro-batches; "
+        f"compiled in {step['seconds']:.0f} s"
+    )
+    console.print(memory_table(step["memory"], facts["memory_bytes"]))
+    for buffer in step["buffers"]:
+        console.print(
+            f"largest temporaries: {buffer.shape}, {gib(buffer.bytes)} GiB, "
+            f"{describe(buffer.origin)}"
+        )
+    console.print(flops_table(facts, step["cost"]))
+    console.print(collectives_table(step["cost"].collectives))
+    if "parameter losses" in programs:
+        console.print(share_table(programs, facts))
+    for what, origins in (
+        ("counted as one turn, its length depends on data: loop of", step["cost"].open_loops),
+        ("not counted, a kernel of its own:", step["cost"].kernels),
+    ):
+        for origin, count in collections.Counter(map(describe, origins)).items():
+            console.print(f"{what} {origin}" + (f", {count} of them" if count > 1 else ""))
+
+
+def memory_table(memory: Memory, available: float | None) -> Table:
+    """By kind, against what there is."""
+    table = numbers("", "GiB", "of the device", title="Memory")
+    kept = {
+        "arguments (state, batch)": memory.arguments,
+        "outputs not in their place": memory.outputs - memory.aliased,
+    }
+    for name, size in (
+        kept | {"temporaries": memory.temporaries, "program": memory.program}
+    ).items():
+        table.add_row(name, gib(size), percent(size, available))
+    table.add_section()
+    table.add_row("allocated", gib(memory.allocated), percent(memory.allocated, available))
+    if available:
+        table.add_row("in use at once", gib(memory.in_use), percent(memory.in_use, available))
+        table.add_row("device", gib(available), "")
+    return table
+
+
+def balanced_flops(facts: Mapping, cost: Cost) -> float:
+    """Matmul FLOPs when every device of an expert group is routed an equal share of its rows."""
+    return cost.flops + cost.grouped_flops / facts["mesh"]["expert"]
+
+
+def flops_table(facts: Mapping, cost: Cost) -> Table:
+    """Compiled FLOPs beside those of the model: its matmuls forward, and twice that backward."""
+    rate = facts["flops_per_s"]
+    model = facts["model_flops"]
+    table = numbers(
+        "", "TFLOP", "of the model's", *(["ms at the peak rate"] if rate else []), title="Matmuls"
+    )
+    rows = {"model, forward and backward": model, "compiled: dense": cost.flops}
+    rows |= {"compiled: experts, at equal load": cost.grouped_flops / facts["mesh"]["expert"]}
+    rows |= {"compiled": balanced_flops(facts, cost)}
+    for name, flops in rows.items():
+        milliseconds = [f"{1e3 * flops / rate:.4g}"] if rate else []
+        table.add_row(name, f"{flops / 1e12:.4g}", percent(flops, model), *milliseconds)
+    return table
+
+
+def collectives_table(found: Sequence[Collective]) -> Table:
+    """Alike ones in a row, those that send most first."""
+    table = numbers(
+        "collective",
+        "result",
+        "devices",
+        "runs",
+        "MB each",
+        "GB sent",
+        "async",
+        "of",
+        title="Collectives",
+        text=(0, 1, 7),
+    )
+    alike = collections.defaultdict(list)
+    for collective in found:
+        alike[collective.kind, collective.shapes, collective.group, collective.asynchronous].append(
+            collective
+        )
+    rows = sorted(alike.items(), key=lambda item: -sum(one.wire_bytes for one in item[1]))
+    for (kind, shapes, group, asynchronous), members in rows[:ROWS]:
+        more = f" + {len(shapes) - 1} more" if len(shapes) > 1 else ""
+        origins = list(dict.fromkeys(describe(one.origin) for one in members if one.origin))
+        table.add_row(
+            kind,
+            shapes[0] + more,
+            str(group),
+            str(sum(one.times for one in members)),
+            f"{members[0].bytes / 1e6:.3g}",
+            f"{sum(one.wire_bytes for one in members) / 1e9:.3g}",
+            "yes" if asynchronous else "no",
+            "; ".join(origins[:2]) or "not told",
+        )
+    table.add_section()
+    rest = [one for _, members in rows[ROWS:] for one in members]
+    for name, members in (("others", rest), ("all", found)):
+        sent = sum(one.wire_bytes for one in members) / 1e9
+        table.add_row(
+            name, "", "", str(sum(one.times for one in members)), "", f"{sent:.3g}", "", ""
+        )
+    return table
+
+
+def share_table(programs: Mapping[str, Mapping], facts: Mapping) -> Table:
+    """The losses on parameters beside the step, and what the step has more than one without."""
+    step = programs["step"]
+    alone = programs["parameter losses"]
+    without = programs.get("step without them")
+    titles = ["alone", "of the step"]
+    if without:
+        titles += ["step less step without", "of the step"]
+    table = numbers("", *titles, title="Losses on parameters")
+
+    def add(name: str, unit: float, read: Callable[[Mapping], float]) -> None:
+        whole = read(step)
+        values = [read(alone)]
+        if without:
+            values.append(whole - read(without))
+        cells = []
+        for value in values:
+            cells += [f"{value / unit:.4g}", percent(value, whole)]
+        table.add_row(name, *cells)
+
+    add("matmuls, TFLOP", 1e12, lambda program: balanced_flops(facts, program["cost"]))
+    add("sent, GB", 1e9, lambda program: program["cost"].wire_bytes)
+    add("temporaries, GiB", 2**30, lambda program: program["memory"].temporaries)
+    return table
+
+
+def describe(origin: str) -> str:
+    """The end of a traced operation's name, and whether it is of the backward pass.
+
+    The loops around it are left out.
+    """
+    first, *more = origin.split(":")  # operations that were merged
+    words = [
+        word.strip("()")
+        for word in first.split("/")
+        if not word.lstrip("(").startswith((*SURROUNDINGS, "jvp(", "transpose("))
+    ]
+    return (
+        "/".join(words[-3:])
+        + (f" + {len(more)}" if more else "")
+        + (" (backward)" if "transpose(" in first else "")
+    )
+
+
+def numbers(*columns: str, title: str, text: Sequence[int] = (0,)) -> Table:
+    """A table of right-aligned columns but for those of text."""
+    table = Table(title=title, title_justify="left")
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="left" if index in text else "right", overflow="fold")
+    return table
+
+
+def gib(size: float) -> str:
+    return f"{size / 2**30:.3g}"
+
+
+def percent(part: float, whole: float | None) -> str:
+    return f"{part / whole:.2%}" if whole else ""

@@ -1,1 +1,0 @@
-"""What a compiled program costs: its operations, its buffers and its memory."""

@@ -1,0 +1,1 @@
+"""What starts a program: its command line, its config file, its processes, its caches."""

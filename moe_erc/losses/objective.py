@@ -5,14 +5,13 @@ of weight 0 is not computed.
 """
 
 import dataclasses
-import difflib
 import functools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 
-from moe_erc.checks import BadInput
+from moe_erc.checks import BadInput, Range, in_range, nearest
 from moe_erc.losses import LOSSES
 from moe_erc.losses.base import Loss
 from moe_erc.random_keys import named
@@ -116,15 +115,14 @@ def _descend(weight, parameter, gradient):
 
 def _check_name(name):
     if name not in LOSSES:
-        nearest = difflib.get_close_matches(name, LOSSES, n=1, cutoff=0)[0]
         raise BadInput(
-            f"losses.{name}: no such loss; the nearest is {nearest!r} of {', '.join(LOSSES)}"
+            f"losses.{name}: no such loss; "
+            f"the nearest is {nearest(name, LOSSES)!r} of {', '.join(LOSSES)}"
         )
 
 
 def _check_weight(name, weight):
-    if not 0 <= weight < float("inf"):
-        raise BadInput(f"losses.{name}.weight: {weight} is not a finite number >= 0")
+    in_range(f"losses.{name}.weight", weight, Range(least=0))
 
 
 def _options(name, block):

@@ -4,8 +4,9 @@
     python eval.py --workdir=runs/erc-tiny --figures      figures/ and report.html; of runs A,B, into comparison
     python eval.py --workdir=runs/erc-tiny --tasks=sciq   what it reaches in these, and tasks.json; or --tasks=paper_3b
 
-An OLMoE --checkpoint has tasks too. A workdir may be gs://bucket/path. Wrong input is one line, exit code 2.
-`python -m moe_erc.diagnose DIR` says all of the coupling of a run, or of any Hugging Face MoE.
+An OLMoE --checkpoint has tasks too. A workdir may be gs://bucket/path. Wrong input is one line,
+exit code 2. `python -m moe_erc.diagnose DIR` says all of the coupling of a run, or of any Hugging
+Face MoE.
 """
 
 from absl import flags

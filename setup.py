@@ -35,7 +35,8 @@ NOTEBOOK = [*PLOT, "nbclient", "ipykernel"]
 EVAL = ["lm-eval>=0.4.13"]
 GCS = ["gcsfs"]  # gs:// paths; brings google-cloud-storage, which TensorBoard curves there need
 TOKAMAX = ["tokamax>=0.0.12"]  # kernels for GPUs beside our own
-# All that a run may use but `hf`, which brings torch: 0.1 GB, used for what it is by tests/test_optional_packages.py.
+# All that a run may use but `hf`, which brings torch: 0.1 GB, used for what it is by
+# tests/test_optional_packages.py.
 OPTIONAL = [*NOTEBOOK, *EVAL, *GCS, *TOKAMAX, "tokenizers", "wandb"]
 TEST = [*OPTIONAL, "pytest", "pytest-xdist>=3.8", "ruff", "hypothesis"]
 
@@ -47,7 +48,13 @@ EXTRAS = {
     "plot": PLOT,
     "notebook": NOTEBOOK,
     "eval": EVAL,
-    "hf": ["transformers>=5.23", "safetensors", "torch", "tokenizers", "accelerate"],  # the last: the harness's backend
+    "hf": [
+        "transformers>=5.23",
+        "safetensors",
+        "torch",
+        "tokenizers",
+        "accelerate",
+    ],  # the last: the harness's backend
     "gcs": GCS,
     "cuda12": ["jax[cuda12]"],
     "cuda13": ["jax[cuda13]"],

@@ -3,9 +3,9 @@
     python train.py                            configs/erc.py:tiny into runs/erc-tiny, minutes on a CPU
     python train.py --config=configs/vanilla.py:small --config.optimizer.learning_rate=3e-4
 
-Started again on the same workdir, a directory or gs://bucket/path, a run continues where it stopped,
-bit for bit, on any number of processes (docs/launch.md). Exit codes: docs/reliability.md. On a CPU
-it asks for huge pages, which GLIBC_TUNABLES=glibc.malloc.hugetlb=0 turns off.
+Started again on the same workdir, a directory or gs://bucket/path, a run continues where it
+stopped, bit for bit, on any number of processes (docs/launch.md). Exit codes: docs/reliability.md.
+On a CPU it asks for huge pages, which GLIBC_TUNABLES=glibc.malloc.hugetlb=0 turns off.
 """
 
 import dataclasses
@@ -175,7 +175,10 @@ def find_start(config, workdir) -> Start:
 
 
 def open_checkpoints(workdir, keep):
-    """(lock, checkpoints) of a writer. What a killed run left is cleared up; others are kept out."""
+    """(lock, checkpoints) of a writer. What a killed run left is cleared up.
+
+    Others are kept out.
+    """
     with processes.first():
         lock = prepare_directory(workdir / "checkpoints")
     return lock, Checkpoints(workdir / "checkpoints", keep)
@@ -272,7 +275,8 @@ def train(run, state):
                 if saving or step % config.log.every == 0:
                     progress.flush()
                 trace.after(step)
-                # Saved before anything that may fail: evaluators, and what writers of logs met with.
+                # Saved before anything that may fail: evaluators, and what writers of logs met
+                # with.
                 if saving:
                     writer.flush()
                     checkpoints.save(step, state, run.meta | {"rows": rows_read(run, step)})

@@ -1,7 +1,8 @@
 """Scripts that measure, each printing a table and writing JSON; nothing here is asserted in tests.
 
-What is compared is a subject, in a process of its own that sleeps while another is measured: thread pools of two
-frameworks never share the cores, and each compiles once. Turns alternate, so a slow minute of the machine meets all.
+What is compared is a subject, in a process of its own that sleeps while another is measured: thread
+pools of two frameworks never share the cores, and each compiles once. Turns alternate, so a slow
+minute of the machine meets all.
 """
 
 import importlib
@@ -18,12 +19,14 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "torch", "transformers")
 class Subject:
     """`build` is "module:function"; in the new process, called with `options`, it returns (run, facts).
 
-    run(steps) -> seconds of each step, waited for to its end; facts: what else is to be said, in plain values, which a
-    run may renew.
+    run(steps) -> seconds of each step, waited for to its end; facts: what else is to be said, in
+    plain values, which a run may renew.
     """
 
     def __init__(self, build, **options):
-        context = multiprocessing.get_context("spawn")  # a fork would inherit the threads of whatever runs here
+        context = multiprocessing.get_context(
+            "spawn"
+        )  # a fork would inherit the threads of whatever runs here
         self._connection, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs, build, options), daemon=True)
         self._process.start()
@@ -68,7 +71,8 @@ def timed(step):
 def take_turns(subjects, rounds, steps):
     """{name: [median seconds of a step in round 1, …]}: every subject once a round, the order turned each time.
 
-    The first step of a turn is not counted: it wakes threads and refills caches that the others have used.
+    The first step of a turn is not counted: it wakes threads and refills caches that the others
+    have used.
     """
     seconds = {name: [] for name in subjects}
     for turn in range(rounds):
@@ -86,7 +90,12 @@ def environment():
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             found[package] = None
-    return {"python": platform.python_version(), "packages": found, "processor": processor(), "cores": cores()}
+    return {
+        "python": platform.python_version(),
+        "packages": found,
+        "processor": processor(),
+        "cores": cores(),
+    }
 
 
 def cores():
@@ -98,6 +107,8 @@ def processor():
     """The CPU's own name, where Linux tells it."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as lines:
-            return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+            return next(
+                line.split(":")[1].strip() for line in lines if line.startswith("model name")
+            )
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()

@@ -3,9 +3,10 @@
     python -m benchmarks.compile_ahead --config=configs/erc.py:15b --topology=v5p:4x4x4     needs the extra `tpu`
     python -m benchmarks.compile_ahead --config=configs/erc.py:debug --devices=cpu:8
 
-No array is made. Figures are of one device and one optimizer step; FLOPs are matmuls alone, with loops multiplied out.
-The losses on parameters (ERC) are compiled alone as well, values and gradients with every hinge active; --difference
-also compiles the step without them. Exit code 1: it does not fit; 2: wrong input.
+No array is made. Figures are of one device and one optimizer step; FLOPs are matmuls alone, with
+loops multiplied out. The losses on parameters (ERC) are compiled alone as well, values and
+gradients with every hinge active; --difference also compiles the step without them. Exit code 1: it
+does not fit; 2: wrong input.
 """
 
 import dataclasses
@@ -29,13 +30,19 @@ from moe_erc.training.build import build
 from moe_erc.training.state import shardings
 from moe_erc.training.step import parameter_only
 
-TOPOLOGY = flags.DEFINE_string("topology", None, "TPUs of a slice, generation:torus: v5p:4x4x4, v5e:16x16")
+TOPOLOGY = flags.DEFINE_string(
+    "topology", None, "TPUs of a slice, generation:torus: v5p:4x4x4, v5e:16x16"
+)
 SLICES = flags.DEFINE_integer("slices", 1, "so many of them", lower_bound=1)
 DEVICES = flags.DEFINE_string("devices", None, "virtual devices instead: cpu:64")
 MEMORY = flags.DEFINE_float(
-    "memory", None, "GiB that may be allocated on a device; the compiler's verdict alone counts if not given"
+    "memory",
+    None,
+    "GiB that may be allocated on a device; the compiler's verdict alone counts if not given",
 )
-DIFFERENCE = flags.DEFINE_bool("difference", False, "compile the step without the losses on parameters, too")
+DIFFERENCE = flags.DEFINE_bool(
+    "difference", False, "compile the step without the losses on parameters, too"
+)
 LARGEST = 3  # temporaries that are named
 JSON = flags.DEFINE_string("json", None, "write everything here, too")
 
@@ -77,7 +84,9 @@ def lower(config, devices):
     model = training.model.config
     length = config.data.sequence_length
     batch_size = config.train.batch_size
-    rows = functools.partial(jax.ShapeDtypeStruct, (batch_size, length), sharding=sharding.shard_batch(mesh))
+    rows = functools.partial(
+        jax.ShapeDtypeStruct, (batch_size, length), sharding=sharding.shard_batch(mesh)
+    )
     batch = {"inputs_BT": rows(jnp.int32), "targets_BT": rows(jnp.int32), "mask_BT": rows(bool)}
     if not config.data.attend_across_documents:
         batch["segments_BT"] = rows(jnp.int32)
@@ -123,12 +132,20 @@ def compile_program(program):
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         raise DoesNotFitError(str(error).splitlines()[0]) from error
-    seconds, memory = time.perf_counter() - start, costs.memory(executable)
+    seconds = time.perf_counter() - start
+    memory = costs.memory(executable)
     if MEMORY.value and memory.allocated > MEMORY.value * 2**30:
-        raise DoesNotFitError(f"{memory.allocated / 2**30:.2f} GiB are allocated, a device has {MEMORY.value:g}")
+        raise DoesNotFitError(
+            f"{memory.allocated / 2**30:.2f} GiB are allocated, a device has {MEMORY.value:g}"
+        )
     text = executable.as_text()
     largest = buffers.largest(account, text, LARGEST)
-    return {"seconds": seconds, "memory": memory, "cost": costs.cost(text), "buffers": tuple(largest)}
+    return {
+        "seconds": seconds,
+        "memory": memory,
+        "cost": costs.cost(text),
+        "buffers": tuple(largest),
+    }
 
 
 def plain(value):

@@ -2,9 +2,9 @@
 
     python -m benchmarks.components [--experts=16] [--experts_per_token=4] [--method=erc] [--steps=5]
 
-A trace of some steps of the shape `peer` of `benchmarks.step`. Every operation of the compiled step tells which traced
-line it comes from; its time is its own, without what runs inside it, summed over all devices and threads, waiting for
-other devices included.
+A trace of some steps of the shape `peer` of `benchmarks.step`. Every operation of the compiled step
+tells which traced line it comes from; its time is its own, without what runs inside it, summed over
+all devices and threads, waiting for other devices included.
 """
 
 import argparse
@@ -40,7 +40,8 @@ PARTS = (  # the first whose words are all in the operation's origin
 
 def own_times(events):
     """{operation: microseconds}: of spans that lie inside each other, each without those inside it."""
-    total, open_spans = collections.Counter(), collections.defaultdict(list)
+    total = collections.Counter()
+    open_spans = collections.defaultdict(list)
     for event in sorted(events, key=lambda event: (event["ts"], -event["dur"])):
         spans = open_spans[event["pid"], event["tid"]]
         while spans and spans[-1]["ts"] + spans[-1]["dur"] <= event["ts"]:
@@ -74,12 +75,16 @@ def trace(compiled, state, batch, steps):
         (path,) = glob.glob(f"{directory}/**/*.trace.json.gz", recursive=True)
         with gzip.open(path) as file:
             events = json.load(file)["traceEvents"]
-    return [event for event in events if event.get("ph") == "X" and "hlo_op" in event.get("args", {})]
+    return [
+        event for event in events if event.get("ph") == "X" and "hlo_op" in event.get("args", {})
+    ]
 
 
 def main():
     huge_pages.enable()  # as train.py has them
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.components", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.components", description=__doc__.split("\n")[0]
+    )
     parser.add_argument("--experts", type=int, default=16)
     parser.add_argument("--experts_per_token", type=int, default=4)
     parser.add_argument("--method", default="erc", help="a file of configs/")
@@ -94,7 +99,8 @@ def main():
     whole = sum(found.values())
     table = Table("part", "forward, ms a step", "backward", "share")
     for part in dict.fromkeys(name for name, _ in PARTS):
-        forward, backward = found[part, "forward"], found[part, "backward"]
+        forward = found[part, "forward"]
+        backward = found[part, "backward"]
         table.add_row(
             part,
             *(f"{time / flags.steps / 1e3:.1f}" for time in (forward, backward)),
@@ -104,8 +110,13 @@ def main():
     table.add_row("all devices", f"{whole / flags.steps / 1e3:.0f}")
     Console(width=120).print(table)
     if flags.json:
-        rows = [{"part": part, "pass": of, "ms": time / flags.steps / 1e3} for (part, of), time in found.items()]
-        flags.json.write_text(json.dumps({"benchmark": "components", "rows": rows}, indent=1) + "\n", encoding="utf-8")
+        rows = [
+            {"part": part, "pass": of, "ms": time / flags.steps / 1e3}
+            for (part, of), time in found.items()
+        ]
+        flags.json.write_text(
+            json.dumps({"benchmark": "components", "rows": rows}, indent=1) + "\n", encoding="utf-8"
+        )
 
 
 if __name__ == "__main__":

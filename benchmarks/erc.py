@@ -2,10 +2,11 @@
 
     python -m benchmarks.erc [--sizes=3b,15b] [--json=FILE]
 
-"naive" is one einsum "id,jdf->ijf" over all pairs, and its norm. Hinges are all active at alpha 0 and none at a large
-one: ours then does not go back through an expert. E, D and F are those of a size of `configs/sizes.py`. FLOPs are
-2 E^2 D F forward, three times that with active hinges; bytes the gates, and their gradients. The share is of what the
-machine's own matmul and copy would take, measured in the same turns.
+"naive" is one einsum "id,jdf->ijf" over all pairs, and its norm. Hinges are all active at alpha 0
+and none at a large one: ours then does not go back through an expert. E, D and F are those of a
+size of `configs/sizes.py`. FLOPs are 2 E^2 D F forward, three times that with active hinges; bytes
+the gates, and their gradients. The share is of what the machine's own matmul and copy would take,
+measured in the same turns.
 """
 
 import argparse
@@ -55,20 +56,30 @@ def parameters(size):
     experts, width, hidden = shape(size)
     router, gate = jax.random.split(jax.random.key(0))
     draw = jax.jit(jax.random.normal, static_argnums=1)
-    return {"router": draw(router, (experts, width)), "w_gate": 0.02 * draw(gate, (experts, width, hidden))}
+    return {
+        "router": draw(router, (experts, width)),
+        "w_gate": 0.02 * draw(gate, (experts, width, hidden)),
+    }
 
 
 def build(form, size, alpha):
     """(step, temporary bytes)."""
-    params, rng = parameters(size), jax.random.key(1)
-    compiled = jax.jit(jax.value_and_grad(functools.partial(FORMS[form], alpha=alpha))).lower(params, rng).compile()
+    params = parameters(size)
+    rng = jax.random.key(1)
+    compiled = (
+        jax.jit(jax.value_and_grad(functools.partial(FORMS[form], alpha=alpha)))
+        .lower(params, rng)
+        .compile()
+    )
     return (lambda: jax.block_until_ready(compiled(params, rng))), memory(compiled).temporaries
 
 
 def measure(names, turns):
     """(rates, rows with figures)."""
     rows = [(size, hinges, form) for size in names for hinges in HINGES for form in FORMS]
-    subjects, temporaries, found = limits.subjects(), {}, []
+    subjects = limits.subjects()
+    temporaries = {}
+    found = []
     for row in rows:
         size, hinges, form = row
         step, temporaries[row] = build(form, size, HINGES[hinges])
@@ -79,7 +90,8 @@ def measure(names, turns):
         size, hinges, form = row
         experts, width, hidden = shape(size)
         passes = 3 if HINGES[hinges] == 0 else 1
-        flops, moved = passes * 2 * experts**2 * width * hidden, 2 * 4 * experts * width * hidden
+        flops = passes * 2 * experts**2 * width * hidden
+        moved = 2 * 4 * experts * width * hidden
         median = statistics.median(seconds[row])
         found.append({
             "size": size, "shape": (experts, width, hidden), "hinges": hinges, "form": form, "seconds": median,
@@ -108,10 +120,16 @@ def show(best, rows):
 
 def main():
     huge_pages.enable()  # as train.py has them
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.erc", description=__doc__.split("\n")[0])
-    parser.add_argument("--sizes", default="3b,15b", help="of configs/sizes.py, separated by commas")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.erc", description=__doc__.split("\n")[0]
+    )
+    parser.add_argument(
+        "--sizes", default="3b,15b", help="of configs/sizes.py, separated by commas"
+    )
     parser.add_argument("--rounds", type=int, default=3, help="turns of every row")
-    parser.add_argument("--json", type=pathlib.Path, help="also write rows, versions and device here")
+    parser.add_argument(
+        "--json", type=pathlib.Path, help="also write rows, versions and device here"
+    )
     flags = parser.parse_args()
     best, rows = measure(flags.sizes.split(","), flags.rounds)
     show(best, rows)

@@ -5,9 +5,10 @@
     paper   E (E / ep) / 3  expert tokens a device, against its  K N / dp     every data rank computes all rows
     ours    E^2 / (3 dp ep) expert tokens a device, of mesh dp x ep           every device its own slice of F
 
-An expert token is one token through one expert: 6 D F FLOPs forward. Programs are compiled, at full size, for virtual
-devices: nothing is run. FLOPs are of matmuls; the noise bound and the draw, elementwise, come to 3 E^2 D / ep and about
-50 E D a layer. If the paper's expert groups lie within its data ranks, dp 64, ep 8 is a mesh of 8 x 8, else 64 x 8.
+An expert token is one token through one expert: 6 D F FLOPs forward. Programs are compiled, at full
+size, for virtual devices: nothing is run. FLOPs are of matmuls; the noise bound and the draw,
+elementwise, come to 3 E^2 D / ep and about 50 E D a layer. If the paper's expert groups lie within
+its data ranks, dp 64, ep 8 is a mesh of 8 x 8, else 64 x 8.
 """
 
 import argparse
@@ -37,18 +38,25 @@ SETTINGS = (
 def measure(size, paper_dp, paper_ep, mesh_shape):
     """The figures of one setting, of one device and optimizer step."""
     config = base.get_config(size)
-    model, mesh = ModelConfig.of(config), sharding.make_mesh(*mesh_shape)
+    model = ModelConfig.of(config)
+    mesh = sharding.make_mesh(*mesh_shape)
     tokens = config.train.batch_size * config.data.sequence_length
-    experts, expert_token = model.experts, 6 * model.width * model.expert_width
+    experts = model.experts
+    expert_token = 6 * model.width * model.expert_width
     forward, backward = (compile_erc(model, mesh, gradient) for gradient in (False, True))
-    forward_flops, both = costs.cost(forward.as_text()).flops, costs.cost(backward.as_text())
+    forward_flops = costs.cost(forward.as_text()).flops
+    both = costs.cost(backward.as_text())
     return {
         "size": size,
         "mesh": mesh_shape,
-        "paper_share": experts * (experts / paper_ep) / 3 / (model.experts_per_token * tokens / paper_dp),
+        "paper_share": experts
+        * (experts / paper_ep)
+        / 3
+        / (model.experts_per_token * tokens / paper_dp),
         "share_of_experts": forward_flops
         / (model.layers * model.experts_per_token * expert_token * tokens / mesh.size),
-        "share_of_forward": forward_flops / (model.flops_per_token(config.data.sequence_length) * tokens / mesh.size),
+        "share_of_forward": forward_flops
+        / (model.flops_per_token(config.data.sequence_length) * tokens / mesh.size),
         "paper_flops": 2 * model.layers * experts**2 * model.width * model.expert_width / paper_ep,
         "forward_flops": forward_flops,
         "step_flops": both.flops,
@@ -59,11 +67,19 @@ def measure(size, paper_dp, paper_ep, mesh_shape):
 
 def compile_erc(model, mesh, gradient):
     """ERC of all layers, or with its gradients, for parameters that lie as the trainer keeps them."""
-    shapes = {"router": (model.experts, model.width), "w_gate": (model.experts, model.width, model.expert_width)}
+    shapes = {
+        "router": (model.experts, model.width),
+        "w_gate": (model.experts, model.width, model.expert_width),
+    }
     params = sharding.shard_state(
-        mesh, {name: jax.ShapeDtypeStruct((model.layers, *shape), "float32") for name, shape in shapes.items()}
+        mesh,
+        {
+            name: jax.ShapeDtypeStruct((model.layers, *shape), "float32")
+            for name, shape in shapes.items()
+        },
     )
-    everywhere, lies = NamedSharding(mesh, P()), jax.tree.map(lambda leaf: leaf.sharding, params)
+    everywhere = NamedSharding(mesh, P())
+    lies = jax.tree.map(lambda leaf: leaf.sharding, params)
 
     def loss(params, rng):
         return erc_loss(params, rng, mesh=mesh)
@@ -88,8 +104,12 @@ def show(rows):
     )
     table = Table(*columns, "MB sent", "MB temporary", title="ERC, a device and step")
     for row in rows:
-        shares = (f"{row[name]:.4%}" for name in ("paper_share", "share_of_experts", "share_of_forward"))
-        giga = (f"{row[name] / 1e9:,.1f}" for name in ("paper_flops", "forward_flops", "step_flops"))
+        shares = (
+            f"{row[name]:.4%}" for name in ("paper_share", "share_of_experts", "share_of_forward")
+        )
+        giga = (
+            f"{row[name] / 1e9:,.1f}" for name in ("paper_flops", "forward_flops", "step_flops")
+        )
         mega = (f"{row[name] / 1e6:,.1f}" for name in ("wire_bytes", "temporary_bytes"))
         table.add_row(row["size"], "{} x {}".format(*row["mesh"]), *shares, *giga, *mega)
     Console(width=160).print(table)

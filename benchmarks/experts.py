@@ -2,10 +2,11 @@
 
     python -m benchmarks.experts [--experts=8,64,256] [--tokens=4096] [--json=FILE]
 
-K is 8; so many tokens meet E experts, each a SwiGLU of width F, over all devices. "balanced" spreads them evenly,
-"zipf" chooses expert e with a probability like 1 / (e + 1), "one" sends every row to one expert. FLOPs are 6 D F a row,
-three times that with gradients; what is recomputed does not count. Bytes are weights, tokens and their gradients, once
-each. The share is of what the machine's own matmul and copy would take, measured in the same turns.
+K is 8; so many tokens meet E experts, each a SwiGLU of width F, over all devices. "balanced"
+spreads them evenly, "zipf" chooses expert e with a probability like 1 / (e + 1), "one" sends every
+row to one expert. FLOPs are 6 D F a row, three times that with gradients; what is recomputed does
+not count. Bytes are weights, tokens and their gradients, once each. The share is of what the
+machine's own matmul and copy would take, measured in the same turns.
 """
 
 import argparse
@@ -30,7 +31,10 @@ from moe_erc.moe import experts, parallel, routing
 
 K = 8
 ROUTINGS = ("balanced", "zipf", "one")
-EXPANDING = ("dense", "ragged")  # off a TPU, at E / K the work: measured for few experts and balanced routing alone
+EXPANDING = (
+    "dense",
+    "ragged",
+)  # off a TPU, at E / K the work: measured for few experts and balanced routing alone
 
 
 def route(kind, tokens, count):
@@ -40,14 +44,22 @@ def route(kind, tokens, count):
         return np.zeros((tokens, K), np.int32)
     odds_E = np.ones(count) if kind == "balanced" else 1 / (np.arange(count) + 1)
     # the K largest of log odds plus Gumbel noise are a draw without putting back
-    return np.argsort(-(np.log(odds_E) + rng.gumbel(size=(tokens, count))), axis=1)[:, :K].astype(np.int32)
+    return np.argsort(-(np.log(odds_E) + rng.gumbel(size=(tokens, count))), axis=1)[:, :K].astype(
+        np.int32
+    )
 
 
 def build(implementation, kind, count, shape, gradients, dtype=np.float32):
-    """(step, temporary bytes) of one layer; shape is (N, D, F). Weights of assignments stay float32."""
+    """(step, temporary bytes) of one layer; shape is (N, D, F).
+
+    Weights of assignments stay float32.
+    """
     tokens, width, hidden = shape
-    rng, mesh = np.random.default_rng(1), sharding.make_mesh(1, jax.device_count())
-    run = functools.partial(experts.implementation(implementation, jax.default_backend()), experts.weighed)
+    rng = np.random.default_rng(1)
+    mesh = sharding.make_mesh(1, jax.device_count())
+    run = functools.partial(
+        experts.implementation(implementation, jax.default_backend()), experts.weighed
+    )
 
     def normal(*of):
         return (0.1 * rng.standard_normal(of, np.float32)).astype(dtype)
@@ -80,19 +92,23 @@ def build(implementation, kind, count, shape, gradients, dtype=np.float32):
 
 def measure(rows, shape, turns):
     """(rates, rows with figures) of (implementation, routing, E, gradients)."""
-    subjects, temporaries = limits.subjects(), {}
+    subjects = limits.subjects()
+    temporaries = {}
     for row in rows:
         step, temporaries[row] = build(*row[:3], shape, row[3])
         subjects[row] = types.SimpleNamespace(run=timed(step))
     seconds = take_turns(subjects, turns, 3)
-    best, found = limits.rates(seconds), []
+    best = limits.rates(seconds)
+    found = []
     tokens, width, hidden = shape
     for row in rows:
         implementation, kind, count, gradients = row
-        flops, weights = 6 * tokens * K * width * hidden, 4 * 3 * count * width * hidden
+        flops = 6 * tokens * K * width * hidden
+        weights = 4 * 3 * count * width * hidden
         moved = weights + 4 * 2 * tokens * width
         if gradients:
-            flops, moved = 3 * flops, 2 * moved
+            flops = 3 * flops
+            moved = 2 * moved
         median = statistics.median(seconds[row])
         found.append(
             {
@@ -114,7 +130,16 @@ def measure(rows, shape, turns):
 
 def show(best, rows, shape):
     table = Table(
-        "experts", "rows an expert", "routing", "implementation", "", "ms", "min-max", "GFLOP/s", "share", "temp MB"
+        "experts",
+        "rows an expert",
+        "routing",
+        "implementation",
+        "",
+        "ms",
+        "min-max",
+        "GFLOP/s",
+        "share",
+        "temp MB",
     )
     for row in rows:
         low, high = row["seconds_range"]
@@ -131,27 +156,42 @@ def show(best, rows, shape):
 
 def main():
     huge_pages.enable()  # as train.py has them
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.experts", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.experts", description=__doc__.split("\n")[0]
+    )
     parser.add_argument("--experts", default="8,64,256", help="how many, separated by commas")
-    parser.add_argument("--implementations", default=",".join(("auto", *EXPANDING)), help="of moe/experts.py")
+    parser.add_argument(
+        "--implementations", default=",".join(("auto", *EXPANDING)), help="of moe/experts.py"
+    )
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--expert_width", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=5, help="turns of every row")
-    parser.add_argument("--json", type=pathlib.Path, help="also write rows, versions and device here")
+    parser.add_argument(
+        "--json", type=pathlib.Path, help="also write rows, versions and device here"
+    )
     flags = parser.parse_args()
     sharding.use_cpu_cores()
     counts = [int(count) for count in flags.experts.split(",")]
-    shape, on_tpu = (flags.tokens, flags.width, flags.expert_width), jax.default_backend() == "tpu"
+    shape = (flags.tokens, flags.width, flags.expert_width)
+    on_tpu = jax.default_backend() == "tpu"
     rows = [
         row
-        for row in itertools.product(flags.implementations.split(","), ROUTINGS, counts, (False, True))
+        for row in itertools.product(
+            flags.implementations.split(","), ROUTINGS, counts, (False, True)
+        )
         if on_tpu or row[0] not in EXPANDING or (row[1] == "balanced" and row[2] == min(counts))
     ]
     best, found = measure(rows, shape, flags.rounds)
     show(best, found, shape)
     if flags.json:
-        found = {"benchmark": "experts", "environment": environment(), "shape": shape, "limits": best, "rows": found}
+        found = {
+            "benchmark": "experts",
+            "environment": environment(),
+            "shape": shape,
+            "limits": best,
+            "rows": found,
+        }
         flags.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 

@@ -2,8 +2,9 @@
 
     python -m benchmarks.input [--config=FILE:SIZE] [--batches=200] [--json=FILE]
 
-Batches of the config's corpus, prepared before and mapped into memory, in the order of training, made by this process
-and put on its devices. A pod reads as many times more as it has processes: each makes its own rows alone.
+Batches of the config's corpus, prepared before and mapped into memory, in the order of training,
+made by this process and put on its devices. A pod reads as many times more as it has processes:
+each makes its own rows alone.
 """
 
 import functools
@@ -30,13 +31,15 @@ JSON = flags.DEFINE_string("json", None, "also write figures, versions and devic
 def main(_):
     config = flags.FLAGS.config
     with command_line.refusing_bad_input():
-        length, batch_size = config.data.sequence_length, config.train.batch_size
+        length = config.data.sequence_length
+        batch_size = config.train.batch_size
         sharding.use_cpu_cores(batch_size)
         mesh = sharding.make_mesh(-1, 1)
         corpus = text.prepare(text.DataConfig(**config.data))
     rows = sharding.local_rows(mesh, batch_size)
     batches = text.train_batches(corpus, length, batch_size, config.seed, rows=rows)
-    put, rates = functools.partial(sharding.put_batch, mesh), {"made": [], "made and put": []}
+    put = functools.partial(sharding.put_batch, mesh)
+    rates = {"made": [], "made and put": []}
     next(batches)  # the first opens files
     for _ in range(ROUNDS.value):
         for name, use in (
@@ -50,7 +53,10 @@ def main(_):
     table = Table("batches", f"{batch_size} x {length}", "M tokens/s", "min-max")
     for name, found in rates.items():
         table.add_row(
-            name, "", f"{statistics.median(found) / 1e6:.2f}", f"{min(found) / 1e6:.2f}-{max(found) / 1e6:.2f}"
+            name,
+            "",
+            f"{statistics.median(found) / 1e6:.2f}",
+            f"{min(found) / 1e6:.2f}-{max(found) / 1e6:.2f}",
         )
     Console(width=120).print(table)
     if JSON.value:

@@ -2,8 +2,9 @@
 
     python -m benchmarks.kills --kills=20                       about half a minute for each on two cores
 
-The moments are in turn: while the corpus is prepared, before the first step, in a step, while a checkpoint is written,
-in an evaluation, and right after a line of metrics. Parameters, moments and metrics must be the same bit for bit.
+The moments are in turn: while the corpus is prepared, before the first step, in a step, while a
+checkpoint is written, in an evaluation, and right after a line of metrics. Parameters, moments and
+metrics must be the same bit for bit.
 """
 
 import argparse
@@ -25,7 +26,9 @@ from configs import erc
 from moe_erc.training.build import build
 from moe_erc.training.checkpoint import Checkpoints
 
-STEPS_A_KILL, EVALUATE, SAVE = 40, 20, 5
+STEPS_A_KILL = 40
+EVALUATE = 20
+SAVE = 5
 
 
 def in_corpus(run, chance):
@@ -56,7 +59,9 @@ def in_a_save(run, chance):
 def in_an_evaluation(run, chance):
     """Between the metrics of a step and those of the evaluation behind it."""
     yield from until(lines_more(run, 1))
-    yield from until(lambda: (last := run.metrics()[-1])["step"] % EVALUATE == 0 and "loss/lm" in last)
+    yield from until(
+        lambda: (last := run.metrics()[-1])["step"] % EVALUATE == 0 and "loss/lm" in last
+    )
     time.sleep(chance.uniform(0, 0.1))
 
 
@@ -113,22 +118,36 @@ def final_state(workdir, steps):
     shapes = build(config).abstract_state
     with Checkpoints(workdir / "checkpoints") as checkpoints:
         if checkpoints.newest_intact() != steps:
-            raise SystemExit(f"{workdir}: the last checkpoint is of step {checkpoints.latest_step()}, not of {steps}")
+            raise SystemExit(
+                f"{workdir}: the last checkpoint is of step {checkpoints.latest_step()}, not of {steps}"
+            )
         state, _ = checkpoints.restore(shapes)
     return jax.device_get(state.replace(rng=jax.random.key_data(state.rng)))
 
 
 def main():
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.kills", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.kills", description=__doc__.split("\n")[0]
+    )
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
-    parser.add_argument("--directory", type=pathlib.Path, help="a new one; a temporary one if not given")
+    parser.add_argument(
+        "--directory", type=pathlib.Path, help="a new one; a temporary one if not given"
+    )
     flags = parser.parse_args()
     directory = flags.directory or pathlib.Path(tempfile.mkdtemp())
     directory.mkdir(parents=True, exist_ok=True)
-    steps, chance = STEPS_A_KILL * (flags.kills + 1), random.Random(flags.seed)
-    settings = {"train.steps": steps, "eval.every": EVALUATE, "checkpoint.every": SAVE, "log.every": 1}
-    undisturbed, killed = (Watched(directory, directory / name, **settings) for name in ("undisturbed", "killed"))
+    steps = STEPS_A_KILL * (flags.kills + 1)
+    chance = random.Random(flags.seed)
+    settings = {
+        "train.steps": steps,
+        "eval.every": EVALUATE,
+        "checkpoint.every": SAVE,
+        "log.every": 1,
+    }
+    undisturbed, killed = (
+        Watched(directory, directory / name, **settings) for name in ("undisturbed", "killed")
+    )
     undisturbed.start()
     undisturbed.finish()
 
@@ -139,10 +158,17 @@ def main():
     killed.start()
     killed.finish()
 
-    jax.tree.map(np.testing.assert_array_equal, *(final_state(run.workdir, steps) for run in (undisturbed, killed)))
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        *(final_state(run.workdir, steps) for run in (undisturbed, killed)),
+    )
     if killed.metrics() != undisturbed.metrics():
         raise SystemExit(f"the metrics of {killed.workdir} and {undisturbed.workdir} differ")
-    table = Table("moment", "kills", title=f"{kills.total()} kills in {steps} steps: the same bits, the same metrics")
+    table = Table(
+        "moment",
+        "kills",
+        title=f"{kills.total()} kills in {steps} steps: the same bits, the same metrics",
+    )
     for moment in MOMENTS:
         table.add_row(moment.__name__.replace("_", " "), str(kills[moment]))
     Console(width=120).print(table)

@@ -23,7 +23,8 @@ def build_copy():
     import jax
     import jax.numpy as jnp
 
-    array, copy = jnp.ones(COPY), jax.jit(lambda leaf: leaf + 1)
+    array = jnp.ones(COPY)
+    copy = jax.jit(lambda leaf: leaf + 1)
     return timed(lambda: copy(array).block_until_ready()), {}
 
 

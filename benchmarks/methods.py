@@ -2,11 +2,13 @@
 
     python -m benchmarks.methods [--shape=peer] [--methods=erc,aoe] [--json=FILE]
 
-Every config lives in a process of its own and they take turns, as in `benchmarks/step.py`. Memory is that of one device
-by the compiled program: arguments + outputs - aliased + temporaries + program. FLOPs are the model's matmuls, backward
-counted twice the forward, at the most experts a token may meet (top-p: 2 K; routing-free: its target K); the work of
-losses is in the time alone. Tokens are random: how many experts run is measured, after a warm-up, and said beside each.
-CompeteSMoE is measured with no layer competing and with as many as may; from both its expected step is interpolated.
+Every config lives in a process of its own and they take turns, as in `benchmarks/step.py`. Memory
+is that of one device by the compiled program: arguments + outputs - aliased + temporaries +
+program. FLOPs are the model's matmuls, backward counted twice the forward, at the most experts a
+token may meet (top-p: 2 K; routing-free: its target K); the work of losses is in the time alone.
+Tokens are random: how many experts run is measured, after a warm-up, and said beside each.
+CompeteSMoE is measured with no layer competing and with as many as may; from both its expected step
+is interpolated.
 """
 
 import argparse
@@ -31,32 +33,50 @@ METHODS = {"vanilla": "vanilla"} | {  # name -> module below configs
     for path in sorted((CONFIGS / folder).glob("*.py"))
     if path.stem not in ("__init__", "base", "sizes")
 }
-COMPETING, NONE, MOST = "competesmoe", "competesmoe, none", "competesmoe, most"
-RATES = {NONE: 0.0, MOST: 1.0}  # of competition; a step has routers.competition.max_layers competing at most
+COMPETING = "competesmoe"
+NONE = "competesmoe, none"
+MOST = "competesmoe, most"
+RATES = {
+    NONE: 0.0,
+    MOST: 1.0,
+}  # of competition; a step has routers.competition.max_layers competing at most
 
 
 def model_of(shape):
     """The sizes of the model block."""
-    return SHAPES[shape][0] | dict(zip(("experts", "experts_per_token"), EXPERTS[shape], strict=True))
+    return SHAPES[shape][0] | dict(
+        zip(("experts", "experts_per_token"), EXPERTS[shape], strict=True)
+    )
 
 
 def start(shape, methods, warm_up):
     """{method or "XLA": its subject}, started one after another."""
     batch_size, length = SHAPES[shape][1]
-    options = {"model": model_of(shape), "batch_size": batch_size, "length": length, "warm_up": warm_up}
+    options = {
+        "model": model_of(shape),
+        "batch_size": batch_size,
+        "length": length,
+        "warm_up": warm_up,
+    }
     subjects = {"XLA": Subject("benchmarks.step:build_matmul", size=MATMUL)}
     for method in methods:
         changes = {method: {}}
         if method == COMPETING:
             changes = {name: {"routers.competition.rate": rate} for name, rate in RATES.items()}
         for name, change in changes.items():
-            subjects[name] = Subject("benchmarks.ours:build", method=METHODS[method], changes=change, **options)
+            subjects[name] = Subject(
+                "benchmarks.ours:build", method=METHODS[method], changes=change, **options
+            )
     return subjects
 
 
 def competing_share(config):
     """Of the most layers that may compete on a step, how many do on average."""
-    return config.router.expected_share(config) * config.layers / min(config.router.max_layers, config.layers)
+    return (
+        config.router.expected_share(config)
+        * config.layers
+        / min(config.router.max_layers, config.layers)
+    )
 
 
 def between(none, most, share):
@@ -83,7 +103,8 @@ def summarize(shape, subjects, seconds):
         share = competing_share(ModelConfig.of(configure(COMPETING, model_of(shape))))
         rows[COMPETING] = between(rows[NONE], rows[MOST], share)
     vanilla = rows["vanilla"]
-    time, memory = statistics.median(vanilla["step_s"]), vanilla["allocated_bytes"]
+    time = statistics.median(vanilla["step_s"])
+    memory = vanilla["allocated_bytes"]
     for row in rows.values():
         row["median_step_s"] = statistics.median(row["step_s"])
         row["over_vanilla"] = {
@@ -102,8 +123,10 @@ def aoe_extra_flops(model, tokens):
 
 def explain_aoe(aoe, vanilla, tokens, matmul):
     """AoE's extra by its formula, beside what was measured."""
-    extra, step = aoe_extra_flops(aoe["model"], tokens), vanilla["median_step_s"]
-    share, at_rate = extra / (vanilla["flops_per_token"] * tokens), extra / matmul
+    extra = aoe_extra_flops(aoe["model"], tokens)
+    step = vanilla["median_step_s"]
+    share = extra / (vanilla["flops_per_token"] * tokens)
+    at_rate = extra / matmul
     return (
         f"aoe: 2 N (E - K) D r of each layer, x 3, are {extra / 1e9:.3g} GFLOP, {share:.0%} of vanilla's step; at the "
         f"matmul rate of {matmul / 1e9:.0f} GFLOP/s {at_rate * 1e3:.3g} ms, {at_rate / step:.0%} of its time; "
@@ -114,7 +137,9 @@ def explain_aoe(aoe, vanilla, tokens, matmul):
 def experts_run(row):
     """Experts a token: the mean of all steps since the warm-up, and their range where they differ."""
     low, high = row["experts_per_token_range"]
-    return f"{row['router/experts_per_token']:.1f}" + (f" ({low:.1f}-{high:.1f})" if high - low > 0.05 else "")
+    return f"{row['router/experts_per_token']:.1f}" + (
+        f" ({low:.1f}-{high:.1f})" if high - low > 0.05 else ""
+    )
 
 
 def show(rows, tokens, matmul):
@@ -139,7 +164,9 @@ def show(rows, tokens, matmul):
     if MOST in by_name:
         none, most, expected = (by_name[name]["median_step_s"] for name in (NONE, MOST, COMPETING))
         share = (expected - none) / (most - none) if most != none else 0
-        console.print(f"{COMPETING}: the expected step, {share:.1%} of the way from no layer competing to the most")
+        console.print(
+            f"{COMPETING}: the expected step, {share:.1%} of the way from no layer competing to the most"
+        )
     if "aoe" in by_name:
         console.print(explain_aoe(by_name["aoe"], by_name["vanilla"], tokens, matmul))
 
@@ -154,13 +181,21 @@ def names(text):
 
 def main():
     huge_pages.enable()  # as train.py has them
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.methods", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.methods", description=__doc__.split("\n")[0]
+    )
     parser.add_argument("--shape", choices=EXPERTS, default="peer")
-    parser.add_argument("--methods", type=names, default=list(METHODS), help="vanilla and these; all if not given")
-    parser.add_argument("--json", type=pathlib.Path, help="also write rows, versions and device here")
+    parser.add_argument(
+        "--methods", type=names, default=list(METHODS), help="vanilla and these; all if not given"
+    )
+    parser.add_argument(
+        "--json", type=pathlib.Path, help="also write rows, versions and device here"
+    )
     parser.add_argument("--rounds", type=int, default=7, help="turns of every method")
     parser.add_argument("--steps", type=int, default=3, help="steps of a turn; their median counts")
-    parser.add_argument("--warm-up", type=int, default=50, help="steps before the first turn: routing settles")
+    parser.add_argument(
+        "--warm-up", type=int, default=50, help="steps before the first turn: routing settles"
+    )
     flags = parser.parse_args()
     batch_size, length = SHAPES[flags.shape][1]
     subjects = start(flags.shape, flags.methods, flags.warm_up)
@@ -169,8 +204,18 @@ def main():
         subject.close()
     show(rows, batch_size * length, matmul)
     if flags.json:
-        found = {"benchmark": "methods", "shape": flags.shape, "rounds": flags.rounds, "steps": flags.steps}
-        found |= {"warm_up": flags.warm_up, "environment": environment(), "matmul_flops_per_s": matmul, "rows": rows}
+        found = {
+            "benchmark": "methods",
+            "shape": flags.shape,
+            "rounds": flags.rounds,
+            "steps": flags.steps,
+        }
+        found |= {
+            "warm_up": flags.warm_up,
+            "environment": environment(),
+            "matmul_flops_per_s": matmul,
+            "rows": rows,
+        }
         flags.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 

@@ -3,15 +3,16 @@
     bash benchmarks/on_device.sh [--size=debug] [--output=DIR] [STAGE …]      stages in processes of their own
     python -m benchmarks.on_device STAGE [--size=debug] [--output=DIR]        one of them
 
-- kernels: every grouped matmul and every attention against float64, forward and gradients.
-- matmuls: their rates at the shapes of OLMoE-1B-7B and of the paper's 3B, by tile, beside a dense matmul.
-- layer: the experts of one layer by implementation, sorting, gathering and summing included.
-- step: tokens per second, share of the peak (MFU) and memory of whole optimizer steps, ERC, vanilla and AoE.
-- profile: where the time of a step goes, by kernel.
-- peer: OLMoE of `transformers` in PyTorch with the paper's pseudocode, the same shapes.
+- kernels: every grouped matmul and every attention against float64, forward and gradients. -
+matmuls: their rates at the shapes of OLMoE-1B-7B and of the paper's 3B, by tile, beside a dense
+matmul. - layer: the experts of one layer by implementation, sorting, gathering and summing
+included. - step: tokens per second, share of the peak (MFU) and memory of whole optimizer steps,
+ERC, vanilla and AoE. - profile: where the time of a step goes, by kernel. - peer: OLMoE of
+`transformers` in PyTorch with the paper's pseudocode, the same shapes.
 
-Each stage prints a table and appends one JSON line per row to OUTPUT/STAGE.jsonl as soon as it is measured, so a
-stage that is cut off keeps what it has. `--size=debug` runs every stage on a CPU in a minute; its times say nothing.
+Each stage prints a table and appends one JSON line per row to OUTPUT/STAGE.jsonl as soon as it is
+measured, so a stage that is cut off keeps what it has. `--size=debug` runs every stage on a CPU in
+a minute; its times say nothing.
 """
 
 import argparse
@@ -53,7 +54,8 @@ STEPS = {
     ],
     "debug": [("debug", "erc", {}, (2, 16)), ("debug", "vanilla", {"layers": 1}, (2, 16))],
 }
-# rows and columns of a tile, bytes of a row of an operand multiplied at a time, warps, pipeline stages
+# rows and columns of a tile, bytes of a row of an operand multiplied at a time, warps, pipeline
+# stages
 TILES = {
     "full": [
         (128, 128, 128, 8, 3),
@@ -88,7 +90,10 @@ def _short(value):
 
 
 def seconds(run, repeats: int = 10, rounds: int = 3) -> float:
-    """Median over rounds of the mean time of a call; calls of a round are queued and waited for together."""
+    """Median over rounds of the mean time of a call.
+
+    Calls of a round are queued and waited for together.
+    """
     jax.block_until_ready(run())
     found = []
     for _ in range(rounds):
@@ -143,7 +148,9 @@ def _value_and_gradients(matmul):
 
 def _grouped_in_float64(x, w, dy, sizes_E):
     x, w, dy = (leaf.astype(np.float64) for leaf in (x, w, dy))
-    y, dx, dw = np.zeros_like(dy), np.zeros_like(x), np.zeros_like(w)
+    y = np.zeros_like(dy)
+    dx = np.zeros_like(x)
+    dw = np.zeros_like(w)
     start = 0
     for expert, size in enumerate(sizes_E):
         own = slice(start, start + size)

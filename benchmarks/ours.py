@@ -1,7 +1,7 @@
 """What the benchmarks measure of this code base: the compiled train step of a config, as `train.py` makes it.
 
-The config is that of size `tiny` with the benchmark's sizes in place of its own, so that what a config derives from
-sizes (AoE's rank, the K of shared experts and of top-p) is derived from these.
+The config is that of size `tiny` with the benchmark's sizes in place of its own, so that what a
+config derives from sizes (AoE's rank, the K of shared experts and of top-p) is derived from these.
 """
 
 import dataclasses
@@ -27,7 +27,10 @@ def configure(method, model):
 
 
 def build(method, model, batch_size, length, changes=(), warm_up=0):
-    """(run, facts) for `benchmarks.Subject`; `changes` of the model block come last, `warm_up` steps are done first."""
+    """(run, facts) for `benchmarks.Subject`.
+
+    `changes` of the model block come last, `warm_up` steps are done first.
+    """
     compiled, state, batch, facts = compile_step(method, model, batch_size, length, changes)
     active = []
 
@@ -51,7 +54,10 @@ def build(method, model, batch_size, length, changes=(), warm_up=0):
 
 
 def compile_step(method, model, batch_size, length, changes=(), **options):
-    """(the compiled step, its first state, a function that makes batches, facts); `options` are the compiler's."""
+    """(the compiled step, its first state, a function that makes batches, facts).
+
+    `options` are the compiler's.
+    """
     config = configure(method, model)
     config.update_from_flattened_dict(dict(changes))
     config.train.update(batch_size=batch_size, micro_batches=1)
@@ -80,7 +86,9 @@ def random_batch(mesh, generator, vocabulary, shape):
     batch_size, length = shape
     tokens = generator.integers(vocabulary, size=(batch_size, length + 1), dtype=np.int32)
     mask_BT = np.ones(shape, bool)
-    return sharding.put_batch(mesh, {"inputs_BT": tokens[:, :-1], "targets_BT": tokens[:, 1:], "mask_BT": mask_BT})
+    return sharding.put_batch(
+        mesh, {"inputs_BT": tokens[:, :-1], "targets_BT": tokens[:, 1:], "mask_BT": mask_BT}
+    )
 
 
 def describe(model_config, length):

@@ -13,29 +13,38 @@ from transformers import OlmoeConfig, OlmoeForCausalLM
 from benchmarks import timed
 
 COMPILED = ", compiled"
-# Not batched_mm: it copies three weight matrices for every assignment, 6 GB a layer at K 8; 60 x slower at E 8, K 4.
+# Not batched_mm: it copies three weight matrices for every assignment, 6 GB a layer at K 8; 60 x
+# slower at E 8, K 4.
 EXPERTS = ("eager", "grouped_mm", "grouped_mm" + COMPILED)
 
 
 def build(model, batch_size, length, threads):
-    """(run, facts) for `benchmarks.Subject`; `model` holds the fields of the config's `model` block."""
+    """(run, facts) for `benchmarks.Subject`.
+
+    `model` holds the fields of the config's `model` block.
+    """
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     network = OlmoeForCausalLM(olmoe_config(model, length))
     # fused: one kernel over each parameter, the fastest AdamW of torch on CPU
-    adamw = torch.optim.AdamW(network.parameters(), 4e-4, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, fused=True)
+    adamw = torch.optim.AdamW(
+        network.parameters(), 4e-4, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, fused=True
+    )
     compiled = torch.compile(network)
     forward = network
 
     def step():
-        train_step(forward, network, adamw, torch.randint(model["vocab_size"], (batch_size, length)))
+        train_step(
+            forward, network, adamw, torch.randint(model["vocab_size"], (batch_size, length))
+        )
 
     def use(trial):
         nonlocal forward
         network.set_experts_implementation(trial.removesuffix(COMPILED))
         forward = compiled if trial.endswith(COMPILED) else network
 
-    run, trials = timed(step), {}
+    run = timed(step)
+    trials = {}
     for trial in (*EXPERTS, *EXPERTS):  # by turns, so that one disturbance does not choose
         if trial.endswith(COMPILED) and not shutil.which("g++"):
             continue  # what torch.compile compiles with
@@ -57,7 +66,9 @@ def build_on_device(model, batch_size, length, trial):
     network.set_experts_implementation(trial.removesuffix(COMPILED))
     network.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     network.train()
-    adamw = torch.optim.AdamW(network.parameters(), 4e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    adamw = torch.optim.AdamW(
+        network.parameters(), 4e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True
+    )
     forward = torch.compile(network) if trial.endswith(COMPILED) else network
 
     def step():  # its loss is read: the step is over
@@ -97,9 +108,9 @@ def train_step(forward, network, adamw, tokens_BT):
     """Forward, backward, clip, update; returns the loss."""
     layers = network.model.layers
     loss = forward(input_ids=tokens_BT, labels=tokens_BT).loss
-    loss = loss + sum(naive_erc(layer.mlp.gate.weight, layer.mlp.experts.gate_up_proj) for layer in layers) / len(
-        layers
-    )
+    loss = loss + sum(
+        naive_erc(layer.mlp.gate.weight, layer.mlp.experts.gate_up_proj) for layer in layers
+    ) / len(layers)
     adamw.zero_grad(set_to_none=True)
     loss.backward()
     torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)

@@ -2,9 +2,9 @@
 
     python -m benchmarks.scale [--config=FILE:SIZE] [--meshes=1x1,1x2,2x1,2x2,1x4,4x1,2x4,8x1] [--json=FILE]
 
-Meshes of (data, expert) virtual devices that share one machine: nothing is run, so nothing is said about time. FLOPs
-are matmuls of one device and step; those of the experts' loop, whose length depends on routing, are the model's own
-count at equal load, with the backward twice the forward.
+Meshes of (data, expert) virtual devices that share one machine: nothing is run, so nothing is said
+about time. FLOPs are matmuls of one device and step; those of the experts' loop, whose length
+depends on routing, are the model's own count at equal load, with the backward twice the forward.
 """
 
 import json
@@ -19,7 +19,9 @@ from benchmarks.compiled import chips
 from moe_erc.launch import command_line
 from moe_erc.model.config import ModelConfig
 
-MESHES = flags.DEFINE_string("meshes", "1x1,1x2,2x1,2x2,1x4,4x1,2x4,8x1", "data x expert, separated by commas")
+MESHES = flags.DEFINE_string(
+    "meshes", "1x1,1x2,2x1,2x2,1x4,4x1,2x4,8x1", "data x expert, separated by commas"
+)
 
 
 def measure(config, devices, mesh):
@@ -29,7 +31,15 @@ def measure(config, devices, mesh):
     facts, programs = compile_ahead.lower(config, devices[:size])
     found = compile_ahead.compile_program(programs["step"])
     model = ModelConfig.of(config)
-    experts = 3 * 6 * model.layers * model.experts_per_token * model.width * model.expert_width * facts["tokens"]
+    experts = (
+        3
+        * 6
+        * model.layers
+        * model.experts_per_token
+        * model.width
+        * model.expert_width
+        * facts["tokens"]
+    )
     return {
         "mesh": mesh,
         "tokens": facts["tokens"],
@@ -45,7 +55,9 @@ def main(_):
     config = flags.FLAGS.config
     with command_line.refusing_bad_input():
         meshes = [tuple(map(int, mesh.split("x"))) for mesh in MESHES.value.split(",")]
-        devices, _ = chips.described(None, 1, f"cpu:{max(data * expert for data, expert in meshes)}")
+        devices, _ = chips.described(
+            None, 1, f"cpu:{max(data * expert for data, expert in meshes)}"
+        )
     rows = [measure(config, devices, mesh) for mesh in meshes]
     columns = (
         "mesh",
@@ -56,7 +68,11 @@ def main(_):
         "temporaries, MB",
         "sent, MB",
     )
-    table = Table(*columns, title=f"{command_line.config_name()}: of one device and step", title_justify="left")
+    table = Table(
+        *columns,
+        title=f"{command_line.config_name()}: of one device and step",
+        title_justify="left",
+    )
     for row in rows:
         table.add_row(
             "{} x {}".format(*row["mesh"]), f"{row['tokens']:,.0f}", f"{row['expert_flops'] / 1e9:.2f}",
@@ -66,7 +82,9 @@ def main(_):
     Console(width=120).print(table)
     if compile_ahead.JSON.value:
         found = {"benchmark": "scale", "environment": environment(), "rows": rows}
-        pathlib.Path(compile_ahead.JSON.value).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        pathlib.Path(compile_ahead.JSON.value).write_text(
+            json.dumps(found, indent=1) + "\n", encoding="utf-8"
+        )
 
 
 if __name__ == "__main__":

@@ -2,10 +2,11 @@
 
     python -m benchmarks.scoring [--peer] [--json=FILE]
 
-One OLMoE of size `tiny` with random weights, float32, and the same random requests: "sentences", each a context with
-four continuations of some tokens, and "letters", with four continuations of one. Every subject lives in a process of
-its own and they take turns (`benchmarks/__init__.py`); timed is the way from the token ids of all requests to their
-scores. Ours has the batch of the config, as in eval.py; for the peer a trial chooses batch and experts implementation.
+One OLMoE of size `tiny` with random weights, float32, and the same random requests: "sentences",
+each a context with four continuations of some tokens, and "letters", with four continuations of
+one. Every subject lives in a process of its own and they take turns (`benchmarks/__init__.py`);
+timed is the way from the token ids of all requests to their scores. Ours has the batch of the
+config, as in eval.py; for the peer a trial chooses batch and experts implementation.
 """
 
 import argparse
@@ -22,7 +23,8 @@ from rich.table import Table
 from benchmarks import Subject, cores, environment, take_turns, timed
 from configs import base
 
-KINDS = {  # documents, answers to each, tokens of a context and of an answer: drawn evenly from first to last
+# documents, answers to each, tokens of a context and of an answer: drawn evenly from first to last
+KINDS = {
     "sentences": (50, 4, (20, 120), (4, 32)),
     "letters": (50, 4, (60, 250), (1, 1)),
 }
@@ -53,14 +55,19 @@ def build(kind):
     from moe_erc.training.state import init_weights
 
     config = base.get_config("tiny")
-    model_config, length = ModelConfig.of(config), config.data.sequence_length
+    model_config = ModelConfig.of(config)
+    length = config.data.sequence_length
     sharding.use_cpu_cores()
     model = Transformer(model_config, sharding.fit_mesh(model_config))
     weights = jax.jit(functools.partial(init_weights, model))(jax.random.key(0))
-    scorer, requests = Scorer(model, (config.eval.batch_size, length)), draw_requests(kind, model_config.vocab_size)
+    scorer = Scorer(model, (config.eval.batch_size, length))
+    requests = draw_requests(kind, model_config.vocab_size)
     step = functools.partial(scorer.run, weights, requests)
     step()  # compiles
-    return timed(step), {"settings": f"{config.eval.batch_size} x {length} tokens", "requests": len(requests)}
+    return timed(step), {
+        "settings": f"{config.eval.batch_size} x {length} tokens",
+        "requests": len(requests),
+    }
 
 
 def build_peer(kind, threads):
@@ -78,7 +85,8 @@ def build_peer(kind, threads):
     network = OlmoeForCausalLM(olmoe_config(config.model, config.data.sequence_length)).eval()
     words = {f"<{token}>": token for token in range(config.model.vocab_size)}
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizers.Tokenizer(tokenizers.models.WordLevel(words, "<0>")), eos_token="<0>"
+        tokenizer_object=tokenizers.Tokenizer(tokenizers.models.WordLevel(words, "<0>")),
+        eos_token="<0>",
     )
     backend = HFLM(pretrained=network, tokenizer=tokenizer, max_length=config.data.sequence_length)
     requests = [(("", ""), *request) for request in draw_requests(kind, config.model.vocab_size)]
@@ -99,7 +107,9 @@ def build_peer(kind, threads):
     fastest = min(trials, key=trials.get)
     use(fastest)
     facts = {"settings": f"{fastest[0]}, batches of {fastest[1]}", "requests": len(requests)}
-    return timed(step), facts | {"trials_s": {f"{experts}, {batch}": s for (experts, batch), s in trials.items()}}
+    return timed(step), facts | {
+        "trials_s": {f"{experts}, {batch}": s for (experts, batch), s in trials.items()}
+    }
 
 
 def summarize(subjects, seconds):
@@ -107,7 +117,10 @@ def summarize(subjects, seconds):
     rows = []
     for (kind, maker), subject in subjects.items():
         rates = [subject.facts["requests"] / turn for turn in seconds[kind, maker]]
-        rows.append(subject.facts | {"kind": kind, "maker": maker, "requests_per_s": statistics.median(rates)})
+        rows.append(
+            subject.facts
+            | {"kind": kind, "maker": maker, "requests_per_s": statistics.median(rates)}
+        )
         rows[-1]["requests_per_s_range"] = min(rates), max(rates)
     speed = {(row["kind"], row["maker"]): row["requests_per_s"] for row in rows}
     for row in rows:
@@ -128,25 +141,43 @@ def show(rows):
 
 
 def main():
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.scoring", description=__doc__.split("\n")[0])
-    parser.add_argument(
-        "--peer", action="store_true", help="the harness's own backend as well; needs the extras hf and eval"
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.scoring", description=__doc__.split("\n")[0]
     )
-    parser.add_argument("--json", type=pathlib.Path, help="also write rows, versions and device here")
+    parser.add_argument(
+        "--peer",
+        action="store_true",
+        help="the harness's own backend as well; needs the extras hf and eval",
+    )
+    parser.add_argument(
+        "--json", type=pathlib.Path, help="also write rows, versions and device here"
+    )
     parser.add_argument("--rounds", type=int, default=7, help="turns of every row")
-    parser.add_argument("--steps", type=int, default=3, help="times that a turn scores all requests; the median counts")
+    parser.add_argument(
+        "--steps",
+        type=int,
+        default=3,
+        help="times that a turn scores all requests; the median counts",
+    )
     flags = parser.parse_args()
     subjects = {}
     for kind in KINDS:
         subjects[kind, "ours"] = Subject("benchmarks.scoring:build", kind=kind)
         if flags.peer:
-            subjects[kind, "peer"] = Subject("benchmarks.scoring:build_peer", kind=kind, threads=cores())
+            subjects[kind, "peer"] = Subject(
+                "benchmarks.scoring:build_peer", kind=kind, threads=cores()
+            )
     rows = summarize(subjects, take_turns(subjects, flags.rounds, flags.steps))
     for subject in subjects.values():
         subject.close()
     show(rows)
     if flags.json:
-        found = {"benchmark": "scoring", "rounds": flags.rounds, "environment": environment(), "rows": rows}
+        found = {
+            "benchmark": "scoring",
+            "rounds": flags.rounds,
+            "environment": environment(),
+            "rows": rows,
+        }
         flags.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 

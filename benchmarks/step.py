@@ -2,11 +2,11 @@
 
     python -m benchmarks.step [--shape=peer] [--peer] [--json=FILE]
 
-Rows are E and K with ERC, without (vanilla; `benchmarks/ours.py`) and, with --peer, PyTorch's OLMoE and naive ERC
-(`benchmarks/peer.py`).
-Every row lives in a process of its own and they take turns (`benchmarks/__init__.py`), a matmul of the machine's among
-them: its best rate is the limit. Tokens are random, fresh every step: routing stays near balance, nothing is learned.
-FLOPs are matmuls alone, backward counted twice the forward, recomputation not at all, ERC with all hinges active.
+Rows are E and K with ERC, without (vanilla; `benchmarks/ours.py`) and, with --peer, PyTorch's OLMoE
+and naive ERC (`benchmarks/peer.py`). Every row lives in a process of its own and they take turns
+(`benchmarks/__init__.py`), a matmul of the machine's among them: its best rate is the limit. Tokens
+are random, fresh every step: routing stays near balance, nothing is learned. FLOPs are matmuls
+alone, backward counted twice the forward, recomputation not at all, ERC with all hinges active.
 """
 
 import argparse
@@ -55,7 +55,9 @@ def summarize(shape, subjects, seconds):
     """(matmul rates by maker, rows): what was measured, in plain values."""
     sizes, (batch_size, length), _ = SHAPES[shape]
     tokens = batch_size * length
-    matmul = {name: 2 * MATMUL**3 / min(seconds[name]) for name in subjects if isinstance(name, str)}
+    matmul = {
+        name: 2 * MATMUL**3 / min(seconds[name]) for name in subjects if isinstance(name, str)
+    }
     rows = []
     for name in (name for name in subjects if name not in matmul):
         experts, experts_per_token, method = name
@@ -69,7 +71,10 @@ def summarize(shape, subjects, seconds):
             "tokens_per_s": statistics.median(rates), "tokens_per_s_range": (min(rates), max(rates)),
             "flops_per_token": flops, "flops_per_s": flop_rate, "share_of_matmul": flop_rate / max(matmul.values()),
         })  # fmt: skip
-    speed = {(row["experts"], row["experts_per_token"], row["method"]): row["tokens_per_s"] for row in rows}
+    speed = {
+        (row["experts"], row["experts_per_token"], row["method"]): row["tokens_per_s"]
+        for row in rows
+    }
     for row in rows:
         peer = speed.get((row["experts"], row["experts_per_token"], "peer"))
         row["over_peer"] = row["tokens_per_s"] / peer if peer else None
@@ -78,7 +83,18 @@ def summarize(shape, subjects, seconds):
 
 def show(matmul, rows):
     """The table, and the limit it is held against."""
-    table = Table("E", "K", "method", "tokens/s", "min-max", "MFLOP/token", "GFLOP/s", "share", "temp MB", "x peer")
+    table = Table(
+        "E",
+        "K",
+        "method",
+        "tokens/s",
+        "min-max",
+        "MFLOP/token",
+        "GFLOP/s",
+        "share",
+        "temp MB",
+        "x peer",
+    )
     for row in rows:
         low, high = row["tokens_per_s_range"]
         experts = row.get("experts_implementation")
@@ -99,10 +115,16 @@ def show(matmul, rows):
 
 def main():
     huge_pages.enable()  # as train.py has them
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.step", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.step", description=__doc__.split("\n")[0]
+    )
     parser.add_argument("--shape", choices=SHAPES, default="peer")
-    parser.add_argument("--peer", action="store_true", help="PyTorch's OLMoE as well; needs the hf extra")
-    parser.add_argument("--json", type=pathlib.Path, help="also write rows, versions and device here")
+    parser.add_argument(
+        "--peer", action="store_true", help="PyTorch's OLMoE as well; needs the hf extra"
+    )
+    parser.add_argument(
+        "--json", type=pathlib.Path, help="also write rows, versions and device here"
+    )
     parser.add_argument("--rounds", type=int, default=7, help="turns of every row")
     parser.add_argument("--steps", type=int, default=3, help="steps of a turn; their median counts")
     flags = parser.parse_args()
@@ -112,7 +134,12 @@ def main():
         subject.close()
     show(matmul, rows)
     if flags.json:
-        found = {"benchmark": "step", "shape": flags.shape, "rounds": flags.rounds, "steps": flags.steps}
+        found = {
+            "benchmark": "step",
+            "shape": flags.shape,
+            "rounds": flags.rounds,
+            "steps": flags.steps,
+        }
         found |= {"environment": environment(), "matmul_flops_per_s": matmul, "rows": rows}
         flags.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 

@@ -16,13 +16,20 @@ class Watched:
     """
 
     def __init__(self, directory, workdir, **settings):
-        self.workdir, self.cache = pathlib.Path(workdir), pathlib.Path(directory) / "cache"
-        self._out, text = pathlib.Path(directory) / "out", pathlib.Path(directory) / "text"
+        self.workdir = pathlib.Path(workdir)
+        self.cache = pathlib.Path(directory) / "cache"
+        self._out = pathlib.Path(directory) / "out"
+        text = pathlib.Path(directory) / "text"
         text.mkdir(exist_ok=True)
         for number, path in enumerate(sorted((ROOT / "moe_erc").rglob("*.py"))):
             (text / f"{number:03}.txt").write_bytes(path.read_bytes())
         settings |= {"data.sources": f"('{text}',)", "data.validation_fraction": 0.1}
-        self._command = [sys.executable, "train.py", "--config=configs/erc.py:debug", f"--workdir={workdir}"]
+        self._command = [
+            sys.executable,
+            "train.py",
+            "--config=configs/erc.py:debug",
+            f"--workdir={workdir}",
+        ]
         self._command += [f"--config.{key}={value}" for key, value in settings.items()]
         self._command += [f"--config.data.cache_dir={self.cache}", "--config.log.tensorboard=False"]
         self._environment = os.environ | {
@@ -61,13 +68,28 @@ class Watched:
 
     def metrics(self):
         """Its complete lines, without what the clock says."""
-        lines = [json.loads(line) for line in self.text().splitlines(keepends=True) if line.endswith("\n")]
-        return [{name: value for name, value in line.items() if not name.startswith("speed/")} for line in lines]
+        lines = [
+            json.loads(line)
+            for line in self.text().splitlines(keepends=True)
+            if line.endswith("\n")
+        ]
+        return [
+            {name: value for name, value in line.items() if not name.startswith("speed/")}
+            for line in lines
+        ]
 
     def speeds(self):
         """[(step, tokens a second)]."""
-        lines = [json.loads(line) for line in self.text().splitlines(keepends=True) if line.endswith("\n")]
-        return [(line["step"], line["speed/tokens_per_s"]) for line in lines if "speed/tokens_per_s" in line]
+        lines = [
+            json.loads(line)
+            for line in self.text().splitlines(keepends=True)
+            if line.endswith("\n")
+        ]
+        return [
+            (line["step"], line["speed/tokens_per_s"])
+            for line in lines
+            if "speed/tokens_per_s" in line
+        ]
 
     def resources(self):
         """(resident bytes, open files) of the process."""

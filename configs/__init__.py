@@ -1,1 +1,4 @@
-"""One file a method: its parent plus what differs. `base.py` alone introduces keys, `sizes.py` sets the sizes."""
+"""One file a method: its parent plus what differs.
+
+`base.py` alone introduces keys, `sizes.py` sets the sizes.
+"""

@@ -2,10 +2,10 @@
 
     python train.py --config=configs/aoe.py:tiny
 
-Claim of the ERC paper: the best of its comparison, about 56.7 average accuracy against ERC's 56.4 and vanilla's 55.7,
-for 1.6 times the training time and 1.3 times the memory. The default rank r = D F / (D + F), rounded down, has the
-parameters of whole gates. --config.routers.aoe.renormalize gives the weights of the paper's Algorithm 2, softmax over
-the chosen K.
+Claim of the ERC paper: the best of its comparison, about 56.7 average accuracy against ERC's 56.4
+and vanilla's 55.7, for 1.6 times the training time and 1.3 times the memory. The default rank r = D
+F / (D + F), rounded down, has the parameters of whole gates. --config.routers.aoe.renormalize gives
+the weights of the paper's Algorithm 2, softmax over the chosen K.
 """
 
 from configs import vanilla

@@ -1,4 +1,7 @@
-"""Every key there is, with its default: the vanilla MoE at size `debug`. Other files change values, never add keys."""
+"""Every key there is, with its default: the vanilla MoE at size `debug`.
+
+Other files change values, never add keys.
+"""
 
 from ml_collections import ConfigDict
 
@@ -9,8 +12,9 @@ def get_config(size=""):
     """The base config at a size of `sizes.py` ("" is tiny)."""
     config = ConfigDict()
     config.seed = 0  # parameters, router noise and the order of the data
-    # The directory of an OLMoE of the sizes below, as Hugging Face has it: its weights, and its tokenizer.json unless
-    # data.tokenizer names another, are what step 0 starts from. "" draws the weights.
+    # The directory of an OLMoE of the sizes below, as Hugging Face has it: its weights, and its
+    # tokenizer.json unless data.tokenizer names another, are what step 0 starts from. "" draws the
+    # weights.
     config.init_from = ""
 
     config.model = _model()
@@ -40,7 +44,8 @@ def _model():
     model.experts = 4  # E, in every layer
     model.experts_per_token = 2  # K
     model.expert_width = 16  # F
-    # Or aoe, competition, mpi, routing_free, xmoe (4 experts at least). Their options: config.routers.
+    # Or aoe, competition, mpi, routing_free, xmoe (4 experts at least). Their options:
+    # config.routers.
     model.router = "softmax"
     model.shared_experts = 0  # always on, of width F each, beside the routed ones
     model.rope_theta = 1e4
@@ -48,11 +53,21 @@ def _model():
     model.clip_qkv = 0.0  # queries, keys and values are clipped to [-c, c]; 0 clips nothing
     model.init_std = 0.02  # truncated normal, cut at 3 sigma
     model.tie_embeddings = False  # head = embedding
-    model.dtype = "float32"  # of matmuls: float32 or bfloat16; parameters, losses and norms are float32
-    model.remat = "none"  # "block" recomputes each layer in the backward pass: less memory, a third more time
-    model.scan_unroll = 1  # layers per turn of the scan over layers: fewer copies, longer compilation
-    model.attention_implementation = "auto"  # xla (in slices of queries), cudnn (GPU, bfloat16; T even by documents)
-    model.experts_implementation = "auto"  # dense (oracle), block_loop (CPU), ragged (TPU), pallas or tokamax (GPU)
+    model.dtype = (
+        "float32"  # of matmuls: float32 or bfloat16; parameters, losses and norms are float32
+    )
+    model.remat = (
+        "none"  # "block" recomputes each layer in the backward pass: less memory, a third more time
+    )
+    model.scan_unroll = (
+        1  # layers per turn of the scan over layers: fewer copies, longer compilation
+    )
+    model.attention_implementation = (
+        "auto"  # xla (in slices of queries), cudnn (GPU, bfloat16; T even by documents)
+    )
+    model.experts_implementation = (
+        "auto"  # dense (oracle), block_loop (CPU), ragged (TPU), pallas or tokamax (GPU)
+    )
     return model
 
 
@@ -100,47 +115,70 @@ def _losses():
     losses.lm.chunk = 1024  # time steps whose logits exist at once
     losses.load_balance = ConfigDict()  # 1 when balanced
     losses.load_balance.weight = 0.01
-    losses.load_balance.scope = "micro_batch"  # "step": counts of the step's earlier micro-batches are added to its own
+    losses.load_balance.scope = (
+        "micro_batch"  # "step": counts of the step's earlier micro-batches are added to its own
+    )
     losses.router_z = ConfigDict()  # mean squared logsumexp of the router scores; OLMoE uses 1e-3
     losses.router_z.weight = 0.0
     losses.erc = ConfigDict()  # expert-router coupling
     losses.erc.weight = 0.0
-    losses.erc.alpha = 1.0  # share of the matching response that a foreign one may reach; 0.5 best at E = 256
+    losses.erc.alpha = (
+        1.0  # share of the matching response that a foreign one may reach; 0.5 best at E = 256
+    )
     losses.erc.noise = "uniform"  # "expected": integrated out; "none": the clean router rows
     losses.erc.activation = "gate"  # what is measured: gate, up, silu_gate, swiglu, output
     losses.erc.detach_router = False  # train the experts alone
     losses.erc.normalize = False  # the scale-invariant form
     losses.erc.layer_reduction = "mean"  # or sum
-    # Of its matmuls on TPU and GPU: default (one bfloat16 pass), high (three), highest (float32); "auto" is high where
-    # that costs less than 0.05 % of a step's FLOPs, else default. The diagnosis is float32 always.
+    # Of its matmuls on TPU and GPU: default (one bfloat16 pass), high (three), highest (float32);
+    # "auto" is high where that costs less than 0.05 % of a step's FLOPs, else default. The
+    # diagnosis is float32 always.
     losses.erc.precision = "auto"
-    losses.router_orthogonality = ConfigDict()  # squared cosines of router rows; ERNIE 4.5 uses 1e-2
+    losses.router_orthogonality = (
+        ConfigDict()
+    )  # squared cosines of router rows; ERNIE 4.5 uses 1e-2
     losses.router_orthogonality.weight = 0.0
-    losses.router_orthogonality.decoupled = False  # router -= weight * gradient after the optimizer's update
+    losses.router_orthogonality.decoupled = (
+        False  # router -= weight * gradient after the optimizer's update
+    )
     losses.simbal = ConfigDict({"weight": 0.0})  # |R R^T - I| of router rows, entry by entry
-    losses.output_overlap = ConfigDict({"weight": 0.0})  # of the chosen experts' outputs, projected on another
-    losses.routing_variance = ConfigDict({"weight": 0.0})  # minus the variance of an expert's weights
-    losses.specialization = ConfigDict({"weight": 0.0})  # cosine of the chosen experts' hidden activations
-    losses.path_coupling = ConfigDict({"weight": 0.0})  # minus the chosen's probabilities in adjacent layers
+    losses.output_overlap = ConfigDict(
+        {"weight": 0.0}
+    )  # of the chosen experts' outputs, projected on another
+    losses.routing_variance = ConfigDict(
+        {"weight": 0.0}
+    )  # minus the variance of an expert's weights
+    losses.specialization = ConfigDict(
+        {"weight": 0.0}
+    )  # cosine of the chosen experts' hidden activations
+    losses.path_coupling = ConfigDict(
+        {"weight": 0.0}
+    )  # minus the chosen's probabilities in adjacent layers
     losses.routing_entropy = ConfigDict({"weight": 0.0})  # of the router's probabilities
-    losses.competition = ConfigDict({"weight": 0.0})  # competition: router against experts that compete
+    losses.competition = ConfigDict(
+        {"weight": 0.0}
+    )  # competition: router against experts that compete
     return losses
 
 
 def _data():
     """moe_erc/data/."""
     data = ConfigDict()
-    # embedded | TFDS name (c4/en) | prepared TFDS directory | directory of .txt, .jsonl, .json lines, also .gz
+    # embedded | TFDS name (c4/en) | prepared TFDS directory | directory of .txt, .jsonl, .json
+    # lines, also .gz
     data.sources = ("embedded",)
     data.weights = ()  # one per source; () is in proportion to size
     data.tokenizer = "bytes"  # or the path of a Hugging Face tokenizer.json
     data.text_key = "text"  # the feature or JSON key that holds the text
-    data.validation_fraction = 0.02  # of the documents, by hash, where no name in a source says what is held out
+    data.validation_fraction = (
+        0.02  # of the documents, by hash, where no name in a source says what is held out
+    )
     data.sequence_length = 64  # T
     data.cache_dir = ""  # "" is $MOE_ERC_CACHE, else ~/.cache/moe_erc
-    # A window holds documents end to end. True, as the ERC paper and OLMoE trained: a token attends to all before it in
-    # the window, other documents too. False: to its own document alone, in which positions start at 0; a document that
-    # begins before the window starts at 0 where the window does. Evaluation follows the run's setting.
+    # A window holds documents end to end. True, as the ERC paper and OLMoE trained: a token attends
+    # to all before it in the window, other documents too. False: to its own document alone, in
+    # which positions start at 0; a document that begins before the window starts at 0 where the
+    # window does. Evaluation follows the run's setting.
     data.attend_across_documents = True
     return data
 
@@ -148,7 +186,9 @@ def _data():
 def _optimizer():
     """moe_erc/training/optimizer.py."""
     optimizer = ConfigDict()
-    optimizer.name = "adamw"  # or muon (matrices; embeddings, head, router and norms stay with adamw)
+    optimizer.name = (
+        "adamw"  # or muon (matrices; embeddings, head, router and norms stay with adamw)
+    )
     optimizer.learning_rate = 4e-4  # at the peak
     optimizer.schedule = "cosine"  # linear, constant, wsd (warmup-stable-decay)
     optimizer.warmup_steps = 10
@@ -158,7 +198,9 @@ def _optimizer():
     optimizer.b2 = 0.95
     optimizer.eps = 1e-8
     optimizer.weight_decay = 0.1  # of matrices; biases, thresholds and temperatures are spared
-    optimizer.decay_norms = False  # the scales of norms decay as well, as OLMoE's did; the ERC paper does not say
+    optimizer.decay_norms = (
+        False  # the scales of norms decay as well, as OLMoE's did; the ERC paper does not say
+    )
     optimizer.clip_norm = 1.0  # global gradient norm; inf does not clip
     return optimizer
 
@@ -169,17 +211,23 @@ def _train():
     train.steps = 20
     train.batch_size = 8  # sequences a step, over all devices and micro-batches
     train.micro_batches = 1  # the step's batch is processed in so many parts
-    train.profile_step = 0  # XProf trace of three steps from here into workdir/profile; 0 takes none
+    train.profile_step = (
+        0  # XProf trace of three steps from here into workdir/profile; 0 takes none
+    )
     return train
 
 
 def _guard():
     """Steps whose numbers are not to be trusted: moe_erc/training/guard.py."""
     guard = ConfigDict()
-    guard.nonfinite = "stop"  # a loss, gradient or parameter is not finite; or "skip": the step changes nothing
+    guard.nonfinite = (
+        "stop"  # a loss, gradient or parameter is not finite; or "skip": the step changes nothing
+    )
     guard.spike = "report"  # a loss far above the recent ones; or "skip"
     guard.zscore = 6.0  # how far above their mean, in standard deviations
-    guard.window = 100  # steps that mean and deviation are taken over; before so many nothing is a spike
+    guard.window = (
+        100  # steps that mean and deviation are taken over; before so many nothing is a spike
+    )
     guard.limit = 10  # steps skipped in a row after which the run stops
     return guard
 
@@ -221,7 +269,9 @@ def _log():
     log = ConfigDict()
     log.every = 5  # steps
     log.tensorboard = True
-    log.wandb_project = ""  # "" does not use Weights & Biases; where it fails, it is switched off with one line
+    log.wandb_project = (
+        ""  # "" does not use Weights & Biases; where it fails, it is switched off with one line
+    )
     return log
 
 

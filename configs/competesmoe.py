@@ -3,7 +3,8 @@ the router learns who they are.
 
     python train.py --config=configs/competesmoe.py:tiny
 
-Dense in the layers that compete, each with probability 0.07 and at most 3 a step: the price is the point.
+Dense in the layers that compete, each with probability 0.07 and at most 3 a step: the price is the
+point.
 """
 
 from configs import vanilla

@@ -2,8 +2,8 @@
 
     python train.py --config=configs/erc.py:tiny
 
-Claim of the paper: at 3B, 500B tokens, about 56.4 against 55.7 average accuracy, for 0.2 to 0.8 % of the step.
-What a run at tiny reaches: docs/results.md.
+Claim of the paper: at 3B, 500B tokens, about 56.4 against 55.7 average accuracy, for 0.2 to 0.8 %
+of the step. What a run at tiny reaches: docs/results.md.
 """
 
 from configs import base

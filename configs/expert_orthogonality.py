@@ -3,8 +3,8 @@ differently, and the router decides clearly.
 
     python train.py --config=configs/expert_orthogonality.py:tiny
 
-Claim of the paper: up to 23.8 % over an auxiliary-loss baseline on its tasks. Its coefficients are not public:
-1e-3 each.
+Claim of the paper: up to 23.8 % over an auxiliary-loss baseline on its tasks. Its coefficients are
+not public: 1e-3 each.
 """
 
 from configs import vanilla

@@ -2,8 +2,9 @@
 
     python train.py --config=configs/loss_free.py:tiny
 
-Claim of the paper: better balance and perplexity than a balance loss, whose gradient disturbs the language model's.
-The bias moves by 1e-3 a step towards equal load, outside the gradient; it is saved with the run.
+Claim of the paper: better balance and perplexity than a balance loss, whose gradient disturbs the
+language model's. The bias moves by 1e-3 a step towards equal load, outside the gradient; it is
+saved with the run.
 """
 
 from configs import vanilla

@@ -2,9 +2,10 @@
 
     python train.py --config=configs/mpi.py:tiny
 
-Claim of the paper: +1.3 points at 1B and +1.8 to +2.3 at 3B to 11B, for 0.2 % of the throughput, and better balance;
-alignment with the top singular direction 0.62 to 0.70 against 0.22 to 0.37. The same parameters as vanilla; with the
-turned rows exported (`moe_erc/model/export.py`) it is an ordinary MoE.
+Claim of the paper: +1.3 points at 1B and +1.8 to +2.3 at 3B to 11B, for 0.2 % of the throughput,
+and better balance; alignment with the top singular direction 0.62 to 0.70 against 0.22 to 0.37. The
+same parameters as vanilla; with the turned rows exported (`moe_erc/model/export.py`) it is an
+ordinary MoE.
 """
 
 from configs import vanilla

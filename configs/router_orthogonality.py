@@ -2,8 +2,8 @@
 
     python train.py --config=configs/router_orthogonality.py:tiny
 
-Claim of the ERC paper: it helps a vanilla router and adds nothing to ERC, which is not about the rows alone.
-`router_orthogonality_decoupled.py` is ERNIE's own recipe.
+Claim of the ERC paper: it helps a vanilla router and adds nothing to ERC, which is not about the
+rows alone. `router_orthogonality_decoupled.py` is ERNIE's own recipe.
 """
 
 from configs import vanilla

@@ -2,8 +2,8 @@
 
     python train.py --config=configs/routing_free.py:tiny
 
-A controller moves the weight of the balance loss until K experts run on a token, on average. Rank as in `aoe.py`; one
-threshold an expert more.
+A controller moves the weight of the balance loss until K experts run on a token, on average. Rank
+as in `aoe.py`; one threshold an expert more.
 """
 
 from configs import aoe
@@ -13,5 +13,7 @@ def get_config(size=""):
     """Gates in place of probabilities."""
     config = aoe.get_config(size)
     config.model.router = "routing_free"
-    config.losses.load_balance.weight = 1e-3  # at first; with 0.01 all fall silent before the controller acts
+    config.losses.load_balance.weight = (
+        1e-3  # at first; with 0.01 all fall silent before the controller acts
+    )
     return config

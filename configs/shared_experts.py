@@ -2,9 +2,9 @@
 
     python train.py --config=configs/shared_experts.py:tiny
 
-Claim of the paper: routed experts need not each learn what all tokens need.
-Active parameters and FLOPs are vanilla's, K - 1 routed and 1 shared. Experts have 1 / E more parameters in all: E
-stays, so that it divides over a mesh; --config.model.experts=63 for 64 matches them.
+Claim of the paper: routed experts need not each learn what all tokens need. Active parameters and
+FLOPs are vanilla's, K - 1 routed and 1 shared. Experts have 1 / E more parameters in all: E stays,
+so that it divides over a mesh; --config.model.experts=63 for 64 matches them.
 """
 
 from configs import vanilla

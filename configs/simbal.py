@@ -2,8 +2,8 @@
 
     python train.py --config=configs/simbal.py:tiny
 
-Claim of the paper: similar tokens stay with the same experts, and training converges faster. The weight is not
-published: 1e-1.
+Claim of the paper: similar tokens stay with the same experts, and training converges faster. The
+weight is not published: 1e-1.
 """
 
 from configs import vanilla

@@ -6,8 +6,9 @@ Parameters, with `D` width, `F` expert width, `A = 2 D^2 + 2 D D_kv` attention, 
     3b            12 layers x (A  9.4M + 64 x 3 D F 226.5M + norms, router 0.1M) + 2 V D 154.5M  =  2.99B, 0.61B active
     15b           24 layers x (A 10.5M + 256 x 3 D F 604.0M + norms, router 0.5M) + 2 V D 206.0M = 14.97B, 0.92B active
 
-The ERC paper counts 0.5B (3b) and 0.7B (15b) active parameters, as these do without embeddings. It does not state F and
-the key/value heads of its 15B: 384 and 4 give both totals. It trains on 500B tokens in batches of 3M.
+The ERC paper counts 0.5B (3b) and 0.7B (15b) active parameters, as these do without embeddings. It
+does not state F and the key/value heads of its 15B: 384 and 4 give both totals. It trains on 500B
+tokens in batches of 3M.
 """
 
 from moe_erc.checks import one_of
@@ -21,7 +22,16 @@ MODELS = {
     "3b": (12, 1536, 16, 16, 64, 8, 768, 50304),
     "15b": (24, 2048, 16, 4, 256, 8, 384, 50304),
 }
-MODEL_FIELDS = ("layers", "width", "heads", "kv_heads", "experts", "experts_per_token", "expert_width", "vocab_size")
+MODEL_FIELDS = (
+    "layers",
+    "width",
+    "heads",
+    "kv_heads",
+    "experts",
+    "experts_per_token",
+    "expert_width",
+    "vocab_size",
+)
 
 RUNS = {
     #              T   batch micro steps  lr  warmup dtype  remat  (data, expert) mesh
@@ -32,7 +42,9 @@ RUNS = {
     "3b": (4096, 768, 1, 159_000, 4e-4, 2_000, "bfloat16", "block", (-1, 1)),
     "15b": (4096, 768, 4, 159_000, 4e-4, 2_000, "bfloat16", "block", (-1, 8)),
 }
-CADENCE = {  # steps between logs, evaluations and checkpoints; validation windows of each domain: then, and at the end
+# steps between logs, evaluations and checkpoints; validation windows of each domain: then, and at
+# the end
+CADENCE = {
     "debug": (1, 3, 3, 4, 8),
     "tiny": (10, 100, 100, 16, 128),
 }
@@ -44,14 +56,20 @@ def apply(config, size):
     one_of("--config: size", size, MODELS)
     for field, value in zip(MODEL_FIELDS, MODELS[size], strict=True):
         config.model[field] = value
-    length, batch_size, micro_batches, steps, learning_rate, warmup_steps, dtype, remat, mesh = RUNS[size]
+    length, batch_size, micro_batches, steps, learning_rate, warmup_steps, dtype, remat, mesh = (
+        RUNS[size]
+    )
     config.data.sequence_length = length
     config.train.update(batch_size=batch_size, micro_batches=micro_batches, steps=steps)
     config.optimizer.update(learning_rate=learning_rate, warmup_steps=warmup_steps)
     config.model.update(dtype=dtype, remat=remat, scan_unroll=4 if size == "tiny" else 1)
     config.mesh.data, config.mesh.expert = mesh
     log, evaluation, checkpoint, windows, report_windows = CADENCE.get(size, LARGE_CADENCE)
-    config.log.every, config.checkpoint.every = log, checkpoint
+    config.log.every = log
+    config.checkpoint.every = checkpoint
     config.eval.update(
-        every=evaluation, windows=windows, report_windows=report_windows, batch_size=batch_size // micro_batches
+        every=evaluation,
+        windows=windows,
+        report_windows=report_windows,
+        batch_size=batch_size // micro_batches,
     )

@@ -2,8 +2,8 @@
 
     python train.py --config=configs/synergistic.py:tiny
 
-L_sp, the cosine of the chosen experts' hidden activations, and L_cp, the probabilities of the chosen in adjacent
-layers, both on top of the balance loss.
+L_sp, the cosine of the chosen experts' hidden activations, and L_cp, the probabilities of the
+chosen in adjacent layers, both on top of the balance loss.
 """
 
 from configs import vanilla

@@ -2,8 +2,8 @@
 
     python train.py --config=configs/top_p.py:tiny
 
-The smallest prefix of the most probable whose sum exceeds 0.4, of at most 2 K, and an entropy loss that keeps it short.
-FLOPs are counted at 2 K; `router/experts_per_token` says how many ran.
+The smallest prefix of the most probable whose sum exceeds 0.4, of at most 2 K, and an entropy loss
+that keeps it short. FLOPs are counted at 2 K; `router/experts_per_token` says how many ran.
 """
 
 from configs import vanilla

@@ -26,7 +26,10 @@ class _Unfailing(io.FileIO):
 
 
 def make_safe() -> None:
-    """Replaces `sys.stdout` and `sys.stderr` of a script; in a notebook or a test they stay the streams they are."""
+    """Replaces `sys.stdout` and `sys.stderr` of a script.
+
+    In a notebook or a test they stay the streams they are.
+    """
     for name, number in (("stdout", 1), ("stderr", 2)):
         stream = getattr(sys, name)
         setattr(sys, name, _nowhere(number) if stream is None else _safe(stream))
@@ -53,8 +56,8 @@ def _safe(stream):
 def _nowhere(number):
     """A stream in place of one that was closed when the program started, and its number with it.
 
-    A number that nobody holds would be that of the next file opened, such as a checkpoint, and libraries written in C++
-    print to it.
+    A number that nobody holds would be that of the next file opened, such as a checkpoint, and
+    libraries written in C++ print to it.
     """
     stream = open(os.devnull, "w", encoding="utf-8", errors="backslashreplace")  # noqa: SIM115  it stays open as long as the process
     try:

@@ -1,7 +1,8 @@
 """How a run goes on: what its checkpoint says of it, what has changed since, and the text that it reads.
 
-Which key may change is decided in `training/identity.py`. The text of a run is that of its beginning, as it lies in the
-cache, whatever has become of the sources; another one is refused, or said and kept in the run's history.
+Which key may change is decided in `training/identity.py`. The text of a run is that of its
+beginning, as it lies in the cache, whatever has become of the sources; another one is refused, or
+said and kept in the run's history.
 """
 
 import dataclasses
@@ -29,16 +30,23 @@ from moe_erc.training.identity import (
 from moe_erc.training.optimizer import OptimizerConfig, learning_rate_schedule, make_optimizer
 from moe_erc.training.state import initializer
 
-TRAIN_ON = "use another --workdir, or train on with other text by --config.resume.allow=\"('data',)\""
+TRAIN_ON = (
+    "use another --workdir, or train on with other text by --config.resume.allow=\"('data',)\""
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class Earlier:
-    """What a run has behind it when it is started; without a checkpoint nothing, and `step` is 0."""
+    """What a run has behind it when it is started.
+
+    Without a checkpoint nothing, and `step` is 0.
+    """
 
     step: int = 0  # optimizer steps done
     rows: int = 0  # training rows read in them, whatever the batch sizes were: where the data go on
-    config: Mapping = dataclasses.field(default_factory=dict)  # of the checkpoint, as in configs/base.py
+    config: Mapping = dataclasses.field(
+        default_factory=dict
+    )  # of the checkpoint, as in configs/base.py
     data: Mapping = dataclasses.field(default_factory=dict)  # `Corpus.record` of its text
     history: tuple[Mapping, ...] = ()  # of changes before: {"from_step", "key", "before", "after"}
     changes: tuple[Change, ...] = ()  # between its configuration and the one that it goes on with
@@ -61,23 +69,30 @@ def read(meta: Mapping, step: int, defaults: Mapping | None = None) -> Earlier:
     try:
         config = _filled(meta["config"], defaults or {})
         data = meta["data"]
-        # Checkpoints of before rows were counted: every batch had the size that the configuration says.
+        # Checkpoints of before rows were counted: every batch had the size that the configuration
+        # says.
         rows = meta.get("rows", step * config["train"]["batch_size"])
         data["tokenizer"]
     except (KeyError, TypeError) as error:
-        raise BadInput(f"the checkpoint of step {step} is of another version of moe_erc ({error}): use that") from None
+        raise BadInput(
+            f"the checkpoint of step {step} is of another version of moe_erc ({error}): use that"
+        ) from None
     return Earlier(step, rows, config, data, tuple(meta.get("history", ())))
 
 
 def compare(earlier: Earlier, config: Mapping) -> Earlier:
-    """With what `config` changes; BadInput, naming the first difference, for what it does not allow itself."""
+    """With what `config` changes.
+
+    BadInput, naming the first difference, for what it does not allow itself.
+    """
     allow = config["resume"]["allow"]
     check_names(allow, config)
     if not earlier.step:
         return earlier
     changes = check_same_run(_comparable(earlier.config), _comparable(config), allow)
     rows = earlier.rows
-    before, after = earlier.config["data"]["sequence_length"], config["data"]["sequence_length"]
+    before = earlier.config["data"]["sequence_length"]
+    after = config["data"]["sequence_length"]
     if before != after:  # as many tokens, in rows of another length
         rows = -(-rows * before // after)
     return dataclasses.replace(earlier, changes=tuple(changes), rows=rows)
@@ -99,16 +114,22 @@ def _filled(config: Mapping, defaults: Mapping) -> dict:
 
 def check_state(earlier: Earlier, model: Transformer, state) -> None:
     """Refuses an allowed change after which the arrays of the checkpoint are no state of the run any more."""
-    if not any(change.key.startswith(("model.", "routers.", "optimizer.")) for change in earlier.changes):
+    if not any(
+        change.key.startswith(("model.", "routers.", "optimizer.")) for change in earlier.changes
+    ):
         return
     before_model = Transformer(ModelConfig.of(earlier.config), model.mesh)
     optimizer_config = OptimizerConfig(**earlier.config["optimizer"])
-    optimizer = make_optimizer(optimizer_config, earlier.config["train"]["steps"], before_model.config)
+    optimizer = make_optimizer(
+        optimizer_config, earlier.config["train"]["steps"], before_model.config
+    )
     before = _shapes(jax.eval_shape(initializer(before_model, optimizer, 0)))
     after = _shapes(state)
     for name in before | after:
         if before.get(name) != after.get(name):
-            keys = ", ".join(change.key for change in earlier.changes if rule_of(change.key) == METHOD)
+            keys = ", ".join(
+                change.key for change in earlier.changes if rule_of(change.key) == METHOD
+            )
             raise BadInput(
                 f"resume.allow: {keys} cannot change on the way: {name} of the checkpoint is "
                 f"{before.get(name, 'absent')}, this run needs {after.get(name, 'none')}; use another --workdir"
@@ -118,7 +139,10 @@ def check_state(earlier: Earlier, model: Transformer, state) -> None:
 def _shapes(state) -> dict[str, str]:
     leaves = jax.tree_util.tree_leaves_with_path(state)
     keystr = jax.tree_util.keystr
-    return {keystr(path, simple=True, separator="."): f"{leaf.dtype}{list(leaf.shape)}" for path, leaf in leaves}
+    return {
+        keystr(path, simple=True, separator="."): f"{leaf.dtype}{list(leaf.shape)}"
+        for path, leaf in leaves
+    }
 
 
 class TextGone(BadInput):
@@ -130,13 +154,17 @@ def open_text(
 ) -> tuple[text.Corpus, list[Change]]:
     """The text of a run, and what changes of it: that of its beginning as long as it is in the cache.
 
-    A new run reads what its sources give. `mend` says what can be done where the text is another one: TextGone, or
-    BadInput where the configuration asks for another one.
+    A new run reads what its sources give. `mend` says what can be done where the text is another
+    one: TextGone, or BadInput where the configuration asks for another one.
     """
     if not earlier.step:
         return text.prepare(config), []
     asked = _content_changes(earlier, config)
-    if not asked and not is_allowed("data.sources", allow) and not is_allowed("data.tokenizer", allow):
+    if (
+        not asked
+        and not is_allowed("data.sources", allow)
+        and not is_allowed("data.tokenizer", allow)
+    ):
         try:
             return _text_of_the_beginning(earlier, config, mend), []
         except BadInput as error:
@@ -148,9 +176,13 @@ def open_text(
     if _is_same_text(earlier, corpus):
         return corpus, []
     if tokenizer_changed:
-        return corpus, [Change("data.tokenizer", earlier.config["data"]["tokenizer"], config.tokenizer)]
+        return corpus, [
+            Change("data.tokenizer", earlier.config["data"]["tokenizer"], config.tokenizer)
+        ]
     if is_allowed("data.sources", allow):
-        return corpus, [Change("data.sources", f"text {earlier.data['corpus']}", f"text {corpus.identity}")]
+        return corpus, [
+            Change("data.sources", f"text {earlier.data['corpus']}", f"text {corpus.identity}")
+        ]
     raise _another_text(asked, mend)
 
 
@@ -180,12 +212,19 @@ def _content_changes(earlier: Earlier, config: text.DataConfig) -> list[Change]:
     ours = {name: getattr(config, name) for name in earlier.config["data"] if hasattr(config, name)}
     saved = {name: earlier.config["data"][name] for name in ours}
     found = differences({"data": saved}, {"data": ours})
-    # The path of a tokenizer says nothing, its content does: where the two paths differ, it is compared alone.
-    return [change for change in found if rule_of(change.key) == CONTENT and change.key != "data.tokenizer"]
+    # The path of a tokenizer says nothing, its content does: where the two paths differ, it is
+    # compared alone.
+    return [
+        change
+        for change in found
+        if rule_of(change.key) == CONTENT and change.key != "data.tokenizer"
+    ]
 
 
 def _another_tokenizer(config: text.DataConfig, mend: str) -> BadInput:
-    return BadInput(f"data.tokenizer: {config.tokenizer!r} is not the one the run was trained with: {mend}")
+    return BadInput(
+        f"data.tokenizer: {config.tokenizer!r} is not the one the run was trained with: {mend}"
+    )
 
 
 def _is_same_text(earlier: Earlier, corpus: text.Corpus) -> bool:
@@ -211,7 +250,9 @@ def _say_what_changed(record: Mapping) -> None:
 def _refuse_changed_sources(record: Mapping, config: text.DataConfig, mend: str) -> None:
     for entry in record.get("sources", ()):
         if words := origin.compare(entry["name"], entry["origin"]):
-            back = "install those versions" if "versions" in entry["origin"] else "put its files back"
+            back = (
+                "install those versions" if "versions" in entry["origin"] else "put its files back"
+            )
             raise TextGone(
                 f"data.sources: the text that the run was begun with is not in the cache "
                 f"({cache.directory_of(config.cache_dir) / entry['directory']}), "
@@ -221,7 +262,9 @@ def _refuse_changed_sources(record: Mapping, config: text.DataConfig, mend: str)
 
 def _another_text(changed: Sequence[Change], mend: str) -> BadInput:
     if not changed:
-        return BadInput(f"data.sources: what they give now is not the text that the run was begun with: {mend}")
+        return BadInput(
+            f"data.sources: what they give now is not the text that the run was begun with: {mend}"
+        )
     key, before, after = changed[0]
     return BadInput(
         f"the checkpoint was made with {key} = {before}, this run has {after}, which is other text: "
@@ -271,7 +314,9 @@ def _hint(changes: Sequence[Change], config: Mapping) -> str:
 def _rates(config: Mapping):
     """updates done -> the rate of the next one in words."""
     peak = config["optimizer"]["learning_rate"]
-    schedule = learning_rate_schedule(OptimizerConfig(**config["optimizer"]), config["train"]["steps"])
+    schedule = learning_rate_schedule(
+        OptimizerConfig(**config["optimizer"]), config["train"]["steps"]
+    )
 
     def rate(updates: int) -> str:
         value = float(schedule(updates))

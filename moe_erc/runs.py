@@ -33,7 +33,8 @@ from moe_erc.model.transformer import Transformer
 from moe_erc.training.checkpoint import Checkpoints
 from moe_erc.training.state import Weights, abstract_state, init_weights
 
-MAP_EXPERTS, MAP_UNITS = 6, 200  # in the map of gates; t-SNE takes minutes for thousands of points
+MAP_EXPERTS = 6
+MAP_UNITS = 200  # in the map of gates; t-SNE takes minutes for thousands of points
 MEND = "or evaluate the run where its cache is (MOE_ERC_CACHE)"
 ROWS = 8  # of a batch for a checkpoint, which does not say
 
@@ -51,7 +52,9 @@ class Opened:
 
     def print_tasks(self, tasks, limit):
         """Prints and returns what it reaches in tasks of `load_tasks`, on so many documents of each (0: all)."""
-        reached = TaskScores(tasks, limit, self.model, self.tokenizer, self.shape_BT).answer(self.weights)
+        reached = TaskScores(tasks, limit, self.model, self.tokenizer, self.shape_BT).answer(
+            self.weights
+        )
         print_tasks(reached)
         return {"step": self.step} | reached
 
@@ -68,9 +71,13 @@ class Run(Opened):
         """Diagnosis, baselines, and validation on so many windows of each domain (0: all, None: the run's)."""
         losses = functools.partial(token_losses, chunk=self.config["losses"]["lm"]["chunk"])
         windows_read = self._windows(windows)
-        perplexity = Perplexity(self.model, self.corpus, losses, self._put, self.shape_BT, windows_read)
+        perplexity = Perplexity(
+            self.model, self.corpus, losses, self._put, self.shape_BT, windows_read
+        )
         diagnosis = Diagnosis(self.model, perplexity.probe(self.model.mesh.size))
-        found = ngram_losses(self.corpus) | evaluators.evaluate([perplexity, diagnosis], self.weights)
+        found = ngram_losses(self.corpus) | evaluators.evaluate(
+            [perplexity, diagnosis], self.weights
+        )
         report = make_report(self.step, resume.history_lines(self.earlier.history), found)
         return report | {"text": self._text(windows)}
 
@@ -81,7 +88,9 @@ class Run(Opened):
     def compare_text(self, path, report):
         """One line where the report at `path`, which this one is to replace, was measured on other text; or ""."""
         try:
-            before = json.loads(path.read_text(encoding="utf-8")).get("text") if path.exists() else None
+            before = (
+                json.loads(path.read_text(encoding="utf-8")).get("text") if path.exists() else None
+            )
         except (ValueError, AttributeError):
             before = None
         if before in (None, report["text"]):
@@ -94,10 +103,14 @@ class Run(Opened):
         measures = report["measures"] | evaluators.evaluate([use], self.weights)
         found = {"measures": measures, "metrics": read_metrics(self.directory / "metrics.jsonl")}
         if self.model.config.router.has_rows:
-            measures[MATRIX.key] = np.stack([coupling_matrix(*layer) for layer in self.router_and_gates()])
+            measures[MATRIX.key] = np.stack(
+                [coupling_matrix(*layer) for layer in self.router_and_gates()]
+            )
             middle = self.model.config.layers // 2
             _, w_gate_EDF = next(itertools.islice(self.router_and_gates(), middle, None))
-            points_N2, owner_N = gate_map(w_gate_EDF[..., :MAP_UNITS], range(len(w_gate_EDF))[:MAP_EXPERTS], 30, seed=0)
+            points_N2, owner_N = gate_map(
+                w_gate_EDF[..., :MAP_UNITS], range(len(w_gate_EDF))[:MAP_EXPERTS], 30, seed=0
+            )
             found["gates"] = {"layer": middle, "points_N2": points_N2, "owner_N": owner_N}
         if self.config["losses"]["erc"]["weight"]:
             found["alpha"] = self.config["losses"]["erc"]["alpha"]
@@ -114,20 +127,26 @@ class Run(Opened):
         """(router_ED, w_gate_EDF) by layer, on the host; ValueError for a router without rows."""
         rows_LED = self.model.router_rows(self.weights.params)
         if rows_LED is None:
-            raise BadInput(f"model.router is {self.model.config.router.name!r}, which has no router rows to be coupled")
+            raise BadInput(
+                f"model.router is {self.model.config.router.name!r}, which has no router rows to be coupled"
+            )
         arrays = rows_LED, self.weights.params["layers"]["moe"]["w_gate"]
         everywhere = sharding.replicate(self.model.mesh)
-        take = jax.jit(lambda arrays, layer: [array[layer] for array in arrays], out_shardings=everywhere)
+        take = jax.jit(
+            lambda arrays, layer: [array[layer] for array in arrays], out_shardings=everywhere
+        )
         return (jax.device_get(take(arrays, layer)) for layer in range(len(rows_LED)))
 
 
 def open_run(workdir, defaults=None, with_text=True) -> Run:
     """Of a directory or bucket. Of several processes all open it, and the first fills the cache.
 
-    defaults: a whole configuration, for keys that are younger than the run. Its text is that of its beginning, out of
-    the cache; without text a run can write, export, be asked tasks and tell of its coupling.
+    defaults: a whole configuration, for keys that are younger than the run. Its text is that of its
+    beginning, out of the cache; without text a run can write, export, be asked tasks and tell of
+    its coupling.
 
-    BadInput or OSError of one line, before anything is compiled, where there is no such run or its data are gone.
+    BadInput or OSError of one line, before anything is compiled, where there is no such run or its
+    data are gone.
     """
     directory = paths.absolute(workdir)
     checkpoints = Checkpoints(directory / "checkpoints")
@@ -136,11 +155,15 @@ def open_run(workdir, defaults=None, with_text=True) -> Run:
     earlier = resume.read(checkpoints.read_meta(step or None), step, defaults)
     config = earlier.config
     try:
-        data_config, model_config = text.DataConfig(**config["data"]), ModelConfig.of(config)
+        data_config = text.DataConfig(**config["data"])
+        model_config = ModelConfig.of(config)
     except (KeyError, TypeError) as error:
-        raise BadInput(f"{workdir} is of another version of moe_erc ({error}); evaluate it with that one") from None
+        raise BadInput(
+            f"{workdir} is of another version of moe_erc ({error}); evaluate it with that one"
+        ) from None
     config["data"] = dataclasses.asdict(data_config)  # with the keys that are younger than the run
-    corpus, identity = None, earlier.data["tokenizer"]
+    corpus = None
+    identity = earlier.data["tokenizer"]
     if with_text:
         with processes.first():
             corpus, _ = resume.open_text(earlier, data_config, mend=MEND)

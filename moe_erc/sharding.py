@@ -1,7 +1,8 @@
 """Where every array lives: the two mesh axes and the table of PartitionSpecs; a router says its own.
 
-Tokens are split over both axes; experts over "expert"; large parameters, and with them every optimizer moment, over
-"data" as well (FSDP). Expert matrices are cut there along their hidden axis F, so that sums over F need no gather.
+Tokens are split over both axes; experts over "expert"; large parameters, and with them every
+optimizer moment, over "data" as well (FSDP). Expert matrices are cut there along their hidden axis
+F, so that sums over F need no gather.
 """
 
 import math
@@ -16,10 +17,12 @@ from jax.sharding import PartitionSpec as P
 from moe_erc.checks import BadInput
 from moe_erc.tables import print_table
 
-DATA, EXPERT = "data", "expert"
+DATA = "data"
+EXPERT = "expert"
 BATCH = (DATA, EXPERT)
 
-# parameter name -> spec of its trailing axes; leading axes (layers) are never split, other names are replicated
+# parameter name -> spec of its trailing axes; leading axes (layers) are never split, other names
+# are replicated
 PARAMETERS = {
     "embed": P(None, DATA),
     "head": P(None, DATA),
@@ -40,31 +43,53 @@ PARAMETERS = {
 def use_cpu_cores(*divisible):
     """Before any array: a virtual CPU device per core, as many as divide all the sizes given.
 
-    XLA runs the loops of a program on one core per device. Several processes share the cores: each takes one. A number
-    set from outside stays, other platforms ignore it.
+    XLA runs the loops of a program on one core per device. Several processes share the cores: each
+    takes one. A number set from outside stays, other platforms ignore it.
     """
-    if jax.config.jax_num_cpu_devices > 0 or "host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
+    if jax.config.jax_num_cpu_devices > 0 or "host_platform_device_count" in os.environ.get(
+        "XLA_FLAGS", ""
+    ):
         return
-    sizes = [size for size in divisible if size > 0]  # what is not positive is refused where it is used
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    sizes = [
+        size for size in divisible if size > 0
+    ]  # what is not positive is refused where it is used
+    cores = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
     cores = 1 if jax.distributed.is_initialized() else cores
-    devices = max(count for count in range(1, cores + 1) if all(size % count == 0 for size in sizes))
+    devices = max(
+        count for count in range(1, cores + 1) if all(size % count == 0 for size in sizes)
+    )
     jax.config.update("jax_num_cpu_devices", devices)
 
 
 def make_mesh(data, expert, devices=None):
-    """A (data, expert) mesh; -1, for one of the two, takes what the other leaves of `devices` (all there are)."""
+    """A (data, expert) mesh.
+
+    -1, for one of the two, takes what the other leaves of `devices` (all there are).
+    """
     devices = jax.devices() if devices is None else devices
     count = len(devices)
     for name, size, other in ((DATA, data, expert), (EXPERT, expert, data)):
         if size == 0 or size < -1 or (size == -1 and (other < 1 or count % other)):
-            raise BadInput(f"mesh.{name}: {size} beside {other} cannot split {count} devices; use divisors, or one -1")
-    data, expert = count // expert if data == -1 else data, count // data if expert == -1 else expert
+            raise BadInput(
+                f"mesh.{name}: {size} beside {other} cannot split {count} devices; use divisors, or one -1"
+            )
+    data, expert = (
+        count // expert if data == -1 else data,
+        count // data if expert == -1 else expert,
+    )
     if data * expert > count:
-        raise BadInput(f"mesh: {data} x {expert} needs {data * expert} devices, there are {count}; lower mesh.data")
+        raise BadInput(
+            f"mesh: {data} x {expert} needs {data * expert} devices, there are {count}; lower mesh.data"
+        )
     chosen = devices[: data * expert]
-    if idle := {device.process_index for device in devices} - {device.process_index for device in chosen}:
-        raise BadInput(f"mesh: {data} x {expert} of {count} devices leaves process {min(idle)} none; use all devices")
+    if idle := {device.process_index for device in devices} - {
+        device.process_index for device in chosen
+    }:
+        raise BadInput(
+            f"mesh: {data} x {expert} of {count} devices leaves process {min(idle)} none; use all devices"
+        )
     return Mesh(lay_out(chosen, data, expert), (DATA, EXPERT), axis_types=(AxisType.Auto,) * 2)
 
 
@@ -78,8 +103,8 @@ def fit_mesh(model):
 def lay_out(devices, data, expert):
     """(data, expert) array of devices with near ones beside each other; an expert group stays within its slice.
 
-    A slice is what the fast network joins: one TPU slice, one GPU node. As `jax.make_mesh`, which knows no slices and
-    refuses to split an axis of the torus (8 x 8 on 4x4x4).
+    A slice is what the fast network joins: one TPU slice, one GPU node. As `jax.make_mesh`, which
+    knows no slices and refuses to split an axis of the torus (8 x 8 on 4x4x4).
     """
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     if data % slices:
@@ -96,7 +121,8 @@ def lay_out(devices, data, expert):
 def shard_state(mesh, abstract_state, router_parameters=MappingProxyType({})):
     """The same tree with a sharding for every leaf: moments carry their parameter's name, so a name tells for both.
 
-    router_parameters: {name: Parameter} of `moe/routers/base.py`. Every device has all of what neither names.
+    router_parameters: {name: Parameter} of `moe/routers/base.py`. Every device has all of what
+    neither names.
     """
     parameters = dict(PARAMETERS)
     moments = dict(PARAMETERS)
@@ -122,18 +148,24 @@ def print_plan(abstract):
     rows = []
     for path, leaf in leaves:
         spec = ",".join(axis or "-" for axis in leaf.sharding.spec)
-        name, shape = jax.tree_util.keystr(path, simple=True, separator="."), ",".join(map(str, leaf.shape))
+        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        shape = ",".join(map(str, leaf.shape))
         rows.append((name, shape, spec, f"{bytes_per_device(leaf) / 1e6:,.2f}"))
-    parameters, moments = abstract.params, abstract.opt_state
+    parameters = abstract.params
+    moments = abstract.opt_state
     totals = {"parameters": parameters, "moments": moments, "together": (parameters, moments)}
-    footer = [(name, "", "", f"{bytes_per_device(tree) / 1e6:,.2f}") for name, tree in totals.items()]
+    footer = [
+        (name, "", "", f"{bytes_per_device(tree) / 1e6:,.2f}") for name, tree in totals.items()
+    ]
     print_table(title, ("parameter", "shape", "spec", "MB a device"), rows, footer)
 
 
 def bytes_per_device(abstract):
     """What one device holds of a tree of abstract arrays with shardings."""
     leaves = jax.tree.leaves(abstract)
-    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves
+    )
 
 
 def shard_batch(mesh):
@@ -159,7 +191,9 @@ def local_rows(mesh, batch_size):
 
 def put_batch(mesh, batch):
     """The `local_rows` of a batch, from every process, as global arrays."""
-    return jax.tree.map(lambda leaf: jax.make_array_from_process_local_data(shard_batch(mesh), leaf), batch)
+    return jax.tree.map(
+        lambda leaf: jax.make_array_from_process_local_data(shard_batch(mesh), leaf), batch
+    )
 
 
 def put_whole_batch(mesh, batch):
@@ -170,19 +204,29 @@ def put_whole_batch(mesh, batch):
 
 def check(mesh, model, batch_size, micro_batches, eval_batch_size):
     """Refuses sizes that the mesh cannot split evenly, naming both numbers."""
-    data, expert = mesh.shape[DATA], mesh.shape[EXPERT]
+    data = mesh.shape[DATA]
+    expert = mesh.shape[EXPERT]
     if model.experts % expert:
         raise BadInput(
             f"model.experts: {model.experts} experts cannot be split over {expert} devices of axis '{EXPERT}'"
         )
-    for name, size in (("width", model.width), ("kv_heads", model.kv_width), ("expert_width", model.expert_width)):
+    for name, size in (
+        ("width", model.width),
+        ("kv_heads", model.kv_width),
+        ("expert_width", model.expert_width),
+    ):
         if size % data:
-            raise BadInput(f"model.{name}: a width of {size} cannot be split over {data} devices of axis '{DATA}'")
+            raise BadInput(
+                f"model.{name}: a width of {size} cannot be split over {data} devices of axis '{DATA}'"
+            )
     if micro_batches < 1 or batch_size % micro_batches:
         raise BadInput(
             f"train.batch_size: {batch_size} sequences cannot be split into {micro_batches} train.micro_batches"
         )
-    for name, size in (("train.batch_size", batch_size // micro_batches), ("eval.batch_size", eval_batch_size)):
+    for name, size in (
+        ("train.batch_size", batch_size // micro_batches),
+        ("eval.batch_size", eval_batch_size),
+    ):
         if size < 1 or size % mesh.size:
             raise BadInput(
                 f"{name}: {size} sequences at a time cannot be split over {mesh.size} devices; use a multiple"

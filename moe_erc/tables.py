@@ -1,6 +1,7 @@
 """Tables on screen in which every number is whole: columns that do not fit side by side follow below.
 
-A terminal is as wide as it is; what is redirected has 80 columns, whatever terminal it was started from.
+A terminal is as wide as it is; what is redirected has 80 columns, whatever terminal it was started
+from.
 """
 
 import shutil
@@ -19,17 +20,25 @@ FRAME = 3  # columns that a border and the spaces beside it take
 
 
 def print_table(
-    title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], footer: Sequence[Sequence[str]] = ()
+    title: str,
+    columns: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    footer: Sequence[Sequence[str]] = (),
 ) -> None:
     """Prints rows of cells; `footer` has the rows below a rule. The first column names the row, and is repeated.
 
-    A name longer than half of the width goes over several lines. No other cell is ever broken or shortened.
+    A name longer than half of the width goes over several lines. No other cell is ever broken or
+    shortened.
     """
     rows = [[_one_line(name), *cells] for name, *cells in rows]
     footer = [[_one_line(name), *cells] for name, *cells in footer]
     limit = _width()
-    widths = [_narrowest(heading, cells) for heading, *cells in zip(columns, *rows, *footer, strict=True)]
-    widths[0] = min(widths[0], max(limit // 2 - FRAME, cell_len(max(columns[0].split(), key=len, default=""))))
+    widths = [
+        _narrowest(heading, cells) for heading, *cells in zip(columns, *rows, *footer, strict=True)
+    ]
+    widths[0] = min(
+        widths[0], max(limit // 2 - FRAME, cell_len(max(columns[0].split(), key=len, default="")))
+    )
     groups = _side_by_side(widths, limit)
     for number, group in enumerate(groups, start=1):
         part = f"{title} ({number} of {len(groups)})" if len(groups) > 1 else title

@@ -1,7 +1,8 @@
 """Eight virtual CPU devices for every test, so that sharded code runs anywhere; a small corpus and model to share.
 
-Compiling is most of what a test costs: programs are compiled fast rather than well, unless a test is `optimized`. Only
-the machine code differs: operations, buffers and what devices send each other are settled before it is written.
+Compiling is most of what a test costs: programs are compiled fast rather than well, unless a test
+is `optimized`. Only the machine code differs: operations, buffers and what devices send each other
+are settled before it is written.
 """
 
 import gc
@@ -11,9 +12,12 @@ import pathlib
 import shutil
 import tempfile
 
-# Each of several parts of a program would be given passes of its own, and threads for which there is no core.
+# Each of several parts of a program would be given passes of its own, and threads for which there
+# is no core.
 CHEAPLY_COMPILED = " --xla_cpu_parallel_codegen_split_count=1"
-if importlib.metadata.version("jaxlib").startswith(("0.9.", "0.10.")):  # XLA aborts at a flag that it does not know
+if importlib.metadata.version("jaxlib").startswith(
+    ("0.9.", "0.10.")
+):  # XLA aborts at a flag that it does not know
     # Two to three times faster where optimizations are off; where they are on, slower.
     CHEAPLY_COMPILED += " --xla_cpu_use_fusion_emitters=false"
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + CHEAPLY_COMPILED
@@ -22,7 +26,9 @@ import jax  # noqa: E402
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_disable_most_optimizations", True)
-jax.config.update("jax_enable_compilation_cache", False)  # of this process; programs out of a cache tell less
+jax.config.update(
+    "jax_enable_compilation_cache", False
+)  # of this process; programs out of a cache tell less
 
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
@@ -30,7 +36,8 @@ import pytest  # noqa: E402
 from configs import base  # noqa: E402
 from moe_erc.model.config import ModelConfig  # noqa: E402
 
-# The longest first, so that the workers end together: a long file that starts last has a worker to itself.
+# The longest first, so that the workers end together: a long file that starts last has a worker to
+# itself.
 FIRST = (
     "test_configs.py",
     "launch/test_processes.py",
@@ -53,10 +60,23 @@ FIRST = (
     "launch/test_compilation_cache.py",
 )
 TESTS = pathlib.Path(__file__).parent
-# Tracing makes many small objects that live on: the collector would walk over all of them, and over what was imported,
-# hundreds of times a test.
+# Tracing makes many small objects that live on: the collector would walk over all of them, and over
+# what was imported, hundreds of times a test.
 COLLECT_EVERY = (100_000, 20, 50)
-WORDS = ("the", "router", "sends", "every", "token", "to", "experts", "that", "know", "what", "it", "means")
+WORDS = (
+    "the",
+    "router",
+    "sends",
+    "every",
+    "token",
+    "to",
+    "experts",
+    "that",
+    "know",
+    "what",
+    "it",
+    "means",
+)
 
 
 def pytest_collection_modifyitems(items):
@@ -68,7 +88,9 @@ def pytest_collection_modifyitems(items):
 def pytest_configure(config):
     """One directory of compiled programs for all scripts that this session starts, in whichever worker."""
     if "PYTEST_XDIST_WORKER" not in os.environ:
-        os.environ["JAX_COMPILATION_CACHE_DIR"] = directory = tempfile.mkdtemp(prefix="moe_erc-programs-")
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = directory = tempfile.mkdtemp(
+            prefix="moe_erc-programs-"
+        )
         config.add_cleanup(lambda: shutil.rmtree(directory))
 
 
@@ -106,7 +128,11 @@ def model_config():
         config = base.get_config("debug").to_dict()
         config["model"]["router"] = router
         for name, value in changes.items():
-            block = config["model"] if name in config["model"] else config["routers"].setdefault(router, {})
+            block = (
+                config["model"]
+                if name in config["model"]
+                else config["routers"].setdefault(router, {})
+            )
             block[name] = value
         return ModelConfig.of(config)
 
@@ -118,7 +144,9 @@ def token_batch():
     """Makes a random batch of the trainer's form; the last quarter of the last row is masked."""
 
     def make(batch_size, length, vocab_size=512):
-        window_BT = np.random.default_rng(0).integers(0, vocab_size, (batch_size, length + 1), np.int32)
+        window_BT = np.random.default_rng(0).integers(
+            0, vocab_size, (batch_size, length + 1), np.int32
+        )
         mask_BT = np.ones((batch_size, length), bool)
         mask_BT[-1, -(length // 4) :] = False
         return {"inputs_BT": window_BT[:, :-1], "targets_BT": window_BT[:, 1:], "mask_BT": mask_BT}

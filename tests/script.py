@@ -1,6 +1,7 @@
 """Runs scripts and commands as a user does, in a process of their own, without paying for the imports each time.
 
-Nor for programs that a script of this session has compiled before: `conftest.py` says where they are kept.
+Nor for programs that a script of this session has compiled before: `conftest.py` says where they
+are kept.
 """
 
 import gc
@@ -17,8 +18,15 @@ ROOT = pathlib.Path(__file__).parents[1]
 # The server imports these once, before any backend exists, and forks for every script.
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["tests.script", "moe_erc.runs", "moe_erc.diagnosis.tables"])
-FAST = {"JAX_DISABLE_MOST_OPTIMIZATIONS": True, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": 0}  # to compile
-AS_FOR_USERS = {"JAX_DISABLE_MOST_OPTIMIZATIONS": False, "JAX_ENABLE_COMPILATION_CACHE": False, "XLA_FLAGS": ""}
+FAST = {
+    "JAX_DISABLE_MOST_OPTIMIZATIONS": True,
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": 0,
+}  # to compile
+AS_FOR_USERS = {
+    "JAX_DISABLE_MOST_OPTIMIZATIONS": False,
+    "JAX_ENABLE_COMPILATION_CACHE": False,
+    "XLA_FLAGS": "",
+}
 OPTIONS = (
     "jax_num_cpu_devices",
     "jax_disable_most_optimizations",
@@ -30,8 +38,13 @@ OPTIONS = (
 
 
 def start(name, arguments, output, environment=None):
-    """A running script; what it prints goes to the file `output`. None takes an option of jax back."""
-    environment = dict(os.environ) | FAST | (environment or {})  # the server's is as old as the server
+    """A running script; what it prints goes to the file `output`.
+
+    None takes an option of jax back.
+    """
+    environment = (
+        dict(os.environ) | FAST | (environment or {})
+    )  # the server's is as old as the server
     everything = (str(name), [str(argument) for argument in arguments], str(output), environment)
     process = SERVER.Process(target=_run, args=everything)
     process.start()
@@ -72,7 +85,9 @@ def _run(name, arguments, output, environment):
     gc.freeze()  # what the server has imported stays
     gc.disable()  # scripts end before their garbage is much
     os.chdir(ROOT)
-    os.environ |= {variable: str(value) for variable, value in environment.items() if value is not None}
+    os.environ |= {
+        variable: str(value) for variable, value in environment.items() if value is not None
+    }
     for option in OPTIONS:
         if option.upper() in environment:  # jax, imported by now, reads none of them again
             jax.config.update(option, environment[option.upper()])

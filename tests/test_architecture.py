@@ -15,7 +15,17 @@ ALLOWED = {
     "model": {"model", "moe", "sharding"},
     "data": {"data"},
     "measures": {"measures", "losses", "numerics"},
-    "training": {"training", "measures", "model", "moe", "losses", "numerics", "data", "random_keys", "sharding"},
+    "training": {
+        "training",
+        "measures",
+        "model",
+        "moe",
+        "losses",
+        "numerics",
+        "data",
+        "random_keys",
+        "sharding",
+    },
     "evaluation": {"evaluation", "measures", "model", "data", "sharding", "tables"},
     "diagnosis": {"diagnosis", "measures", "model", "losses", "numerics", "sharding", "tables"},
     "hf": {"hf", "measures", "model", "moe", "data"},
@@ -57,23 +67,39 @@ def imports(path):
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
             yield node.module
-            yield from (f"{node.module}.{alias.name}" for alias in node.names if node.module == "moe_erc")
+            yield from (
+                f"{node.module}.{alias.name}" for alias in node.names if node.module == "moe_erc"
+            )
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "moe_erc").rglob("*.py")), ids=lambda path: str(path.relative_to(ROOT)))
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "moe_erc").rglob("*.py")), ids=lambda path: str(path.relative_to(ROOT))
+)
 def test_package_imports_follow_the_table(path):
     part = path.relative_to(ROOT / "moe_erc").parts[0].removesuffix(".py")
     for module in imports(path):
         names = module.split(".")
-        assert names[0] not in ("configs", "train", "eval", "benchmarks", "tests", "tensorflow", "pickle"), module
+        assert names[0] not in (
+            "configs",
+            "train",
+            "eval",
+            "benchmarks",
+            "tests",
+            "tensorflow",
+            "pickle",
+        ), module
         if names[0] == "moe_erc" and len(names) > 1 and names[1] != "checks":
             assert names[1] in ALLOWED[part], f"{part} imports {module}"
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.py")), ids=lambda path: str(path.relative_to(ROOT)))
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "configs").rglob("*.py")), ids=lambda path: str(path.relative_to(ROOT))
+)
 def test_configs_import_ml_collections_each_other_and_the_way_to_refuse_alone(path):
     own = {"moe_erc.checks", "moe_erc.checks.BadInput"}
-    modules = {module for module in imports(path) if module.split(".")[0] not in sys.stdlib_module_names}
+    modules = {
+        module for module in imports(path) if module.split(".")[0] not in sys.stdlib_module_names
+    }
     assert {module.split(".")[0] for module in modules - own} <= {"ml_collections", "configs"}
 
 
@@ -85,7 +111,9 @@ def test_no_file_of_no_subject():
 def encodings(path):
     """(line, whether it names the encoding) of every call by which a file opens text."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Call) and not ast.unparse(node.func).startswith(("os.", "tensorstore.")):
+        if isinstance(node, ast.Call) and not ast.unparse(node.func).startswith(
+            ("os.", "tensorstore.")
+        ):
             name = getattr(node.func, "attr", getattr(node.func, "id", ""))
             texts = [item.value for item in (*node.args, *(keyword.value for keyword in node.keywords))
                      if isinstance(item, ast.Constant) and isinstance(item.value, str)]  # fmt: skip
@@ -97,7 +125,9 @@ def encodings(path):
 OF_OUR_OWN = {"report.py", "documents.py"}  # call diagnosis.report.write_text, which is UTF-8
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "moe_erc").rglob("*.py")), ids=lambda path: str(path.relative_to(ROOT)))
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "moe_erc").rglob("*.py")), ids=lambda path: str(path.relative_to(ROOT))
+)
 def test_no_text_is_read_or_written_in_the_encoding_of_the_console(path):
     """Where it is none of UTF-8, a file would be written in it, or not at all."""
     opened = dict(encodings(path)) if path.name not in OF_OUR_OWN else {}
@@ -107,10 +137,18 @@ def test_no_text_is_read_or_written_in_the_encoding_of_the_console(path):
 def texts(path):
     """(line, text) of every string constant of a file but docstrings and parts of f-strings."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
-    bodies = [node.body for node in ast.walk(tree) if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)]
+    bodies = [
+        node.body
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
+    ]
     docstrings = {id(body[0].value) for body in bodies if isinstance(body[0], ast.Expr)}
     for node in ast.walk(tree):
-        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docstrings:
+        if (
+            isinstance(node, ast.Constant)
+            and isinstance(node.value, str)
+            and id(node) not in docstrings
+        ):
             yield node.lineno, node.value
 
 
@@ -122,5 +160,7 @@ def test_no_measure_is_named_in_a_second_place():
     found = []
     for path in paths:
         if ROOT / "moe_erc" / "measures" not in path.parents:
-            found += [f"{path}:{line}: {text}" for line, text in texts(path) if text in keys | labels]
+            found += [
+                f"{path}:{line}: {text}" for line, text in texts(path) if text in keys | labels
+            ]
     assert not found

@@ -21,14 +21,23 @@ TRAINING = [
     (["--config.model.dtype=float8"], ["model.dtype", "float8", "bfloat16"]),
     (["--config.model.remat=all"], ["model.remat", "all", "block"]),
     (["--config.model.router=sigmoid"], ["model.router", "sigmoid", "softmax"]),
-    (["--config.model.attention_implementation=flash"], ["attention_implementation", "flash", "cudnn"]),
-    (["--config.model.experts_implementation=fast"], ["experts_implementation", "fast", "block_loop"]),
+    (
+        ["--config.model.attention_implementation=flash"],
+        ["attention_implementation", "flash", "cudnn"],
+    ),
+    (
+        ["--config.model.experts_implementation=fast"],
+        ["experts_implementation", "fast", "block_loop"],
+    ),
     (["--config.optimizer.name=adamx"], ["optimizer.name", "adamx", "adamw"]),
     (["--config.optimizer.schedule=sine"], ["optimizer.schedule", "sine", "cosine"]),
     (["--config.losses.erc.noise=gaussian"], ["losses.erc", "noise", "gaussian"]),
     (["--config.losses.erc.activation=relu"], ["losses.erc", "activation", "relu", "gate"]),
     (["--config.losses.erc.layer_reduction=max"], ["losses.erc", "layer_reduction", "max", "mean"]),
-    (["--config.losses.load_balance.scope=epoch"], ["losses.load_balance", "scope", "epoch", "step"]),
+    (
+        ["--config.losses.load_balance.scope=epoch"],
+        ["losses.load_balance", "scope", "epoch", "step"],
+    ),
     (["--config.guard.nonfinite=ignore"], ["guard.nonfinite", "ignore", "stop"]),
     # ranges
     (["--config.seed=-1"], ["seed", "-1", "0"]),
@@ -39,7 +48,10 @@ TRAINING = [
     (["--config.model.layers=0"], ["model.layers", "0", "1"]),
     (["--config.model.width=-32"], ["model.width", "-32"]),
     (["--config.model.experts=0"], ["model.experts", "0"]),
-    (["--config.model.router=xmoe", "--config.model.experts=3"], ["model.experts", "3", "xmoe", "at least 4"]),
+    (
+        ["--config.model.router=xmoe", "--config.model.experts=3"],
+        ["model.experts", "3", "xmoe", "at least 4"],
+    ),
     (["--config.train.batch_size=67108864"], ["train.batch_size", "67108864", "33554431"]),
     (["--config.losses.erc.precision=exact"], ["losses.erc", "precision", "exact", "auto"]),
     (["--config.model.experts_per_token=0"], ["model.experts_per_token", "0"]),
@@ -79,7 +91,10 @@ TRAINING = [
         [f"--config.routers.softmax.{option}" for option in ("bias_rate=0.001", "top_p=0.5")],
         ["routers.softmax.bias_rate", "top_p", "0.5"],
     ),
-    (["--config.train.batch_size=6", "--config.train.micro_batches=4"], ["train.batch_size", "6", "4"]),
+    (
+        ["--config.train.batch_size=6", "--config.train.micro_batches=4"],
+        ["train.batch_size", "6", "4"],
+    ),
     (["--config.train.micro_batches=0"], ["train.micro_batches", "0"]),
     (["--config.eval.batch_size=0"], ["eval.batch_size", "0"]),
     # meshes
@@ -114,7 +129,10 @@ TRAINING = [
     (["--config.model.vocab_size=256"], ["model.vocab_size", "256", "257"]),
     (["--config.init_from=/no"], ["/no", "tokenizer.json"]),
     (["--config.init_from={olmoe}"], ["{olmoe}", "tokenizer.json", "--config.data.tokenizer"]),
-    (["--config.eval.tasks=('sciq',)", "--config.eval.task_dir=/no/tasks"], ["task_dir", "/no/tasks"]),
+    (
+        ["--config.eval.tasks=('sciq',)", "--config.eval.task_dir=/no/tasks"],
+        ["task_dir", "/no/tasks"],
+    ),
     # what is of another kind, or beyond what devices hold
     (["--config.data.sources=3"], ["data.sources", "3", "quotes"]),
     (["--config.data.sources=(None,)"], ["data.sources", "None"]),
@@ -128,7 +146,10 @@ TRAINING = [
     (["--config.model.experts=3000000000"], ["model.experts", "3000000000", "2147483647"]),
     (["--config.model.vocab_size=2147483648"], ["model.vocab_size", "2147483648"]),
     (["--config.train.steps=3000000000"], ["train.steps", "3000000000", "2147483647"]),
-    (["--config.eval.batch_size=100000000000000000000"], ["eval.batch_size", "100000000000000000000"]),
+    (
+        ["--config.eval.batch_size=100000000000000000000"],
+        ["eval.batch_size", "100000000000000000000"],
+    ),
     (["--config.mesh.data=-99999999999"], ["mesh.data", "-99999999999"]),
     (["--config.optimizer.eps=1e-320"], ["optimizer.eps", "float32"]),
     (["--config.model.norm_eps=1e308"], ["model.norm_eps", "1e+308", "float32"]),
@@ -170,18 +191,24 @@ def places(tmp_path_factory):
 @pytest.mark.parametrize("arguments, words", TRAINING, ids=lambda value: " ".join(value))
 def test_training_refuses(arguments, words, places, text_directory, tmp_path):
     arguments, words = (
-        [text.format(**places) if "{" in text else text for text in texts] for texts in (arguments, words)
+        [text.format(**places) if "{" in text else text for text in texts]
+        for texts in (arguments, words)
     )
     defaults = {
         "--config": "configs/erc.py:debug",
-        "--config.data.sources": f"('{text_directory}',)",  # given twice, the library would take both
+        # given twice, the library would take both
+        "--config.data.sources": f"('{text_directory}',)",
         "--config.data.validation_fraction": "0.1",
         "--config.data.cache_dir": tmp_path / "cache",
         "--workdir": tmp_path / "run",
     }
     given = {argument.partition("=")[0] for argument in arguments}
-    arguments = [f"{name}={value}" for name, value in defaults.items() if name not in given] + arguments
-    code, printed = script.run("train.py", arguments, tmp_path / "out", environment={"JAX_LOG_COMPILES": True})
+    arguments = [
+        f"{name}={value}" for name, value in defaults.items() if name not in given
+    ] + arguments
+    code, printed = script.run(
+        "train.py", arguments, tmp_path / "out", environment={"JAX_LOG_COMPILES": True}
+    )
     last = printed.splitlines()[-1]
     assert code == 2 and last.startswith("error: ") and all(word in last for word in words), printed
     assert "Traceback" not in printed and "Compiling" not in printed
@@ -193,7 +220,9 @@ def test_training_refuses(arguments, words, places, text_directory, tmp_path):
     (["--config=configs/erc.py:huge"], ["huge", "debug, tiny"]),
 ])  # fmt: skip
 def test_a_config_that_does_not_exist(arguments, words, tmp_path):
-    code, printed = script.run("train.py", [*arguments, f"--workdir={tmp_path / 'run'}"], tmp_path / "out")
+    code, printed = script.run(
+        "train.py", [*arguments, f"--workdir={tmp_path / 'run'}"], tmp_path / "out"
+    )
     assert code == 2 and all(word in printed.splitlines()[-1] for word in words), printed
 
 
@@ -254,6 +283,12 @@ def test_diagnosis_refuses(arguments, words, tmp_path):
 
 def test_the_diagnosis_of_a_hugging_face_model(tmp_path):
     directory = script.ROOT / "tests" / "hf" / "families" / "olmoe"
-    code, printed = script.run("moe_erc.diagnose", [directory, f"--output={tmp_path / 'found'}"], tmp_path / "out")
+    code, printed = script.run(
+        "moe_erc.diagnose", [directory, f"--output={tmp_path / 'found'}"], tmp_path / "out"
+    )
     assert code == 0 and "olmoe: " in printed and "layers are coupled" in printed, printed
-    assert {path.name for path in (tmp_path / "found").iterdir()} == {"diagnosis.json", "diagnosis.md", "figures"}
+    assert {path.name for path in (tmp_path / "found").iterdir()} == {
+        "diagnosis.json",
+        "diagnosis.md",
+        "figures",
+    }

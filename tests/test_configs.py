@@ -1,6 +1,7 @@
 """Every config builds at every size and runs two steps at :debug with the losses it names, the same on another mesh.
 
-Routers and losses are compared over meshes here, variants only traced; `pytest -m exhaustive` runs them all.
+Routers and losses are compared over meshes here, variants only traced; `pytest -m exhaustive` runs
+them all.
 """
 
 import functools
@@ -34,7 +35,13 @@ SAME_SIZE_AS_VANILLA = (
     "competesmoe", "erc", "erc_expected", "erc_normalized", "expert_orthogonality", "loss_free", "mpi",
     "router_orthogonality", "simbal", "synergistic", "top_p",
 )  # fmt: skip
-LAYER_LOSSES = ("output_overlap", "routing_variance", "specialization", "path_coupling", "routing_entropy")
+LAYER_LOSSES = (
+    "output_overlap",
+    "routing_variance",
+    "specialization",
+    "path_coupling",
+    "routing_entropy",
+)
 SAME_SIZE_COMBINATIONS = ("erc_loss_free", "erc_mpi", "erc_router_orthogonality")
 
 
@@ -63,10 +70,15 @@ def test_a_config_is_whole_at_every_size_and_adds_no_key(name, size):
 def test_methods_are_compared_at_the_sizes_they_claim(size):
     vanilla = ModelConfig.of(base.get_config(size))
     counts = {name: ModelConfig.of(get_config(name, size)).parameters() for name in NAMES}
-    for name in (*SAME_SIZE_AS_VANILLA, *(f"combinations.{pair}" for pair in SAME_SIZE_COMBINATIONS)):
+    for name in (
+        *SAME_SIZE_AS_VANILLA,
+        *(f"combinations.{pair}" for pair in SAME_SIZE_COMBINATIONS),
+    ):
         assert counts[f"configs.{name}"] == vanilla.parameters(), name
     assert 0.99 * vanilla.parameters() < counts["configs.aoe"] <= vanilla.parameters()
-    assert counts["configs.routing_free"] == counts["configs.aoe"] + vanilla.layers * vanilla.experts
+    assert (
+        counts["configs.routing_free"] == counts["configs.aoe"] + vanilla.layers * vanilla.experts
+    )
     experts, width = vanilla.experts, vanilla.width
     fewer = experts * width - (experts * width // 2 + experts**2 // 2 + 1)
     assert counts["configs.xmoe"] == vanilla.parameters() - vanilla.layers * fewer
@@ -106,11 +118,17 @@ def where_it_lies(model_config, mesh_shape):
 
 def take_steps(config, mesh_shape, batch, steps, micro_batches=2):
     """(metrics of every step, state) on the host: descent by the gradient itself."""
-    model_config, mesh, optimizer = ModelConfig.of(config), sharding.make_mesh(*mesh_shape), optax.sgd(1.0)
+    model_config, mesh, optimizer = (
+        ModelConfig.of(config),
+        sharding.make_mesh(*mesh_shape),
+        optax.sgd(1.0),
+    )
     model = Transformer(model_config, mesh)
     start, lies = initial_state(model_config), shardings(where_it_lies(model_config, mesh_shape))
     state = jax.device_put(start.replace(rng=jax.random.wrap_key_data(start.rng)), lies)
-    step = make_train_step(model, Objective(config.losses.to_dict(), model), optimizer, micro_batches, lies)
+    step = make_train_step(
+        model, Objective(config.losses.to_dict(), model), optimizer, micro_batches, lies
+    )
     history = []
     for _ in range(steps):
         state, metrics = step(state, sharding.put_batch(mesh, batch))
@@ -147,14 +165,20 @@ VARIANTS = ("ablations", "combinations", "erc_", "_decoupled")  # of configs who
 ])  # fmt: skip
 def test_two_steps_at_debug(name, token_batch):
     config, ((first, second), state) = debug_config(name), two_steps(name, (1, 1), token_batch)
-    expected = {f"loss/{term}" for term, options in config.losses.items() if options.weight > 0} | {"loss/total"}
+    expected = {f"loss/{term}" for term, options in config.losses.items() if options.weight > 0} | {
+        "loss/total"
+    }
     assert {metric for metric in first if metric.startswith("loss/")} == expected
     assert finite(first) and finite(second) and finite(state)
     assert second["loss/lm"] < first["loss/lm"]  # the same batch twice
     model_config = ModelConfig.of(config)
     assert sum(leaf.size for leaf in jax.tree.leaves(state.params)) == model_config.parameters()
-    assert all(first[f"router/{measure}"].shape == (2,) for measure in ("max_load", "experts_per_token"))
-    moved = jax.tree.map(lambda a, b: bool((a != b).any()), initial_state(model_config).params, state.params)
+    assert all(
+        first[f"router/{measure}"].shape == (2,) for measure in ("max_load", "experts_per_token")
+    )
+    moved = jax.tree.map(
+        lambda a, b: bool((a != b).any()), initial_state(model_config).params, state.params
+    )
     assert all(jax.tree.leaves(moved)), moved  # nothing is out of reach of the gradient
 
 
@@ -171,10 +195,14 @@ def assert_same_steps(name_or_config, expected, found):
     tolerance.assert_close(state_found.replace(params={}), state.replace(params={}), terms)
 
 
-@pytest.mark.parametrize("name", ["aoe", "combinations.erc_mpi", "competesmoe", "routing_free", "xmoe"])
+@pytest.mark.parametrize(
+    "name", ["aoe", "combinations.erc_mpi", "competesmoe", "routing_free", "xmoe"]
+)
 def test_every_kind_of_router_takes_the_same_steps_on_another_mesh(name, token_batch):
     name = f"configs.{name}"
-    assert_same_steps(name, *(two_steps(name, mesh_shape, token_batch) for mesh_shape in ((1, 1), (2, 4))))
+    assert_same_steps(
+        name, *(two_steps(name, mesh_shape, token_batch) for mesh_shape in ((1, 1), (2, 4)))
+    )
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if any(part in name for part in VARIANTS)])
@@ -182,16 +210,22 @@ def test_the_step_of_a_variant_is_traced(name, token_batch):
     config, mesh = debug_config(name), sharding.make_mesh(2, 4)
     model, optimizer = Transformer(ModelConfig.of(config), mesh), optax.sgd(1.0)
     shapes = where_it_lies(model.config, (2, 4))
-    step = make_train_step(model, Objective(config.losses.to_dict(), model), optimizer, 2, shardings(shapes))
+    step = make_train_step(
+        model, Objective(config.losses.to_dict(), model), optimizer, 2, shardings(shapes)
+    )
     _, metrics = jax.eval_shape(step, shapes, token_batch(16, config.data.sequence_length))
-    expected = {f"loss/{term}" for term, options in config.losses.items() if options.weight > 0} | {"loss/total"}
+    expected = {f"loss/{term}" for term, options in config.losses.items() if options.weight > 0} | {
+        "loss/total"
+    }
     assert {metric for metric in metrics if metric.startswith("loss/")} == expected
 
 
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("name", [name for name in NAMES if "ablations" not in name])
 def test_every_config_takes_the_same_steps_on_another_mesh(name, token_batch):
-    assert_same_steps(name, *(two_steps(name, mesh_shape, token_batch) for mesh_shape in ((1, 1), (2, 4))))
+    assert_same_steps(
+        name, *(two_steps(name, mesh_shape, token_batch) for mesh_shape in ((1, 1), (2, 4)))
+    )
 
 
 def test_every_loss_is_the_same_on_another_mesh(token_batch):
@@ -201,7 +235,9 @@ def test_every_loss_is_the_same_on_another_mesh(token_batch):
     for loss in (*LAYER_LOSSES, "router_z", "router_orthogonality", "simbal"):
         config.losses[loss].weight = 0.01
     batch = token_batch(16, config.data.sequence_length)
-    results = (take_steps(config, mesh_shape, batch, 1, micro_batches=1) for mesh_shape in ((1, 1), (2, 4)))
+    results = (
+        take_steps(config, mesh_shape, batch, 1, micro_batches=1) for mesh_shape in ((1, 1), (2, 4))
+    )
     assert_same_steps(config, *results)
 
 
@@ -214,7 +250,9 @@ def test_the_optimizers_take_every_routers_parameters(name, optimizer):
     chain = make_optimizer(OptimizerConfig(**config.optimizer), config.train.steps, model.config)
     state = jax.eval_shape(initializer(model, chain, 0))
     updates, _ = jax.eval_shape(chain.update, state.params, state.opt_state, state.params)
-    assert jax.tree.map(lambda leaf: leaf.shape, updates) == jax.tree.map(lambda leaf: leaf.shape, state.params)
+    assert jax.tree.map(lambda leaf: leaf.shape, updates) == jax.tree.map(
+        lambda leaf: leaf.shape, state.params
+    )
 
 
 @pytest.mark.parametrize("name", [

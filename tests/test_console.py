@@ -27,10 +27,15 @@ opened.write("done")
 
 
 def run(mark, redirection="", **environment):
-    """The finished process, started by a shell with this redirection; what it has written into the file `mark`."""
+    """The finished process, started by a shell with this redirection.
+
+    What it has written into the file `mark`.
+    """
     command = [sys.executable, "-c", PROGRAM, str(mark)]
     shell = ["sh", "-c", f'exec "$@" {redirection}', "sh", *command]
-    done = subprocess.run(shell, cwd=ROOT, env=os.environ | environment, capture_output=True, timeout=120)
+    done = subprocess.run(
+        shell, cwd=ROOT, env=os.environ | environment, capture_output=True, timeout=120
+    )
     return done, mark.read_text(encoding="utf-8")
 
 
@@ -60,7 +65,10 @@ def test_a_console_that_takes_nothing_ends_nothing(redirection, environment, tmp
 def test_a_reader_that_has_gone_ends_nothing(tmp_path):
     mark = tmp_path / "mark"
     program = subprocess.Popen(
-        [sys.executable, "-c", PROGRAM, str(mark)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        [sys.executable, "-c", PROGRAM, str(mark)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
     )
     program.stdout.readline()
     program.stdout.close()  # as `| head -1` does
@@ -73,7 +81,9 @@ def test_a_reader_that_has_gone_ends_nothing(tmp_path):
 def test_a_pipe_that_does_not_block_loses_nothing(tmp_path):
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
-    program = subprocess.Popen([sys.executable, "-c", PROGRAM, str(tmp_path / "mark")], cwd=ROOT, stdout=writer)
+    program = subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, str(tmp_path / "mark")], cwd=ROOT, stdout=writer
+    )
     os.close(writer)
     with open(reader, "rb") as opened:
         lines = opened.read().splitlines()
@@ -82,4 +92,7 @@ def test_a_pipe_that_does_not_block_loses_nothing(tmp_path):
 
 
 def test_a_terminal_obeys_no_text():
-    assert printable("a\x1b[2J\r\x07\x9bb\n\tc é 中 \udcff") == "a\\x1b[2J\\r\\x07\\x9bb\n\tc é 中 \udcff"
+    assert (
+        printable("a\x1b[2J\r\x07\x9bb\n\tc é 中 \udcff")
+        == "a\\x1b[2J\\r\\x07\\x9bb\n\tc é 中 \udcff"
+    )

@@ -35,19 +35,24 @@ def run(data, tmp_path_factory):
 
 
 def test_a_run_says_how_many_documents_a_window_holds(run, data):
-    corpus = prepare(DataConfig(**data, weights=(), tokenizer="bytes", text_key="text", sequence_length=LENGTH))
+    corpus = prepare(
+        DataConfig(**data, weights=(), tokenizer="bytes", text_key="text", sequence_length=LENGTH)
+    )
     expected = documents_per_window(corpus, LENGTH)
     assert expected > 2
-    assert float(re.search(r"attention within documents: (\S+) in a window", run[1])[1]) == pytest.approx(
-        expected, abs=0.051
-    )  # printed with one digit behind the point
+    assert float(
+        re.search(r"attention within documents: (\S+) in a window", run[1])[1]
+    ) == pytest.approx(expected, abs=0.051)  # printed with one digit behind the point
 
 
 def test_eval_keeps_to_documents_as_the_run_did(run):
     workdir, _ = run
     code, printed = script.run("eval.py", [f"--workdir={workdir}"], workdir / "out")
     assert code == 0, printed
-    trained, found = (json.loads((workdir / name).read_text())["measures"] for name in ("report.json", "eval.json"))
+    trained, found = (
+        json.loads((workdir / name).read_text())["measures"]
+        for name in ("report.json", "eval.json")
+    )
     # 2^9 tokens of validation, whose sum another mesh takes in another order: 2^9 x 2^-24
     assert found["validation/mean"] == pytest.approx(trained["validation/mean"], rel=1e-4)
 

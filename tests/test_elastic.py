@@ -1,4 +1,7 @@
-"""A run that changes its machine thrice has the losses of one that never did; launch/test_processes.py is shorter."""
+"""A run that changes its machine thrice has the losses of one that never did.
+
+Launch/test_processes.py is shorter.
+"""
 
 import json
 
@@ -24,7 +27,8 @@ def train(text_directory, tmp_path_factory):
             "--config.data.validation_fraction=0.1",
             f"--config.train.steps={steps}",
             "--config.optimizer.schedule=constant",  # which does not depend on the last step
-            "--config.optimizer.learning_rate=3e-4",  # a tenth of the size's: sums in another order grow apart slowly
+            # a tenth of the size's: sums in another order grow apart slowly
+            "--config.optimizer.learning_rate=3e-4",
             f"--config.mesh.data={mesh[0]}",
             f"--config.mesh.expert={mesh[1]}",
             "--config.eval.every=1000",
@@ -34,7 +38,9 @@ def train(text_directory, tmp_path_factory):
             f"--workdir={workdir}",
         ]
         quick = {"JAX_DISABLE_MOST_OPTIMIZATIONS": True, "JAX_NUM_CPU_DEVICES": devices}
-        codes = script.join(script.start_many(processes, "train.py", arguments, said, **quick), LIMIT)
+        codes = script.join(
+            script.start_many(processes, "train.py", arguments, said, **quick), LIMIT
+        )
         assert codes == [0] * processes, "\n".join(path.read_text() for path in said.iterdir())
 
     return run
@@ -58,4 +64,9 @@ def test_from_one_device_to_two_processes_to_eight_devices_and_back(train, tmp_p
     for step, line in expected.items():
         for name, value in line.items():
             if not name.startswith("speed/"):
-                assert within_drift(name, found[step][name], value), (step, name, found[step][name], value)
+                assert within_drift(name, found[step][name], value), (
+                    step,
+                    name,
+                    found[step][name],
+                    value,
+                )

@@ -70,7 +70,10 @@ def directory(tmp_path):
 
 def refuses(call, *arguments, words=()):
     """One line that has these words; and no file appears, here or beside."""
-    root = next((place.parent for place in arguments if isinstance(place, pathlib.Path) and place.is_dir()), None)
+    root = next(
+        (place.parent for place in arguments if isinstance(place, pathlib.Path) and place.is_dir()),
+        None,
+    )
     before = root and sorted(root.rglob("*"))
     with pytest.raises((ValueError, OSError)) as refusal:
         call(*arguments)
@@ -114,7 +117,11 @@ def test_code_that_a_config_names_is_not_run(directory, tmp_path):
 
 # ---------------------------------------------------------------------------------------------------- safetensors
 def entry(begin, end, shape=None):
-    return {"dtype": "U8", "shape": [end - begin] if shape is None else shape, "data_offsets": [begin, end]}
+    return {
+        "dtype": "U8",
+        "shape": [end - begin] if shape is None else shape,
+        "data_offsets": [begin, end],
+    }
 
 
 @pytest.mark.parametrize("length", [2**60, 2**63, 2**64 - 1, 200])
@@ -151,12 +158,19 @@ def test_tensors_of_no_bytes_share_none(directory):
 
 @pytest.mark.parametrize("length", ["4096", 2**70, -1, 1e9, True, [1]])
 def test_the_length_in_a_config_is_a_length(length):
-    refuses(olmoe_config.context_length, {"max_position_embeddings": length}, words=["max_position_embeddings"])
+    refuses(
+        olmoe_config.context_length,
+        {"max_position_embeddings": length},
+        words=["max_position_embeddings"],
+    )
 
 
 # ---------------------------------------------------------------------------------------------------- tokenizers
 def tokenizer_json(**model):
-    return json.loads(tokenizer_files.BYTE_LEVEL) | {"added_tokens": [], "model": {"type": "BPE", "merges": []} | model}
+    return json.loads(tokenizer_files.BYTE_LEVEL) | {
+        "added_tokens": [],
+        "model": {"type": "BPE", "merges": []} | model,
+    }
 
 
 @pytest.mark.parametrize("content", [
@@ -175,26 +189,41 @@ def test_a_tokenizer_that_is_none(content, directory):
 
 
 def test_files_that_a_tokenizer_names_are_not_opened(directory, tmp_path):
-    # transformers reads tokenizer_config.json, which may name any file; here tokenizer.json alone is read.
+    # transformers reads tokenizer_config.json, which may name any file; here tokenizer.json alone
+    # is read.
     (tmp_path / "secret.json").write_text(tokenizer_files.BYTE_LEVEL)
-    (directory / "tokenizer_config.json").write_text(json.dumps({"tokenizer_file": "../secret.json"}))
+    (directory / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_file": "../secret.json"})
+    )
     refuses(tokenizer_files.tokenizer_of, directory, "bytes", words=["no tokenizer.json"])
 
 
 def test_a_tokenizer_neither_cuts_nor_pads(directory):
     content = json.loads(tokenizer_files.BYTE_LEVEL)
-    content["truncation"] = {"max_length": 2, "strategy": "LongestFirst", "stride": 0, "direction": "Right"}
+    content["truncation"] = {
+        "max_length": 2,
+        "strategy": "LongestFirst",
+        "stride": 0,
+        "direction": "Right",
+    }
     content["padding"] = {"strategy": {"Fixed": 9}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 256,
                           "pad_type_id": 0, "pad_token": "<|endoftext|>"}  # fmt: skip
     (directory / "tokenizer.json").write_text(json.dumps(content))
-    assert tokenizer.load(str(directory / "tokenizer.json")).encode("abcd").tolist() == [97, 98, 99, 100]
+    assert tokenizer.load(str(directory / "tokenizer.json")).encode("abcd").tolist() == [
+        97,
+        98,
+        99,
+        100,
+    ]
 
 
 # ---------------------------------------------------------------------------------------------------- data sets
 def test_a_data_set_imports_no_module_that_it_names(directory, tmp_path, monkeypatch):
     (tmp_path / "evil_features.py").write_text(f"import os; os.mkdir({str(tmp_path / 'mark')!r})")
     monkeypatch.syspath_prepend(tmp_path)
-    (directory / "dataset_info.json").write_text('{"name": "d", "version": "1.0.0", "fileFormat": "array_record"}')
+    (directory / "dataset_info.json").write_text(
+        '{"name": "d", "version": "1.0.0", "fileFormat": "array_record"}'
+    )
     for content in (
         {"pythonClassName": "evil_features.Text"},
         {"type": "evil_features.Text", "content": {}},
@@ -231,11 +260,15 @@ def test_an_index_of_streams_names_its_own_files_alone(change, dtype, directory)
     (directory / "train-text.bin").write_bytes(bytes(4))
     (directory / "index.json").write_text(json.dumps({"dtype": "<u2", "streams": [STREAM]}))
     assert len(list(streams.read(directory, "text"))) == 1
-    (directory / "index.json").write_text(json.dumps({"dtype": dtype, "streams": [STREAM | change]}))
+    (directory / "index.json").write_text(
+        json.dumps({"dtype": dtype, "streams": [STREAM | change]})
+    )
     refuses(lambda place: list(streams.read(place, "text")), directory, words=["data.cache_dir"])
 
 
-@pytest.mark.parametrize("index", ["[]", "3", "[" * 100_000, '{"dtype": "O", "streams": []}', '{"dtype": "<u2"}'])
+@pytest.mark.parametrize(
+    "index", ["[]", "3", "[" * 100_000, '{"dtype": "O", "streams": []}', '{"dtype": "<u2"}']
+)
 def test_an_index_that_is_no_table(index, directory):
     (directory / "index.json").write_text(index)
     refuses(lambda place: list(streams.read(place, "text")), directory, words=["data.cache_dir"])
@@ -258,14 +291,20 @@ def forge(step, path, content):
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of orbax's threads
 def test_a_pickle_in_a_checkpoint_is_not_opened(saved, payload):
-    for path in sorted(path for path in (saved / "1").rglob("*") if path.is_file() and digests.ITEM not in path.parts):
+    for path in sorted(
+        path
+        for path in (saved / "1").rglob("*")
+        if path.is_file() and digests.ITEM not in path.parts
+    ):
         before = path.read_bytes()
         forge(saved / "1", path, payload)
         with Checkpoints(saved) as checkpoints:
             for read in (checkpoints.read_meta, lambda: checkpoints.restore({"w": jnp.zeros(4)})):
                 try:
                     read()
-                except Exception as error:  # which one is orbax's choice; that nothing is run is ours
+                except (
+                    Exception
+                ) as error:  # which one is orbax's choice; that nothing is run is ours
                     assert not isinstance(error, MemoryError)
         forge(saved / "1", path, before)
     gc.collect()  # what orbax's threads left, here and not in the next test
@@ -331,10 +370,29 @@ def test_one_line_of_20_megabytes(name, around, directory):
 
 
 # ---------------------------------------------------------------------------------------------------- the code
-MODULES = {"pickle", "cPickle", "_pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve", "torch"}
+MODULES = {
+    "pickle",
+    "cPickle",
+    "_pickle",
+    "cloudpickle",
+    "dill",
+    "joblib",
+    "marshal",
+    "shelve",
+    "torch",
+}
 CALLS = {"eval", "exec", "compile", "__import__", "yaml.load", "yaml.unsafe_load"}
-OPTIONS = {"trust_remote_code": False, "allow_pickle": False, "weights_only": True}  # and what alone they may be
-SOURCES = [*(ROOT / "moe_erc").rglob("*.py"), *(ROOT / "configs").rglob("*.py"), ROOT / "train.py", ROOT / "eval.py"]
+OPTIONS = {
+    "trust_remote_code": False,
+    "allow_pickle": False,
+    "weights_only": True,
+}  # and what alone they may be
+SOURCES = [
+    *(ROOT / "moe_erc").rglob("*.py"),
+    *(ROOT / "configs").rglob("*.py"),
+    ROOT / "train.py",
+    ROOT / "eval.py",
+]
 
 
 def dangers(source):
@@ -346,10 +404,18 @@ def dangers(source):
             yield node.module
         elif isinstance(node, ast.Call):
             name = called(node.func)
-            options = {option.arg: option.value for option in node.keywords if option.arg in OPTIONS}
-            if name in CALLS or (name in ("np.load", "numpy.load") and "allow_pickle" not in options):
+            options = {
+                option.arg: option.value for option in node.keywords if option.arg in OPTIONS
+            }
+            if name in CALLS or (
+                name in ("np.load", "numpy.load") and "allow_pickle" not in options
+            ):
                 yield name
-            yield from (key for key, value in options.items() if getattr(value, "value", None) is not OPTIONS[key])
+            yield from (
+                key
+                for key, value in options.items()
+                if getattr(value, "value", None) is not OPTIONS[key]
+            )
 
 
 def called(function):

@@ -44,7 +44,9 @@ def vanilla(flags):
 def refuses(words, flags, workdir, tmp_path):
     code, printed = script.run("train.py", [*flags, f"--workdir={workdir}"], tmp_path / "out")
     last = printed.splitlines()[-1]
-    assert code == 2 and last.startswith("error: ") and all(str(word) in last for word in words), printed
+    assert code == 2 and last.startswith("error: ") and all(str(word) in last for word in words), (
+        printed
+    )
 
 
 def test_an_export_says_what_it_is(exported):
@@ -54,7 +56,11 @@ def test_an_export_says_what_it_is(exported):
         "README.md",
     }  # fmt: skip
     config = read_config(directory)
-    assert (config["eos_token_id"], config["max_position_embeddings"], config["dtype"]) == (256, 32, "float32")
+    assert (config["eos_token_id"], config["max_position_embeddings"], config["dtype"]) == (
+        256,
+        32,
+        "float32",
+    )
     assert config["router_aux_loss_coef"] == 0.01 / 2 and config["rope_theta"] == 1e4
     assert config["rope_parameters"] == {"rope_type": "default", "rope_theta": 1e4}
     assert len(find_tensors(directory)) == 3 + 2 * (9 + 3 * 4)
@@ -91,13 +97,25 @@ def test_an_export_is_evaluated_as_the_run_is(exported, tmp_path):
 def test_a_run_goes_on_from_an_export(flags, exported, tmp_path):
     workdir, directory = exported
     source = shutil.copytree(directory, tmp_path / "source")
-    still = ["--config.train.steps=1", "--config.optimizer.warmup_steps=0", "--config.optimizer.learning_rate=1e-12"]
-    going_on = [*vanilla(flags), *still, f"--config.init_from={source}", f"--workdir={tmp_path / 'run'}"]
+    still = [
+        "--config.train.steps=1",
+        "--config.optimizer.warmup_steps=0",
+        "--config.optimizer.learning_rate=1e-12",
+    ]
+    going_on = [
+        *vanilla(flags),
+        *still,
+        f"--config.init_from={source}",
+        f"--workdir={tmp_path / 'run'}",
+    ]
     code, printed = script.run("train.py", going_on, tmp_path / "out")
     assert code == 0, printed
-    reports = [json.loads((place / "report.json").read_text()) for place in (workdir, tmp_path / "run")]
+    reports = [
+        json.loads((place / "report.json").read_text()) for place in (workdir, tmp_path / "run")
+    ]
     before, after = (report["measures"] for report in reports)
-    # two layers of five sums over widths of at most 32 and attention over as many, the head, and the power step
+    # two layers of five sums over widths of at most 32 and attention over as many, the head, and
+    # the power step
     terms = 2 * (5 * 32 + 32) + 32 + 48
     assert after["validation/mean"] == pytest.approx(before["validation/mean"], rel=within(terms))
     (source / "model.safetensors").unlink()  # a resumed run has its own weights
@@ -111,11 +129,23 @@ def test_what_a_run_cannot_go_on_from(flags, exported, tmp_path):
     start = [*vanilla(flags), f"--config.init_from={directory}"]
     larger = [flag.replace(":debug", ":tiny") for flag in start]
     refuses(["model.layers", 4, 2], larger, tmp_path / "run", tmp_path)
-    refuses(["model.router", "'mpi'"], [*flags, f"--config.init_from={directory}"], tmp_path / "run", tmp_path)
-    refuses(["/no/model"], [*vanilla(flags), "--config.init_from=/no/model"], tmp_path / "run", tmp_path)
+    refuses(
+        ["model.router", "'mpi'"],
+        [*flags, f"--config.init_from={directory}"],
+        tmp_path / "run",
+        tmp_path,
+    )
+    refuses(
+        ["/no/model"], [*vanilla(flags), "--config.init_from=/no/model"], tmp_path / "run", tmp_path
+    )
     cut = shutil.copytree(directory, tmp_path / "cut")
     (cut / "model.safetensors").write_bytes((directory / "model.safetensors").read_bytes()[:-1])
-    refuses(["model.safetensors", "bytes"], [*start, f"--config.init_from={cut}"], tmp_path / "run", tmp_path)
+    refuses(
+        ["model.safetensors", "bytes"],
+        [*start, f"--config.init_from={cut}"],
+        tmp_path / "run",
+        tmp_path,
+    )
 
 
 def test_the_tokenizer_comes_with_the_model(flags, exported, tmp_path):

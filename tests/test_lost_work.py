@@ -1,7 +1,7 @@
 """What fails beside the training itself comes after the checkpoint of its step, and is made up for on return.
 
-A run that is terminated and killed, under the default guard, ends where the undisturbed run ends, bit for bit;
-test_resume.py has the same while spikes are skipped.
+A run that is terminated and killed, under the default guard, ends where the undisturbed run ends,
+bit for bit; test_resume.py has the same while spikes are skipped.
 """
 
 import shutil
@@ -102,7 +102,8 @@ def arguments(text_directory, tmp_path_factory):
     return [
         "--config=configs/erc.py:debug",
         f"--config.data.sources=('{text_directory}',)",
-        f"--config.data.cache_dir={tmp_path_factory.mktemp('cache[1]')}",  # a pattern that nothing else matches
+        # a pattern that nothing else matches
+        f"--config.data.cache_dir={tmp_path_factory.mktemp('cache[1]')}",
         "--config.data.validation_fraction=0.1",
         f"--config.train.steps={STEPS}",
         "--config.eval.every=2",
@@ -207,5 +208,7 @@ def test_a_report_that_cannot_be_written_is_printed(arguments, whole, tmp_path):
     (workdir / "report.json").unlink()
     (workdir / "report.json").mkdir()
     code, printed = script.run("train.py", [*arguments, f"--workdir={workdir}"], tmp_path / "out")
-    assert code == 1 and "last good checkpoint is of step 4" in printed and "Validation" in printed, printed
+    assert (
+        code == 1 and "last good checkpoint is of step 4" in printed and "Validation" in printed
+    ), printed
     assert "Traceback" not in printed

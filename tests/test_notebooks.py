@@ -15,14 +15,19 @@ from nbclient.exceptions import CellExecutionError
 ROOT = pathlib.Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 STRIP = "pip install nbconvert && jupyter nbconvert --clear-output --inplace notebooks/*.ipynb"
-COLAB = re.compile(r"https://colab\.research\.google\.com/github/(?P<repository>[^/]+/[^/]+)/blob/main/(?P<path>.+)\)")
+COLAB = re.compile(
+    r"https://colab\.research\.google\.com/github/(?P<repository>[^/]+/[^/]+)/blob/main/(?P<path>.+)\)"
+)
 REPOSITORY = re.compile(r"github(?:\.com)?/([\w.-]+/\w+)")
 GUARD = 'if importlib.util.find_spec("moe_erc") is None:'
 
 
 def each(*, slow=lambda path: False):
     marks = [pytest.mark.slow if slow(path) else () for path in NOTEBOOKS]
-    parameters = [pytest.param(path, id=path.name, marks=mark) for path, mark in zip(NOTEBOOKS, marks, strict=True)]
+    parameters = [
+        pytest.param(path, id=path.name, marks=mark)
+        for path, mark in zip(NOTEBOOKS, marks, strict=True)
+    ]
     return pytest.mark.parametrize("path", parameters)
 
 
@@ -38,8 +43,12 @@ def code_cells(notebook):
 def test_a_notebook_is_valid_and_stripped(path):
     notebook = read(path)
     nbformat.validate(notebook)
-    assert (notebook.nbformat, notebook.nbformat_minor) >= (4, 5), "older notebooks have no cell ids"
-    dirty = [cell.id for cell in code_cells(notebook) if cell.outputs or cell.execution_count is not None]
+    assert (notebook.nbformat, notebook.nbformat_minor) >= (4, 5), (
+        "older notebooks have no cell ids"
+    )
+    dirty = [
+        cell.id for cell in code_cells(notebook) if cell.outputs or cell.execution_count is not None
+    ]
     assert not dirty, f"{path.name} holds the output of {', '.join(dirty)}; strip it: {STRIP}"
 
 
@@ -50,7 +59,8 @@ def test_a_notebook_begins_with_its_question_and_a_badge(path):
     (badge,) = [line for line in rest if line.startswith("[![Open In Colab](")]
     opened = COLAB.fullmatch(badge.rpartition("](")[2])
     assert opened and (ROOT / opened["path"]).samefile(path), f"the badge opens {badge}"
-    # Whoever the owner is: what is opened is what is installed, and one repository for all notebooks and pages.
+    # Whoever the owner is: what is opened is what is installed, and one repository for all
+    # notebooks and pages.
     assert {opened["repository"]} == repositories(), f"{opened['repository']} and {repositories()}"
 
 
@@ -72,9 +82,15 @@ def test_a_notebook_asks_for_a_gpu_and_for_no_more_than_python(path):
 def test_a_notebook_installs_where_nothing_is_installed_and_nowhere_else(path):
     first, *others = code_cells(read(path))
     before, guard, guarded = first.source.partition(GUARD)
-    assert guard and "%pip install" in guarded, f"the first code cell of {path.name} does not install under {GUARD}"
-    assert all(not line or line.startswith("    ") for line in guarded.splitlines()[1:]), "a line outside the guard"
-    assert "jax" not in "".join(line for line in guarded.splitlines() if "%pip" in line), "Colab has a jax that works"
+    assert guard and "%pip install" in guarded, (
+        f"the first code cell of {path.name} does not install under {GUARD}"
+    )
+    assert all(not line or line.startswith("    ") for line in guarded.splitlines()[1:]), (
+        "a line outside the guard"
+    )
+    assert "jax" not in "".join(line for line in guarded.splitlines() if "%pip" in line), (
+        "Colab has a jax that works"
+    )
     for source in (before, *(cell.source for cell in others)):
         assert not any(line.lstrip().startswith(("%", "!")) for line in source.splitlines()), source
 
@@ -99,16 +115,22 @@ def environment(text_directory, tmp_path_factory):
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
         "JAX_PLATFORMS": "cpu",
-        # A script that does not find this starts itself anew, and imports everything twice: test_huge_pages.py.
+        # A script that does not find this starts itself anew, and imports everything twice:
+        # test_huge_pages.py.
         "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
         "PYTHONPATH": str(ROOT),
-        "IPYTHONDIR": str(tmp_path_factory.mktemp("ipython")),  # no start-up files and no history of the user
+        "IPYTHONDIR": str(
+            tmp_path_factory.mktemp("ipython")
+        ),  # no start-up files and no history of the user
         "MPLBACKEND": "module://matplotlib_inline.backend_inline",
     }
 
 
 def execute(notebook, directory, environment):
-    """Runs it in a kernel of this very interpreter, whatever kernels are installed; fails where a cell does."""
+    """Runs it in a kernel of this very interpreter, whatever kernels are installed.
+
+    Fails where a cell does.
+    """
     manager = AsyncKernelManager(kernel_spec_manager=KernelSpecManager(kernel_dirs=[]))
     client = NotebookClient(notebook, km=manager, timeout=300, allow_errors=False)
     client.owns_km = True  # or the kernel would outlive the test
@@ -124,8 +146,12 @@ def test_a_notebook_runs(path, tmp_path, environment):
 
 
 def test_the_kernel_is_this_interpreter_on_this_checkout_and_an_error_is_one(tmp_path, environment):
-    what = "import os, sys, moe_erc\nprint(sys.executable, moe_erc.__file__, os.getcwd(), sep='\\n')"
-    cells = [nbformat.v4.new_code_cell(source) for source in (what, "assert 0, 'a cell that fails'", "1")]
+    what = (
+        "import os, sys, moe_erc\nprint(sys.executable, moe_erc.__file__, os.getcwd(), sep='\\n')"
+    )
+    cells = [
+        nbformat.v4.new_code_cell(source) for source in (what, "assert 0, 'a cell that fails'", "1")
+    ]
     notebook = nbformat.v4.new_notebook(cells=cells)
     with pytest.raises(CellExecutionError, match="a cell that fails"):
         execute(notebook, tmp_path, environment)

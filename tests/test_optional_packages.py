@@ -47,7 +47,10 @@ def test_wandb_writes_a_run_offline_and_goes_on_with_its_id(tmp_path):
     assert re.fullmatch("[0-9a-f]{8}", identity) and "switched off" not in said
     said = run(WANDB, tmp_path, 3, **offline)
     assert (tmp_path / "wandb_id").read_text() == identity and "switched off" not in said
-    (written,) = {path.stem.removeprefix("run-") for path in (tmp_path / "wandb").glob("offline-run-*/run-*.wandb")}
+    (written,) = {
+        path.stem.removeprefix("run-")
+        for path in (tmp_path / "wandb").glob("offline-run-*/run-*.wandb")
+    }
     assert written == identity
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 6
 
@@ -59,7 +62,10 @@ def test_wandb_that_cannot_begin_is_switched_off(tmp_path):
 
 
 class Bucket(http.server.BaseHTTPRequestHandler):
-    """As much of Cloud Storage's JSON interface as files need, in memory; `objects` is the server's."""
+    """As much of Cloud Storage's JSON interface as files need, in memory.
+
+    `objects` is the server's.
+    """
 
     protocol_version = "HTTP/1.1"
 
@@ -68,7 +74,9 @@ class Bucket(http.server.BaseHTTPRequestHandler):
         if path.endswith("/o"):
             return self._answer(self._listed(query.get("prefix", "")))
         if path.endswith("/b/bucket"):
-            return self._answer({"kind": "storage#bucket", "name": "bucket", "locationType": "region"})
+            return self._answer(
+                {"kind": "storage#bucket", "name": "bucket", "locationType": "region"}
+            )
         name = urllib.parse.unquote(path.rpartition("/o/")[2])
         content = self.server.objects.get(name)
         if content is None:
@@ -79,7 +87,8 @@ class Bucket(http.server.BaseHTTPRequestHandler):
         path, query = self._read()
         if "/moveTo/" in path:
             source, _, target = (
-                urllib.parse.unquote(part) for part in path.partition("/o/")[2].partition("/moveTo/o/")
+                urllib.parse.unquote(part)
+                for part in path.partition("/o/")[2].partition("/moveTo/o/")
             )
             return self._store(target, self.server.objects.pop(source))
         if path == "/upload":  # to where the answer below sent it
@@ -89,7 +98,10 @@ class Bucket(http.server.BaseHTTPRequestHandler):
             boundary = re.search('boundary="?([^";]+)', self.headers["Content-Type"])[1].encode()
             content = self.body.split(b"--" + boundary)[2].partition(b"\n\n")[2].removesuffix(b"\n")
             return self._store(name, content)
-        return self._answer({}, headers={"Location": f"{self.server.address}/upload?name={urllib.parse.quote(name)}"})
+        return self._answer(
+            {},
+            headers={"Location": f"{self.server.address}/upload?name={urllib.parse.quote(name)}"},
+        )
 
     def do_DELETE(self):
         path, _ = self._read()
@@ -106,8 +118,16 @@ class Bucket(http.server.BaseHTTPRequestHandler):
 
     def _listed(self, prefix):
         names = [name for name in self.server.objects if name.startswith(prefix)]
-        below = {prefix + name[len(prefix) :].partition("/")[0] + "/" for name in names if "/" in name[len(prefix) :]}
-        items = [described(name, self.server.objects[name]) for name in names if "/" not in name[len(prefix) :]]
+        below = {
+            prefix + name[len(prefix) :].partition("/")[0] + "/"
+            for name in names
+            if "/" in name[len(prefix) :]
+        }
+        items = [
+            described(name, self.server.objects[name])
+            for name in names
+            if "/" not in name[len(prefix) :]
+        ]
         return {"items": items, "prefixes": sorted(below)}
 
     def _store(self, name, content):
@@ -127,7 +147,12 @@ class Bucket(http.server.BaseHTTPRequestHandler):
 
 def described(name, content):
     times = dict.fromkeys(("timeCreated", "updated"), "2026-01-01T00:00:00Z")
-    return {"kind": "storage#object", "bucket": "bucket", "name": name, "size": str(len(content))} | times
+    return {
+        "kind": "storage#object",
+        "bucket": "bucket",
+        "name": name,
+        "size": str(len(content)),
+    } | times
 
 
 @pytest.fixture
@@ -230,4 +255,9 @@ EVAL = """
 
 
 def test_eval_reads_a_task(tmp_path):
-    run(EVAL, script.ROOT / "tests" / "evaluation" / "tasks", HF_HOME=str(tmp_path), HF_HUB_OFFLINE="1")
+    run(
+        EVAL,
+        script.ROOT / "tests" / "evaluation" / "tasks",
+        HF_HOME=str(tmp_path),
+        HF_HUB_OFFLINE="1",
+    )

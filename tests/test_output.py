@@ -41,7 +41,9 @@ def train(text_directory, tmp_path):
 
 
 def steps_saved(directory):
-    return sorted(int(path.name) for path in (directory / "checkpoints").iterdir() if path.name.isdecimal())
+    return sorted(
+        int(path.name) for path in (directory / "checkpoints").iterdir() if path.name.isdecimal()
+    )
 
 
 def steps_of_metrics(directory):
@@ -67,10 +69,16 @@ def test_a_console_in_ascii_ends_no_run_and_a_log_has_a_line_every_so_many_steps
     assert "\r" not in printed and "\x1b" not in printed, printed
     lines = [line for line in printed.splitlines() if re.match(r"step \d+/6: total ", line)]
     assert [int(line.split()[1].split("/")[0]) for line in lines] == [2, 4, 6]
-    assert all(" lm " in line and " tokens_per_s " in line and line.endswith(" left") for line in lines)
+    assert all(
+        " lm " in line and " tokens_per_s " in line and line.endswith(" left") for line in lines
+    )
     assert re.search(r"^Tokenising \w+: \d+ documents in ", printed, re.MULTILINE)
     # a line on standard error stands where it was printed, between those on standard output
-    assert printed.index("step 6/6") < printed.index("step 6: validation") < printed.index("Router rows and gates")
+    assert (
+        printed.index("step 6/6")
+        < printed.index("step 6: validation")
+        < printed.index("Router rows and gates")
+    )
 
 
 BEFORE_TRAINING = """
@@ -88,7 +96,9 @@ step.batch_gradients = fail
 """
 
 
-@pytest.mark.parametrize("error", ["ValueError('shapes')", "TypeError('shapes')", "OSError('shapes')", "KeyError('x')"])
+@pytest.mark.parametrize(
+    "error", ["ValueError('shapes')", "TypeError('shapes')", "OSError('shapes')", "KeyError('x')"]
+)
 def test_an_error_of_the_program_is_no_bad_input(error, train):
     code, printed = train(BEFORE_TRAINING.format(error=error))
     assert code == 1 and "Traceback" in printed and "\nerror: " not in printed, printed

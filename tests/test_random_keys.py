@@ -25,7 +25,9 @@ def drawn(monkeypatch):
     found = []
 
     def record(key):
-        jax.debug.callback(lambda data: found.append(tuple(np.asarray(data).tolist())), jax.random.key_data(key))
+        jax.debug.callback(
+            lambda data: found.append(tuple(np.asarray(data).tolist())), jax.random.key_data(key)
+        )
 
     def recording(draw):
         def of(key, *arguments, **options):
@@ -36,7 +38,9 @@ def drawn(monkeypatch):
 
     monkeypatch.setattr(jax.random, "uniform", recording(jax.random.uniform))
     initializer_of = ModelConfig.initializer.fget
-    monkeypatch.setattr(ModelConfig, "initializer", property(lambda config: recording(initializer_of(config))))
+    monkeypatch.setattr(
+        ModelConfig, "initializer", property(lambda config: recording(initializer_of(config)))
+    )
     return found
 
 
@@ -62,8 +66,18 @@ def test_no_two_uses_of_a_run_draw_from_the_same_key(drawn, model_config, token_
 def test_a_name_is_not_a_number_that_a_split_counts_to():
     rng = jax.random.key(0)
     data = jax.jit(jax.vmap(jax.random.key_data))
-    names = ("losses.erc", "competing layers", "parameters", "steps", "losses.simbal", "losses.router_orthogonality")
-    named = [tuple(np.asarray(jax.random.key_data(random_keys.named(rng, name))).tolist()) for name in names]
+    names = (
+        "losses.erc",
+        "competing layers",
+        "parameters",
+        "steps",
+        "losses.simbal",
+        "losses.router_orthogonality",
+    )
+    named = [
+        tuple(np.asarray(jax.random.key_data(random_keys.named(rng, name))).tolist())
+        for name in names
+    ]
     counted = {tuple(key) for key in np.asarray(data(jax.random.split(rng, 1024))).tolist()}
     # what makes the difference: by number the two are one
     assert tuple(np.asarray(jax.random.key_data(jax.random.fold_in(rng, 0))).tolist()) in counted

@@ -17,7 +17,8 @@ from tests.written import metrics, saved_state
 STEPS = 160
 EVALUATED = 80  # steps between evaluations
 SAVED = 15  # steps between checkpoints
-# Steps whose loss is a spike are skipped, so that what is remembered of earlier losses takes part in every comparison.
+# Steps whose loss is a spike are skipped, so that what is remembered of earlier losses takes part
+# in every comparison.
 SKIPPING = [
     "--config.guard.spike=skip",
     "--config.guard.zscore=0.1",  # not much of a spike: there are some
@@ -37,7 +38,8 @@ def arguments(text_directory, tmp_path_factory):
         f"--config.train.steps={STEPS}",
         f"--config.checkpoint.every={SAVED}",
         f"--config.eval.every={EVALUATED}",
-        f"--config.train.profile_step={STEPS - 1}",  # past every interruption, and its third step past the end
+        # past every interruption, and its third step past the end
+        f"--config.train.profile_step={STEPS - 1}",
         "--config.log.tensorboard=False",
     ]
 
@@ -45,8 +47,12 @@ def arguments(text_directory, tmp_path_factory):
 @pytest.fixture(scope="module")
 def undisturbed(arguments, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("undisturbed")
-    code, printed = script.run("train.py", [*arguments, *SKIPPING, f"--workdir={workdir}"], workdir / "out")
-    assert code == 0 and "standard deviations above its recent mean, the step was skipped" in printed, printed
+    code, printed = script.run(
+        "train.py", [*arguments, *SKIPPING, f"--workdir={workdir}"], workdir / "out"
+    )
+    assert (
+        code == 0 and "standard deviations above its recent mean, the step was skipped" in printed
+    ), printed
     return workdir
 
 
@@ -78,9 +84,11 @@ def refuse_a_second(first, everything, workdir, output):
     assert f"a run is writing to {workdir}/checkpoints (process {first.pid} on " in printed, printed
 
 
-def test_killed_terminated_and_interrupted_while_spikes_are_skipped(arguments, undisturbed, tmp_path):
-    # The samples of the undisturbed run leave no trace in it, nor does a second run that is refused.
-    # Under the default guard, and killed once it was resumed: test_lost_work.py.
+def test_killed_terminated_and_interrupted_while_spikes_are_skipped(
+    arguments, undisturbed, tmp_path
+):
+    # The samples of the undisturbed run leave no trace in it, nor does a second run that is
+    # refused. Under the default guard, and killed once it was resumed: test_lost_work.py.
     everything = [*arguments, *SKIPPING, "--config.eval.prompt=", f"--workdir={tmp_path}"]
     for step, number, code in (
         (30, signal.SIGKILL, -signal.SIGKILL),
@@ -109,7 +117,9 @@ def test_the_trace_is_written_even_if_the_run_ends_in_it(undisturbed):
 
 def test_a_finished_run_says_its_report_again(arguments, undisturbed):
     before = (undisturbed / "report.json").read_text()
-    code, printed = script.run("train.py", [*arguments, *SKIPPING, f"--workdir={undisturbed}"], undisturbed / "again")
+    code, printed = script.run(
+        "train.py", [*arguments, *SKIPPING, f"--workdir={undisturbed}"], undisturbed / "again"
+    )
     assert code == 0 and "Validation" in printed
     assert (undisturbed / "report.json").read_text() == before
 
@@ -117,15 +127,24 @@ def test_a_finished_run_says_its_report_again(arguments, undisturbed):
 def test_eval_reads_the_run(undisturbed):
     code, printed = script.run("eval.py", [f"--workdir={undisturbed}"], undisturbed / "eval")
     assert code == 0, printed
-    assert all(title in printed for title in ("Validation", "ERC of the clean router", "noise bound", "MaxVio"))
-    report, found = (json.loads((undisturbed / name).read_text()) for name in ("report.json", "eval.json"))
+    assert all(
+        title in printed
+        for title in ("Validation", "ERC of the clean router", "noise bound", "MaxVio")
+    )
+    report, found = (
+        json.loads((undisturbed / name).read_text()) for name in ("report.json", "eval.json")
+    )
     assert found.pop("step") == STEPS
     # two programs of the same sums: of layers, as in test_init_from.py, but without a power step
     terms = 2 * (5 * 32 + 32) + 32
     found, expected = found["measures"], report["measures"]
     assert found.keys() == expected.keys()
     assert found["validation/mean"] == pytest.approx(expected["validation/mean"], rel=within(terms))
-    same = [key for key in expected if key.split("/")[0] in ("erc", "coupling", "weights", "unigram", "bigram")]
+    same = [
+        key
+        for key in expected
+        if key.split("/")[0] in ("erc", "coupling", "weights", "unigram", "bigram")
+    ]
     assert len(same) > 16 and all(found[key] == expected[key] for key in same)
 
 
@@ -133,11 +152,15 @@ def test_a_run_goes_on_with_a_prompt(undisturbed):
     arguments = [undisturbed, "the rou", "--new_tokens=12", "--temperature=1", "--top_k=9"]
     texts = []
     for seed in (1, 1, 2):
-        code, printed = script.run("moe_erc.generate", [*arguments, f"--seed={seed}"], undisturbed / "written")
+        code, printed = script.run(
+            "moe_erc.generate", [*arguments, f"--seed={seed}"], undisturbed / "written"
+        )
         assert code == 0, printed
         texts.append(printed.split("the rou", 1)[1])
     assert texts[0] == texts[1] != texts[2]
-    _, printed = script.run("moe_erc.generate", [*arguments, "--new_tokens=40000"], undisturbed / "written")
+    _, printed = script.run(
+        "moe_erc.generate", [*arguments, "--new_tokens=40000"], undisturbed / "written"
+    )
     assert "error: prompt: 7 tokens" in printed.splitlines()[-1] and "Traceback" not in printed
 
 
@@ -146,7 +169,10 @@ def test_a_run_is_diagnosed(undisturbed, tmp_path):
     code, printed = script.run("moe_erc.diagnose", flags, undisturbed / "eval")
     assert code == 0, printed
     said = " ".join(printed.split())  # wrapped wherever a line was full
-    assert all(words in said for words in ("ERC of the clean router", "without the norms", "layers are coupled"))
+    assert all(
+        words in said
+        for words in ("ERC of the clean router", "without the norms", "layers are coupled")
+    )
     report, found = (json.loads(path.read_text())["measures"] for path in (
         undisturbed / "report.json", tmp_path / "diagnosis.json"
     ))  # fmt: skip
@@ -155,7 +181,10 @@ def test_a_run_is_diagnosed(undisturbed, tmp_path):
         assert_close(np.float32(found[key]), np.float32(report[key]), terms=32 + 16 + 16)
     shown = (tmp_path / "diagnosis.md").read_text().splitlines()
     named = {line.split("](")[1].rstrip(")") for line in shown if "](" in line}
-    assert named == {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.png")} and len(named) == 5
+    assert (
+        named == {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.png")}
+        and len(named) == 5
+    )
 
 
 def test_eval_draws_a_run(undisturbed, tmp_path):
@@ -163,18 +192,28 @@ def test_eval_draws_a_run(undisturbed, tmp_path):
     code, printed = script.run("eval.py", flags, undisturbed / "eval")
     assert code == 0 and "Validation" in printed, printed
     html = (tmp_path / "report.html").read_text()
-    assert html.count("<img") == len(list(tmp_path.rglob("*.png"))) > 8 and f">{undisturbed}<" in html
+    assert (
+        html.count("<img") == len(list(tmp_path.rglob("*.png"))) > 8 and f">{undisturbed}<" in html
+    )
 
 
 def test_eval_asks_the_harness(undisturbed, tmp_path):
     pytest.importorskip("lm_eval")
-    flags = [f"--workdir={undisturbed}", "--tasks=alphabet_choice", "--task_dir=tests/evaluation/tasks", "--limit=2"]
+    flags = [
+        f"--workdir={undisturbed}",
+        "--tasks=alphabet_choice",
+        "--task_dir=tests/evaluation/tasks",
+        "--limit=2",
+    ]
     environment = {"HF_HOME": tmp_path, "HF_HUB_OFFLINE": 1}
     code, printed = script.run("eval.py", flags, undisturbed / "eval", environment=environment)
     assert code == 0 and " alphabet_choice " in printed and "Validation" not in printed, printed
     assert "\r" not in printed and "Answering tasks: 6 requests in " in printed, printed
     found = json.loads((undisturbed / "tasks.json").read_text())
-    assert found["step"] == STEPS and found["n-samples"]["alphabet_choice"] == {"original": 3, "effective": 2}
+    assert found["step"] == STEPS and found["n-samples"]["alphabet_choice"] == {
+        "original": 3,
+        "effective": 2,
+    }
     assert 0 <= found["results"]["alphabet_choice"]["acc,none"] <= 1
 
 
@@ -190,9 +229,11 @@ def test_another_models_directory_is_refused(arguments, undisturbed):
     assert saved_state(undisturbed, STEPS)[0] == STEPS
 
 
-def test_losses_that_are_not_finite_are_skipped_until_the_run_stops_with_its_last_good_checkpoint(arguments, tmp_path):
-    # Where none is skipped: test_resumed_changes.py.
-    # A learning rate under which a few steps are enough to overflow the squares of float32, but not the first.
+def test_losses_that_are_not_finite_are_skipped_until_the_run_stops_with_its_last_good_checkpoint(
+    arguments, tmp_path
+):
+    # Where none is skipped: test_resumed_changes.py. A learning rate under which a few steps are
+    # enough to overflow the squares of float32, but not the first.
     everything = [
         *arguments,
         f"--workdir={tmp_path}",
@@ -206,7 +247,12 @@ def test_losses_that_are_not_finite_are_skipped_until_the_run_stops_with_its_las
     code, printed = script.run("train.py", everything, tmp_path / "out")
     last = printed.splitlines()[-1]
     assert code == 3 and printed.count("the step was skipped") == 2, printed
-    for words in ("not finite", "step", "last good checkpoint", "guard.limit: 3 steps skipped in a row"):
+    for words in (
+        "not finite",
+        "step",
+        "last good checkpoint",
+        "guard.limit: 3 steps skipped in a row",
+    ):
         assert words in last, printed
     with Checkpoints(tmp_path / "checkpoints") as checkpoints:
         kept = checkpoints.latest_step()

@@ -1,4 +1,7 @@
-"""A run started again with another configuration or other text: refused, or said; never mixed up in silence."""
+"""A run started again with another configuration or other text: refused, or said.
+
+Never mixed up in silence.
+"""
 
 import dataclasses
 import itertools
@@ -47,7 +50,9 @@ def start(name, arguments, place, environment=None):
 def finished(arguments, place):
     """The workdir of an ERC run of 6 steps."""
     code, printed, _ = start(
-        "train.py", ["--config=configs/erc.py:debug", *arguments, f"--workdir={place / 'run'}"], place
+        "train.py",
+        ["--config=configs/erc.py:debug", *arguments, f"--workdir={place / 'run'}"],
+        place,
     )
     assert code == 0, printed
     return place / "run"
@@ -137,7 +142,9 @@ def test_options_of_a_router_that_is_not_in_use_make_no_difference():
     (["--config.losses.erc.alpha=0.5", "--config.resume.allow=('losses.erc.weight',)"], ["losses.erc.alpha"]),
 ], ids=lambda value: " ".join(value))  # fmt: skip
 def test_another_method_is_refused(change, words, going_on):
-    code, printed, _ = going_on("--config.train.steps=7", *change, environment={"JAX_LOG_COMPILES": True})
+    code, printed, _ = going_on(
+        "--config.train.steps=7", *change, environment={"JAX_LOG_COMPILES": True}
+    )
     last = printed.splitlines()[-1]
     assert code == 2 and last.startswith("error: ") and all(word in last for word in words), printed
     assert (
@@ -150,7 +157,11 @@ def test_another_method_is_refused(change, words, going_on):
 def test_a_name_in_allow_is_looked_up_in_a_new_run_too(arguments, tmp_path):
     flags = ["--config=configs/erc.py:debug", *arguments, f"--workdir={tmp_path / 'new'}"]
     code, printed, _ = start("train.py", [*flags, "--config.resume.allow=('modle',)"], tmp_path)
-    assert code == 2 and "'modle'" in printed.splitlines()[-1] and "'model'" in printed.splitlines()[-1], printed
+    assert (
+        code == 2
+        and "'modle'" in printed.splitlines()[-1]
+        and "'model'" in printed.splitlines()[-1]
+    ), printed
     assert not (tmp_path / "new").exists()
 
 
@@ -206,18 +217,26 @@ def test_another_loss_and_batch_size_are_said_kept_and_go_on_with_the_next_row(g
     assert code == 0 and "from step 7 on: losses.erc.weight 1.0 -> 0.0" in said, printed
     for name in ("eval.json", "report.json"):
         report = json.loads((going_on.workdir / name).read_text())
-        assert report["step"] == 9 and "from step 7 on: train.batch_size 8 -> 4" in report["history"]
+        assert (
+            report["step"] == 9 and "from step 7 on: train.batch_size 8 -> 4" in report["history"]
+        )
     code, printed, said = going_on(
-        "--config.train.steps=10", "--config.train.batch_size=4", "--config.model.dtype=bfloat16", config="vanilla"
+        "--config.train.steps=10",
+        "--config.train.batch_size=4",
+        "--config.model.dtype=bfloat16",
+        config="vanilla",
     )
     assert code == 0 and "losses.erc.weight" not in said, printed
     meta = read_meta(going_on.workdir)
     assert meta["rows"] == 64 and change in meta["history"]
 
 
-def test_a_step_after_another_batch_size_reads_the_next_rows_and_so_do_its_last_words(going_on, place):
-    # 48 rows were read in batches of 8; steps of 5 rows go on with row 48, 53, …, until a number is not finite: then,
-    # since none is to be skipped, the run stops and keeps its last good checkpoint.
+def test_a_step_after_another_batch_size_reads_the_next_rows_and_so_do_its_last_words(
+    going_on, place
+):
+    # 48 rows were read in batches of 8; steps of 5 rows go on with row 48, 53, …, until a number is
+    # not finite: then, since none is to be skipped, the run stops and keeps its last good
+    # checkpoint.
     code, printed, _ = going_on(
         "--config.train.steps=40",
         "--config.train.batch_size=5",
@@ -241,7 +260,11 @@ def test_a_step_after_another_batch_size_reads_the_next_rows_and_so_do_its_last_
     step = int(path.stem.removeprefix("batch-"))
     assert step > STEPS + 1  # of which the second batch of another size is one
     data = base.get_config("debug").data.to_dict()
-    data |= {"sources": (str(place / "text"),), "cache_dir": str(place / "cache"), "validation_fraction": 0.1}
+    data |= {
+        "sources": (str(place / "text"),),
+        "cache_dir": str(place / "cache"),
+        "validation_fraction": 0.1,
+    }
     corpus = text.prepare(text.DataConfig(**data))
     rows = text.train_batches(corpus, LENGTH, 1, 0)
     first = STEPS * BATCH + (step - STEPS - 1) * 5
@@ -252,9 +275,16 @@ def test_a_step_after_another_batch_size_reads_the_next_rows_and_so_do_its_last_
 def test_an_extended_run_says_what_becomes_of_the_learning_rate_and_logs_it(going_on):
     code, printed, _ = going_on("--config.train.steps=12", "--config.checkpoint.every=100")
     assert code == 0, printed
-    # The cosine of 6 steps, 2 of them warm-up, ends at 0.1 of the peak; of 12 steps it is at 0.69 after 6.
+    # The cosine of 6 steps, 2 of them warm-up, ends at 0.1 of the peak; of 12 steps it is at 0.69
+    # after 6.
     (line,) = [line for line in printed.splitlines() if line.startswith("from step 7 on: ")]
-    for words in ("train.steps 6 -> 12", "(0.69 of the peak)", "(0.10 of the peak)", "(0.23 of the peak)", "wsd"):
+    for words in (
+        "train.steps 6 -> 12",
+        "(0.69 of the peak)",
+        "(0.10 of the peak)",
+        "(0.23 of the peak)",
+        "wsd",
+    ):
         assert words in line, line
     found = metrics(going_on.workdir, "optimizer/learning_rate")
     optimizer = OptimizerConfig(**erc.get_config("debug").optimizer)
@@ -266,8 +296,13 @@ def test_an_extended_run_says_what_becomes_of_the_learning_rate_and_logs_it(goin
 def test_a_wsd_run_that_is_extended_before_it_decays_keeps_its_rate():
     config = base.get_config("debug").to_dict()
     config["optimizer"] |= {"schedule": "wsd", "decay_fraction": 0.25}
-    earlier = resume.read({"config": config | {"train": config["train"] | {"steps": 8}}, "data": {"tokenizer": ""}}, 6)
-    rates = [resume._rates(config | {"train": config["train"] | {"steps": steps}})(6) for steps in (8, 16)]
+    earlier = resume.read(
+        {"config": config | {"train": config["train"] | {"steps": 8}}, "data": {"tokenizer": ""}}, 6
+    )
+    rates = [
+        resume._rates(config | {"train": config["train"] | {"steps": steps}})(6)
+        for steps in (8, 16)
+    ]
     assert earlier.rows == 48 and rates == ["0.003 (1.00 of the peak)"] * 2
 
 
@@ -309,14 +344,23 @@ def test_a_source_that_has_grown(copied):
     (place / "words" / "new.txt").write_text("a document that came later " * 40)
     (place / "words" / "00.txt").write_text("another text in an old file " * 40)
     (place / "words" / "01.txt").unlink()
-    grown = ["1 file added (new.txt)", "1 file removed (01.txt)", "1 file changed (00.txt)", "data.sources"]
+    grown = [
+        "1 file added (new.txt)",
+        "1 file removed (01.txt)",
+        "1 file changed (00.txt)",
+        "data.sources",
+    ]
 
     # as long as its text is in the cache
     code, printed, said = start("eval.py", [f"--workdir={place / 'run'}"], place)
     assert code == 0 and all(words in said for words in grown), printed
     found = json.loads((place / "run" / "eval.json").read_text())
-    validated = {key for key in before["measures"] if key.startswith(("validation", "bits_per_byte"))}
-    assert len(validated) == 4 and all(found["measures"][key] == before["measures"][key] for key in validated)
+    validated = {
+        key for key in before["measures"] if key.startswith(("validation", "bits_per_byte"))
+    }
+    assert len(validated) == 4 and all(
+        found["measures"][key] == before["measures"][key] for key in validated
+    )
     code, printed, said = train("--config.train.steps=7")
     assert code == 0 and all(words in said for words in [*grown, "goes on with the text"]), printed
 
@@ -337,14 +381,22 @@ def test_a_source_that_has_grown(copied):
     code, printed, said = train("--config.train.steps=8", "--config.resume.allow=('data',)")
     assert code == 0 and "from step 8 on: data.sources text " in said, printed
     history = read_meta(place / "run")["history"]
-    assert [change["key"] for change in history if change["from_step"] == 8] == ["train.steps", "data.sources"]
+    assert [change["key"] for change in history if change["from_step"] == 8] == [
+        "train.steps",
+        "data.sources",
+    ]
     code, printed, said = start("eval.py", [f"--workdir={place / 'run'}"], place)
-    assert code == 0 and "measured on other text" in said and "from step 8 on: data.sources" in said, printed
+    assert (
+        code == 0 and "measured on other text" in said and "from step 8 on: data.sources" in said
+    ), printed
 
 
 @pytest.fixture
 def movable(place):
-    """The directory of the shared run's text; afterwards the text is where it was, file for file."""
+    """The directory of the shared run's text.
+
+    Afterwards the text is where it was, file for file.
+    """
     yield place
     for name in ("moved", "again"):
         if (place / name).exists():
@@ -374,7 +426,11 @@ def earlier_version(text_directory, tmp_path):
     """(config, meta) of a checkpoint as they were before rows were counted and streams were listed."""
     shutil.copytree(text_directory, tmp_path / "words")
     config = erc.get_config("debug")
-    config.data.update(sources=(str(tmp_path / "words"),), cache_dir=str(tmp_path / "cache"), validation_fraction=0.1)
+    config.data.update(
+        sources=(str(tmp_path / "words"),),
+        cache_dir=str(tmp_path / "cache"),
+        validation_fraction=0.1,
+    )
     settings = config.to_dict()
     corpus = text.prepare(text.DataConfig(**settings["data"]))
     data = {"tokenizer": corpus.tokenizer.identity, "corpus": corpus.identity}

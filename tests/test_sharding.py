@@ -18,7 +18,14 @@ def test_data_takes_what_expert_leaves():
 
 @pytest.mark.parametrize(
     "data, expert, numbers",
-    [(-1, 3, ["8", "3"]), (3, -1, ["8", "3"]), (16, 1, ["16", "8"]), (0, 1, ["0"]), (1, 0, ["0"]), (-1, -1, ["-1"])],
+    [
+        (-1, 3, ["8", "3"]),
+        (3, -1, ["8", "3"]),
+        (16, 1, ["16", "8"]),
+        (0, 1, ["0"]),
+        (1, 0, ["0"]),
+        (-1, -1, ["-1"]),
+    ],
 )
 def test_a_mesh_that_the_devices_do_not_make_is_refused(data, expert, numbers):
     with pytest.raises(ValueError) as refusal:
@@ -28,10 +35,16 @@ def test_a_mesh_that_the_devices_do_not_make_is_refused(data, expert, numbers):
 
 def test_expert_groups_stay_within_a_slice():
     devices = [
-        types.SimpleNamespace(slice_index=index % 2, platform="cpu", device_kind="cpu", id=index) for index in range(8)
+        types.SimpleNamespace(slice_index=index % 2, platform="cpu", device_kind="cpu", id=index)
+        for index in range(8)
     ]
     slices_DE = [[device.slice_index for device in row] for row in sharding.lay_out(devices, 4, 2)]
-    assert slices_DE == [[0, 0], [0, 0], [1, 1], [1, 1]]  # data crosses the slow network once, experts never
+    assert slices_DE == [
+        [0, 0],
+        [0, 0],
+        [1, 1],
+        [1, 1],
+    ]  # data crosses the slow network once, experts never
     with pytest.raises(ValueError, match=r"mesh.data: 1 .* 2 slices"):
         sharding.lay_out(devices, 1, 8)
 
@@ -43,7 +56,8 @@ def test_a_mesh_that_leaves_a_process_without_devices_is_refused():
 
 
 @pytest.mark.parametrize(
-    "experts, expert_width, shape", [(16, 64, (1, 8)), (2, 64, (4, 2)), (2, 6, (2, 2)), (3, 9, (1, 1))]
+    "experts, expert_width, shape",
+    [(16, 64, (1, 8)), (2, 64, (4, 2)), (2, 6, (2, 2)), (3, 9, (1, 1))],
 )
 def test_what_was_trained_elsewhere_finds_a_mesh(experts, expert_width, shape):
     model = types.SimpleNamespace(experts=experts, expert_width=expert_width, width=48, kv_width=16)
@@ -56,11 +70,14 @@ def router_parameters(config):
 
 def test_the_plan_counts_what_a_device_holds(model_config, capsys):
     mesh, leaf = sharding.make_mesh(2, 4), jax.ShapeDtypeStruct((3, 4, 8, 8), jnp.float32)
-    params = {"layers": {"moe": {"w_gate": leaf, "router": jax.ShapeDtypeStruct((3, 4, 8), jnp.float32)}}}
+    params = {
+        "layers": {"moe": {"w_gate": leaf, "router": jax.ShapeDtypeStruct((3, 4, 8), jnp.float32)}}
+    }
     count = jax.ShapeDtypeStruct((), jnp.int32)
     state = TrainState(count, params, (params, params), count, {}, {}, {})
     abstract = sharding.shard_state(mesh, state, router_parameters(model_config()))
-    # 3 layers x 1 of 4 experts x 8 x 4 of 8 hidden units, and 3 x 4 x 8 router weights, of which 4 columns by moments
+    # 3 layers x 1 of 4 experts x 8 x 4 of 8 hidden units, and 3 x 4 x 8 router weights, of which 4
+    # columns by moments
     assert sharding.bytes_per_device(abstract.params) == 4 * (96 + 96)
     assert sharding.bytes_per_device(abstract.opt_state) == 2 * 4 * (96 + 48)
     sharding.print_plan(abstract)
@@ -69,15 +86,30 @@ def test_the_plan_counts_what_a_device_holds(model_config, capsys):
 
 
 def test_moments_lie_where_their_parameters_lie_and_the_routers_are_split_too(model_config):
-    leaf, count = jax.ShapeDtypeStruct((3, 4, 8, 8), jnp.float32), jax.ShapeDtypeStruct((), jnp.int32)
+    leaf, count = (
+        jax.ShapeDtypeStruct((3, 4, 8, 8), jnp.float32),
+        jax.ShapeDtypeStruct((), jnp.int32),
+    )
     params = {"layers": {"moe": {"w_gate": leaf, "w_down": leaf, "router": leaf}}}
-    state = TrainState(count, params, ({"mu": params}, count), count, {"bias": count}, {"load_balance": count}, {})
-    placed = sharding.shard_state(sharding.make_mesh(2, 2), state, router_parameters(model_config()))
+    state = TrainState(
+        count, params, ({"mu": params}, count), count, {"bias": count}, {"load_balance": count}, {}
+    )
+    placed = sharding.shard_state(
+        sharding.make_mesh(2, 2), state, router_parameters(model_config())
+    )
     specs = jax.tree.map(lambda leaf: leaf.sharding.spec, placed)
     experts = {"w_gate": P(None, "expert", None, "data"), "w_down": P(None, "expert", "data", None)}
     assert specs.params["layers"]["moe"] == experts | {"router": P(*(None,) * 4)}
-    assert specs.opt_state[0]["mu"]["layers"]["moe"] == experts | {"router": P(None, None, None, "data")}
-    assert specs.step == specs.opt_state[1] == specs.router["bias"] == specs.loss_scales["load_balance"] == P()
+    assert specs.opt_state[0]["mu"]["layers"]["moe"] == experts | {
+        "router": P(None, None, None, "data")
+    }
+    assert (
+        specs.step
+        == specs.opt_state[1]
+        == specs.router["bias"]
+        == specs.loss_scales["load_balance"]
+        == P()
+    )
 
 
 @pytest.mark.parametrize("change, words", [
@@ -100,9 +132,15 @@ def test_sizes_that_do_not_divide_are_refused_with_both_numbers(change, words):
         "eval_batch_size": 8,
     }
     sizes |= change
-    model = types.SimpleNamespace(**{name: sizes[name] for name in ("experts", "width", "kv_width", "expert_width")})
+    model = types.SimpleNamespace(
+        **{name: sizes[name] for name in ("experts", "width", "kv_width", "expert_width")}
+    )
     with pytest.raises(ValueError) as refusal:
         sharding.check(
-            sharding.make_mesh(2, 4), model, sizes["batch_size"], sizes["micro_batches"], sizes["eval_batch_size"]
+            sharding.make_mesh(2, 4),
+            model,
+            sizes["batch_size"],
+            sizes["micro_batches"],
+            sizes["eval_batch_size"],
         )
     assert all(word in str(refusal.value) for word in words)

@@ -30,7 +30,9 @@ def numbers(text):
 def test_on_a_terminal_of_any_width(columns):
     leader, follower = pty.openpty()
     environment = os.environ | {"COLUMNS": str(columns), "TERM": "dumb"}
-    program = subprocess.Popen([sys.executable, "-c", PROGRAM], cwd=ROOT, stdout=follower, env=environment)
+    program = subprocess.Popen(
+        [sys.executable, "-c", PROGRAM], cwd=ROOT, stdout=follower, env=environment
+    )
     os.close(follower)
     text = b""
     while piece := _read(leader):
@@ -58,9 +60,17 @@ def test_redirected_it_does_not_depend_on_the_terminal(columns, capsys, monkeypa
 
 
 def test_names_are_no_markup_and_move_no_cursor(capsys):
-    print_table("[/b]", ("[/i]", "[bold]"), [("runs/lr[/x]", "[red]1"), ("a\x1b[2Jb\nc", "2")], [(":smile:", "3")])
+    print_table(
+        "[/b]",
+        ("[/i]", "[bold]"),
+        [("runs/lr[/x]", "[red]1"), ("a\x1b[2Jb\nc", "2")],
+        [(":smile:", "3")],
+    )
     text = capsys.readouterr().out
-    assert all(name in text for name in ("[/b]", "[/i]", "[bold]", "runs/lr[/x]", "[red]1", ":smile:", "\\x1b[2Jb\\nc"))
+    assert all(
+        name in text
+        for name in ("[/b]", "[/i]", "[bold]", "runs/lr[/x]", "[red]1", ":smile:", "\\x1b[2Jb\\nc")
+    )
     assert "\x1b" not in text
 
 

@@ -50,7 +50,9 @@ def test_of_trees_every_leaf_has_its_own_size_and_whole_numbers_none():
     differs({"large": np.float32([1e6])}, expected, terms=100)
 
 
-@pytest.mark.parametrize("found, expected", [(np.nan, 1.0), (1.0, np.nan), (np.inf, 1.0), (-np.inf, np.inf)])
+@pytest.mark.parametrize(
+    "found, expected", [(np.nan, 1.0), (1.0, np.nan), (np.inf, 1.0), (-np.inf, np.inf)]
+)
 def test_what_is_not_finite_is_like_itself_alone(found, expected):
     assert_close(np.float32([1, expected]), [1, expected], terms=1)
     differs(np.float32([1, found]), [1, expected], terms=1000)
@@ -64,9 +66,13 @@ def test_terms_that_would_hide_a_fault_are_refused():
 def test_a_change_is_known_to_its_own_size():
     start, step = np.float32([1.0, 2.0]), np.float32([1e-2, -2e-2])
     assert_same_change(start, start + step, np.float64(start) + step, terms=100)
-    assert_close(start + 1.001 * step, start + step, terms=400)  # compared themselves, they would hide it
+    assert_close(
+        start + 1.001 * step, start + step, terms=400
+    )  # compared themselves, they would hide it
     with pytest.raises(AssertionError):
-        assert_same_change(start, start + np.float32(1.001) * step, np.float64(start) + step, terms=100)
+        assert_same_change(
+            start, start + np.float32(1.001) * step, np.float64(start) + step, terms=100
+        )
 
 
 def test_a_tie_is_not_decided():

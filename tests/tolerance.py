@@ -1,18 +1,20 @@
 """When two arrays of floating-point numbers are the same: as far apart as rounding can bring them on any processor.
 
-A sum of n numbers depends on their order, which a processor's vector width, its fused multiply-adds, the number of
-threads and the version of a compiler decide. Each of its additions rounds by at most half a unit in the last place
-(`eps`, 2^-23 for float32) of what is summed so far, so two orders differ by at most n eps times the sum of the
-magnitudes. An element near 0 is such a sum whose terms cancel: it is known no better than its neighbours are, so that a
-tolerance relative to each element fails there for no fault. The size of the terms is read off the largest element:
+A sum of n numbers depends on their order, which a processor's vector width, its fused
+multiply-adds, the number of threads and the version of a compiler decide. Each of its additions
+rounds by at most half a unit in the last place (`eps`, 2^-23 for float32) of what is summed so far,
+so two orders differ by at most n eps times the sum of the magnitudes. An element near 0 is such a
+sum whose terms cancel: it is known no better than its neighbours are, so that a tolerance relative
+to each element fails there for no fault. The size of the terms is read off the largest element:
 
     |actual - expected| <= terms * eps * max |expected|
 
-terms: the length of the longest chain of roundings that leads to an element. A matmul over D has D; matmuls one after
-another add theirs; a quotient, root, exponential or logarithm, which libraries compute to a few units, counts four.
-Cases by hand, of two or three numbers, have 4 to 16.
+terms: the length of the longest chain of roundings that leads to an element. A matmul over D has D;
+matmuls one after another add theirs; a quotient, root, exponential or logarithm, which libraries
+compute to a few units, counts four. Cases by hand, of two or three numbers, have 4 to 16.
 
-`pytest.approx` allows 1e-6 of the number itself, eight units of float32: for numbers by hand of sums of so few terms.
+`pytest.approx` allows 1e-6 of the number itself, eight units of float32: for numbers by hand of
+sums of so few terms.
 """
 
 import jax
@@ -62,7 +64,9 @@ def _assert_leaf(actual, expected, terms, largest, label):
         np.testing.assert_array_equal(actual, expected, err_msg=label)
         return
     if eps == 2.0**-23 and terms * eps > FAULT:
-        raise ValueError(f"{terms} terms in float32 allow {terms * eps:.0e}: a fault of {FAULT:.0e} would not be seen")
+        raise ValueError(
+            f"{terms} terms in float32 allow {terms * eps:.0e}: a fault of {FAULT:.0e} would not be seen"
+        )
     actual, expected = np.float64(actual), np.float64(expected)
     size = magnitude(expected) if largest is None else largest
     np.testing.assert_allclose(actual, expected, rtol=0, atol=terms * eps * size, err_msg=label)
@@ -74,7 +78,9 @@ def assert_decided(scores, count=1, terms=1000):
     ordered = -np.sort(-np.float64(scores), axis=-1)
     gaps = -np.diff(ordered, axis=-1)[..., :count]
     needed = terms * _eps(scores.dtype) * magnitude(scores)
-    assert (gaps > needed).all(), f"a gap of {gaps.min():.1e}, where rounding may move scores by {needed:.1e}"
+    assert (gaps > needed).all(), (
+        f"a gap of {gaps.min():.1e}, where rounding may move scores by {needed:.1e}"
+    )
 
 
 def within(terms, dtype=np.float32):
@@ -89,22 +95,37 @@ def magnitude(array):
 
 
 def _as_array(value):
-    return value if isinstance(value, np.ndarray | np.generic) else np.asarray(jax.device_get(value))
+    return (
+        value if isinstance(value, np.ndarray | np.generic) else np.asarray(jax.device_get(value))
+    )
 
 
 def _eps(dtype):
     """Of a floating-point dtype, bfloat16 and the like among them; 0 of any other."""
-    return float(jax.numpy.finfo(dtype).eps) if jax.numpy.issubdtype(dtype, jax.numpy.floating) else 0.0
+    return (
+        float(jax.numpy.finfo(dtype).eps)
+        if jax.numpy.issubdtype(dtype, jax.numpy.floating)
+        else 0.0
+    )
 
 
 def assert_same_change(start, actual, expected, terms, steps=1, label=""):
     """What steps have made of `start`: known to the terms of the steps together, and to a rounding of the sum a step.
 
-    Parameters are large where steps are small: compared themselves, they would hide a gradient that is wrong.
+    Parameters are large where steps are small: compared themselves, they would hide a gradient that
+    is wrong.
     """
-    assert jax.tree.structure(start) == jax.tree.structure(actual) == jax.tree.structure(expected), label
+    assert (
+        jax.tree.structure(start) == jax.tree.structure(actual) == jax.tree.structure(expected)
+    ), label
     leaves = jax.tree.leaves_with_path(start), jax.tree.leaves(actual), jax.tree.leaves(expected)
     for (path, before), found, right in zip(*leaves, strict=True):
         before, found, right = (np.float64(_as_array(leaf)) for leaf in (before, found, right))
         size = magnitude(right - before) + magnitude(before) * steps / terms
-        _assert_leaf(np.float32(found - before), right - before, terms, size, label + jax.tree_util.keystr(path))
+        _assert_leaf(
+            np.float32(found - before),
+            right - before,
+            terms,
+            size,
+            label + jax.tree_util.keystr(path),
+        )

@@ -2,8 +2,9 @@
 
     alignment = |r @ W| / (|r| sigma_max(W))     in [0, 1]; 1 if r is the gate's first left singular vector
 
-sigma_max without an SVD, which is slow on TPUs: for the Gram matrix G of W, P = G^(2^s) is all but rank 1, and
-sigma_max^2 = tr(G P) / tr(P). Squarings double the power; each is renormalised, or it would leave the range of float32.
+sigma_max without an SVD, which is slow on TPUs: for the Gram matrix G of W, P = G^(2^s) is all but
+rank 1, and sigma_max^2 = tr(G P) / tr(P). Squarings double the power; each is renormalised, or it
+would leave the range of float32.
 """
 
 import jax
@@ -14,13 +15,16 @@ from jax.sharding import PartitionSpec as P
 from moe_erc.measures.weights import unit_rows
 from moe_erc.numerics import divide
 
-SQUARINGS = 10  # 1,024 power steps: sigma_max to 1e-5 for random gates, to log(min(D, F)) / 2,048 for any
+SQUARINGS = (
+    10  # 1,024 power steps: sigma_max to 1e-5 for random gates, to log(min(D, F)) / 2,048 for any
+)
 
 
 def alignment(router_LED, w_gate_LEDF, mesh=None):
     """By expert, (L, E) float32; 0 for a zero row or a zero gate. One layer at a time in float32.
 
-    With the mesh on which the gates lie, P(None, expert, None, data): a device's own experts, whole; split by expert.
+    With the mesh on which the gates lie, P(None, expert, None, data): a device's own experts,
+    whole; split by expert.
     """
     if mesh is None:
         return lax.map(lambda layer: _of_layer(*layer), (router_LED, w_gate_LEDF))
@@ -31,21 +35,28 @@ def alignment(router_LED, w_gate_LEDF, mesh=None):
             router_JD, w_slice_JDF = router_and_gates
             return _of_layer(router_JD, lax.all_gather(w_slice_JDF, data, axis=2, tiled=True))
 
-        # Devices along data have computed the same, which the type of what they gathered does not tell.
+        # Devices along data have computed the same, which the type of what they gathered does not
+        # tell.
         return lax.pmax(lax.map(layer, (router_LJD, w_gate_LJDF)), data)
 
     specs = (P(None, expert), P(None, expert, None, data))
-    return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=P(None, expert))(router_LED, w_gate_LEDF)
+    return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=P(None, expert))(
+        router_LED, w_gate_LEDF
+    )
 
 
 def _of_layer(router_ED, w_gate_EDF):
-    unit_ED, w_gate_EDF = unit_rows(router_ED), w_gate_EDF.astype(jnp.float32)
+    unit_ED = unit_rows(router_ED)
+    w_gate_EDF = w_gate_EDF.astype(jnp.float32)
     response_EF = jnp.einsum("ed,edf->ef", unit_ED, w_gate_EDF, precision="highest")
     return divide(jnp.linalg.norm(response_EF, axis=-1), largest_singular_value(w_gate_EDF))
 
 
 def largest_singular_value(w_EDF):
-    """sigma_max of every matrix, (E,) float32, never above it by more than rounding; 0 for a matrix of zeros."""
+    """sigma_max of every matrix, (E,) float32, never above it by more than rounding.
+
+    0 for a matrix of zeros.
+    """
     w_EDF = w_EDF.astype(jnp.float32)
     scale_E = jnp.max(jnp.abs(w_EDF), axis=(1, 2))
     w_EDF = divide(w_EDF, scale_E[:, None, None])  # squares of small weights would underflow

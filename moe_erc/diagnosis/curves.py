@@ -12,7 +12,8 @@ from moe_erc.checks import BadInput
 def read_metrics(path):
     """{metric name: (steps_N, values_N)}, or values_NL of a metric that has a value a layer; null reads as NaN.
 
-    Steps ascend; what was written last of a step counts. A last line that a killed run tore is left out.
+    Steps ascend; what was written last of a step counts. A last line that a killed run tore is left
+    out.
 
     Raises:
       ValueError: for any other line that is not JSON.

@@ -1,7 +1,8 @@
 """Figures of coupling, expert use and training: arrays in, a `matplotlib.figure.Figure` out.
 
-One look for all. A line has an Okabe-Ito colour, a dash and a marker of its own, so that it can be told from the others
-in grey and by colour-blind eyes; the lightness of a map follows its value. No pyplot: no window, no global figures.
+One look for all. A line has an Okabe-Ito colour, a dash and a marker of its own, so that it can be
+told from the others in grey and by colour-blind eyes; the lightness of a map follows its value. No
+pyplot: no window, no global figures.
 """
 
 import io
@@ -55,23 +56,35 @@ def png(figure):
 def curves(panels, xlabel, runs=()):
     """A panel a measure, {its label (its unit): {run: (x_N, y_N)}}; a run has one look, by its place in `runs`.
 
-    Of values by layer, y_NL, the line is the mean and the band reaches from the lowest layer to the highest.
+    Of values by layer, y_NL, the line is the mean and the band reaches from the lowest layer to the
+    highest.
     """
     runs = list(dict.fromkeys([*runs, *(run for series in panels.values() for run in series)]))
     figure, axes = _panels(len(panels), 2, 0.65, sharex=True)
     lines = {}
     for ax, (ylabel, series) in zip(axes, panels.items(), strict=True):
         for run, (x_N, y) in series.items():
-            y_NL, style = np.reshape(np.asarray(y, float), (len(x_N), -1)), _style(runs.index(run))
-            (lines[run],) = ax.plot(x_N, y_NL.mean(axis=1), markevery=-(-len(x_N) // 12), label=run, **style)
+            y_NL = np.reshape(np.asarray(y, float), (len(x_N), -1))
+            style = _style(runs.index(run))
+            (lines[run],) = ax.plot(
+                x_N, y_NL.mean(axis=1), markevery=-(-len(x_N) // 12), label=run, **style
+            )
             if y_NL.shape[1] > 1:
-                ax.fill_between(x_N, y_NL.min(axis=1), y_NL.max(axis=1), color=style["color"], alpha=0.25 / len(runs))
+                ax.fill_between(
+                    x_N,
+                    y_NL.min(axis=1),
+                    y_NL.max(axis=1),
+                    color=style["color"],
+                    alpha=0.25 / len(runs),
+                )
             ax.xaxis.get_major_locator().set_params(integer=np.asarray(x_N).dtype.kind == "i")
         ax.set(xlabel=xlabel, ylabel=ylabel.replace(" (", "\n("))
         ax.tick_params(labelbottom=True)
         ax.grid(axis="y")
     if len(lines) > 1:
-        figure.legend(handles=list(lines.values()), loc="outside upper left", ncols=2 * min(len(panels), 2))
+        figure.legend(
+            handles=list(lines.values()), loc="outside upper left", ncols=2 * min(len(panels), 2)
+        )
     return figure
 
 
@@ -102,7 +115,9 @@ def coupling_maps(M_LEE, layers):
 def coactivation_maps(share_LEE, layers):
     """A panel a layer, without the diagonal, which is 1."""
     labels = "expert chosen as well", "chosen expert", COACTIVATION.unit
-    return _square_maps(np.where(np.eye(share_LEE.shape[-1], dtype=bool), np.nan, share_LEE), layers, labels)
+    return _square_maps(
+        np.where(np.eye(share_LEE.shape[-1], dtype=bool), np.nan, share_LEE), layers, labels
+    )
 
 
 @matplotlib.rc_context(LOOK)
@@ -131,7 +146,9 @@ def gate_points(points_N2, owner_N):
 @matplotlib.rc_context(LOOK)
 def _square_maps(matrix_LEE, layers, labels):
     figure, axes = _panels(len(layers), 4, 1)
-    panels = {f"layer {layer}": matrix_EE for layer, matrix_EE in zip(layers, matrix_LEE, strict=True)}
+    panels = {
+        f"layer {layer}": matrix_EE for layer, matrix_EE in zip(layers, matrix_LEE, strict=True)
+    }
     _colorbar(figure, axes, _draw(axes, panels, labels[:2], "equal"), labels[2])
     return figure
 
@@ -159,7 +176,8 @@ def _ticks(names):
 
 def _panels(count, columns, aspect, **share):
     """A figure, and its axes row by row: as wide as the page, or half as wide for one."""
-    rows, columns = -(-count // columns), min(count, columns)
+    rows = -(-count // columns)
+    columns = min(count, columns)
     width = WIDTH / max(columns, 2)
     figure = Figure(figsize=(width * columns, width * aspect * rows), layout="constrained")
     axes = list(figure.subplots(rows, columns, squeeze=False, **share).flat)

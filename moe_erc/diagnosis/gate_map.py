@@ -14,12 +14,16 @@ def gate_map(w_gate_EDF, experts, perplexity, seed):
       ValueError: for an expert that is not there, or without scikit-learn.
     """
     if unknown := [expert for expert in experts if not 0 <= expert < len(w_gate_EDF)]:
-        raise BadInput(f"expert {unknown[0]} is not one of the {len(w_gate_EDF)} experts, 0 to {len(w_gate_EDF) - 1}")
+        raise BadInput(
+            f"expert {unknown[0]} is not one of the {len(w_gate_EDF)} experts, 0 to {len(w_gate_EDF) - 1}"
+        )
     try:
         from sklearn.manifold import TSNE  # seconds of import
     except ImportError:
         raise BadInput('a map of gates needs scikit-learn: pip install -e ".[plot]"') from None
-    columns_ND = np.concatenate([np.asarray(w_gate_EDF[expert], np.float32).T for expert in experts])
+    columns_ND = np.concatenate(
+        [np.asarray(w_gate_EDF[expert], np.float32).T for expert in experts]
+    )
     owner_N = np.repeat(experts, w_gate_EDF.shape[-1])
     tsne = TSNE(init="pca", perplexity=min(perplexity, len(columns_ND) - 1), random_state=seed)
     return tsne.fit_transform(columns_ND), owner_N

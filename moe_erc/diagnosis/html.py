@@ -1,7 +1,7 @@
 """A report as one HTML file: its figures are inside, there is no script, and nothing is fetched.
 
-The page prints well and follows a dark desktop. The template library escapes every text, so that names and captions
-are shown as they are written.
+The page prints well and follows a dark desktop. The template library escapes every text, so that
+names and captions are shown as they are written.
 """
 
 import base64

@@ -7,11 +7,16 @@ class Continuation:
     """Ends before a stop token, one of them the end of text, or before the first stop string to be complete."""
 
     def __init__(self, tokenizer, prompt, sampling):
-        self.prompt_ids = list(tokenizer.encode(prompt)) or [tokenizer.eos_id]  # after which a document starts
-        self.text, self.ended = "", False
-        self._ids, self._decode = [], tokenizer.decode
+        self.prompt_ids = list(tokenizer.encode(prompt)) or [
+            tokenizer.eos_id
+        ]  # after which a document starts
+        self.text = ""
+        self.ended = False
+        self._ids = []
+        self._decode = tokenizer.decode
         self._prompt_length = len(self._decode(self.prompt_ids))
-        self._stop_ids, self._stop_texts = {tokenizer.eos_id, *sampling.stop_ids}, sampling.stop_texts
+        self._stop_ids = {tokenizer.eos_id, *sampling.stop_ids}
+        self._stop_texts = sampling.stop_texts
 
     def extend(self, ids):
         """Appends tokens; those behind the end are dropped."""
@@ -20,7 +25,8 @@ class Continuation:
             if self.ended:
                 break
             self._ids.append(token)
-        # Decoded together with the prompt: some tokenizers write the first token of a text in another way.
+        # Decoded together with the prompt: some tokenizers write the first token of a text in
+        # another way.
         text = self._decode(self.prompt_ids + self._ids)[self._prompt_length :]
         found = [(at + len(stop), at) for stop in self._stop_texts if (at := text.find(stop)) >= 0]
         self.ended |= bool(found)
@@ -33,4 +39,6 @@ class Continuation:
             return self.text
         text = self.text.removesuffix(INCOMPLETE)
         begun = (stop[:length] for stop in self._stop_texts for length in range(len(stop)))
-        return text[: len(text) - max((len(start) for start in begun if text.endswith(start)), default=0)]
+        return text[
+            : len(text) - max((len(start) for start in begun if text.endswith(start)), default=0)
+        ]

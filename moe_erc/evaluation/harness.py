@@ -1,6 +1,7 @@
 """A model as the lm-evaluation-harness knows one (EleutherAI, `lm_eval`): strings in, scores or text out.
 
-Every process of a run asks the same and is told the same; the harness itself knows of one process only.
+Every process of a run asks the same and is told the same; the harness itself knows of one process
+only.
 """
 
 import collections
@@ -11,7 +12,9 @@ from moe_erc.checks import BadInput
 from moe_erc.evaluation import generate
 from moe_erc.evaluation.scoring import Scorer, grow
 
-os.environ.setdefault("DISABLE_MULTIPROC", "1")  # the harness would fork a process that has the threads of JAX
+os.environ.setdefault(
+    "DISABLE_MULTIPROC", "1"
+)  # the harness would fork a process that has the threads of JAX
 try:
     from lm_eval.api.model import TemplateLM
     from lm_eval.evaluator import evaluate
@@ -19,7 +22,9 @@ try:
     from lm_eval.tasks import TaskManager
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 except ImportError:
-    raise BadInput('tasks need the lm-evaluation-harness, which is missing: pip install -e ".[eval]"') from None
+    raise BadInput(
+        'tasks need the lm-evaluation-harness, which is missing: pip install -e ".[eval]"'
+    ) from None
 
 __all__ = ("LanguageModel", "Rehearsal", "TaskManager", "evaluate")
 NEW_TOKENS = 256  # at most, where a task does not say
@@ -34,7 +39,9 @@ class LanguageModel(TemplateLM):
     def __init__(self, model, weights, tokenizer, shape_BT):
         super().__init__()
         self.weights = weights
-        self._model, self._tokenizer, self._rows = model, tokenizer, shape_BT[0]
+        self._model = model
+        self._tokenizer = tokenizer
+        self._rows = shape_BT[0]
         self._scorer = Scorer(model, shape_BT)
 
     @functools.cached_property
@@ -56,14 +63,19 @@ class LanguageModel(TemplateLM):
         return super().loglikelihood(requests, disable_tqdm)
 
     def _loglikelihood_tokens(self, requests, **_):
-        return self._scorer.run(self.weights, [(context, continuation) for _, context, continuation in requests])
+        return self._scorer.run(
+            self.weights, [(context, continuation) for _, context, continuation in requests]
+        )
 
     def loglikelihood_rolling(self, requests, disable_tqdm=True):
         """Every token once, in windows of the whole length, of which the first begins after an end of text."""
-        windows, owners = [], []
+        windows = []
+        owners = []
         for owner, request in enumerate(requests):
             tokens = self.tok_encode(request.args[0])
-            for window in get_rolling_token_windows(tokens, self.prefix_token_id, self.max_length, context_len=1):
+            for window in get_rolling_token_windows(
+                tokens, self.prefix_token_id, self.max_length, context_len=1
+            ):
                 windows.append(make_disjoint_window(window))
                 owners.append(owner)
         totals = [0.0] * len(requests)
@@ -72,18 +84,26 @@ class LanguageModel(TemplateLM):
         return totals
 
     def generate_until(self, requests, disable_tqdm=True):
-        """Prompts of the same settings together, longest first; a batch draws by a seed of its own."""
-        by_settings, found = collections.defaultdict(list), [None] * len(requests)
+        """Prompts of the same settings together, longest first.
+
+        A batch draws by a seed of its own.
+        """
+        by_settings = collections.defaultdict(list)
+        found = [None] * len(requests)
         for place, request in enumerate(requests):
             by_settings[repr(request.args[1])].append(place)
         for places in by_settings.values():
             options = self._sampling(requests[places[0]].args[1])
-            prompts = {place: self._cut(requests[place].args[0], options["new_tokens"]) for place in places}
+            prompts = {
+                place: self._cut(requests[place].args[0], options["new_tokens"]) for place in places
+            }
             places.sort(key=lambda place: len(prompts[place]), reverse=True)
             for start in range(0, len(places), self._rows):
                 batch = places[start : start + self._rows]
                 sampling = generate.Sampling(**options, seed=start)
-                texts = self._generator.run(self.weights, [prompts[place] for place in batch], sampling)
+                texts = self._generator.run(
+                    self.weights, [prompts[place] for place in batch], sampling
+                )
                 for place, text in zip(batch, texts, strict=True):
                     found[place] = text
         return found
@@ -101,9 +121,12 @@ class LanguageModel(TemplateLM):
 
     def _cut(self, prompt, new_tokens):
         """The end of a prompt that is too long beside the tokens to come."""
-        room, tokens = self.max_length - new_tokens, self._tokenizer.encode(prompt)
+        room = self.max_length - new_tokens
+        tokens = self._tokenizer.encode(prompt)
         if room < 1:
-            raise BadInput(f"{new_tokens} new tokens leave no room for a prompt in {self.max_length}")
+            raise BadInput(
+                f"{new_tokens} new tokens leave no room for a prompt in {self.max_length}"
+            )
         return prompt if len(tokens) <= room else self._tokenizer.decode(tokens[-room:])
 
 

@@ -15,17 +15,27 @@ MOST_TOKENS = 20_000_000  # of each domain are counted
 
 
 def ngram_losses(corpus) -> dict[str, float]:
-    """By measure and domain, and their means, of the validation streams; counts pool the training domains."""
+    """By measure and domain, and their means, of the validation streams.
+
+    Counts pool the training domains.
+    """
     vocabulary = corpus.tokenizer.vocab_size
-    pairs_VV = sum(_pairs(stream.tokens_N[:MOST_TOKENS], vocabulary) for stream in corpus.streams["train"].values())
+    pairs_VV = sum(
+        _pairs(stream.tokens_N[:MOST_TOKENS], vocabulary)
+        for stream in corpus.streams["train"].values()
+    )
     count_V = np.asarray(pairs_VV.sum(axis=0)).ravel()
     before_V = np.asarray(pairs_VV.sum(axis=1)).ravel()
     unigram_V = (count_V + 1) / (count_V.sum() + vocabulary)
     found = {}
     for domain, stream in corpus.streams["validation"].items():
         seen = _pairs(stream.tokens_N, vocabulary).tocoo()
-        before, after, times = seen.row, seen.col, seen.data
-        bigram = (np.asarray(pairs_VV[before, after]).ravel() + unigram_V[after]) / (before_V[before] + 1)
+        before = seen.row
+        after = seen.col
+        times = seen.data
+        bigram = (np.asarray(pairs_VV[before, after]).ravel() + unigram_V[after]) / (
+            before_V[before] + 1
+        )
         found[UNIGRAM.of(domain).key] = float(-times @ np.log(unigram_V[after]) / times.sum())
         found[BIGRAM.of(domain).key] = float(-times @ np.log(bigram) / times.sum())
     for measure in (UNIGRAM, BIGRAM):
@@ -38,4 +48,6 @@ def _pairs(tokens_N, vocabulary):
     """How often token b follows token a, as a sparse (V, V) matrix."""
     ids_N = np.asarray(tokens_N, np.int32)
     ones_N = np.ones(len(ids_N) - 1, np.int64)
-    return scipy.sparse.coo_array((ones_N, (ids_N[:-1], ids_N[1:])), shape=(vocabulary, vocabulary)).tocsr()
+    return scipy.sparse.coo_array(
+        (ones_N, (ids_N[:-1], ids_N[1:])), shape=(vocabulary, vocabulary)
+    ).tocsr()

@@ -1,7 +1,7 @@
 """Validation loss and bits per byte by domain, and where the tokens went.
 
-Loads are counts of assignments over all domains, divided once. Under top-p a domain whose tokens meet more experts has
-more of them.
+Loads are counts of assignments over all domains, divided once. Under top-p a domain whose tokens
+meet more experts has more of them.
 """
 
 import copy
@@ -26,7 +26,8 @@ PROBE_ROWS = 8  # sequences on which the outputs of all experts are compared
 class Perplexity:
     """Measures the model of `run(weights)` on `windows` of each domain, or on every target of every validation stream.
 
-    `token_losses(x_BTD, head_VD, targets_BT)` is the loss the model trains with; `put` places whole batches on devices.
+    `token_losses(x_BTD, head_VD, targets_BT)` is the loss the model trains with; `put` places whole
+    batches on devices.
     """
 
     def __init__(self, model, corpus, token_losses, put, shape_BT, windows=None):
@@ -35,13 +36,17 @@ class Perplexity:
                 "data.validation_fraction: no document is held out; raise it, or give a source with a validation split "
                 "(a directory of text may hold train/ and validation/)"
             )
-        self._corpus, self._put, self._shape_BT = corpus, put, shape_BT
+        self._corpus = corpus
+        self._put = put
+        self._shape_BT = shape_BT
         self._windows = windows
 
         @functools.partial(jax.jit, out_shardings=replicate(model.mesh))
         def sums(weights, batch):
             tokens = batch["inputs_BT"], batch["mask_BT"]
-            output = model.apply({"params": weights.params}, *tokens, weights.router, of_batch(batch))
+            output = model.apply(
+                {"params": weights.params}, *tokens, weights.router, of_batch(batch)
+            )
             losses_BT = token_losses(output.x_BTD, output.head_VD, batch["targets_BT"])
             return {
                 "loss": jnp.sum(losses_BT * batch["mask_BT"]),
@@ -77,7 +82,8 @@ class Perplexity:
 
     def probe(self, devices):
         """The first rows of the first domain, on the devices: the same tokens for every model and mesh."""
-        rows, domain = -(-PROBE_ROWS // devices) * devices, next(iter(self._corpus.streams["validation"]))
+        rows = -(-PROBE_ROWS // devices) * devices
+        domain = next(iter(self._corpus.streams["validation"]))
         batch = next(iter(validation_batches(self._corpus, domain, self._shape_BT[1], rows, None)))
         counted_B1 = np.arange(rows)[:, None] < PROBE_ROWS  # the others give every device its share
         return self._put(batch | {"mask_BT": batch["mask_BT"] & counted_B1})
@@ -88,7 +94,9 @@ class Perplexity:
         totals = [jax.device_get(self._sums(weights, self._put(batch))) for batch in batches]
 
         def total(*leaves):  # of many batches: counts as int64, losses as float64
-            wide = np.int64 if np.issubdtype(np.asarray(leaves[0]).dtype, np.integer) else np.float64
+            wide = (
+                np.int64 if np.issubdtype(np.asarray(leaves[0]).dtype, np.integer) else np.float64
+            )
             return np.sum(leaves, axis=0, dtype=wide)
 
         return jax.tree.map(total, *totals)

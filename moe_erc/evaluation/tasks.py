@@ -1,6 +1,7 @@
 """Tasks of the lm-evaluation-harness by name: found, loaded, and what a model reaches in them.
 
-Several processes all load and run the same. The `eval` extra is imported where there is a task, and not before.
+Several processes all load and run the same. The `eval` extra is imported where there is a task, and
+not before.
 """
 
 import collections
@@ -26,21 +27,32 @@ PAPER = {  # the tasks of the ERC paper's two models
 }  # fmt: skip
 SEED = 1234  # of the examples shown; the harness's own
 RESAMPLES = 1000  # for the standard error of a metric that has no formula for it
-KEPT = ("results", "groups", "group_subtasks", "versions", "n-shot", "higher_is_better", "n-samples")
+KEPT = (
+    "results",
+    "groups",
+    "group_subtasks",
+    "versions",
+    "n-shot",
+    "higher_is_better",
+    "n-samples",
+)
 
 
 def load_tasks(names, directory="", num_fewshot=None):
     """Tasks with their data, as `TaskScores` takes them; {} of no names.
 
-    A name is a task, group or tag of the YAML files in `directory` or of the harness, or a key of PAPER. To index the
-    harness's takes half a minute: they are left out if the directory has all. `num_fewshot` examples are shown, where a
-    task does not insist on none. ValueError or OSError, of one line, for a name that is unknown or data out of reach.
+    A name is a task, group or tag of the YAML files in `directory` or of the harness, or a key of
+    PAPER. To index the harness's takes half a minute: they are left out if the directory has all.
+    `num_fewshot` examples are shown, where a task does not insist on none. ValueError or OSError,
+    of one line, for a name that is unknown or data out of reach.
     """
     if not names:
         return {}
     directory = str(paths.local(directory)) if directory else ""
     if directory and not pathlib.Path(directory).is_dir():
-        raise BadInput(f"task_dir: no such directory '{directory}'; give one that has YAML files of tasks")
+        raise BadInput(
+            f"task_dir: no such directory '{directory}'; give one that has YAML files of tasks"
+        )
     for name in names:
         if not isinstance(name, str):
             raise BadInput(f"tasks: {name!r} is no text; give names in quotes, such as ('sciq',)")
@@ -66,11 +78,14 @@ def load_tasks(names, directory="", num_fewshot=None):
 class TaskScores:
     """What the model of `run(weights)` reaches in the tasks of `load_tasks`, on `limit` documents of each, 0 for all.
 
-    ValueError, before anything is compiled, for a task with a request that the model could not answer.
+    ValueError, before anything is compiled, for a task with a request that the model could not
+    answer.
     """
 
     def __init__(self, tasks, limit, model, tokenizer, shape_BT):
-        self._tasks, self._limit, self._requests = tasks, limit or None, 0
+        self._tasks = tasks
+        self._limit = limit or None
+        self._requests = 0
         if tasks:
             from moe_erc.evaluation import harness
 
@@ -81,14 +96,19 @@ class TaskScores:
                     with _without_bars():
                         self._requests += _rehearse(rehearsal, task, self._limit)
                 except BadInput as error:
-                    raise BadInput(f"tasks: {name}: {error}; leave it out or train on longer rows") from None
+                    raise BadInput(
+                        f"tasks: {name}: {error}; leave it out or train on longer rows"
+                    ) from None
 
     def run(self, weights) -> dict[str, float]:
         """{"tasks/TASK/METRIC": number}, as `task_metrics` makes it of the answers."""
         return task_metrics(self.answer(weights))
 
     def answer(self, weights) -> dict:
-        """The harness's results, {"results": {task: {"metric,filter": number}}, …}, plain JSON; {} of no tasks."""
+        """The harness's results, {"results": {task: {"metric,filter": number}}, …}, plain JSON.
+
+        {} of no tasks.
+        """
         if not self._tasks:
             return {}
         from moe_erc.evaluation import harness
@@ -97,7 +117,11 @@ class TaskScores:
         for task in self._tasks["tasks"].values():
             task.set_fewshot_seed(SEED)  # every run shows the same
         options = {"limit": self._limit, "bootstrap_iters": RESAMPLES, "log_samples": False}
-        shown = bars.bar("Answering tasks", self._requests, "requests") if jax.process_index() == 0 else None
+        shown = (
+            bars.bar("Answering tasks", self._requests, "requests")
+            if jax.process_index() == 0
+            else None
+        )
         with shown or contextlib.nullcontext():
             with contextlib.redirect_stderr(io.StringIO()):  # a progress bar for every task
                 found = harness.evaluate(lm=self._language_model, task_dict=self._tasks, **options)
@@ -107,8 +131,15 @@ class TaskScores:
 
 
 def _without_bars():
-    """In a log: the libraries' bars, which write over their line, are left out; what they log is not."""
-    return contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO())
+    """In a log: the libraries' bars, which write over their line, are left out.
+
+    What they log is not.
+    """
+    return (
+        contextlib.nullcontext()
+        if sys.stderr.isatty()
+        else contextlib.redirect_stderr(io.StringIO())
+    )
 
 
 def _rehearse(rehearsal, task, limit):
@@ -124,7 +155,10 @@ def _rehearse(rehearsal, task, limit):
 
 
 def task_metrics(found):
-    """{"tasks/TASK/METRIC": number} of the results of a run, without standard errors; a filter but "none" is added."""
+    """{"tasks/TASK/METRIC": number} of the results of a run, without standard errors.
+
+    A filter but "none" is added.
+    """
     return {
         TASK.of(f"{task}/{'/'.join(part for part in name.split(',') if part != 'none')}").key: value
         for task, values in found.get("results", {}).items()

@@ -1,8 +1,9 @@
 """Where families of MoE models keep routers and gates: one line each, by the `model_type` of config.json.
 
-Names follow "model.layers.N."; {expert} is a number where each expert has a tensor of its own. A family has several
-names because released files and those that transformers writes differ; a file has one of them. To add one, add its
-line: shapes, dtypes and the numbers of layers and experts are checked against config.json on opening.
+Names follow "model.layers.N."; {expert} is a number where each expert has a tensor of its own. A
+family has several names because released files and those that transformers writes differ; a file
+has one of them. To add one, add its line: shapes, dtypes and the numbers of layers and experts are
+checked against config.json on opening.
 """
 
 from collections.abc import Callable
@@ -37,7 +38,8 @@ EXPERT_FLOAT8 = Layout(
     ),
     lambda gate_FD, scales, _: dequantize_float8(gate_FD, scales),
 )
-# The gates of all experts in one tensor with what up is: the first half of the rows, or every other column.
+# The gates of all experts in one tensor with what up is: the first half of the rows, or every other
+# column.
 HALVES = Layout(
     (Part("", FLOATS, lambda E, D, F: (E, 2 * F, D)),),
     lambda gate_up, expert: gate_up[expert, : gate_up.shape[1] // 2],
@@ -79,7 +81,10 @@ FAMILIES = {
     "phimoe": Family(("block_sparse_moe.gate.weight", "mlp.router.weight"), MIXTRAL_GATES),
     "granitemoe": Family(
         ("block_sparse_moe.router.layer.weight", "block_sparse_moe.router.weight"),
-        (("block_sparse_moe.input_linear.weight", HALVES), ("block_sparse_moe.experts.gate_up_proj", HALVES)),
+        (
+            ("block_sparse_moe.input_linear.weight", HALVES),
+            ("block_sparse_moe.experts.gate_up_proj", HALVES),
+        ),
     ),
     "gpt_oss": Family(
         ("mlp.router.weight",),

@@ -21,8 +21,8 @@ from moe_erc.hf.shards import find_tensors, read_config
 class Moe:
     """The MoE layers of a checkpoint: iterating reads them one by one as (router_ED, w_gate_EDF), NumPy float32.
 
-    Row e of the router is expert e's, and x @ w_gate[e] is what its gate makes of x. No layer is kept: beside the one
-    that the caller still holds there is at most the next.
+    Row e of the router is expert e's, and x @ w_gate[e] is what its gate makes of x. No layer is
+    kept: beside the one that the caller still holds there is at most the next.
     """
 
     family: str
@@ -53,8 +53,9 @@ def _read_gates(layer):
 def open_moe(directory) -> Moe:
     """The MoE in a local directory, as a release of one of `families.py` lays it out, or `save_pretrained` does.
 
-    Reads config.json and the headers of the shards, no tensor. ValueError or FileNotFoundError of one line for an
-    unknown family, and where names, dtypes, shapes or counts in the shards are not what config.json makes them.
+    Reads config.json and the headers of the shards, no tensor. ValueError or FileNotFoundError of
+    one line for an unknown family, and where names, dtypes, shapes or counts in the shards are not
+    what config.json makes them.
     """
     directory = paths.local(directory)
     config = read_config(directory)

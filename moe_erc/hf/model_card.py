@@ -46,24 +46,33 @@ ATTENTION = {  # of training and validation, by data.attend_across_documents
 def model_card(name, model, earlier, validation):
     """Markdown of a run: its name, ModelConfig, what its checkpoint says of it, and validation loss or None.
 
-    earlier: `step`, `rows`, `config` (`configs/base.py`) and `history` of the run: {"from_step", "key", …} each.
+    earlier: `step`, `rows`, `config` (`configs/base.py`) and `history` of the run: {"from_step",
+    "key", …} each.
     """
-    config, step = earlier.config, earlier.step
-    data, train = config["data"], config["train"]
+    config = earlier.config
+    step = earlier.step
+    data = config["data"]
+    train = config["train"]
     tokens = earlier.rows * data["sequence_length"]
-    found = "not measured" if validation is None else f"{validation:.4f} {LOSS.unit}, mean over domains"
+    found = (
+        "not measured" if validation is None else f"{validation:.4f} {LOSS.unit}, mean over domains"
+    )
     run = {
         "step": f"{step:,}",
         "tokens": f"{tokens:,}, in batches of {train['batch_size']} x {data['sequence_length']}",
         LOSS.label: found,
         "data": ", ".join(data["sources"]),
         "attention": ATTENTION[data["attend_across_documents"]],
-        "optimizer": "{name}, learning rate {learning_rate:g}, {schedule}".format(**config["optimizer"]),
+        "optimizer": "{name}, learning rate {learning_rate:g}, {schedule}".format(
+            **config["optimizer"]
+        ),
         "started from": config["init_from"] or "random weights",
         "seed": config["seed"],
     }
     for change in earlier.history:
-        run |= {f"{change['key']}, from step {change['from_step']} on": f"{change['after']}, {change['before']} before"}
+        run |= {
+            f"{change['key']}, from step {change['from_step']} on": f"{change['after']}, {change['before']} before"
+        }
     return CARD.format(
         name=name,
         parameters=model.parameters(),

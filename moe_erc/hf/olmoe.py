@@ -2,8 +2,9 @@
 
     params = open_olmoe(directory, config, abstract).read()        export_olmoe(directory, model, params)
 
-Neither needs torch, nor memory for a second model: tensors are read where the map of the file has them, each device's
-share alone, and written as they are gathered, of one parameter one layer at a time.
+Neither needs torch, nor memory for a second model: tensors are read where the map of the file has
+them, each device's share alone, and written as they are gathered, of one parameter one layer at a
+time.
 """
 
 import collections
@@ -48,10 +49,10 @@ class Olmoe:
 def open_olmoe(directory, config, abstract) -> Olmoe:
     """An OLMoE in a local directory: released, written by `save_pretrained`, or exported here.
 
-    config: the ModelConfig that shall compute with its parameters; its sizes must be the checkpoint's.
-    abstract: the parameters' tree, a `jax.ShapeDtypeStruct` with a sharding for each.
-    ValueError or FileNotFoundError of one line for what is no such model, and for tensors that are missing, unknown,
-    there twice, or of another shape.
+    config: the ModelConfig that shall compute with its parameters; its sizes must be the
+    checkpoint's. abstract: the parameters' tree, a `jax.ShapeDtypeStruct` with a sharding for each.
+    ValueError or FileNotFoundError of one line for what is no such model, and for tensors that are
+    missing, unknown, there twice, or of another shape.
     """
     directory = paths.local(directory)
     check_same(config, model_fields(read_config(directory)), directory)
@@ -70,15 +71,23 @@ def _unpacked(tensors):
     found = {}
     for name, tensor in tensors.items():
         packed = re.fullmatch(r"(.+\.experts)\.(gate_up_proj|down_proj)", name)
-        matrices = PACKED[packed[2]] if packed and tensor.dtype in FLOATS and len(tensor.shape) == 3 else ()
+        matrices = (
+            PACKED[packed[2]]
+            if packed and tensor.dtype in FLOATS and len(tensor.shape) == 3
+            else ()
+        )
         if not matrices or not all(tensor.shape) or tensor.shape[1] % len(matrices):
             found[name] = tensor
             continue
-        experts, rows, columns = tensor.shape[0], tensor.shape[1] // len(matrices), tensor.shape[2]
+        experts = tensor.shape[0]
+        rows = tensor.shape[1] // len(matrices)
+        columns = tensor.shape[2]
         for number, (expert, matrix) in enumerate(itertools.product(range(experts), matrices)):
             single = f"{packed[1]}.{expert}.{matrix}.weight"
             if single in tensors:
-                raise BadInput(f"the shards have both {name!r} and {single!r}; save the model again, in one form")
+                raise BadInput(
+                    f"the shards have both {name!r} and {single!r}; save the model again, in one form"
+                )
             offset = tensor.offset + number * rows * columns * DTYPES[tensor.dtype].itemsize
             found[single] = Tensor(tensor.path, offset, tensor.dtype, (rows, columns))
     return found
@@ -89,7 +98,9 @@ def _check_tensors(tensors, wanted):
     names = set()
     for name, _, _, shape in wanted:
         if name not in tensors:
-            raise BadInput(f"no tensor {name!r} in the shards, which config.json announces; download them again")
+            raise BadInput(
+                f"no tensor {name!r} in the shards, which config.json announces; download them again"
+            )
         if tensors[name].shape != shape or tensors[name].dtype not in FLOATS:
             raise BadInput(
                 f"{name!r} is {tensors[name].dtype} {tensors[name].shape}, by config.json {' or '.join(FLOATS)} "
@@ -97,7 +108,9 @@ def _check_tensors(tensors, wanted):
             )
         names.add(name)
     if unknown := sorted(tensors.keys() - names):
-        raise BadInput(f"{unknown[0]!r}, {len(unknown)} in all: an OLMoE of this config.json has no such tensor")
+        raise BadInput(
+            f"{unknown[0]!r}, {len(unknown)} in all: an OLMoE of this config.json has no such tensor"
+        )
 
 
 def _read(stored, tensors, leaf, share):
@@ -105,8 +118,12 @@ def _read(stored, tensors, leaf, share):
     ranges = [range(size)[part] for part, size in zip(share, leaf.shape, strict=True)]
     array = np.empty([len(chosen) for chosen in ranges], leaf.dtype)
     leading = ranges[: stored.axes]
-    for place, index in zip(np.ndindex(*map(len, leading)), itertools.product(*leading), strict=True):
-        array[place] = stored.orient(tensors[stored.name.format(*index)].map())[share[stored.axes :]]
+    for place, index in zip(
+        np.ndindex(*map(len, leading)), itertools.product(*leading), strict=True
+    ):
+        array[place] = stored.orient(tensors[stored.name.format(*index)].map())[
+            share[stored.axes :]
+        ]
     return array
 
 
@@ -123,13 +140,15 @@ NOTHING = About({}, {})
 def export_olmoe(directory, model, params, about=NOTHING, dtype=None, shard_bytes=5 * 10**9):
     """Writes a model as an OLMoE into a new local directory: config.json, generation_config.json, safetensors, `about`.
 
-    dtype: float32, bfloat16 or float16, by default what the model computes in. The same model gives the same bytes.
-    Of several processes all call it and the first writes. ValueError or OSError of one line, with nothing left behind,
-    for a model that no OLMoE computes, numbers that `dtype` cannot hold, and a directory that is not empty.
+    dtype: float32, bfloat16 or float16, by default what the model computes in. The same model gives
+    the same bytes. Of several processes all call it and the first writes. ValueError or OSError of
+    one line, with nothing left behind, for a model that no OLMoE computes, numbers that `dtype`
+    cannot hold, and a directory that is not empty.
     """
     check_plain(model.config)
     model, params = as_softmax_router(model, params)
-    dtype, known = dtype or model.config.dtype, [DTYPES[code].name for code in FLOATS]
+    dtype = dtype or model.config.dtype
+    known = [DTYPES[code].name for code in FLOATS]
     if dtype not in known:
         raise BadInput(f"an OLMoE in {dtype!r} cannot be written; use one of {', '.join(known)}")
     by_layer = sorted(entries(params), key=lambda entry: entry.index[:1])
@@ -140,27 +159,39 @@ def export_olmoe(directory, model, params, about=NOTHING, dtype=None, shard_byte
     config = config_json(model.config, dtype) | about.entries
     with new_directory(directory) as unfinished:
         write_json(unfinished / "config.json", config)
-        write_json(unfinished / "generation_config.json", {name: config[name] for name in config if "token_id" in name})
+        write_json(
+            unfinished / "generation_config.json",
+            {name: config[name] for name in config if "token_id" in name},
+        )
         for name, content in about.files.items():
             (unfinished / name).write_text(content, encoding="utf-8")
-        write_shards(unfinished, {entry.name: entry.shape for entry in by_layer}, tensors, dtype, shard_bytes)
+        write_shards(
+            unfinished, {entry.name: entry.shape for entry in by_layer}, tensors, dtype, shard_bytes
+        )
 
 
 def _gather(mesh, params, by_layer, dtype):
     """The tensors one by one on the host."""
     everywhere = None if mesh is None else NamedSharding(mesh, P())
     leaves = by_path(params)
-    # XLA has no program for float16 on a processor that cannot convert it (no F16C); NumPy converts it anywhere.
+    # XLA has no program for float16 on a processor that cannot convert it (no F16C); NumPy converts
+    # it anywhere.
     on_device = "float32" if dtype == "float16" else dtype
 
     @functools.partial(jax.jit, static_argnums=0, out_shardings=everywhere)
     def take(stored, array, *layer):
         return stored.orient(array[layer]).astype(on_device)
 
-    for (path, layer), group in itertools.groupby(by_layer, lambda entry: (entry.path, entry.index[:1])):
+    for (path, layer), group in itertools.groupby(
+        by_layer, lambda entry: (entry.path, entry.index[:1])
+    ):
         with np.errstate(over="ignore"):  # what does not fit is refused below
-            taken = jax.device_get(take(TABLE[path], leaves[path], *layer)).astype(dtype, copy=False)
+            taken = jax.device_get(take(TABLE[path], leaves[path], *layer)).astype(
+                dtype, copy=False
+            )
         if not np.isfinite(taken).all():
-            raise BadInput(f"{TABLE[path].name.format(*layer, '*')} is not finite in {dtype}; use another dtype")
+            raise BadInput(
+                f"{TABLE[path].name.format(*layer, '*')} is not finite in {dtype}; use another dtype"
+            )
         for entry in group:
             yield taken[entry.index[1:]]

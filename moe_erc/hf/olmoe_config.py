@@ -33,7 +33,12 @@ PLAIN = {
     "experts_implementation": "auto",
 }
 # As transformers has them, whose clip_qkv is null where ours is 0.
-DEFAULTS = {"norm_topk_prob": False, "rms_norm_eps": 1e-5, "clip_qkv": 0.0, "tie_word_embeddings": False}
+DEFAULTS = {
+    "norm_topk_prob": False,
+    "rms_norm_eps": 1e-5,
+    "clip_qkv": 0.0,
+    "tie_word_embeddings": False,
+}
 FIXED = {"attention_bias": False, "attention_dropout": 0.0, "hidden_act": "silu"}
 ABSENT = ("quantization_config", "sliding_window")
 KINDS = {field.name: field.type for field in dataclasses.fields(ModelConfig)}
@@ -45,14 +50,20 @@ def model_fields(config):
     A key that it leaves out or has as null means what it means to transformers.
     """
     if config.get("model_type") != "olmoe":
-        raise BadInput(f"config.json: model_type is {config.get('model_type')!r}; only 'olmoe' can be read")
+        raise BadInput(
+            f"config.json: model_type is {config.get('model_type')!r}; only 'olmoe' can be read"
+        )
     for name, only in (FIXED | dict.fromkeys(ABSENT)).items():
         if config.get(name, only) != only:
             raise BadInput(f"config.json: {name} is {config[name]!r}; only {only!r} can be read")
     config = DEFAULTS | {"num_key_value_heads": config.get("num_attention_heads")} | config
     config |= {"rope_theta": _rope_theta(config)}
-    fields = {field: _checked(name, config.get(name), KINDS[field]) for name, field in FIELDS.items()}
-    return fields | {"router": Softmax(renormalize=_checked(RENORMALIZE, config[RENORMALIZE], bool))}
+    fields = {
+        field: _checked(name, config.get(name), KINDS[field]) for name, field in FIELDS.items()
+    }
+    return fields | {
+        "router": Softmax(renormalize=_checked(RENORMALIZE, config[RENORMALIZE], bool))
+    }
 
 
 def context_length(config):
@@ -65,11 +76,17 @@ def _rope_theta(config):
     thetas = [config["rope_theta"]] if "rope_theta" in config else []
     for name in ("rope_parameters", "rope_scaling"):
         options = config.get(name, {})
-        if not isinstance(options, dict) or any(options[key] != "default" for key in options if key != "rope_theta"):
-            raise BadInput(f"config.json: {name} is {options!r}; only rope_type 'default' can be read")
+        if not isinstance(options, dict) or any(
+            options[key] != "default" for key in options if key != "rope_theta"
+        ):
+            raise BadInput(
+                f"config.json: {name} is {options!r}; only rope_type 'default' can be read"
+            )
         thetas += [options["rope_theta"]] if "rope_theta" in options else []
     if any(theta != thetas[0] for theta in thetas):
-        raise BadInput(f"config.json: rope_theta is both {thetas[0]!r} and {thetas[1]!r}; leave one of them")
+        raise BadInput(
+            f"config.json: rope_theta is both {thetas[0]!r} and {thetas[1]!r}; leave one of them"
+        )
     return thetas[0] if thetas else 1e4
 
 
@@ -77,7 +94,9 @@ def _checked(name, value, kind):
     if kind is float and type(value) is int:
         value = float(value)
     if type(value) is not kind or (kind is int and not 1 <= value <= MOST):
-        wanted = {int: f"a whole number of 1 to {MOST}", float: "a number", bool: "true or false"}[kind]
+        wanted = {int: f"a whole number of 1 to {MOST}", float: "a number", bool: "true or false"}[
+            kind
+        ]
         raise BadInput(f"config.json: {name} is {value!r}; the model needs {wanted}")
     return value
 
@@ -86,20 +105,29 @@ def check_same(config: ModelConfig, fields, directory):
     """ValueError, naming the first field that differs, unless parameters of an OLMoE of these fields fit `config`."""
     router = config.router
     if not router.is_softmax:
-        raise BadInput(f"model.router: {router.name!r} cannot start from an OLMoE, whose router is softmax; use that")
+        raise BadInput(
+            f"model.router: {router.name!r} cannot start from an OLMoE, whose router is softmax; use that"
+        )
     if config.shared_experts:
-        raise BadInput(f"model.shared_experts: {config.shared_experts} cannot start from an OLMoE; use 0")
+        raise BadInput(
+            f"model.shared_experts: {config.shared_experts} cannot start from an OLMoE; use 0"
+        )
     found = {f"model.{field}": getattr(config, field) for field in fields if field != "router"}
     wanted = {f"model.{field}": value for field, value in fields.items() if field != "router"}
     found[router.key("renormalize")] = router.renormalize
     wanted[router.key("renormalize")] = fields["router"].renormalize
     for key, value in wanted.items():
         if found[key] != value:
-            raise BadInput(f"{key}: {found[key]}, but the model in {directory} has {value}; set it to {value}")
+            raise BadInput(
+                f"{key}: {found[key]}, but the model in {directory} has {value}; set it to {value}"
+            )
 
 
 def check_plain(config: ModelConfig):
-    """BadInput if the model has what no OLMoE has; its router answers for itself: `Router.exports_as`."""
+    """BadInput if the model has what no OLMoE has.
+
+    Its router answers for itself: `Router.exports_as`.
+    """
     if config.shared_experts:
         raise BadInput(
             f"model.shared_experts: {config.shared_experts} cannot be exported; "
@@ -120,7 +148,8 @@ def config_json(config: ModelConfig, dtype):
         **fields,
         RENORMALIZE: config.router.renormalize,
         "clip_qkv": config.clip_qkv or None,
-        # transformers 5 reads rope_parameters; 4 reads rope_theta, and takes 1e4 where there is none.
+        # transformers 5 reads rope_parameters; 4 reads rope_theta, and takes 1e4 where there is
+        # none.
         "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
         "initializer_range": config.init_std,
         "dtype": dtype,

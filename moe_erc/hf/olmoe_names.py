@@ -1,7 +1,7 @@
 """OLMoE's tensors and our parameters: one table of names, read both ways.
 
-A tensor there is one matrix of one layer and one expert, (out, in) as torch has it; ours are (in, out), stacked over
-layers and over experts.
+A tensor there is one matrix of one layer and one expert, (out, in) as torch has it; ours are (in,
+out), stacked over layers and over experts.
 """
 
 from typing import NamedTuple
@@ -64,7 +64,9 @@ def entries(params):
         stored = TABLE[path]
         shape = leaf.shape[stored.axes :]
         for index in np.ndindex(*leaf.shape[: stored.axes]):
-            yield Entry(stored.name.format(*index), path, index, shape[::-1] if stored.transposed else shape)
+            yield Entry(
+                stored.name.format(*index), path, index, shape[::-1] if stored.transposed else shape
+            )
 
 
 def by_path(params):

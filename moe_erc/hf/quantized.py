@@ -17,8 +17,15 @@ def dequantize_float8(weight_FD, scales):
 def dequantize_mxfp4(blocks, scales):
     """(F, D) from bytes of two numbers each, the low four bits first, and a power of two for each 32 of them.
 
-    blocks: (F, D / 32, 16) of E2M1 pairs; scales: (F, D / 32), exponents biased by 127 (OCP Microscaling Formats).
+    blocks: (F, D / 32, 16) of E2M1 pairs; scales: (F, D / 32), exponents biased by 127 (OCP
+    Microscaling Formats).
     """
-    numbers = np.stack([blocks & 15, blocks >> 4], axis=-1).view(ml_dtypes.float4_e2m1fn).astype(np.float32)
+    numbers = (
+        np.stack([blocks & 15, blocks >> 4], axis=-1)
+        .view(ml_dtypes.float4_e2m1fn)
+        .astype(np.float32)
+    )
     powers = np.array(scales).view(ml_dtypes.float8_e8m0fnu).astype(np.float32)
-    return (numbers.reshape(*scales.shape, MXFP4_BLOCK) * powers[..., None]).reshape(len(scales), -1)
+    return (numbers.reshape(*scales.shape, MXFP4_BLOCK) * powers[..., None]).reshape(
+        len(scales), -1
+    )

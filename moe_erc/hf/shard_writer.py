@@ -1,7 +1,8 @@
 """Safetensors written tensor by tensor, and directories that are there once they are complete.
 
-Sizes are known before numbers are, so a shard's header is written first and its tensors stream behind it: the memory
-taken is that of one tensor, whatever the model's size. The same tensors give the same bytes.
+Sizes are known before numbers are, so a shard's header is written first and its tensors stream
+behind it: the memory taken is that of one tensor, whatever the model's size. The same tensors give
+the same bytes.
 """
 
 import contextlib
@@ -25,10 +26,14 @@ def write_shards(directory: Path, shapes, tensors, dtype, shard_bytes):
 
     shapes: {name: shape} in the order in which `tensors` yields arrays of `dtype`.
     """
-    shards, tensors = _fill(shapes, dtype, shard_bytes), iter(tensors)
+    shards = _fill(shapes, dtype, shard_bytes)
+    tensors = iter(tensors)
     files = ["model.safetensors"]
     if len(shards) > 1:
-        files = [f"model-{number:05}-of-{len(shards):05}.safetensors" for number in range(1, len(shards) + 1)]
+        files = [
+            f"model-{number:05}-of-{len(shards):05}.safetensors"
+            for number in range(1, len(shards) + 1)
+        ]
         write_json(directory / "model.safetensors.index.json", {
             "metadata": {"total_size": sum(_bytes(shape, dtype) for shape in shapes.values())},
             "weight_map": {name: file for file, shard in zip(files, shards, strict=True) for name in shard},
@@ -42,7 +47,8 @@ def write_shards(directory: Path, shapes, tensors, dtype, shard_bytes):
 
 def _fill(shapes, dtype, shard_bytes):
     """[{name: shape}], each as many tensors in a row as a shard holds."""
-    shards, free = [{}], shard_bytes
+    shards = [{}]
+    free = shard_bytes
     for name, shape in shapes.items():
         size = _bytes(shape, dtype)
         if size > free and shards[-1]:
@@ -54,9 +60,11 @@ def _fill(shapes, dtype, shard_bytes):
 
 
 def _header(shard, dtype):
-    header, end = {"__metadata__": {"format": "pt"}}, 0
+    header = {"__metadata__": {"format": "pt"}}
+    end = 0
     for name, shape in shard.items():
-        begin, end = end, end + _bytes(shape, dtype)
+        begin = end
+        end = end + _bytes(shape, dtype)
         header[name] = {"dtype": CODES[dtype], "shape": shape, "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the numbers behind it are aligned
@@ -73,7 +81,10 @@ def write_json(path: Path, value):
 
 
 def free_path(directory) -> Path:
-    """The local path of this name; ValueError or FileExistsError of one line if it is none, or something is there."""
+    """The local path of this name.
+
+    ValueError or FileExistsError of one line if it is none, or something is there.
+    """
     if paths.is_remote(directory):
         raise BadInput(f"{directory} is in a bucket; give a local directory, and copy it there")
     path = paths.local(directory)
@@ -84,7 +95,10 @@ def free_path(directory) -> Path:
 
 @contextlib.contextmanager
 def new_directory(directory):
-    """A directory that takes this name when the block is through, all at once; of one that fails nothing is left."""
+    """A directory that takes this name when the block is through, all at once.
+
+    Of one that fails nothing is left.
+    """
     path = free_path(directory)
     unfinished = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     unfinished.mkdir(parents=True)

@@ -1,8 +1,9 @@
 """The tensors of a directory of safetensors, mapped into memory as they are asked for.
 
-A shard is 8 bytes, the length N of the header; N bytes of JSON, {name: {"dtype", "shape", "data_offsets"}}; numbers.
-Nothing of a checkpoint is run, and what it claims of itself is checked before a number is read. The format is parsed
-here since the NumPy side of the `safetensors` package knows no float8 and does not tell where a tensor lies.
+A shard is 8 bytes, the length N of the header; N bytes of JSON, {name: {"dtype", "shape",
+"data_offsets"}}; numbers. Nothing of a checkpoint is run, and what it claims of itself is checked
+before a number is read. The format is parsed here since the NumPy side of the `safetensors` package
+knows no float8 and does not tell where a tensor lies.
 """
 
 import itertools
@@ -37,7 +38,10 @@ class Tensor(NamedTuple):
     shape: tuple[int, ...]
 
     def map(self):
-        """The tensor as an array that reads what is indexed; the file is closed with the last reference to it."""
+        """The tensor as an array that reads what is indexed.
+
+        The file is closed with the last reference to it.
+        """
         return np.memmap(self.path, DTYPES[self.dtype], "r", self.offset, self.shape)
 
 
@@ -47,7 +51,9 @@ def find_tensors(directory: Path) -> dict[str, Tensor]:
     for path in _shards(directory):
         for name, tensor in _header(path):
             if name in tensors:
-                raise BadInput(f"tensor {name!r} is in {tensors[name].path} and in {path}; delete the stale shard")
+                raise BadInput(
+                    f"tensor {name!r} is in {tensors[name].path} and in {path}; delete the stale shard"
+                )
             tensors[name] = tensor
     return tensors
 
@@ -55,12 +61,21 @@ def find_tensors(directory: Path) -> dict[str, Tensor]:
 def read_config(directory: Path) -> dict:
     """config.json of a checkpoint, without what is null there."""
     if not (directory / "config.json").is_file():
-        raise BadInput(f"no config.json in {directory}; give the local directory of a Hugging Face model")
-    return {name: value for name, value in read_json(directory / "config.json").items() if value is not None}
+        raise BadInput(
+            f"no config.json in {directory}; give the local directory of a Hugging Face model"
+        )
+    return {
+        name: value
+        for name, value in read_json(directory / "config.json").items()
+        if value is not None
+    }
 
 
 def read_json(path: Path) -> dict:
-    """The object in a JSON file; ValueError of one line if there is none, or if it is too large to be honest."""
+    """The object in a JSON file.
+
+    ValueError of one line if there is none, or if it is too large to be honest.
+    """
     size = path.stat().st_size
     if size > JSON_LIMIT:
         raise BadInput(f"{path} has {size} bytes, more than {JSON_LIMIT}; download it again")
@@ -68,7 +83,8 @@ def read_json(path: Path) -> dict:
 
 
 def _shards(directory):
-    single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
+    single = directory / "model.safetensors"
+    index = directory / "model.safetensors.index.json"
     if single.is_file():
         return [single]
     if index.is_file():
@@ -86,14 +102,18 @@ def _names_in(index):
     weight_map = read_json(index).get("weight_map")
     names = list(weight_map.values()) if isinstance(weight_map, dict) else []
     if not names or not all(isinstance(name, str) for name in names):
-        raise BadInput(f"{index}: weight_map must give the shard of every tensor; download it again")
+        raise BadInput(
+            f"{index}: weight_map must give the shard of every tensor; download it again"
+        )
     return sorted(set(names))
 
 
 def _listed(directory, name):
     path = directory / name
     if path.parent != directory or path.suffix != ".safetensors":
-        raise BadInput(f"the index in {directory} lists {name!r}, which is no .safetensors file beside it; refused")
+        raise BadInput(
+            f"the index in {directory} lists {name!r}, which is no .safetensors file beside it; refused"
+        )
     if not path.is_file():
         raise BadInput(f"{directory} has no shard {name!r}, which its index lists; download it too")
     return path
@@ -110,7 +130,10 @@ def _header(path):
             )
         header = _parse_json(file.read(length), f"the header of {path}")
     header.pop("__metadata__", None)
-    tensors = {name: _tensor(path, name, entry, start=8 + length, size=size) for name, entry in header.items()}
+    tensors = {
+        name: _tensor(path, name, entry, start=8 + length, size=size)
+        for name, entry in header.items()
+    }
     _check_disjoint(path, {name: entry["data_offsets"] for name, entry in header.items()})
     return tensors.items()
 
@@ -133,9 +156,13 @@ def _tensor(path, name, entry, start, size):
     except (KeyError, TypeError, ValueError):
         sound = False
     if not sound:
-        raise BadInput(f"{path}: dtype, shape and data_offsets of {name!r} do not agree; download it again")
+        raise BadInput(
+            f"{path}: dtype, shape and data_offsets of {name!r} do not agree; download it again"
+        )
     if start + end > size:
-        raise BadInput(f"{path} has {size} bytes, but {name!r} ends at byte {start + end}; download it again")
+        raise BadInput(
+            f"{path} has {size} bytes, but {name!r} ends at byte {start + end}; download it again"
+        )
     return Tensor(path, start + begin, dtype, shape)
 
 
@@ -145,7 +172,9 @@ def _parse_json(raw, place):
     except (ValueError, RecursionError) as error:
         raise BadInput(f"{place} is not JSON ({error}); download it again") from None
     if not isinstance(value, dict):
-        raise BadInput(f"{place} is a JSON {type(value).__name__}, not an object; download it again")
+        raise BadInput(
+            f"{place} is a JSON {type(value).__name__}, not an object; download it again"
+        )
     return value
 
 

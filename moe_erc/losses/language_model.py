@@ -54,7 +54,8 @@ def token_losses(
 
 def _chunk_losses(x_BCD, head_VD, targets_BC):
     logits_BCV = _logits(x_BCD, head_VD)
-    # A comparison, not a gather: the gradient of a gather is a scatter into zeros as large as the logits.
+    # A comparison, not a gather: the gradient of a gather is a scatter into zeros as large as the
+    # logits.
     is_target_BCV = targets_BC[..., None] == jnp.arange(logits_BCV.shape[-1])
     target_BC = jnp.sum(jnp.where(is_target_BCV, logits_BCV, 0), axis=-1)
     return jax.nn.logsumexp(logits_BCV, axis=-1) - target_BC
@@ -66,7 +67,9 @@ def _logits(x_BCD, head_VD):
 
     Left to itself, the gradient's float32 would widen both of its matmuls to float32.
     """
-    return jnp.einsum("bcd,vd->bcv", x_BCD, head_VD.astype(x_BCD.dtype), preferred_element_type=jnp.float32)
+    return jnp.einsum(
+        "bcd,vd->bcv", x_BCD, head_VD.astype(x_BCD.dtype), preferred_element_type=jnp.float32
+    )
 
 
 def _logits_forward(x_BCD, head_VD):

@@ -22,5 +22,3 @@ def check_sizes(config):
         raise BadInput(
             f"model.kv_heads: {config.heads} heads cannot share {config.kv_heads} key/value heads; use a divisor"
         )
-
-

@@ -52,7 +52,10 @@ class ModelConfig:
 
     @classmethod
     def of(cls, config: Mapping) -> "ModelConfig":
-        """Of the blocks `model` and `routers` of a configuration; BadInput if it cannot be built."""
+        """Of the blocks `model` and `routers` of a configuration.
+
+        BadInput if it cannot be built.
+        """
         model = dict(config["model"])
         model["router"] = make_router(model["router"], dict(config["routers"]))
         return cls(**model)
@@ -60,7 +63,9 @@ class ModelConfig:
     def check_vocabulary(self, tokens):
         """Refuses a tokenizer with more tokens than the embedding has rows."""
         if tokens > self.vocab_size:
-            raise BadInput(f"model.vocab_size: {self.vocab_size} rows are too few for the tokenizer's {tokens} tokens")
+            raise BadInput(
+                f"model.vocab_size: {self.vocab_size} rows are too few for the tokenizer's {tokens} tokens"
+            )
 
     def check_assignments(self, batch_size: int, length: int) -> None:
         """Refuses a step of more assignments than are counted."""
@@ -88,12 +93,25 @@ class ModelConfig:
 
     def parameters(self, experts=None):
         """Exact number of parameters; with `experts` experts a layer instead of all of them."""
-        attention = 2 * self.width * self.width + 2 * self.width * self.kv_width + self.width + self.kv_width
+        attention = (
+            2 * self.width * self.width
+            + 2 * self.width * self.kv_width
+            + self.width
+            + self.kv_width
+        )
         sizes = {name: math.prod(parameter.shape) for name, parameter in declare(self).items()}
         if experts:
-            sizes |= {name: sizes[name] * experts // self.experts for name in (*GATED, *FACTORIZED) if name in sizes}
+            sizes |= {
+                name: sizes[name] * experts // self.experts
+                for name in (*GATED, *FACTORIZED)
+                if name in sizes
+            }
         embeddings = self.vocab_size * self.width * (1 if self.tie_embeddings else 2)
-        return embeddings + self.layers * (attention + sum(sizes.values()) + 2 * self.width) + self.width
+        return (
+            embeddings
+            + self.layers * (attention + sum(sizes.values()) + 2 * self.width)
+            + self.width
+        )
 
     def active_parameters(self):
         """Those a token meets: all but the experts it is not routed to."""
@@ -101,7 +119,11 @@ class ModelConfig:
 
     def flops_per_token(self, length):
         """Twice the multiply-adds of a token's forward pass: matmuls, and causal attention over `length` tokens."""
-        attention = 2 * self.width * self.width + 2 * self.width * self.kv_width + 2 * self.width * (length + 1) / 2
+        attention = (
+            2 * self.width * self.width
+            + 2 * self.width * self.kv_width
+            + 2 * self.width * (length + 1) / 2
+        )
         # Of a factorised gate the router computes the first factor, and counts it.
         gate = (self.router.gate_rank(self) or self.width) * self.expert_width
         expert = gate + 2 * self.width * self.expert_width

@@ -25,14 +25,17 @@ class Cache(NamedTuple):
 class Context(NamedTuple):
     """What attention is told beside the tokens: who attends to whom, token by token or by the sequences of a row.
 
-    Sequences are compared where scores are made, a slice of queries at a time: of a long row no mask of (T, T) exists.
+    Sequences are compared where scores are made, a slice of queries at a time: of a long row no
+    mask of (T, T) exists.
     """
 
     positions_BT: jax.Array  # below S; RoPE turns by them
     attends_BTS: jax.Array | None  # bool; S is T without a cache
     cache: Cache | None = None
     slot: Any = 0  # of the cache, where the keys and values of the T tokens go
-    segments_BT: jax.Array | None = None  # instead of attends_BTS: to one's own number, and to nothing behind
+    segments_BT: jax.Array | None = (
+        None  # instead of attends_BTS: to one's own number, and to nothing behind
+    )
 
     @property
     def slots(self):
@@ -42,18 +45,24 @@ class Context(NamedTuple):
     def write(self, key_BTHD, value_BTHD):
         """The layer's cache with these in their slots."""
         new = Cache(key_BTHD, value_BTHD)
-        return jax.tree.map(lambda old, leaf: lax.dynamic_update_slice_in_dim(old, leaf, self.slot, 1), self.cache, new)
+        return jax.tree.map(
+            lambda old, leaf: lax.dynamic_update_slice_in_dim(old, leaf, self.slot, 1),
+            self.cache,
+            new,
+        )
 
 
 def packed(segments_BT):
     """Context of sequences side by side: neighbours of one number are a sequence, whose positions start at 0.
 
-    `segments_BT` holds integers or bools. A row may begin in the middle of a sequence: its positions start at 0 there.
-    RoPE compares positions, so that where they start changes no score by more than its rounding.
+    `segments_BT` holds integers or bools. A row may begin in the middle of a sequence: its
+    positions start at 0 there. RoPE compares positions, so that where they start changes no score
+    by more than its rounding.
     """
     slots_T = jnp.arange(segments_BT.shape[1])
     starts_BT = jnp.diff(segments_BT, axis=1, prepend=segments_BT[:, :1]) != 0
-    sequence_BT, first_BT = jnp.cumsum(starts_BT, axis=1), lax.cummax(jnp.where(starts_BT, slots_T, 0), axis=1)
+    sequence_BT = jnp.cumsum(starts_BT, axis=1)
+    first_BT = lax.cummax(jnp.where(starts_BT, slots_T, 0), axis=1)
     return Context(slots_T - first_BT, None, segments_BT=sequence_BT)
 
 
@@ -71,7 +80,8 @@ def branched(positions_BT, trees_BT, branches_BT):
 
 def cached(cache, first_B, slot, length):
     """Context of the `length` tokens from `slot` on, in rows whose sequence begins at slot `first_B`."""
-    slots_S, slots_T = jnp.arange(cache.key_BSHD.shape[2]), slot + jnp.arange(length)
+    slots_S = jnp.arange(cache.key_BSHD.shape[2])
+    slots_T = slot + jnp.arange(length)
     inside_BS, inside_BT = (slots >= first_B[:, None] for slots in (slots_S, slots_T))
     positions_BT = jnp.maximum(slots_T - first_B[:, None], 0)
     return Context(positions_BT, _attends(slots_T, inside_BT, inside_BS), cache, slot)

@@ -2,7 +2,8 @@
 
     x = embed[tokens];   x += attention(norm(x));   x += moe(norm(x));   logits = norm(x) @ head.T
 
-Blocks are scanned, so parameters and statistics carry a leading layer axis L and one block is compiled.
+Blocks are scanned, so parameters and statistics carry a leading layer axis L and one block is
+compiled.
 """
 
 from typing import Any, NamedTuple
@@ -42,7 +43,9 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x_BTD, mask_BT, router_state, context):
         def normalize(name, x):
-            return rms_norm(x, self.param(name, nn.initializers.ones, x.shape[-1:]), self.config.norm_eps)
+            return rms_norm(
+                x, self.param(name, nn.initializers.ones, x.shape[-1:]), self.config.norm_eps
+            )
 
         attention = Attention(self.config, name="attention")
         y_BTD, cache = attention(normalize("attention_norm", x_BTD), context)
@@ -55,9 +58,10 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """tokens_BT, mask_BT, router_state -> Output; `mask_BT` says which tokens the routing statistics count.
 
-    `router_state` is what a router reads beside its parameters, every leaf with a leading layer axis: {"bias": (L, E)}
-    of loss-free balancing; {"competing": (L,)} while experts compete; {} for most. A `context` says where tokens stand
-    and what they attend to, and may bring a cache; without it they attend to all before them.
+    `router_state` is what a router reads beside its parameters, every leaf with a leading layer
+    axis: {"bias": (L, E)} of loss-free balancing; {"competing": (L,)} while experts compete; {} for
+    most. A `context` says where tokens stand and what they attend to, and may bring a cache;
+    without it they attend to all before them.
     """
 
     config: Any  # ModelConfig
@@ -66,10 +70,16 @@ class Transformer(nn.Module):
 
     @nn.compact
     def __call__(self, tokens_BT, mask_BT, router_state, context=None):
-        config, init = self.config, self.config.initializer
+        config = self.config
+        init = self.config.initializer
         embed_VD = self.param("embed", init, (config.vocab_size, config.width))
-        head_VD = embed_VD if config.tie_embeddings else self.param("head", init, (config.vocab_size, config.width))
-        # Rows are looked up in the whole matrix: in slices of D, XLA would gather the tokens' vectors instead.
+        head_VD = (
+            embed_VD
+            if config.tie_embeddings
+            else self.param("head", init, (config.vocab_size, config.width))
+        )
+        # Rows are looked up in the whole matrix: in slices of D, XLA would gather the tokens'
+        # vectors instead.
         x_BTD = self._place(self._place(embed_VD, P())[tokens_BT].astype(config.dtype), P(BATCH))
         block = nn.remat(Block, prevent_cse=False) if config.remat == "block" else Block
         stack = nn.scan(
@@ -83,14 +93,23 @@ class Transformer(nn.Module):
         layers = stack(config, self.mesh, self.observers, name="layers")
         x_BTD, (stats, observed, cache) = layers(x_BTD, mask_BT, router_state, context)
         final_norm_D = self.param("final_norm", nn.initializers.ones, (config.width,))
-        return Output(rms_norm(x_BTD, final_norm_D, config.norm_eps), head_VD, stats, observed, cache)
+        return Output(
+            rms_norm(x_BTD, final_norm_D, config.norm_eps), head_VD, stats, observed, cache
+        )
 
     def router_rows(self, params):
-        """(L, E, D): for every expert the direction in token space that its router attracts. None: it has no rows."""
+        """(L, E, D): for every expert the direction in token space that its router attracts.
+
+        None: it has no rows.
+        """
         router = self.config.router
         if not router.has_rows:
             return None
         return jax.vmap(lambda moe: router.rows(self.config, moe))(params["layers"]["moe"])
 
     def _place(self, array, spec):
-        return array if self.mesh is None else jax.lax.with_sharding_constraint(array, NamedSharding(self.mesh, spec))
+        return (
+            array
+            if self.mesh is None
+            else jax.lax.with_sharding_constraint(array, NamedSharding(self.mesh, spec))
+        )

@@ -3,11 +3,12 @@
     y_n = sum_k weight_nk (silu(gate_nk) * (x_n @ w_up[e])) @ w_down[e],   e = expert_nk
     gate_nk = x_n @ w_gate[e],  or  low_nk @ w_high[e]  of a gate factorised as w_low[e] @ w_high[e]
 
-What happens to a row is a function of `expert(x, assigned, matrices, matmul) -> (summed, kept)`, written once: `summed`
-is added up by token, `kept` stays by assignment. `dense` runs it on every expert and token: the oracle. `block_loop`
-walks blocks of rows of one expert: portable, and the fastest on CPU. `grouped` multiplies rows of all experts at once,
-by a matmul of TPUs or of GPUs. All are dropless; an expert id outside [0, E) is another device's, or nobody's, and
-contributes nothing.
+What happens to a row is a function of `expert(x, assigned, matrices, matmul) -> (summed, kept)`,
+written once: `summed` is added up by token, `kept` stays by assignment. `dense` runs it on every
+expert and token: the oracle. `block_loop` walks blocks of rows of one expert: portable, and the
+fastest on CPU. `grouped` multiplies rows of all experts at once, by a matmul of TPUs or of GPUs.
+All are dropless; an expert id outside [0, E) is another device's, or nobody's, and contributes
+nothing.
 """
 
 import logging
@@ -31,7 +32,11 @@ LOG = logging.getLogger(__name__)
 
 def hidden(x, assigned, matrices, matmul):
     """The activations that the down projection reads, not weighed."""
-    gate = matmul(assigned["low"], matrices["w_high"]) if "low" in assigned else matmul(x, matrices["w_gate"])
+    gate = (
+        matmul(assigned["low"], matrices["w_high"])
+        if "low" in assigned
+        else matmul(x, matrices["w_gate"])
+    )
     return jax.nn.silu(gate) * matmul(x, matrices["w_up"])
 
 
@@ -43,10 +48,12 @@ def output(x, assigned, matrices, matmul):
 def weighed(x, assigned, matrices, matmul, keep=()):
     """The weighed output, summed by token. Weighing the hidden rows spares the backward the down projection.
 
-    `keep` may name "hidden", and "output", which is constant in the token: its gradient reaches the experts alone.
-    The first factor of a gate is applied before: `assigned` may hold its "low_of_constant" tokens, to reach it as well.
+    `keep` may name "hidden", and "output", which is constant in the token: its gradient reaches the
+    experts alone. The first factor of a gate is applied before: `assigned` may hold its
+    "low_of_constant" tokens, to reach it as well.
     """
-    kept, hidden_RF = {}, hidden(x, assigned, matrices, matmul)
+    kept = {}
+    hidden_RF = hidden(x, assigned, matrices, matmul)
     if "hidden" in keep:
         kept["hidden"] = hidden_RF.astype(x.dtype)
     if "output" in keep:
@@ -60,12 +67,19 @@ def weighed(x, assigned, matrices, matmul, keep=()):
 
 def affinity(x, assigned, matrices, matmul):
     """How strongly an expert answers: the mean softplus of its output, by assignment."""
-    return (), jnp.mean(jax.nn.softplus(output(x, assigned, matrices, matmul).astype(jnp.float32)), axis=-1)
+    return (), jnp.mean(
+        jax.nn.softplus(output(x, assigned, matrices, matmul).astype(jnp.float32)), axis=-1
+    )
 
 
 def unit_output(x, assigned, matrices, matmul):
-    """The direction of an expert's output, weighed and summed by token; 0, as its gradient, for an output of 0."""
-    return assigned["weight"][:, None] * unit(output(x, assigned, matrices, matmul).astype(jnp.float32)), ()
+    """The direction of an expert's output, weighed and summed by token.
+
+    0, as its gradient, for an output of 0.
+    """
+    return assigned["weight"][:, None] * unit(
+        output(x, assigned, matrices, matmul).astype(jnp.float32)
+    ), ()
 
 
 def dense(expert, x_ND, assigned, experts_NK, matrices):
@@ -82,7 +96,9 @@ def dense(expert, x_ND, assigned, experts_NK, matrices):
         return summed, jax.tree.map(lambda leaf: choose(chosen_NK, leaf[:, None]), kept)
 
     def add(total, expert_and_matrices):
-        return jax.tree.map(lambda so_far, leaf: so_far + leaf, total, run(expert_and_matrices)), None
+        return jax.tree.map(
+            lambda so_far, leaf: so_far + leaf, total, run(expert_and_matrices)
+        ), None
 
     numbered = (jnp.arange(len(matrices["w_down"])), matrices)
     shapes = jax.eval_shape(run, jax.tree.map(lambda leaf: leaf[0], numbered))
@@ -122,7 +138,11 @@ def implementation(name, platform):
         )
     if refusal:
         LOG.warning(
-            "experts: %s fails its self-test on %s, %s is used instead: %s", chosen, platform, PORTABLE, refusal
+            "experts: %s fails its self-test on %s, %s is used instead: %s",
+            chosen,
+            platform,
+            PORTABLE,
+            refusal,
         )
         chosen = PORTABLE
     return IMPLEMENTATIONS[chosen]

@@ -1,10 +1,11 @@
 """The dropless expert layer as grouped matmuls over rows sorted by expert, for GPUs and TPUs.
 
-Dispatch gathers the rows of the tokens in the order of their experts. Combine is a gather as well: every token knows
-the places of its K rows and reads them, which takes one pass over memory and adds in a fixed order, where a
-scatter-add needs atomic additions. Rows are cut into chunks only where the arrays of one would pass `CHUNK_BYTES`.
-Groups may be empty or cut by a chunk; nothing is padded per expert or dropped, and chunks without rows are skipped.
-The backward keeps the inputs alone and recomputes a chunk's hidden activations.
+Dispatch gathers the rows of the tokens in the order of their experts. Combine is a gather as well:
+every token knows the places of its K rows and reads them, which takes one pass over memory and adds
+in a fixed order, where a scatter-add needs atomic additions. Rows are cut into chunks only where
+the arrays of one would pass `CHUNK_BYTES`. Groups may be empty or cut by a chunk; nothing is padded
+per expert or dropped, and chunks without rows are skipped. The backward keeps the inputs alone and
+recomputes a chunk's hidden activations.
 """
 
 from functools import partial
@@ -16,8 +17,8 @@ from jax import lax
 
 from moe_erc.moe.rows import by_row, sort_by_expert, take
 
-# Of the widest array of a chunk. Every chunk adds gradients of all experts into float32 once more, so fewer are faster;
-# about six such arrays live at a time.
+# Of the widest array of a chunk. Every chunk adds gradients of all experts into float32 once more,
+# so fewer are faster; about six such arrays live at a time.
 CHUNK_BYTES = 2**30
 
 

@@ -2,9 +2,10 @@
 
     y[m] = x[m] @ w[g]        dx[m] = dy[m] @ w[g].T        dw[g] = sum over rows m of g of outer(x[m], dy[m])
 
-`lax.ragged_dot` is native on TPU for the first two. Its own weight gradient is dense there, every row times every group
-under a mask, so dw walks the rows of each group in blocks. Rows behind the last group give and get zeros.
-`pallas_matmul.py` has kernels of the project with the same signature.
+`lax.ragged_dot` is native on TPU for the first two. Its own weight gradient is dense there, every
+row times every group under a mask, so dw walks the rows of each group in blocks. Rows behind the
+last group give and get zeros. `pallas_matmul.py` has kernels of the project with the same
+signature.
 """
 
 import jax
@@ -13,13 +14,18 @@ from jax import lax
 
 BLOCK = 512  # rows; the last block of a group is half empty on average
 TRANSPOSED = lax.RaggedDotDimensionNumbers(
-    dot_dimension_numbers=(((1,), (2,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[0]
+    dot_dimension_numbers=(((1,), (2,)), ((), ())),
+    lhs_ragged_dimensions=[0],
+    rhs_group_dimensions=[0],
 )
 
 
 @jax.custom_vjp
 def grouped_matmul(x_MD, w_EDF, sizes_E):
-    """(M, F) in the dtype of x, accumulated in float32; groups follow each other and may be empty."""
+    """(M, F) in the dtype of x, accumulated in float32.
+
+    Groups follow each other and may be empty.
+    """
     return _inside(sizes_E, lax.ragged_dot(x_MD, w_EDF, sizes_E, preferred_element_type=x_MD.dtype))
 
 
@@ -29,7 +35,9 @@ def _forward(*inputs):
 
 def _backward(inputs, dy_MF):
     x_MD, w_EDF, sizes_E = inputs
-    dx_MD = lax.ragged_dot_general(dy_MF, w_EDF, sizes_E, TRANSPOSED, preferred_element_type=x_MD.dtype)
+    dx_MD = lax.ragged_dot_general(
+        dy_MF, w_EDF, sizes_E, TRANSPOSED, preferred_element_type=x_MD.dtype
+    )
     return _inside(sizes_E, dx_MD), _weight_gradient(x_MD, dy_MF, w_EDF, sizes_E), None
 
 
@@ -62,7 +70,9 @@ def _tokamax(x_MD, w_EDF, sizes_E):
 
     # Left to itself it may choose XLA's on a GPU too, which is dense there.
     kernels = None if jax.default_backend() == "cpu" else ("mosaic", "triton")
-    return tokamax.ragged_dot(x_MD, w_EDF, sizes_E, preferred_element_type=x_MD.dtype, implementation=kernels)
+    return tokamax.ragged_dot(
+        x_MD, w_EDF, sizes_E, preferred_element_type=x_MD.dtype, implementation=kernels
+    )
 
 
 def _inside(sizes_E, rows):
@@ -82,11 +92,14 @@ def _weight_gradient(x_MD, dy_MF, w_EDF, sizes_E):
             rows_R = jnp.minimum(first, len(x_MD) - size) + jnp.arange(size)
             own_R1 = ((rows_R >= first) & (rows_R < end))[:, None]
             x_RD, dy_RF = (
-                jnp.where(own_R1, lax.dynamic_slice_in_dim(rows, rows_R[0], size), 0) for rows in (x_MD, dy_MF)
+                jnp.where(own_R1, lax.dynamic_slice_in_dim(rows, rows_R[0], size), 0)
+                for rows in (x_MD, dy_MF)
             )
             return dw_DF + jnp.matmul(x_RD.T, dy_RF, preferred_element_type=jnp.float32)
 
-        dw_DF = lax.fori_loop(0, (end - start + size - 1) // size, block, jnp.zeros_like(w_DF, jnp.float32))
+        dw_DF = lax.fori_loop(
+            0, (end - start + size - 1) // size, block, jnp.zeros_like(w_DF, jnp.float32)
+        )
         return None, dw_DF.astype(w_DF.dtype)
 
     ends_E = jnp.cumsum(sizes_E)

@@ -3,8 +3,9 @@
     x -> all_gather over "expert" -> local experts, dropless -> psum_scatter over "expert" -> y
     w -> all_gather over "data"                                 psum_scatter over "data" <- dw
 
-Buffers are sized by tokens, not by how they are routed: memory does not depend on balance. Statistics and losses are
-outside `shard_map` and see global arrays, so their means are what they say.
+Buffers are sized by tokens, not by how they are routed: memory does not depend on balance.
+Statistics and losses are outside `shard_map` and see global arrays, so their means are what they
+say.
 """
 
 import jax
@@ -14,19 +15,25 @@ from jax.sharding import PartitionSpec as P
 
 from moe_erc.sharding import BATCH, DATA, EXPERT, PARAMETERS
 
-BY_EXPERT = P(DATA, None, EXPERT)  # (B, T, E, …): every device has all tokens of its group for its own experts
+BY_EXPERT = P(
+    DATA, None, EXPERT
+)  # (B, T, E, …): every device has all tokens of its group for its own experts
 
 
 def by_token(function, mesh):
     """`function`, of arrays (B, T, …) token by token, on every device's own: XLA would gather what it cannot cut."""
-    return function if mesh is None else jax.shard_map(function, mesh=mesh, in_specs=P(BATCH), out_specs=P(BATCH))
+    return (
+        function
+        if mesh is None
+        else jax.shard_map(function, mesh=mesh, in_specs=P(BATCH), out_specs=P(BATCH))
+    )
 
 
 def apply(run, mesh, x_BTD, routing, matrices, low_BTEr=None, low_of_constant_BTEr=None):
     """(summed (B, T, …), kept (B, T, K, …)) of `run`, an implementation of `experts.py` with its expert bound to it.
 
-    `low_BTEr` is what `project` made, for experts that go on from there, and `low_of_constant_BTEr` what it made of
-    constant tokens, where their outputs are kept. mesh: None means one device.
+    `low_BTEr` is what `project` made, for experts that go on from there, and `low_of_constant_BTEr`
+    what it made of constant tokens, where their outputs are kept. mesh: None means one device.
     """
     lows = {"low": low_BTEr, "low_of_constant": low_of_constant_BTEr}
     lows = {name: low for name, low in lows.items() if low is not None}
@@ -35,8 +42,11 @@ def apply(run, mesh, x_BTD, routing, matrices, low_BTEr=None, low_of_constant_BT
     slices = {name: PARAMETERS[name] for name in matrices}
 
     def local(x_BTD, routing, matrices, lows):
-        # Gathered here rather than on the way in, the gradient is summed and cut again in one reduce-scatter.
-        matrices = {name: _gather(leaf, DATA, slices[name].index(DATA)) for name, leaf in matrices.items()}
+        # Gathered here rather than on the way in, the gradient is summed and cut again in one
+        # reduce-scatter.
+        matrices = {
+            name: _gather(leaf, DATA, slices[name].index(DATA)) for name, leaf in matrices.items()
+        }
         x_BTD, routing = jax.tree.map(lambda leaf: _gather(leaf, EXPERT, 0), (x_BTD, routing))
         first = lax.axis_index(EXPERT) * len(matrices["w_down"])
         routing = routing._replace(experts_BTK=routing.experts_BTK - first)
@@ -44,7 +54,9 @@ def apply(run, mesh, x_BTD, routing, matrices, low_BTEr=None, low_of_constant_BT
         return jax.tree.map(_scatter, results)
 
     specs = (P(BATCH), P(BATCH), slices, BY_EXPERT)
-    return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=P(BATCH))(x_BTD, routing, matrices, lows)
+    return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=P(BATCH))(
+        x_BTD, routing, matrices, lows
+    )
 
 
 def project(mesh, x_BTD, w_low_EDr, spec):
@@ -64,11 +76,16 @@ def project(mesh, x_BTD, w_low_EDr, spec):
     def gathered(x_BTD, w_low_EDr):
         return local(_gather(x_BTD, EXPERT, 0), _gather(w_low_EDr, DATA, spec.index(DATA)))
 
-    return jax.shard_map(gathered, mesh=mesh, in_specs=(P(BATCH), spec), out_specs=BY_EXPERT)(x_BTD, w_low_EDr)
+    return jax.shard_map(gathered, mesh=mesh, in_specs=(P(BATCH), spec), out_specs=BY_EXPERT)(
+        x_BTD, w_low_EDr
+    )
 
 
 def _gather(leaf, name, axis):
-    """All slices along `axis`. Over a mesh axis of one device XLA:CPU would copy leaf and gradient for nothing."""
+    """All slices along `axis`.
+
+    Over a mesh axis of one device XLA:CPU would copy leaf and gradient for nothing.
+    """
     return lax.all_gather(leaf, name, axis=axis, tiled=True) if lax.axis_size(name) > 1 else leaf
 
 

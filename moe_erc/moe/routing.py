@@ -1,11 +1,13 @@
 """Routing: which experts a token meets, and with what weight. The routers are in `routers/`.
 
-A router scores every expert for every token; the K most preferred are chosen and weighed by their probability:
+A router scores every expert for every token; the K most preferred are chosen and weighed by their
+probability:
 
     probs = softmax(scores_E) in float32,   experts = top K of probs + bias,   y = sum_k probs[k] expert_k(x)
 
-The bias is that of loss-free balancing (arXiv 2408.15664). With top_p < 1 (arXiv 2403.07652) only the smallest prefix
-of the K whose probabilities sum to more than top_p is kept; a slot left empty has expert id E and weight 0.
+The bias is that of loss-free balancing (arXiv 2408.15664). With top_p < 1 (arXiv 2403.07652) only
+the smallest prefix of the K whose probabilities sum to more than top_p is kept; a slot left empty
+has expert id E and weight 0.
 """
 
 from typing import NamedTuple
@@ -36,8 +38,9 @@ class Routing(NamedTuple):
 class RoutingStats(NamedTuple):
     """What losses and measures need of a layer's routing, reduced before layers are stacked.
 
-    Loads are counts, so that those of micro-batches, devices and evaluation batches add up exactly, and are divided
-    once, by their total. Means are over the unmasked tokens: micro-batches combine by their shares of these.
+    Loads are counts, so that those of micro-batches, devices and evaluation batches add up exactly,
+    and are divided once, by their total. Means are over the unmasked tokens: micro-batches combine
+    by their shares of these.
     """
 
     assignments_E: jax.Array  # int32: how many unmasked tokens expert e was assigned to
@@ -47,7 +50,10 @@ class RoutingStats(NamedTuple):
 
     @property
     def load_E(self) -> jax.Array:
-        """Share of all assignments that went to expert e; sums to 1, zeros where there is none. Leading axes stay."""
+        """Share of all assignments that went to expert e; sums to 1, zeros where there is none.
+
+        Leading axes stay.
+        """
         return divide(self.assignments_E, jnp.sum(self.assignments_E, axis=-1, keepdims=True))
 
     @property
@@ -84,7 +90,9 @@ def top(
     weights_BTK = jnp.take_along_axis(probabilities_BTE, experts_BTK, axis=-1)
     if top_p < 1:
         before_BTK = jnp.cumsum(weights_BTK, axis=-1) - weights_BTK
-        needed_BTK = ~(before_BTK > top_p)  # true of NaN: no token is left without experts in silence
+        needed_BTK = ~(
+            before_BTK > top_p
+        )  # true of NaN: no token is left without experts in silence
         weights_BTK = jnp.where(needed_BTK, weights_BTK, 0)
         experts_BTK = jnp.where(needed_BTK, experts_BTK, experts)
     if renormalize:
@@ -95,13 +103,12 @@ def top(
 def shares(weights_BTK):
     """Weights over their sum; 0 if all are 0, as they may be where a bias chose against the probabilities.
 
-    Measured by the largest first: of a sum of 1e-20 the derivative of the quotient is out of float32's range.
+    Measured by the largest first: of a sum of 1e-20 the derivative of the quotient is out of
+    float32's range.
     """
     largest_BT1 = lax.stop_gradient(jnp.max(weights_BTK, axis=-1, keepdims=True))
     weights_BTK = divide(weights_BTK, largest_BT1)
     return divide(weights_BTK, jnp.sum(weights_BTK, axis=-1, keepdims=True))
-
-
 
 
 def full_slots(routing, experts, mask_BT):
@@ -112,20 +119,22 @@ def full_slots(routing, experts, mask_BT):
 def statistics(scores: Scores, routing: Routing, mask_BT: jax.Array) -> RoutingStats:
     """Over the unmasked tokens of the whole batch (all devices: this is called outside `shard_map`).
 
-    Assignments are added as integers: a float32 sum of 1 / N loses 0.3 % of 3 million. An int32 holds 2^31 - 1 of them
-    a layer; `ModelConfig.check_assignments` refuses a step of more.
+    Assignments are added as integers: a float32 sum of 1 / N loses 0.3 % of 3 million. An int32
+    holds 2^31 - 1 of them a layer; `ModelConfig.check_assignments` refuses a step of more.
     """
     experts = scores.balance_BTE.shape[-1]
     tokens = jnp.sum(mask_BT, dtype=jnp.int32)
     share_BT = divide(mask_BT, tokens)
     full_BTK = full_slots(routing, experts, mask_BT)
-    # Compared and summed in one pass. A scatter-add would queue all assignments at E addresses: on an H100 that took
-    # 1.2 ms a layer at 262,144 of them.
+    # Compared and summed in one pass. A scatter-add would queue all assignments at E addresses: on
+    # an H100 that took 1.2 ms a layer at 262,144 of them.
     assigned_BTKE = (routing.experts_BTK[..., None] == jnp.arange(experts)) & full_BTK[..., None]
     return RoutingStats(
         assignments_E=jnp.sum(assigned_BTKE, axis=(0, 1, 2), dtype=jnp.int32),
         tokens=tokens,
         # A TPU would round 1 / N to bfloat16, and the mean with it, by up to 0.4 %.
-        probability_E=jnp.einsum("bte,bt->e", scores.balance_BTE, share_BT, precision=lax.Precision.HIGHEST),
+        probability_E=jnp.einsum(
+            "bte,bt->e", scores.balance_BTE, share_BT, precision=lax.Precision.HIGHEST
+        ),
         logsumexp2=jnp.sum(jax.nn.logsumexp(scores.logits_BTE, axis=-1) ** 2 * share_BT),
     )

@@ -1,6 +1,7 @@
 """Assignments, of K experts to each of N tokens, as rows: sorted by expert, read and added up by index.
 
-Row n K + k is the k-th expert of token n. An index out of range is nobody's: read as 0, dropped on writing.
+Row n K + k is the k-th expert of token n. An index out of range is nobody's: read as 0, dropped on
+writing.
 """
 
 import jax
@@ -18,7 +19,10 @@ def sort_by_expert(experts_NK, experts):
 
 
 def _argsort(keys_M, end):
-    """Stable, of keys in [0, end). Key and place in one number sort six times as fast on a CPU as side by side."""
+    """Stable, of keys in [0, end).
+
+    Key and place in one number sort six times as fast on a CPU as side by side.
+    """
     count = len(keys_M)
     if end * count > jnp.iinfo(jnp.uint32).max:
         return jnp.argsort(keys_M, stable=True)

@@ -1,7 +1,8 @@
 """Whether a grouped matmul is right on the device at hand, asked once at start-up: kernels differ by chip and driver.
 
-Groups of many rows, of one and of none, then rows of no group, in bfloat16: the value and both gradients must be those
-of a float32 loop but for rounding, and exactly zero where nothing is multiplied.
+Groups of many rows, of one and of none, then rows of no group, in bfloat16: the value and both
+gradients must be those of a float32 loop but for rounding, and exactly zero where nothing is
+multiplied.
 """
 
 from concurrent.futures import ThreadPoolExecutor
@@ -12,7 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 
 # A depth that no tile divides and a width that the widest of `pallas_matmul.py` divides.
-SIZES, BEHIND, DEPTH, WIDTH = (150, 0, 1, 64), 9, 96, 512
+SIZES = (150, 0, 1, 64)
+BEHIND = 9
+DEPTH = 96
+WIDTH = 512
 ROUNDING = 2**-6  # of the largest value; bfloat16 keeps 8 bits
 
 
@@ -36,7 +40,8 @@ def refusal(matmul, platform):
 
 def _first_difference(matmul, device):
     rng = np.random.default_rng(0)
-    rows, groups = sum(SIZES) + BEHIND, len(SIZES)
+    rows = sum(SIZES) + BEHIND
+    groups = len(SIZES)
     shapes = (rows, DEPTH), (groups, DEPTH, WIDTH), (rows, WIDTH)
     x_MD, w_EDF, dy_MF = (rng.standard_normal(shape).astype(jnp.bfloat16) for shape in shapes)
 
@@ -59,10 +64,14 @@ def _first_difference(matmul, device):
 
 
 def _by_loop(x_MD, w_EDF, dy_MF):
-    y_MF, dx_MD, dw_EDF, start = np.zeros_like(dy_MF), np.zeros_like(x_MD), np.zeros_like(w_EDF), 0
+    y_MF = np.zeros_like(dy_MF)
+    dx_MD = np.zeros_like(x_MD)
+    dw_EDF = np.zeros_like(w_EDF)
+    start = 0
     for group, size in enumerate(SIZES):
         own = slice(start, start + size)
-        y_MF[own], dx_MD[own] = x_MD[own] @ w_EDF[group], dy_MF[own] @ w_EDF[group].T
+        y_MF[own] = x_MD[own] @ w_EDF[group]
+        dx_MD[own] = dy_MF[own] @ w_EDF[group].T
         dw_EDF[group] = x_MD[own].T @ dy_MF[own]
         start += size
     return y_MF, dx_MD, dw_EDF

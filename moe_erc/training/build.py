@@ -57,7 +57,10 @@ class Training:
 
     @functools.cached_property
     def step(self) -> Callable:
-        """(state, batch) -> (state, metrics), jitted. It takes the memory of the state it is given."""
+        """(state, batch) -> (state, metrics), jitted.
+
+        It takes the memory of the state it is given.
+        """
         return make_train_step(
             self.model,
             self.objective,

@@ -1,8 +1,9 @@
 """Checkpoints: what restores a run, written behind its back and read back bit for bit, onto any mesh.
 
-A checkpoint is one orbax step of three items: `state`, the pytree of arrays (typed keys included), `meta`, plain JSON
-that can be read alone, before anything is compiled, and `digests.py` of both. A step appears under its number by a
-rename once it is complete, so a run killed while saving leaves its last checkpoint intact.
+A checkpoint is one orbax step of three items: `state`, the pytree of arrays (typed keys included),
+`meta`, plain JSON that can be read alone, before anything is compiled, and `digests.py` of both. A
+step appears under its number by a rename once it is complete, so a run killed while saving leaves
+its last checkpoint intact.
 """
 
 import contextlib
@@ -29,9 +30,11 @@ class Checkpoints:
     """The checkpoints in one directory.
 
     keep: a writer, which keeps the newest `keep` steps, in a directory that was prepared for it.
-    None: a reader, which leaves the directory exactly as it is, also while another process trains in it.
+    None: a reader, which leaves the directory exactly as it is, also while another process trains
+    in it.
 
-    Of several processes each makes its own, and calls what the others call: all of them write and read together.
+    Of several processes each makes its own, and calls what the others call: all of them write and
+    read together.
     """
 
     def __init__(self, directory, keep=None):
@@ -49,7 +52,9 @@ class Checkpoints:
             },
         )
         self._writes = keep is not None
-        self.newest = self.latest_step() or 0  # step that is there, or being written; 0 before the first
+        self.newest = (
+            self.latest_step() or 0
+        )  # step that is there, or being written; 0 before the first
 
     def latest_step(self) -> int | None:
         """The newest complete step, None before the first."""
@@ -58,10 +63,11 @@ class Checkpoints:
     def newest_intact(self):
         """The newest step that is what was saved, 0 before the first; damaged ones that are newer are named.
 
-        A writer sets those aside, so that their steps can be saved again. ValueError if there are only damaged ones: a
-        run that lost its checkpoints does not begin anew by itself.
+        A writer sets those aside, so that their steps can be saved again. ValueError if there are
+        only damaged ones: a run that lost its checkpoints does not begin anew by itself.
         """
-        intact, faults = 0, {}
+        intact = 0
+        faults = {}
         for step in self._steps_of_the_first():
             if not (fault := digests.find_fault(self._directory / str(step))):
                 intact = step
@@ -69,7 +75,9 @@ class Checkpoints:
             faults[step] = fault
         if faults and not intact:
             listed = "; ".join(f"step {step}: {fault}" for step, fault in faults.items())
-            raise BadInput(f"no intact checkpoint in {self._directory} ({listed}): put a copy back or name another")
+            raise BadInput(
+                f"no intact checkpoint in {self._directory} ({listed}): put a copy back or name another"
+            )
         for step, fault in faults.items():
             self._pass_over(step, f"checkpoint {step} is damaged ({fault}): step {intact} is used")
         self.newest = intact
@@ -96,8 +104,8 @@ class Checkpoints:
     def save(self, step, state, meta: dict):
         """Copies `state` to the host, then writes in the background: the caller may donate its buffers at once.
 
-        A step that is not newer than the latest is left as it is. A failed write is a SaveError at the next save, wait
-        or close.
+        A step that is not newer than the latest is left as it is. A failed write is a SaveError at
+        the next save, wait or close.
         """
         items = {
             contents.STATE: ocp.args.PyTreeSave(state),
@@ -111,8 +119,9 @@ class Checkpoints:
     def restore(self, abstract_state, step=None):
         """(state, meta) of a step, the latest by default.
 
-        abstract_state: the state's tree with a `jax.ShapeDtypeStruct` with a sharding for every array. The sharding
-        is where the array shall lie now; where it lay when it was saved does not matter.
+        abstract_state: the state's tree with a `jax.ShapeDtypeStruct` with a sharding for every
+        array. The sharding is where the array shall lie now; where it lay when it was saved does
+        not matter.
         """
         items = ocp.args.Composite(state=_restore_args(abstract_state), meta=ocp.args.JsonRestore())
         restored = self._manager.restore(self._existing(step), args=items)
@@ -148,7 +157,9 @@ class Checkpoints:
         except SaveError as failure:
             if error is None or isinstance(error, SaveError):
                 raise
-            print(f"error: {failure}", file=sys.stderr)  # beside what ends the run, which goes on its way
+            print(
+                f"error: {failure}", file=sys.stderr
+            )  # beside what ends the run, which goes on its way
 
     @contextlib.contextmanager
     def _writing(self):
@@ -157,12 +168,16 @@ class Checkpoints:
         except Exception as error:  # orbax lets through what its back ends raise
             self.newest = self.latest_step() or 0
             reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-            raise SaveError(f"a checkpoint could not be written to {self._directory} ({reason})") from error
+            raise SaveError(
+                f"a checkpoint could not be written to {self._directory} ({reason})"
+            ) from error
 
     def _existing(self, step):
         steps = sorted(self._manager.all_steps())
         if not steps:
-            raise BadInput(f"no checkpoint in {self._directory}: train there first, or name another directory")
+            raise BadInput(
+                f"no checkpoint in {self._directory}: train there first, or name another directory"
+            )
         if step is not None and step not in steps:
             raise BadInput(f"no checkpoint of step {step} in {self._directory}: it holds {steps}")
         return steps[-1] if step is None else step
@@ -171,11 +186,16 @@ class Checkpoints:
 def _restore_args(abstract, **options):
     def restore_arg(leaf):
         if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-            # On disk a key is integers with its algorithm noted beside them: shape and dtype are not the leaf's.
+            # On disk a key is integers with its algorithm noted beside them: shape and dtype are
+            # not the leaf's.
             return ocp.ArrayRestoreArgs(sharding=leaf.sharding)
-        return ocp.ArrayRestoreArgs(sharding=leaf.sharding, global_shape=leaf.shape, dtype=leaf.dtype)
+        return ocp.ArrayRestoreArgs(
+            sharding=leaf.sharding, global_shape=leaf.shape, dtype=leaf.dtype
+        )
 
-    return ocp.args.PyTreeRestore(abstract, restore_args=jax.tree.map(restore_arg, abstract), **options)
+    return ocp.args.PyTreeRestore(
+        abstract, restore_args=jax.tree.map(restore_arg, abstract), **options
+    )
 
 
 def holds_steps(directory):
@@ -187,16 +207,21 @@ def holds_steps(directory):
 def prepare_directory(directory):
     """Makes `directory` ready for a writer: it can be written to and holds nothing that a killed run was still writing.
 
-    Returns the lock by which process 0 is its only writer, to be kept as long as the run. PermissionError of one line
-    where it cannot be written to, by trying: permission bits say nothing to root, on read-only mounts and in buckets.
-    Of several processes the first cleans. Orbax's own cleaning would run in a thread that outlives close().
+    Returns the lock by which process 0 is its only writer, to be kept as long as the run.
+    PermissionError of one line where it cannot be written to, by trying: permission bits say
+    nothing to root, on read-only mounts and in buckets. Of several processes the first cleans.
+    Orbax's own cleaning would run in a thread that outlives close().
     """
     directory = absolute(directory)
     try:
         str(directory).encode()
-    except UnicodeEncodeError:  # bytes of a command line that are no UTF-8; the checkpoints' library takes UTF-8 alone
+    except (
+        UnicodeEncodeError
+    ):  # bytes of a command line that are no UTF-8; the checkpoints' library takes UTF-8 alone
         mend = "name another directory, or set LC_ALL=C.UTF-8 if it is UTF-8"
-        raise BadInput(f"cannot keep checkpoints in {str(directory)!r}, which is no text in UTF-8: {mend}") from None
+        raise BadInput(
+            f"cannot keep checkpoints in {str(directory)!r}, which is no text in UTF-8: {mend}"
+        ) from None
     probe = directory / f".writable-{jax.process_index()}"
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -204,7 +229,9 @@ def prepare_directory(directory):
         probe.unlink()
     except OSError as error:
         reason = error.strerror or error
-        raise BadInput(f"cannot write to {directory} ({reason}): name a writable directory") from None
+        raise BadInput(
+            f"cannot write to {directory} ({reason}): name a writable directory"
+        ) from None
     if jax.process_index() > 0:
         return None
     held = lock(directory)  # before anything is removed: it might be what another run is writing

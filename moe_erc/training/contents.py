@@ -1,8 +1,8 @@
 """Whether a checkpoint holds what a restore takes from it: every array with its shape, its type and all of its chunks.
 
-orbax writes each process's arrays apart and merges their indices in the end. Parts that the merge did not see are on
-the disk, with right digests, and in no index: such a checkpoint is complete by its name, and nothing can be restored.
-Only indices are read here, no array.
+orbax writes each process's arrays apart and merges their indices in the end. Parts that the merge
+did not see are on the disk, with right digests, and in no index: such a checkpoint is complete by
+its name, and nothing can be restored. Only indices are read here, no array.
 """
 
 import collections
@@ -15,25 +15,33 @@ import tensorstore
 
 from moe_erc.data.paths import is_remote
 
-STATE, META = "state", "meta"
+STATE = "state"
+META = "meta"
 LONGEST = 160  # characters of what a library says
 
 
 def shapes_on_disk(state):
-    """Sorted [(shape, name of the dtype)] of the leaves of a state; a typed key lies on the disk as its integers."""
+    """Sorted [(shape, name of the dtype)] of the leaves of a state.
+
+    A typed key lies on the disk as its integers.
+    """
     return sorted(
-        (tuple(leaf.shape), leaf.dtype.name) for leaf in jax.tree.leaves(jax.eval_shape(_keys_as_integers, state))
+        (tuple(leaf.shape), leaf.dtype.name)
+        for leaf in jax.tree.leaves(jax.eval_shape(_keys_as_integers, state))
     )
 
 
 def find_gap(step_directory, expected=None):
     """What of a checkpoint cannot be restored, in a few words; "" if all of it can.
 
-    expected: what `shapes_on_disk` gave for the state that was saved; None compares with the checkpoint's own list.
+    expected: what `shapes_on_disk` gave for the state that was saved; None compares with the
+    checkpoint's own list.
     """
     try:
         json.loads((step_directory / META / "metadata").read_text(encoding="utf-8"))
-        arrays = jax.tree.leaves(ocp.PyTreeCheckpointHandler().metadata(step_directory / STATE).tree)
+        arrays = jax.tree.leaves(
+            ocp.PyTreeCheckpointHandler().metadata(step_directory / STATE).tree
+        )
         held = _count_chunks(step_directory / STATE)
     except Exception as error:  # whatever a library raises here, it would raise at a restore
         said = " ".join(str(error).split())[:LONGEST]
@@ -42,7 +50,10 @@ def find_gap(step_directory, expected=None):
     if expected is not None and found != expected:
         return f"it has {len(found)} arrays of {len(expected)}, or other shapes and types than were saved"
     for array in arrays:
-        chunks = math.prod(-(-size // part) for size, part in zip(array.shape, array.storage.chunk_shape, strict=True))
+        chunks = math.prod(
+            -(-size // part)
+            for size, part in zip(array.shape, array.storage.chunk_shape, strict=True)
+        )
         if held[array.name] != chunks:
             return f"{array.name} has {held[array.name]} chunks of {chunks}"
     return ""

@@ -1,9 +1,11 @@
 """Whether a checkpoint is what was saved: size and CRC of every file, written with it and compared before it is read.
 
-Right bytes do not make a checkpoint: `contents.py` looks, at both times, for all that a restore takes from them.
+Right bytes do not make a checkpoint: `contents.py` looks, at both times, for all that a restore
+takes from them.
 
-They are one more item of the checkpoint, finished last, before the step gets its number: a numbered step without them
-is damaged, or of an earlier version. CRC-32 finds what disks and interrupted copies do; it is no proof against malice.
+They are one more item of the checkpoint, finished last, before the step gets its number: a numbered
+step without them is damaged, or of an earlier version. CRC-32 finds what disks and interrupted
+copies do; it is no proof against malice.
 """
 
 import dataclasses
@@ -18,14 +20,18 @@ from jax.experimental import multihost_utils
 
 from moe_erc.training import contents
 
-ITEM, FILE = "digests", "files.json"
+ITEM = "digests"
+FILE = "files.json"
 CHUNK = 1 << 24  # bytes read at a time
 READING_LIMIT = 6 * 60 * 60  # seconds for the slowest process
 _comparisons = itertools.count()
 
 
 class DigestHandler(ocp.CheckpointHandler):
-    """The item's handler; `finalize` runs on process 0 alone, in the background, once the items before are complete."""
+    """The item's handler.
+
+    `finalize` runs on process 0 alone, in the background, once the items before are complete.
+    """
 
     def __init__(self):
         self._expected = None
@@ -40,14 +46,18 @@ class DigestHandler(ocp.CheckpointHandler):
     def finalize(self, directory):
         """Writes {path: [bytes, CRC-32]} of all files of the other items; orbax still changes its own beside them.
 
-        ValueError if what was to be saved cannot be restored from them: the step does not get its number, and the next
-        save, wait or close fails.
+        ValueError if what was to be saved cannot be restored from them: the step does not get its
+        number, and the next save, wait or close fails.
         """
         step = directory.parent
         if self._expected is not None and (gap := contents.find_gap(step, self._expected)):
             raise ValueError(gap)
         items = sorted(path for path in step.iterdir() if path.is_dir() and path != directory)
-        found = {path.relative_to(step).as_posix(): digest(path) for item in items for path in _files(item)}
+        found = {
+            path.relative_to(step).as_posix(): digest(path)
+            for item in items
+            for path in _files(item)
+        }
         (directory / FILE).write_text(json.dumps(found), encoding="utf-8")
 
 
@@ -69,10 +79,12 @@ def _files(directory):
 
 def digest(path):
     """[bytes, CRC-32] of a file."""
-    size, crc = 0, 0
+    size = 0
+    crc = 0
     with path.open("rb") as file:
         while chunk := file.read(CHUNK):
-            size, crc = size + len(chunk), zlib.crc32(chunk, crc)
+            size = size + len(chunk)
+            crc = zlib.crc32(chunk, crc)
     return [size, crc]
 
 
@@ -93,7 +105,9 @@ def find_fault(step_directory):
         return f"{ITEM}/{FILE} is no table of the checkpoint's files"
     names = sorted(saved)
     share = names[jax.process_index() :: jax.process_count()]
-    faults = {name: fault for name in share if (fault := _compare(step_directory / name, saved[name]))}
+    faults = {
+        name: fault for name in share if (fault := _compare(step_directory / name, saved[name]))
+    }
     first = _least(min(map(names.index, faults), default=len(names)))
     if first < len(names):
         return faults.get(names[first], f"{names[first]} is not what was saved")
@@ -115,7 +129,8 @@ def _is_table(saved):
 def _least(number):
     """The least of the numbers of all processes.
 
-    First they wait where that is cheap: the exchange, a device collective, has a short time limit of its own.
+    First they wait where that is cheap: the exchange, a device collective, has a short time limit
+    of its own.
     """
     if jax.process_count() > 1:
         wait = ocp.multihost.get_barrier_sync_fn()

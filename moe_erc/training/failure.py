@@ -1,7 +1,8 @@
 """The last words of a run that cannot go on: what went wrong, where in the model, and what is left to go on from.
 
-What a step needs to be looked at again is all there: a stopped guard keeps the state as the step found it, and the data
-are a function of the step. So the step is taken apart only now, and its batch is kept beside the run.
+What a step needs to be looked at again is all there: a stopped guard keeps the state as the step
+found it, and the data are a function of the step. So the step is taken apart only now, and its
+batch is kept beside the run.
 """
 
 import io
@@ -15,24 +16,36 @@ from moe_erc.sharding import put_whole_batch, replicate
 from moe_erc.training.checkpoint import SaveError
 from moe_erc.training.guard import Stopped
 
-STOPPED, NOT_WRITTEN = 3, 1  # exit codes
+STOPPED = 3
+NOT_WRITTEN = 1  # exit codes
 
 
 class LastWords:
-    """`gradients_of` is `step.step_gradients`; `batches_from(step)` whole batches of the steps behind it."""
+    """`gradients_of` is `step.step_gradients`.
+
+    `batches_from(step)` whole batches of the steps behind it.
+    """
 
     def __init__(self, workdir, gradients_of, batches_from):
-        self._workdir, self._gradients_of, self._batches_from = workdir, gradients_of, batches_from
+        self._workdir = workdir
+        self._gradients_of = gradients_of
+        self._batches_from = batches_from
 
     def say(self, error, state, newest):
-        """Prints them in one line and returns the exit code; `newest` is the step of the last good checkpoint."""
-        line, code = " ".join(str(error).split()), NOT_WRITTEN
+        """Prints them in one line and returns the exit code.
+
+        `newest` is the step of the last good checkpoint.
+        """
+        line = " ".join(str(error).split())
+        code = NOT_WRITTEN
         if isinstance(error, Stopped):
-            batch, path = next(self._batches_from(error.step - 1)), self._workdir / f"batch-{error.step}.npz"
+            batch = next(self._batches_from(error.step - 1))
+            path = self._workdir / f"batch-{error.step}.npz"
             line = f"{line}; {find_origin(self._gradients_of, state, batch, error.step)}"
             if jax.process_index() == 0:
                 save_batch(path, batch)
-            line, code = f"{line}; its batch is {path}", STOPPED
+            line = f"{line}; its batch is {path}"
+            code = STOPPED
         print(f"error: {line}; the last good checkpoint is of step {newest}", file=sys.stderr)
         return code
 
@@ -50,7 +63,8 @@ def save_batch(path, batch):
 def find_origin(gradients_of, state, batch, step):
     """The parameter, or else the gradient, of the largest number in a step's first half; what is no number is largest.
 
-    All that a layer passes on to those below it is then no number either: of several the deepest is named.
+    All that a layer passes on to those below it is then no number either: of several the deepest is
+    named.
     """
     mesh = jax.tree.leaves(state.params)[0].sharding.mesh
 
@@ -63,10 +77,15 @@ def find_origin(gradients_of, state, batch, step):
     found = deepest(parameters)
     kind = "parameter"
     if np.isfinite(found[0]):
-        kind, found = "gradient of", deepest(gradients)
+        kind = "gradient of"
+        found = deepest(gradients)
     value, layer, name = found
     place = f"{kind} {name}" + (f" in layer {layer}" if layer >= 0 else "")
-    return f"{place} is not finite" if np.isinf(value) else f"the largest number, {value:.3g}, is in {place}"
+    return (
+        f"{place} is not finite"
+        if np.isinf(value)
+        else f"the largest number, {value:.3g}, is in {place}"
+    )
 
 
 def _largest(path, leaf):
@@ -79,7 +98,11 @@ def _largest(path, leaf):
 def deepest(tree):
     """(value, layer, name) of the largest; -1 for a tensor without layers, which comes last."""
     return max(
-        (float(value), layer if np.ndim(values_L) else -1, jax.tree_util.keystr(path, simple=True, separator="."))
+        (
+            float(value),
+            layer if np.ndim(values_L) else -1,
+            jax.tree_util.keystr(path, simple=True, separator="."),
+        )
         for path, values_L in jax.tree_util.tree_leaves_with_path(tree)
         for layer, value in enumerate(np.atleast_1d(values_L))
     )

@@ -51,12 +51,18 @@ RULES = {
     "log": FREE,
     "resume": FREE,
 }
-SCHEDULE = ("train.steps", *(key for key, rule in RULES.items() if key[:10] == "optimizer." and rule == SAID))
+SCHEDULE = (
+    "train.steps",
+    *(key for key, rule in RULES.items() if key[:10] == "optimizer." and rule == SAID),
+)
 ABSENT = "absent"
 
 
 class Change(NamedTuple):
-    """A key with another value than before; a part of the history of a run as [step, key, before, after]."""
+    """A key with another value than before.
+
+    A part of the history of a run as [step, key, before, after].
+    """
 
     key: str
     before: object
@@ -76,10 +82,13 @@ def rule_of(key: str) -> str:
 def differences(before: Mapping, after: Mapping) -> list[Change]:
     """Every key of two nested plain JSON descriptions whose values differ, in the order of `after`.
 
-    A loss of weight 0 is not computed, and one router is in use: the options of the others make no difference.
+    A loss of weight 0 is not computed, and one router is in use: the options of the others make no
+    difference.
     """
     before, after = json.loads(json.dumps([before, after]))
-    return [change for change in _differences(before, after) if not _is_idle(change.key, before, after)]
+    return [
+        change for change in _differences(before, after) if not _is_idle(change.key, before, after)
+    ]
 
 
 def _differences(before: Mapping, after: Mapping, prefix: str = "") -> Iterator[Change]:
@@ -96,7 +105,9 @@ def _is_idle(key: str, before: Mapping, after: Mapping) -> bool:
     """Whether it is an option of a loss or a router that is not in use, before or afterwards."""
     block, *names = key.split(".")
     if block == "routers" and names:
-        return not all(config.get("model", {}).get("router") == names[0] for config in (before, after))
+        return not all(
+            config.get("model", {}).get("router") == names[0] for config in (before, after)
+        )
     if block != "losses" or len(names) < 2 or names[-1] == "weight":
         return False
     return not all(config[block].get(names[0], {}).get("weight") for config in (before, after))
@@ -105,8 +116,9 @@ def _is_idle(key: str, before: Mapping, after: Mapping) -> bool:
 def check_same_run(meta: Mapping, expected: Mapping, allow: Sequence[str] = ()) -> list[Change]:
     """What differs between two descriptions of a run and may: keys that are SAID, and those that are allowed.
 
-    Both are nested plain JSON, e.g. {"model": {"experts": 8}}; what else `meta` holds does not matter. BadInput, naming
-    the first key of the METHOD that differs with both values, unless `allow` names it or a block that it is in.
+    Both are nested plain JSON, e.g. {"model": {"experts": 8}}; what else `meta` holds does not
+    matter. BadInput, naming the first key of the METHOD that differs with both values, unless
+    `allow` names it or a block that it is in.
     """
     saved = {name: meta[name] for name in expected if name in meta}
     changes = differences(saved, expected)

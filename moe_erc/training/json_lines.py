@@ -1,8 +1,8 @@
 """The metrics of a run as a file of JSON lines: {"step": 7, "loss/lm": 1.5, "router/load": [0.2, 0.8]} for one write.
 
-A line is handed to the operating system at once: a killed run loses nothing it wrote. A bucket cannot append: there the
-file is written whole by `flush`. A resumed run first drops what lies at or beyond the step it starts from, so the file
-reads as if the run had never stopped.
+A line is handed to the operating system at once: a killed run loses nothing it wrote. A bucket
+cannot append: there the file is written whole by `flush`. A resumed run first drops what lies at or
+beyond the step it starts from, so the file reads as if the run had never stopped.
 """
 
 import json
@@ -16,7 +16,8 @@ class LocalJsonLines:
 
     def __init__(self, path, first_step):
         truncate(path, first_step)
-        self._path, self._file = path, path.open("a", encoding="utf-8")
+        self._path = path
+        self._file = path.open("a", encoding="utf-8")
 
     def holds(self, step, name):
         """Whether a line of that step has that metric."""
@@ -37,7 +38,8 @@ class RemoteJsonLines:
     """Keeps the lines in memory until they are flushed."""
 
     def __init__(self, path, first_step):
-        self._path, self._text = path, _before(path, first_step) if path.exists() else ""
+        self._path = path
+        self._text = _before(path, first_step) if path.exists() else ""
 
     def holds(self, step, name):
         """Whether a line of that step has that metric."""
@@ -54,7 +56,10 @@ class RemoteJsonLines:
 
 
 def truncate(path, first_step):
-    """Keeps the lines of `path` before `first_step`, in one atomic replacement; a torn last line goes as well."""
+    """Keeps the lines of `path` before `first_step`, in one atomic replacement.
+
+    A torn last line goes as well.
+    """
     path = epath.Path(path)
     if path.exists():
         shorter = path.with_suffix(".tmp")

@@ -1,7 +1,7 @@
 """One run in a directory at a time: a lock that the system takes back with the process, however that ends.
 
-Process 0 of a run holds it; an evaluation asks for none. Where there are no such locks, in a bucket and on some network
-file systems, nothing keeps two runs apart: there it is for whoever starts them.
+Process 0 of a run holds it; an evaluation asks for none. Where there are no such locks, in a bucket
+and on some network file systems, nothing keeps two runs apart: there it is for whoever starts them.
 """
 
 import errno
@@ -29,7 +29,9 @@ def lock(directory):
         file.seek(0)
         holder = file.read().strip() or "another process"
         file.close()
-        raise BadInput(f"a run is writing to {directory} ({holder}): wait for it or use another --workdir") from None
+        raise BadInput(
+            f"a run is writing to {directory} ({holder}): wait for it or use another --workdir"
+        ) from None
     except OSError as error:
         if error.errno not in NO_LOCKS:
             raise

@@ -1,9 +1,10 @@
 """Metrics, named `group/name`, to a JSON-lines file and, if asked, to TensorBoard and Weights & Biases.
 
-No writer ends a run before its checkpoint: that the file cannot be written is an error kept for `check`; the two others
-are copies for the eye, and one that fails is switched off with one line.
+No writer ends a run before its checkpoint: that the file cannot be written is an error kept for
+`check`; the two others are copies for the eye, and one that fails is switched off with one line.
 
-On several processes, process 0 writes. A resumed run goes on where its checkpoint was, in every one of the three.
+On several processes, process 0 writes. A resumed run goes on where its checkpoint was, in every one
+of the three.
 """
 
 import importlib.util
@@ -32,12 +33,17 @@ def check_package(wandb_project: str):
 class MetricWriter:
     """Writes to every sink asked for. On a pod process 0 writes, the others' writes do nothing."""
 
-    def __init__(self, directory, tensorboard: bool, wandb_project: str, config: dict, first_step: int = 0):
+    def __init__(
+        self, directory, tensorboard: bool, wandb_project: str, config: dict, first_step: int = 0
+    ):
         """first_step: the first step this run will write; a resumed run passes the restored step + 1.
 
-        An empty wandb_project means no Weights & Biases. `config` (plain JSON) is shown there beside the curves.
+        An empty wandb_project means no Weights & Biases. `config` (plain JSON) is shown there
+        beside the curves.
         """
-        self._file, self._copies, self._error = None, [], None
+        self._file = None
+        self._copies = []
+        self._error = None
         if jax.process_index() != 0:
             return
         directory = absolute(directory)
@@ -45,13 +51,18 @@ class MetricWriter:
         json_lines = RemoteJsonLines if is_remote(directory) else LocalJsonLines
         self._file = json_lines(directory / "metrics.jsonl", first_step)
         if tensorboard:
-            self._copies.append(_Copy("TensorBoard", lambda: _TensorBoard(directory / "tensorboard", first_step)))
+            self._copies.append(
+                _Copy("TensorBoard", lambda: _TensorBoard(directory / "tensorboard", first_step))
+            )
         if wandb_project:
             connect = lambda: _WeightsAndBiases(wandb_project, directory, config)  # noqa: E731
             self._copies.append(_Copy("Weights & Biases", connect))
 
     def write(self, step, metrics):
-        """Writes {name: number or (nested) list of numbers}; arrays are fetched from the device here."""
+        """Writes {name: number or (nested) list of numbers}.
+
+        Arrays are fetched from the device here.
+        """
         values = {name: np.asarray(value, np.float64).tolist() for name, value in metrics.items()}
         self._ask_all("write", int(step), values)
 
@@ -96,7 +107,8 @@ class _Copy:
     """A sink beside metrics.jsonl, made by `make`: that it fails is said once, and nothing more is asked of it."""
 
     def __init__(self, name, make):
-        self._name, self._sink = name, None
+        self._name = name
+        self._sink = None
         self._try(lambda: setattr(self, "_sink", make()))
 
     def ask(self, what, *arguments):
@@ -110,26 +122,38 @@ class _Copy:
         except Exception as error:  # of a library, its process, a disk or the network
             self._sink = None
             reason = " ".join(str(error).split()) or type(error).__name__
-            print(f"{self._name} is switched off ({reason}); metrics.jsonl goes on", file=sys.stderr)
+            print(
+                f"{self._name} is switched off ({reason}); metrics.jsonl goes on", file=sys.stderr
+            )
 
 
 class _TensorBoard:
     """Events are written at once: the library's own thread, which dies of a full disk, would be waited for for ever."""
 
     def __init__(self, directory, first_step):
-        from tensorboardX import event_file_writer  # half a second of import that a run without it should not pay
+        from tensorboardX import (
+            event_file_writer,
+        )  # half a second of import that a run without it should not pay
         from tensorboardX.proto import event_pb2, summary_pb2
 
-        self._event, self._summary, self._is_remote = event_pb2.Event, summary_pb2.Summary, is_remote(directory)
+        self._event = event_pb2.Event
+        self._summary = summary_pb2.Summary
+        self._is_remote = is_remote(directory)
         event_file_writer.directory_check(str(directory))
         self._writer = event_file_writer.EventsWriter(f"{directory}/events")
         # What lies in earlier files at or beyond this step is hidden.
         begin = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-        self._writer.write_event(event_pb2.Event(wall_time=time.time(), step=first_step, session_log=begin))
+        self._writer.write_event(
+            event_pb2.Event(wall_time=time.time(), step=first_step, session_log=begin)
+        )
 
     def write(self, step, values):
-        found = [self._summary.Value(tag=name, simple_value=value) for name, value in _scalars(values)]
-        self._writer.write_event(self._event(wall_time=time.time(), step=step, summary=self._summary(value=found)))
+        found = [
+            self._summary.Value(tag=name, simple_value=value) for name, value in _scalars(values)
+        ]
+        self._writer.write_event(
+            self._event(wall_time=time.time(), step=step, summary=self._summary(value=found))
+        )
         if not self._is_remote:
             self._writer.flush()
 
@@ -175,8 +199,9 @@ def _scalars(values):
             yield "/".join([name, *map(str, index)]), float(number)
 
 
-# Dense bfloat16 FLOP/s of one JAX device, from the makers' data sheets; the first pattern found in the kind counts.
-# A device is a chip, except for TPU v2, v3 and 7x, where it is one of the chip's two cores.
+# Dense bfloat16 FLOP/s of one JAX device, from the makers' data sheets; the first pattern found in
+# the kind counts. A device is a chip, except for TPU v2, v3 and 7x, where it is one of the chip's
+# two cores.
 PEAK_FLOPS = (
     (r"TPU v2", 45e12 / 2),
     (r"TPU v3", 123e12 / 2),
@@ -198,7 +223,12 @@ PEAK_FLOPS = (
 
 
 def peak_flops(device_kind) -> float | None:
-    """The most a device of this `jax.Device.device_kind` can do, for the MFU; None where not known, as on a CPU."""
+    """The most a device of this `jax.Device.device_kind` can do, for the MFU.
+
+    None where not known, as on a CPU.
+    """
     if "MIG" in device_kind:  # a slice of a GPU carries the name of the whole
         return None
-    return next((peak for pattern, peak in PEAK_FLOPS if re.search(rf"\b({pattern})\b", device_kind)), None)
+    return next(
+        (peak for pattern, peak in PEAK_FLOPS if re.search(rf"\b({pattern})\b", device_kind)), None
+    )

@@ -2,12 +2,13 @@
 
     update = -rate(t) * (direction(clip(grad)) + weight_decay * matrix)
 
-Weight decay spares what is no matrix: scales of norms, biases, thresholds, temperatures. OLMoE decayed the scales of
-its norms as well: `decay_norms`.
+Weight decay spares what is no matrix: scales of norms, biases, thresholds, temperatures. OLMoE
+decayed the scales of its norms as well: `decay_norms`.
 
-AdamW takes Adam's direction everywhere. Muon (Jordan et al., 2024) orthogonalises the momentum of every hidden matrix,
-each layer's and each expert's on its own, and leaves embeddings, head, router and norm scales to Adam. Its steps are
-scaled to the root mean square of Adam's (arXiv 2502.16982), so both share one learning rate and one weight decay.
+AdamW takes Adam's direction everywhere. Muon (Jordan et al., 2024) orthogonalises the momentum of
+every hidden matrix, each layer's and each expert's on its own, and leaves embeddings, head, router
+and norm scales to Adam. Its steps are scaled to the root mean square of Adam's (arXiv 2502.16982),
+so both share one learning rate and one weight decay.
 """
 
 import dataclasses
@@ -21,7 +22,8 @@ from moe_erc.checks import BadInput, among, check_fields, within
 
 MUON_MOMENTUM = 0.95  # the published value, so that naming muon is all it takes
 NORM = "_norm"  # how the name of a norm's scale ends
-ADAM_RMS = 0.2  # what Adam's direction measures in practice; an orthogonal (m, n) matrix has 1 / sqrt(max(m, n))
+# what Adam's direction measures in practice; an orthogonal (m, n) matrix has 1 / sqrt(max(m, n))
+ADAM_RMS = 0.2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,15 +52,18 @@ class OptimizerConfig:
 def learning_rate_schedule(config, steps) -> optax.Schedule:
     """The rate of update t = 0 … steps - 1: linear warm-up, then the schedule, which ends at t = steps.
 
-    Update 0 already moves, by peak / (warmup_steps + 1); update `warmup_steps` is the first at the peak.
+    Update 0 already moves, by peak / (warmup_steps + 1); update `warmup_steps` is the first at the
+    peak.
     """
-    peak, warmup = config.learning_rate, config.warmup_steps
+    peak = config.learning_rate
+    warmup = config.warmup_steps
     if warmup >= steps:
         raise BadInput(
             f"optimizer.warmup_steps: {warmup} must be below {steps}, the steps of the run; lower it"
         )
     return optax.join_schedules(
-        [optax.linear_schedule(peak / (warmup + 1), peak, warmup), _after_warmup(config, steps)], [warmup]
+        [optax.linear_schedule(peak / (warmup + 1), peak, warmup), _after_warmup(config, steps)],
+        [warmup],
     )
 
 
@@ -71,7 +76,8 @@ def updates_done(opt_state) -> jax.Array:
 
 
 def _after_warmup(config, steps):
-    peak, final = config.learning_rate, config.learning_rate * config.final_fraction
+    peak = config.learning_rate
+    final = config.learning_rate * config.final_fraction
     remaining = steps - config.warmup_steps
     match config.schedule:
         case "constant":
@@ -115,7 +121,8 @@ def decay_mask(params, norms=False):
 def directions(params, router_parameters):
     """Who turns each gradient into a direction under Muon: "muon" for the hidden matrices, "adam" for the rest.
 
-    Rows of a router are no hidden map: they are compared one by one with tokens and experts, so they keep Adam.
+    Rows of a router are no hidden map: they are compared one by one with tokens and experts, so
+    they keep Adam.
     """
     rows = {name for name, parameter in router_parameters.items() if not parameter.orthogonalized}
 
@@ -127,13 +134,20 @@ def directions(params, router_parameters):
 
 
 def _last_two_axes(params):
-    """Every leaf is a stack of (input, output) matrices; the axes before them are orthogonalised independently."""
-    return jax.tree.map(lambda _: optax.contrib.MuonDimensionNumbers(reduction_axis=-2, output_axis=-1), params)
+    """Every leaf is a stack of (input, output) matrices.
+
+    The axes before them are orthogonalised independently.
+    """
+    return jax.tree.map(
+        lambda _: optax.contrib.MuonDimensionNumbers(reduction_axis=-2, output_axis=-1), params
+    )
 
 
 def _to_adam_rms(updates, params=None):
     del params  # optax hands them over; only shapes matter here
-    return jax.tree.map(lambda update: ADAM_RMS * jnp.sqrt(max(update.shape[-2:])) * update, updates)
+    return jax.tree.map(
+        lambda update: ADAM_RMS * jnp.sqrt(max(update.shape[-2:])) * update, updates
+    )
 
 
 def make_optimizer(config, steps, model) -> optax.GradientTransformation:
@@ -144,7 +158,9 @@ def make_optimizer(config, steps, model) -> optax.GradientTransformation:
     direction = optax.scale_by_adam(config.b1, config.b2, config.eps)
     if config.name == "muon":
         orthogonal = optax.chain(
-            optax.contrib.scale_by_muon(beta=MUON_MOMENTUM, weight_dimension_numbers=_last_two_axes),
+            optax.contrib.scale_by_muon(
+                beta=MUON_MOMENTUM, weight_dimension_numbers=_last_two_axes
+            ),
             optax.stateless(_to_adam_rms),
         )
         label = functools.partial(directions, router_parameters=model.router.parameters(model))
@@ -152,6 +168,8 @@ def make_optimizer(config, steps, model) -> optax.GradientTransformation:
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
         direction,
-        optax.add_decayed_weights(config.weight_decay, functools.partial(decay_mask, norms=config.decay_norms)),
+        optax.add_decayed_weights(
+            config.weight_decay, functools.partial(decay_mask, norms=config.decay_norms)
+        ),
         optax.scale_by_learning_rate(learning_rate_schedule(config, steps)),
     )

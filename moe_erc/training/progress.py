@@ -2,8 +2,9 @@
 
 On a terminal a bar shows them; in a log there is a line every `every` steps.
 
-Fetching every `every` steps leaves the device a queue of work; every step's numbers are still looked at, so what the
-guard refused is reported with its step, and a run that it stopped ends before its next checkpoint.
+Fetching every `every` steps leaves the device a queue of work; every step's numbers are still
+looked at, so what the guard refused is reported with its step, and a run that it stopped ends
+before its next checkpoint.
 """
 
 import contextlib
@@ -19,17 +20,30 @@ from moe_erc.measures.training import LM, LOSS, MFU, TOKENS_PER_S, TOTAL
 from moe_erc.training import guard
 from moe_erc.training.metrics import peak_flops
 
-SHOWN = (TOTAL, LM, LOSS.of("erc"), MAX_LOAD, TOKENS_PER_S, MFU)  # by the part of the key behind the slash
+SHOWN = (
+    TOTAL,
+    LM,
+    LOSS.of("erc"),
+    MAX_LOAD,
+    TOKENS_PER_S,
+    MFU,
+)  # by the part of the key behind the slash
 
 
 class Progress:
-    """`add` a step's metrics, `flush` what has come together; `step_size` is (tokens, FLOPs) of one step."""
+    """`add` a step's metrics, `flush` what has come together.
+
+    `step_size` is (tokens, FLOPs) of one step.
+    """
 
     def __init__(self, writer, every, steps, step_size, guard_config):
         first, last = steps
         self._writer, self._every, (self._tokens, self._flops) = writer, every, step_size
         self._guard = guard_config
-        self._pending, self._timed_steps, self._seconds, self._since = [], 0, 0.0, time.perf_counter()
+        self._pending = []
+        self._timed_steps = 0
+        self._seconds = 0.0
+        self._since = time.perf_counter()
         self._shown = (_Bar if sys.stderr.isatty() else _Lines)(first, last)
 
     def add(self, step, metrics):
@@ -38,7 +52,10 @@ class Progress:
         self._shown.advance()
 
     def flush(self):
-        """Fetches, checks and writes what is pending; `guard.Stopped` names the step from which on none counts."""
+        """Fetches, checks and writes what is pending.
+
+        `guard.Stopped` names the step from which on none counts.
+        """
         fetched = jax.device_get(self._pending)
         self._pending = []
         self._seconds += time.perf_counter() - self._since
@@ -50,12 +67,17 @@ class Progress:
             if step % self._every == 0:
                 metrics = metrics | self._speed()
                 self._writer.write(step, metrics)
-                found = {one.name: _short(np.max(metrics[one.key])) for one in SHOWN if one.key in metrics}
+                found = {
+                    one.name: _short(np.max(metrics[one.key]))
+                    for one in SHOWN
+                    if one.key in metrics
+                }
                 self._shown.show(step, found, self._rate)
 
     def _speed(self):
         self._rate = rate = self._timed_steps / self._seconds
-        self._timed_steps, self._seconds = 0, 0.0
+        self._timed_steps = 0
+        self._seconds = 0.0
         peak = peak_flops(jax.devices()[0].device_kind)
         speed = {TOKENS_PER_S.key: rate * self._tokens}
         if peak:
@@ -82,7 +104,14 @@ class _Bar:
 
     def __init__(self, first, last):
         hidden = jax.process_index() > 0
-        self._bar = tqdm(initial=first, total=last, unit="step", dynamic_ncols=True, smoothing=0.05, disable=hidden)
+        self._bar = tqdm(
+            initial=first,
+            total=last,
+            unit="step",
+            dynamic_ncols=True,
+            smoothing=0.05,
+            disable=hidden,
+        )
         self.advance = self._bar.update
         self.say = self._bar.write
         self.external = tqdm.external_write_mode

@@ -15,7 +15,9 @@ class Weights(struct.PyTreeNode):
     """The part of a TrainState that a model is evaluated with."""
 
     params: Any
-    router: Any  # what routing carries from step to step beside its parameters: `RouterState.by_layer`
+    router: (
+        Any  # what routing carries from step to step beside its parameters: `RouterState.by_layer`
+    )
 
 
 class TrainState(struct.PyTreeNode):
@@ -37,7 +39,9 @@ class TrainState(struct.PyTreeNode):
 
 def init_weights(model, rng):
     """The model's initial parameters, float32, the same on any mesh."""
-    tokens_BT = jnp.zeros((model.mesh.size, 1), jnp.int32)  # the least that every device gets a share of
+    tokens_BT = jnp.zeros(
+        (model.mesh.size, 1), jnp.int32
+    )  # the least that every device gets a share of
     router = model.config.router.init_state(model.config).by_layer
     variables = model.init(rng, tokens_BT, jnp.ones_like(tokens_BT, bool), router)
     return Weights(variables["params"], router)
@@ -52,7 +56,15 @@ def initializer(model, optimizer, seed):
         weights = init_weights(model, named(key, "parameters"))
         loss_scales = model.config.router.init_state(model.config).loss_scales
         opt_state = optimizer.init(weights.params)
-        return TrainState(jnp.int32(0), weights.params, opt_state, rng, weights.router, loss_scales, guard.initial())
+        return TrainState(
+            jnp.int32(0),
+            weights.params,
+            opt_state,
+            rng,
+            weights.router,
+            loss_scales,
+            guard.initial(),
+        )
 
     return init
 
@@ -71,10 +83,12 @@ def shardings(abstract):
 def create_state(init, abstract, params=None):
     """The initial state, born on its devices; with `params`, if they are given, for its parameters.
 
-    Those that `init` would draw are then no output of its program, which does not draw them: moments start at zero
-    whatever the parameters are.
+    Those that `init` would draw are then no output of its program, which does not draw them:
+    moments start at zero whatever the parameters are.
     """
     if params is None:
         return jax.jit(init, out_shardings=shardings(abstract))()
-    others = jax.jit(lambda: init().replace(params=None), out_shardings=shardings(abstract.replace(params=None)))
+    others = jax.jit(
+        lambda: init().replace(params=None), out_shardings=shardings(abstract.replace(params=None))
+    )
     return others().replace(params=params)

@@ -4,7 +4,10 @@ import jax
 
 
 class Trace:
-    """Traces from step `first` on if a run of `steps`, (done before, last), comes by it; a process its own devices."""
+    """Traces from step `first` on if a run of `steps`, (done before, last), comes by it.
+
+    A process its own devices.
+    """
 
     def __init__(self, directory, first, steps):
         done, last = steps

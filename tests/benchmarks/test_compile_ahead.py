@@ -15,26 +15,36 @@ def compile_ahead(arguments, directory, environment=None):
     """(exit code, everything printed, what it wrote)."""
     written = directory / "ahead.json"
     arguments = [*arguments, f"--json={written}"]
-    code, printed = script.run("benchmarks/compile_ahead.py", arguments, directory / "out", environment=environment)
+    code, printed = script.run(
+        "benchmarks/compile_ahead.py", arguments, directory / "out", environment=environment
+    )
     return code, printed, json.loads(written.read_text()) if written.exists() else None
 
 
 def test_a_step_compiled_for_virtual_devices(tmp_path, model_config):
     arguments = ["--config=configs/erc.py:debug", "--devices=cpu:8", "--difference", *MESH]
-    # Out of a cache a program tells less. Its machine code, for which users wait, is nothing that is told.
-    code, printed, found = compile_ahead(arguments, tmp_path, {"JAX_ENABLE_COMPILATION_CACHE": False})
+    # Out of a cache a program tells less. Its machine code, for which users wait, is nothing that
+    # is told.
+    code, printed, found = compile_ahead(
+        arguments, tmp_path, {"JAX_ENABLE_COMPILATION_CACHE": False}
+    )
     assert code == 0, printed
     facts, (step, alone, without) = found["facts"], found["programs"].values()
     assert facts["mesh"] == {"data": 2, "expert": 4} and facts["tokens"] == 8 * 32 / 8
     assert facts["model_flops"] == 3 * 32 * model_config().flops_per_token(32)
-    # All but the experts, whose loops have no fixed length: attention, router and head, of 32 tokens.
+    # All but the experts, whose loops have no fixed length: attention, router and head, of 32
+    # tokens.
     assert step["cost"]["flops"] > facts["model_flops"] - 3 * 32 * 2 * 2 * 3 * 2 * 32 * 16
     assert any("moe" in origin for origin in step["cost"]["open_loops"])
-    # Tokens of an expert group, four sequences of 32: gathered and summed once a layer, forward and backward.
+    # Tokens of an expert group, four sequences of 32: gathered and summed once a layer, forward and
+    # backward.
     gathers = [one for one in step["cost"]["collectives"] if one["shapes"] == ["f32[4,32,32]"]]
-    assert {one["kind"] for one in gathers} == {"all-gather"} and {one["group"] for one in gathers} == {4}
+    assert {one["kind"] for one in gathers} == {"all-gather"} and {
+        one["group"] for one in gathers
+    } == {4}
     assert sum(one["times"] for one in gathers) == 2 * 2
-    # ERC of 2 layers: M forward, again backward, and its two gradients; more than that on one of 8 devices is waste.
+    # ERC of 2 layers: M forward, again backward, and its two gradients; more than that on one of 8
+    # devices is waste.
     assert 0 < alone["cost"]["flops"] <= 4 * 2 * 2 * 4**2 * 32 * 16
     assert step["cost"]["flops"] - without["cost"]["flops"] == alone["cost"]["flops"]
     assert 0 < alone["memory"]["temporaries"] < step["memory"]["temporaries"]
@@ -46,7 +56,11 @@ def test_what_does_not_fit_is_said_with_what_to_change(tmp_path):
     code, printed, found = compile_ahead(arguments, tmp_path)
     last = printed.splitlines()[-1]
     assert code == 1 and found is None
-    assert last.startswith("error: does not fit: ") and "train.micro_batches" in last and "than 8" in last
+    assert (
+        last.startswith("error: does not fit: ")
+        and "train.micro_batches" in last
+        and "than 8" in last
+    )
 
 
 @pytest.mark.parametrize("arguments, words", [
@@ -73,6 +87,7 @@ def test_a_step_compiled_for_tpus(tmp_path):
     assert code == 0, printed
     cost = found["programs"]["step"]["cost"]
     assert cost["flops"] > 0 and cost["grouped_flops"] > 0 and not cost["kernels"]
-    # The weight gradients of three matrices, which walk the rows of each expert: how many depends on the routing.
+    # The weight gradients of three matrices, which walk the rows of each expert: how many depends
+    # on the routing.
     assert len(cost["open_loops"]) == 3
     assert all("transpose" in origin and "layers/moe" in origin for origin in cost["open_loops"])

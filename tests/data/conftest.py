@@ -72,7 +72,9 @@ def text_directory(tmp_path):
     """300 one-line documents in one file."""
     directory = tmp_path / "words"
     directory.mkdir()
-    (directory / "words.jsonl").write_text("".join(f'{{"text": "word {number}"}}\n' for number in range(300)))
+    (directory / "words.jsonl").write_text(
+        "".join(f'{{"text": "word {number}"}}\n' for number in range(300))
+    )
     return directory
 
 
@@ -87,7 +89,9 @@ def two_documents(tmp_path):
 
 
 def _counting_stream(source, start, count):
-    return Stream(source, np.arange(start, start + count, dtype="<u2"), count, 1, f"{start}-{count}")
+    return Stream(
+        source, np.arange(start, start + count, dtype="<u2"), count, 1, f"{start}-{count}"
+    )
 
 
 @pytest.fixture
@@ -98,14 +102,20 @@ def counting_stream():
 
 @pytest.fixture
 def counting_corpus():
-    """Two sources of 41 and 21 tokens (10 and 5 windows of T = 4); the first also has a domain too short for one."""
+    """Two sources of 41 and 21 tokens (10 and 5 windows of T = 4).
+
+    The first also has a domain too short for one.
+    """
     train = {
         "a": _counting_stream("one", 0, 41),
         "short": _counting_stream("one", 500, 4),
         "b": _counting_stream("two", 1000, 21),
     }
     return Corpus(
-        ByteTokenizer(), {"train": train, "validation": {"a": _counting_stream("one", 0, 23)}}, {}, "identity"
+        ByteTokenizer(),
+        {"train": train, "validation": {"a": _counting_stream("one", 0, 23)}},
+        {},
+        "identity",
     )
 
 

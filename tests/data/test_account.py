@@ -37,7 +37,8 @@ def divided(tmp_path):
 
 def test_documents_tokens_and_epochs_are_said(config, divided):
     corpus = prepare(dataclasses.replace(config, sources=(divided,)))
-    # 4 + 1 and 5 + 1 tokens are 11, in which there are 2 windows of 4 predictions: 5 windows are 2.5 epochs.
+    # 4 + 1 and 5 + 1 tokens are 11, in which there are 2 windows of 4 predictions: 5 windows are
+    # 2.5 epochs.
     assert list(describe(corpus, 4, 5)) == [
         f"data {divided!r}: train 2 documents of 11 tokens, validation 1 documents of 4 tokens; "
         "2.5 epochs of train in this run",
@@ -55,11 +56,18 @@ def test_a_run_that_reads_the_cache_says_the_same(config, divided, monkeypatch):
 
 @pytest.mark.parametrize(("weights", "epochs"), [((), [2.0, 2.0]), ((3, 1), [4.5, 0.75])])
 def test_epochs_of_several_sources(config, tmp_path, weights, epochs):
-    # 8 bytes and an end are 2 windows of 4; 16 are 4. Without weights 12 windows read all 6 of them twice; with (3, 1)
-    # 9 windows are of the first and 3 of the second.
-    names = [write(tmp_path / name, {"train.txt": "x" * size, "val.txt": "y"}) for name, size in (("a", 8), ("b", 16))]
+    # 8 bytes and an end are 2 windows of 4; 16 are 4. Without weights 12 windows read all 6 of them
+    # twice; with (3, 1) 9 windows are of the first and 3 of the second.
+    names = [
+        write(tmp_path / name, {"train.txt": "x" * size, "val.txt": "y"})
+        for name, size in (("a", 8), ("b", 16))
+    ]
     corpus = prepare(dataclasses.replace(config, sources=tuple(names), weights=weights))
-    said = [line.split("; ")[1].split(" ")[0] for line in describe(corpus, 4, 12) if line.startswith("data ")]
+    said = [
+        line.split("; ")[1].split(" ")[0]
+        for line in describe(corpus, 4, 12)
+        if line.startswith("data ")
+    ]
     assert [float(number) for number in said] == epochs
 
 
@@ -74,8 +82,12 @@ def test_what_is_divided_by_hash_says_so(config, text_directory):
 @pytest.mark.parametrize("empty", ["train", "validation"])
 def test_a_split_whose_documents_are_all_empty_is_refused(config, tmp_path, empty):
     other = {"train": "validation", "validation": "train"}[empty]
-    name = write(tmp_path / "set", {f"{empty}.jsonl": texts("", " "), f"{other}.jsonl": texts("some text")})
-    with pytest.raises(BadInput, match=rf"no document with text in its {empty} split \(2 without; train is") as error:
+    name = write(
+        tmp_path / "set", {f"{empty}.jsonl": texts("", " "), f"{other}.jsonl": texts("some text")}
+    )
+    with pytest.raises(
+        BadInput, match=rf"no document with text in its {empty} split \(2 without; train is"
+    ) as error:
         prepare(dataclasses.replace(config, sources=(name,)))
     assert "\n" not in str(error.value)
     assert not list((Path(config.cache_dir) / "tokens").iterdir())
@@ -83,10 +95,18 @@ def test_a_split_whose_documents_are_all_empty_is_refused(config, tmp_path, empt
 
 def test_domains_of_any_name_have_files_of_their_own(tmp_path):
     domains = ["", "text", "Code", "CODE", "code", "a/b", "a b", "../up", "a_b", "x" * 300, "ж"]
-    documents = [Document("train", domain, f"text of {number}".encode()) for number, domain in enumerate(domains)]
-    source = Source("name", "label", "identity", lambda: iter(documents), Account("one line", {}), False)
+    documents = [
+        Document("train", domain, f"text of {number}".encode())
+        for number, domain in enumerate(domains)
+    ]
+    source = Source(
+        "name", "label", "identity", lambda: iter(documents), Account("one line", {}), False
+    )
     streams.write(tmp_path, source, ByteTokenizer())
-    found = {domain: bytes(stream.tokens_N[:-1].astype("u1")) for _, domain, stream in streams.read(tmp_path, "name")}
+    found = {
+        domain: bytes(stream.tokens_N[:-1].astype("u1"))
+        for _, domain, stream in streams.read(tmp_path, "name")
+    }
     assert found == {domain: f"text of {number}".encode() for number, domain in enumerate(domains)}
     names = [path.name.lower() for path in tmp_path.iterdir()]
     assert len(set(names)) == len(domains) + 1
@@ -108,6 +128,8 @@ def test_an_account_that_is_none_is_refused(config, divided, account):
 @pytest.mark.parametrize("spelling", ["{}/", "{}/../set", "{}-link"])
 def test_one_directory_under_two_names_is_refused(config, divided, spelling):
     Path(f"{divided}-link").symlink_to(divided)
-    with pytest.raises(BadInput, match=r"^data\.sources: '.*' is the same text as '.*set'; list it once") as error:
+    with pytest.raises(
+        BadInput, match=r"^data\.sources: '.*' is the same text as '.*set'; list it once"
+    ) as error:
         prepare(dataclasses.replace(config, sources=(divided, spelling.format(divided))))
     assert "\n" not in str(error.value)

@@ -44,12 +44,17 @@ def test_text_is_tokenised_once(config, text_directory, monkeypatch):
     assert second.identity == first.identity and content(second) == content(first)
 
 
-def test_a_killed_tokenisation_leaves_nothing_that_looks_finished(config, text_directory, killed_after):
+def test_a_killed_tokenisation_leaves_nothing_that_looks_finished(
+    config, text_directory, killed_after
+):
     config = dataclasses.replace(config, sources=(str(text_directory),))
     killed_after(PREPARE_SLOWLY, [json.dumps(dataclasses.asdict(config))], lines=100)
     (left,) = token_files(config)
     assert ".incomplete-" in left
-    again, elsewhere = prepare(config), prepare(dataclasses.replace(config, cache_dir=config.cache_dir + "2"))
+    again, elsewhere = (
+        prepare(config),
+        prepare(dataclasses.replace(config, cache_dir=config.cache_dir + "2")),
+    )
     assert content(again) == content(elsewhere) and again.identity == elsewhere.identity
 
 
@@ -76,7 +81,8 @@ def test_the_loser_of_a_race_uses_the_winners_streams(config, text_directory, mo
     (directory,) = token_files(config)
     assert (
         ".incomplete" not in directory
-        and sum(stream.documents for split in corpus.streams.values() for stream in split.values()) == 300
+        and sum(stream.documents for split in corpus.streams.values() for stream in split.values())
+        == 300
     )
 
 
@@ -86,7 +92,8 @@ def test_a_truncated_stream_is_named(config, two_documents):
     (directory,) = (Path(config.cache_dir) / "tokens").iterdir()
     (directory / "train-text.bin").write_bytes(b"ab")
     with pytest.raises(
-        ValueError, match=r"train-text\.bin' has 2 bytes and was written with 12; delete '.*tokens/two-"
+        ValueError,
+        match=r"train-text\.bin' has 2 bytes and was written with 12; delete '.*tokens/two-",
     ):
         prepare(config)
 
@@ -102,8 +109,14 @@ def test_a_directory_appears_with_all_it_holds(tmp_path):
     with cache.filling(target) as temporary:
         (temporary / "a").write_text("a")
         assert not target.exists()
-    assert [path.name for path in target.parent.iterdir()] == ["target"] and (target / "a").read_text() == "a"
+    assert [path.name for path in target.parent.iterdir()] == ["target"] and (
+        target / "a"
+    ).read_text() == "a"
 
 
 def test_digests_do_not_depend_on_the_order_of_keys():
-    assert cache.digest({"a": 1, "b": [2]}) == cache.digest({"b": [2], "a": 1}) != cache.digest({"a": 1, "b": [3]})
+    assert (
+        cache.digest({"a": 1, "b": [2]})
+        == cache.digest({"b": [2], "a": 1})
+        != cache.digest({"a": 1, "b": [3]})
+    )

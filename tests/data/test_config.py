@@ -17,7 +17,10 @@ from moe_erc.data.config import DataConfig
         ({"weights": (1.0, 2.0)}, "data.weights: 2 weights for 1 data.sources"),
         ({"weights": (0.0,)}, "data.weights: 0.0 must be positive (give each source"),
         ({"weights": (float("inf"),)}, "data.weights: inf must be finite and positive"),
-        ({"validation_fraction": 1.0}, "data.validation_fraction: 1.0 must be at least 0 and below 1"),
+        (
+            {"validation_fraction": 1.0},
+            "data.validation_fraction: 1.0 must be at least 0 and below 1",
+        ),
         ({"sequence_length": 0}, "data.sequence_length: 0 must be at least 1"),
     ],
 )

@@ -1,10 +1,22 @@
-"""Control tokens: no text makes one, whatever a tokenizer.json calls it; ordinary added tokens stay text."""
+"""Control tokens: no text makes one, whatever a tokenizer.json calls it.
+
+Ordinary added tokens stay text.
+"""
 
 import hashlib
 import json
 
 import pytest
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import (
+    AddedToken,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 
 from moe_erc.checks import BadInput
 from moe_erc.data import tokenizer as tokenizers_of_ours
@@ -37,7 +49,9 @@ def byte_level(*added):
 
 def unigram(specials):
     pieces = [*specials, "▁", *"abcs</>|endoftx▁"]
-    tokenizer = Tokenizer(models.Unigram([(piece, -float(number)) for number, piece in enumerate(pieces)], unk_id=1))
+    tokenizer = Tokenizer(
+        models.Unigram([(piece, -float(number)) for number, piece in enumerate(pieces)], unk_id=1)
+    )
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
     tokenizer.add_special_tokens(specials)
     return tokenizer
@@ -45,7 +59,9 @@ def unigram(specials):
 
 def word_level(specials):
     words = [*specials, "a", "b", "<", "/"]
-    tokenizer = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer = Tokenizer(
+        models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>")
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.add_special_tokens(specials)
     return tokenizer
@@ -65,7 +81,9 @@ def control_ids(loaded, spelled):
     {}, {"normalized": True}, {"lstrip": True, "rstrip": True}, {"single_word": True}, {"special": True},
 ], ids=str)  # fmt: skip
 def test_no_text_makes_a_control_token(options, tmp_path):
-    added = [AddedToken(token, **{"special": False, "normalized": False} | options) for token in CONTROL]
+    added = [
+        AddedToken(token, **{"special": False, "normalized": False} | options) for token in CONTROL
+    ]
     loaded = load(byte_level(*added), tmp_path)
     text = " ".join(f"a {token} b{token}" for token in CONTROL)
     ids = loaded.encode(text)
@@ -75,8 +93,19 @@ def test_no_text_makes_a_control_token(options, tmp_path):
 
 
 def test_ordinary_added_tokens_encode_as_they_do_elsewhere(tmp_path):
-    ordinary = ["    ", "\n\n", "|||EMAIL_ADDRESS|||", "<b>", "</table>", "<tool_call>", "[INST]", "➤"]
-    given = byte_level(AddedToken("<|endoftext|>", special=True), *(AddedToken(token) for token in ordinary))
+    ordinary = [
+        "    ",
+        "\n\n",
+        "|||EMAIL_ADDRESS|||",
+        "<b>",
+        "</table>",
+        "<tool_call>",
+        "[INST]",
+        "➤",
+    ]
+    given = byte_level(
+        AddedToken("<|endoftext|>", special=True), *(AddedToken(token) for token in ordinary)
+    )
     loaded = load(given, tmp_path)
     text = "x".join(ordinary)
     assert loaded.encode(text).tolist() == given.encode(text, add_special_tokens=False).ids
@@ -93,7 +122,9 @@ def test_a_normalizer_that_lowers_capitals_makes_none(tmp_path):
 def test_templates_add_nothing(tmp_path):
     given = byte_level(AddedToken("<s>"), AddedToken("</s>"))
     begin, end = (("<s>", given.token_to_id("<s>")), ("</s>", given.token_to_id("</s>")))
-    given.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[begin, end])
+    given.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[begin, end]
+    )
     loaded = load(given, tmp_path)
     assert loaded.decode(loaded.encode("the fox")) == "the fox" and loaded.eos_id == end[1]
     assert not {begin[1], end[1]} & set(loaded.encode("the fox").tolist())
@@ -114,7 +145,9 @@ def test_a_model_whose_words_are_control_tokens_makes_none(make, tmp_path):
 def test_what_a_vocabulary_does_not_hold_is_the_unknown_token(tmp_path):
     loaded = load(unigram(["</s>", "<unk>", "<pad>"]), tmp_path)
     assert loaded.encode("aЖb").tolist().count(1) == 1
-    assert loaded.encode("a<unk>").tolist().count(1) == 2  # u and k, of which the vocabulary holds none
+    assert (
+        loaded.encode("a<unk>").tolist().count(1) == 2
+    )  # u and k, of which the vocabulary holds none
 
 
 def test_a_control_token_of_one_character_is_dropped(tmp_path):
@@ -141,10 +174,14 @@ def test_the_end_that_only_a_file_beside_it_names(name, content, tmp_path):
     assert loaded.eos_id not in loaded.encode("a @end@ b")
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"eos_token": "absent"}', '{"eos_token": null}', '{"eos_token": []}'])
+@pytest.mark.parametrize(
+    "content", ["{", "[]", '{"eos_token": "absent"}', '{"eos_token": null}', '{"eos_token": []}']
+)
 def test_a_file_that_names_no_end_is_passed_over(content, tmp_path):
     (tmp_path / "tokenizer_config.json").write_text(content)
-    with pytest.raises(BadInput, match=r"has no end-of-document token; add one of .* or name it as eos_token"):
+    with pytest.raises(
+        BadInput, match=r"has no end-of-document token; add one of .* or name it as eos_token"
+    ):
         load(byte_level(), tmp_path)
 
 
@@ -158,4 +195,6 @@ def test_identity_follows_the_end_and_stays_where_the_file_alone_decides(tmp_pat
     loaded = load(byte_level(AddedToken("<|endoftext|>", special=True)), tmp_path)
     assert loaded.identity == hashlib.sha256((tmp_path / "tokenizer.json").read_bytes()).hexdigest()
     forgotten = load(byte_level(AddedToken("<|endoftext|>", special=False)), tmp_path)
-    assert forgotten.identity != hashlib.sha256((tmp_path / "tokenizer.json").read_bytes()).hexdigest()
+    assert (
+        forgotten.identity != hashlib.sha256((tmp_path / "tokenizer.json").read_bytes()).hexdigest()
+    )

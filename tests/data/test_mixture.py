@@ -9,21 +9,37 @@ from moe_erc.data.mixture import Mixture, whole_weights
 
 
 def test_weights_become_the_smallest_whole_numbers():
-    assert whole_weights((0.3, 0.7)) == [3, 7]  # in binary 0.3 is not 3/10; the decimal that was written is
+    assert whole_weights((0.3, 0.7)) == [
+        3,
+        7,
+    ]  # in binary 0.3 is not 3/10; the decimal that was written is
     assert whole_weights((2, 4.0)) == [1, 2]
     assert whole_weights((np.float64(0.5), 0.125)) == [4, 1]
     assert whole_weights(()) == []
 
 
 def test_weights_that_are_no_decimals_are_refused():
-    with pytest.raises(ValueError, match=r"data.weights: \(0.333\d*, 1.0\) have too many digits .* such as \(2, 1\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"data.weights: \(0.333\d*, 1.0\) have too many digits .* such as \(2, 1\)",
+    ):
         whole_weights((1 / 3, 1.0))
 
 
 def test_one_period_by_hand():
     mixture = Mixture([1, 3], batch_size=4, rows=range(4))
-    # The first source has its turn at time 1/2, the second at 1/6, 3/6, 5/6; at 1/2 the first source goes first.
-    assert [mixture[row] for row in range(8)] == [(1, 0), (0, 0), (1, 1), (1, 2), (1, 3), (0, 1), (1, 4), (1, 5)]
+    # The first source has its turn at time 1/2, the second at 1/6, 3/6, 5/6; at 1/2 the first
+    # source goes first.
+    assert [mixture[row] for row in range(8)] == [
+        (1, 0),
+        (0, 0),
+        (1, 1),
+        (1, 2),
+        (1, 3),
+        (0, 1),
+        (1, 4),
+        (1, 5),
+    ]
 
 
 def test_every_period_gives_every_source_exactly_its_share():
@@ -31,7 +47,9 @@ def test_every_period_gives_every_source_exactly_its_share():
     drawn = collections.Counter(mixture[row][0] for row in range(3 * 100))
     assert drawn == {0: 60, 1: 99, 2: 141}
     for source in range(3):
-        windows = [window for chosen, window in map(mixture.__getitem__, range(300)) if chosen == source]
+        windows = [
+            window for chosen, window in map(mixture.__getitem__, range(300)) if chosen == source
+        ]
         assert windows == list(range(len(windows)))  # none skipped, none twice
 
 

@@ -26,7 +26,23 @@ REFUSED = [
     ("s3://bucket/x", "without a scheme"),
     ("gs:/bucket/x", "without a scheme"),
 ]
-TAKEN = ("lr[1e-3]", "a*b", "a?b", "$HOME", "%41", "#x", "a:b", " a ", "-a", "ü", "a,b", "{a}", "'a'", "a~", "file:")
+TAKEN = (
+    "lr[1e-3]",
+    "a*b",
+    "a?b",
+    "$HOME",
+    "%41",
+    "#x",
+    "a:b",
+    " a ",
+    "-a",
+    "ü",
+    "a,b",
+    "{a}",
+    "'a'",
+    "a~",
+    "file:",
+)
 
 
 @pytest.fixture
@@ -40,7 +56,9 @@ def test_the_home_directory_and_the_current_one(home):
     for read in (paths.absolute, paths.local):
         assert str(read("~/run")) == str(home / "run")
         assert str(read("run/")) == str(home.parent / "run")
-        assert str(read("../run")) == str(home.parent / ".." / "run")  # beside where a link leads to
+        assert str(read("../run")) == str(
+            home.parent / ".." / "run"
+        )  # beside where a link leads to
         assert str(read("./~")) == str(home.parent / "~")
     assert str(paths.absolute("gs://bucket/run")) == "gs://bucket/run"
 
@@ -132,7 +150,14 @@ def test_every_reader_of_a_path_knows_the_home_directory(home):
 def test_a_refused_workdir_is_one_line_before_anything_is_compiled(tmp_path):
     for name, words in (("a\\b", "separator"), ("a\nb", "control characters")):
         arguments = ["--config=configs/erc.py:debug", f"--workdir={tmp_path / name}"]
-        code, printed = script.run("train.py", arguments, tmp_path / "out", environment={"JAX_LOG_COMPILES": True})
+        code, printed = script.run(
+            "train.py", arguments, tmp_path / "out", environment={"JAX_LOG_COMPILES": True}
+        )
         last = printed.splitlines()[-1]
-        assert code == 2 and last.startswith("error: ") and words in last and "Compiling" not in printed, printed
+        assert (
+            code == 2
+            and last.startswith("error: ")
+            and words in last
+            and "Compiling" not in printed
+        ), printed
         assert [path.name for path in tmp_path.iterdir()] == ["out"]

@@ -14,7 +14,9 @@ def test_two_letters_by_hand():
     np.testing.assert_allclose(planted.stationary(STICKY), [2 / 3, 1 / 3], atol=1e-12)
     after_a = -(0.9 * np.log(0.9) + 0.1 * np.log(0.1))
     after_b = -(0.2 * np.log(0.2) + 0.8 * np.log(0.8))
-    assert planted.entropy_rate(STICKY) == pytest.approx(2 / 3 * after_a + 1 / 3 * after_b, rel=1e-12)
+    assert planted.entropy_rate(STICKY) == pytest.approx(
+        2 / 3 * after_a + 1 / 3 * after_b, rel=1e-12
+    )
 
 
 def pair_counts(text, alphabet):
@@ -29,20 +31,29 @@ def test_the_entropy_rate_is_that_of_a_long_sample():
     for chain_AA in source.chains():
         letters = 200_000
         counts = sum(
-            pair_counts(text, 8) for text in planted.sample(chain_AA, 20, letters // 20, np.random.default_rng(0))
+            pair_counts(text, 8)
+            for text in planted.sample(chain_AA, 20, letters // 20, np.random.default_rng(0))
         )
         cost = -np.sum(counts * np.log(np.where(counts > 0, chain_AA, 1))) / counts.sum()
-        # The deviation of a mean of so many dependent letters, whose costs deviate by about one nat, with room.
+        # The deviation of a mean of so many dependent letters, whose costs deviate by about one
+        # nat, with room.
         assert cost == pytest.approx(planted.entropy_rate(chain_AA), abs=10 / np.sqrt(letters))
 
 
 def test_a_bigram_model_reaches_the_floor_where_all_regimes_are_one_chain_and_not_elsewhere():
     for mixing, reaches in ((1.0, True), (0.0, False)):
-        source = planted.Planted(regimes=4, alphabet=8, mixing=mixing, documents=40, letters=1000, validation=10)
+        source = planted.Planted(
+            regimes=4, alphabet=8, mixing=mixing, documents=40, letters=1000, validation=10
+        )
         texts = list(source.texts())
-        counts = sum(pair_counts(document.text, 8) for document in texts if document.split == "train") + 1e-3
+        counts = (
+            sum(pair_counts(document.text, 8) for document in texts if document.split == "train")
+            + 1e-3
+        )
         bigram_AA = counts / counts.sum(axis=1, keepdims=True)
-        held_out = sum(pair_counts(document.text, 8) for document in texts if document.split == "validation")
+        held_out = sum(
+            pair_counts(document.text, 8) for document in texts if document.split == "validation"
+        )
         cost = -np.sum(held_out * np.log(bigram_AA)) / held_out.sum()
         distance = cost - np.mean(list(source.floor().values()))
         assert (abs(distance) < 0.03) == reaches
@@ -53,9 +64,13 @@ def test_documents_are_a_function_of_the_options():
     texts = list(source.texts())
     assert texts == list(planted.Planted(3, 32, 0.25, 2, 50, 1, 7).texts())
     assert len(texts) == source.count == 9
-    assert [document.domain for document in texts] == [f"regime_{number}" for number in (0, 0, 0, 1, 1, 1, 2, 2, 2)]
+    assert [document.domain for document in texts] == [
+        f"regime_{number}" for number in (0, 0, 0, 1, 1, 1, 2, 2, 2)
+    ]
     assert all(len(document.text) == 50 for document in texts)
-    assert texts != list(planted.parse("planted:regimes=3,documents=2,letters=50,validation=1,seed=8").texts())
+    assert texts != list(
+        planted.parse("planted:regimes=3,documents=2,letters=50,validation=1,seed=8").texts()
+    )
 
 
 def test_the_chains_are_distributions_and_share_what_mixing_says():

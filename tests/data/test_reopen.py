@@ -15,12 +15,18 @@ from moe_erc.data.text import prepare, reopen, streams_of
 def earlier(config, corpus):
     """A checkpoint of a run with that corpus, read back."""
     data = json.loads(json.dumps(dataclasses.asdict(config)))
-    meta = {"config": {"data": data, "train": {"batch_size": 8}}, "data": json.loads(json.dumps(corpus.record))}
+    meta = {
+        "config": {"data": data, "train": {"batch_size": 8}},
+        "data": json.loads(json.dumps(corpus.record)),
+    }
     return resume.read(meta, 3)
 
 
 def tokens(corpus):
-    return {split: {name: stream.sha256 for name, stream in found.items()} for split, found in corpus.streams.items()}
+    return {
+        split: {name: stream.sha256 for name, stream in found.items()}
+        for split, found in corpus.streams.items()
+    }
 
 
 def _install(monkeypatch, tree):
@@ -47,7 +53,10 @@ def test_after_an_upgrade_the_run_reads_its_own_text(upgraded, capsys):
     assert tokens(found) == tokens(corpus) != tokens(prepare(config)) and changes == []
     assert found.identity == corpus.identity
     said = capsys.readouterr().out
-    assert "'embedded' has changed since the run was begun (package 1.0 -> 2.0)" in said and said.count("\n") == 1
+    assert (
+        "'embedded' has changed since the run was begun (package 1.0 -> 2.0)" in said
+        and said.count("\n") == 1
+    )
 
 
 def test_after_an_upgrade_and_without_the_cache_the_libraries_are_named(upgraded):
@@ -55,7 +64,13 @@ def test_after_an_upgrade_and_without_the_cache_the_libraries_are_named(upgraded
     shutil.rmtree(Path(config.cache_dir) / "tokens")
     with pytest.raises(resume.TextGone) as error:
         resume.open_text(earlier(config, corpus), config)
-    for words in ("data.sources", "package 1.0 -> 2.0", "install those versions", "--workdir", "resume.allow"):
+    for words in (
+        "data.sources",
+        "package 1.0 -> 2.0",
+        "install those versions",
+        "--workdir",
+        "resume.allow",
+    ):
         assert words in str(error.value)
     found, (change,) = resume.open_text(earlier(config, corpus), config, ("data",))
     assert change.key == "data.sources" and tokens(found) == tokens(prepare(config))
@@ -104,7 +119,10 @@ def test_files_are_told_apart_by_name_size_and_time(tmp_path, monkeypatch):
     (tmp_path / "a.txt").write_text("longer")
     for name in ("b", "c", "d", "e"):
         (tmp_path / f"{name}.txt").unlink()
-    assert origin.compare(str(tmp_path), before) == "4 files removed (b.txt, c.txt, d.txt, …), 1 file changed (a.txt)"
+    assert (
+        origin.compare(str(tmp_path), before)
+        == "4 files removed (b.txt, c.txt, d.txt, …), 1 file changed (a.txt)"
+    )
     monkeypatch.setattr(origin, "MOST_FILES", 0)
     assert origin.compare(str(tmp_path), before) == "5 files then, 1 files of 6 bytes now"
     assert origin.compare(str(tmp_path / "gone"), before) == "it is no longer there"

@@ -26,7 +26,9 @@ def texts(source, split=None):
 
 
 def test_text_files_in_the_order_of_their_paths(config, tmp_path):
-    lines = "".join(json.dumps({"text": text}) + "\n" for text in ("second", "third ☕", "half \ud800"))
+    lines = "".join(
+        json.dumps({"text": text}) + "\n" for text in ("second", "third ☕", "half \ud800")
+    )
     name = write(
         tmp_path / "My Books",
         {"a.txt": b"first \xff", "b/c.jsonl": lines + "\n", "b/d.txt": "last", "e.md": "not text"},
@@ -51,8 +53,12 @@ def test_documents_are_divided_by_hash(config, tmp_path):
 
 def test_nothing_is_held_out_at_fraction_zero_and_the_hash_is_pinned():
     assert split_by_hash(b"anything", 0.0) == "train"
-    # sha256(b"abc") begins ba7816bf8f01cfea; read as little-endian that is 0xeacf018fbf1678ba / 2**64 = 0.9172...
-    assert [split_by_hash(b"abc", fraction) for fraction in (0.917, 0.918)] == ["train", "validation"]
+    # sha256(b"abc") begins ba7816bf8f01cfea; read as little-endian that is 0xeacf018fbf1678ba /
+    # 2**64 = 0.9172...
+    assert [split_by_hash(b"abc", fraction) for fraction in (0.917, 0.918)] == [
+        "train",
+        "validation",
+    ]
 
 
 @pytest.mark.parametrize("held_out", ["validation.jsonl", "valid/a.jsonl", "test.jsonl"])
@@ -63,7 +69,10 @@ def test_files_named_after_splits_are_those_splits(config, tmp_path, held_out):
 
 
 def test_a_second_held_out_file_is_kept_out_of_training(config, tmp_path):
-    name = write(tmp_path / "text", {"train/a.txt": "seen", "validation/a.txt": "held out", "test/a.txt": "for later"})
+    name = write(
+        tmp_path / "text",
+        {"train/a.txt": "seen", "validation/a.txt": "held out", "test/a.txt": "for later"},
+    )
     assert texts(open_source(name, config)) == [b"seen", b"held out"]
 
 
@@ -106,7 +115,9 @@ def test_names_that_mean_nothing(config, name, kind, message):
     with pytest.raises(kind) as error:
         open_source(name, config)
     assert (
-        str(error.value).startswith("data.sources: ") and message in str(error.value) and "\n" not in str(error.value)
+        str(error.value).startswith("data.sources: ")
+        and message in str(error.value)
+        and "\n" not in str(error.value)
     )
 
 
@@ -114,7 +125,10 @@ def test_names_that_mean_nothing(config, name, kind, message):
     ("files", "message"),
     [
         ({"a.md": ""}, "no .txt or .jsonl file in"),
-        ({"a.jsonl": '{"text": "good"}\n\n{"text": \n'}, "a.jsonl:3 is not a JSON object with a string under 'text'"),
+        (
+            {"a.jsonl": '{"text": "good"}\n\n{"text": \n'},
+            "a.jsonl:3 is not a JSON object with a string under 'text'",
+        ),
         ({"a.jsonl": '{"body": "no such key"}'}, "a.jsonl:1 is not"),
         ({"a.jsonl": '["text"]'}, "a.jsonl:1 is not"),
         ({"a.jsonl": '{"text": 3}'}, "a.jsonl:1 is not"),
@@ -133,7 +147,10 @@ def test_unusable_directories(config, tmp_path, files, message):
 def test_compressed_files_and_other_names_of_lines(config, tmp_path, name):
     text = "first ☕"
     content = text.encode() if ".txt" in name else json.dumps({"text": text}).encode() + b"\n"
-    directory = write(tmp_path / "text", {name: gzip.compress(content) if name.lower().endswith("gz") else content})
+    directory = write(
+        tmp_path / "text",
+        {name: gzip.compress(content) if name.lower().endswith("gz") else content},
+    )
     assert texts(open_source(directory, config)) == [text.encode()]
 
 
@@ -143,7 +160,10 @@ def test_compressed_files_and_other_names_of_lines(config, tmp_path, name):
         ({"a.json": '[{"text": "x"}]'}, "a.json:1 is not a JSON object"),
         ({"a.json": '{\n"text": "x"}'}, "(a file holds one object a line)"),
         ({"a.jsonl.gz": b"not packed"}, "a.jsonl.gz' cannot be unpacked (Not a gzipped file"),
-        ({"a.jsonl.gz": gzip.compress(b'{"text": "x"}\n' * 999)[:-20]}, "a.jsonl.gz' cannot be unpacked (Compressed"),
+        (
+            {"a.jsonl.gz": gzip.compress(b'{"text": "x"}\n' * 999)[:-20]},
+            "a.jsonl.gz' cannot be unpacked (Compressed",
+        ),
         ({"a.txt.gz": gzip.compress(b"text")[:10] + b"\xff" * 20}, "a.txt.gz' cannot be unpacked"),
     ],
 )

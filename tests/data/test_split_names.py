@@ -69,7 +69,12 @@ def test_names_that_only_look_like_splits(name):
 
 def test_names_that_only_look_like_splits_are_divided_by_hash(tmp_path):
     write(
-        tmp_path, {"training_notes/a.jsonl": lines("A"), "validated.jsonl": lines("B"), "night-test.jsonl": lines("C")}
+        tmp_path,
+        {
+            "training_notes/a.jsonl": lines("A"),
+            "validated.jsonl": lines("B"),
+            "night-test.jsonl": lines("C"),
+        },
     )
     assert words_by_split(tmp_path) == {"train": {"A", "B", "C"}, "validation": {"A", "B", "C"}}
 
@@ -128,7 +133,9 @@ def test_a_split_that_is_empty_while_the_other_is_not(files, said, tmp_path):
     write(tmp_path, files)
     with pytest.raises(BadInput, match=r"^data\.sources: ") as error:
         text_files.survey(tmp_path, 0.02)
-    assert all(word in str(error.value) for word in (str(tmp_path), *said)) and "\n" not in str(error.value)
+    assert all(word in str(error.value) for word in (str(tmp_path), *said)) and "\n" not in str(
+        error.value
+    )
 
 
 @pytest.mark.parametrize("empty", ["train", "validation"])
@@ -186,7 +193,9 @@ def test_text_that_is_held_out_under_one_name_is_not_trained_on_under_another(li
     write(tmp_path, {"train/a.jsonl": lines("SEEN"), "validation/b.jsonl": lines("HELDOUT")})
     link(tmp_path / "validation" / "b.jsonl", tmp_path / "train" / "b.jsonl")
     assert words_by_split(tmp_path) == {"train": {"SEEN"}, "validation": {"HELDOUT"}}
-    assert text_files.survey(tmp_path, 0.02).account.ignored == {"reached by another path as well": 1}
+    assert text_files.survey(tmp_path, 0.02).account.ignored == {
+        "reached by another path as well": 1
+    }
 
 
 def test_everything_that_is_not_read_is_counted(tmp_path):

@@ -19,7 +19,10 @@ def content(corpus):
 
 def test_documents_end_with_the_end_of_document_token(config, two_documents):
     corpus = prepare(dataclasses.replace(config, sources=(two_documents,)))
-    assert content(corpus) == {"train": {"two": [97, 98, 99, 100, 101, 256]}, "validation": {"two": [0xC3, 0xA9, 256]}}
+    assert content(corpus) == {
+        "train": {"two": [97, 98, 99, 100, 101, 256]},
+        "validation": {"two": [0xC3, 0xA9, 256]},
+    }
     stream = corpus.streams["validation"]["two"]
     assert (stream.bytes, stream.documents, stream.tokens_N.dtype.str) == (2, 1, "<u2")
     assert not stream.tokens_N.flags.writeable and isinstance(stream.tokens_N, np.memmap)
@@ -34,7 +37,9 @@ def test_large_vocabularies_take_four_bytes(config, two_documents, monkeypatch):
 
 def test_many_batches_of_documents_keep_their_order(config, text_directory, monkeypatch):
     monkeypatch.setattr(streams, "_BYTES_PER_BATCH", 20)
-    corpus = prepare(dataclasses.replace(config, sources=(str(text_directory),), validation_fraction=0.0))
+    corpus = prepare(
+        dataclasses.replace(config, sources=(str(text_directory),), validation_fraction=0.0)
+    )
     words = corpus.tokenizer.decode(corpus.streams["train"]["words"].tokens_N)
     assert words == "".join(f"word {number}" for number in range(300))
 
@@ -60,7 +65,10 @@ def test_identity_follows_content_not_place_or_time(config, text_directory):
         prepare(base)
     first = prepare(dataclasses.replace(base, sources=(str(moved),)))
     moved.rename(text_directory)
-    assert prepare(dataclasses.replace(base, cache_dir=base.cache_dir + "2")).identity == first.identity
+    assert (
+        prepare(dataclasses.replace(base, cache_dir=base.cache_dir + "2")).identity
+        == first.identity
+    )
 
 
 def test_identity_follows_everything_that_decides_a_batch(config, text_directory, two_documents):
@@ -74,7 +82,10 @@ def test_identity_follows_everything_that_decides_a_batch(config, text_directory
         dataclasses.replace(base, sources=base.sources[::-1]),
     ]
     assert len({prepare(variant).identity for variant in variants}) == len(variants)
-    assert prepare(dataclasses.replace(base, weights=(0.5, 1.0))).identity == prepare(variants[4]).identity
+    assert (
+        prepare(dataclasses.replace(base, weights=(0.5, 1.0))).identity
+        == prepare(variants[4]).identity
+    )
 
 
 def test_sources_of_one_name_get_domains_of_their_own(config, tmp_path):
@@ -83,10 +94,15 @@ def test_sources_of_one_name_get_domains_of_their_own(config, tmp_path):
         (tmp_path / place / "books" / "a.txt").write_text(f"from {place}")
     corpus = prepare(
         dataclasses.replace(
-            config, sources=(str(tmp_path / "x/books"), str(tmp_path / "y/books")), validation_fraction=0.0
+            config,
+            sources=(str(tmp_path / "x/books"), str(tmp_path / "y/books")),
+            validation_fraction=0.0,
         )
     )
-    assert {domain: corpus.tokenizer.decode(stream.tokens_N) for domain, stream in corpus.streams["train"].items()} == {
+    assert {
+        domain: corpus.tokenizer.decode(stream.tokens_N)
+        for domain, stream in corpus.streams["train"].items()
+    } == {
         "books": "from x",
         "books_2": "from y",
     }
@@ -102,7 +118,10 @@ def test_prepared_text_gives_batches(config, text_directory):
     ("fields", "message"),
     [
         # "abcde" and the end of the document are 6 tokens: enough for T = 5, too few for T = 6.
-        ({"sequence_length": 6}, "two has 6 training tokens, fewer than one window of 7 (data.sequence_length 6 + 1)"),
+        (
+            {"sequence_length": 6},
+            "two has 6 training tokens, fewer than one window of 7 (data.sequence_length 6 + 1)",
+        ),
         ({"weights": (1,), "sequence_length": 6}, "two has 6 training tokens"),
     ],
 )
@@ -115,7 +134,9 @@ def test_too_little_text_is_named(config, two_documents, fields, message):
 
 
 def test_with_weights_every_source_must_give_a_window(config, two_documents, text_directory):
-    config = dataclasses.replace(config, sources=(str(text_directory), two_documents), sequence_length=6)
+    config = dataclasses.replace(
+        config, sources=(str(text_directory), two_documents), sequence_length=6
+    )
     prepare(config)
     with pytest.raises(ValueError, match="two has 6 training tokens"):
         prepare(dataclasses.replace(config, weights=(1, 1)))

@@ -26,7 +26,9 @@ class Splits(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         super().__init__(**arguments)
 
     def _info(self):
-        features = tfds.features.FeaturesDict({"body": tfds.features.Text(), "number": tfds.features.Scalar(np.int32)})
+        features = tfds.features.FeaturesDict(
+            {"body": tfds.features.Text(), "number": tfds.features.Scalar(np.int32)}
+        )
         return tfds.core.DatasetInfo(builder=self, features=features)
 
     def _split_generators(self, dl_manager):
@@ -50,18 +52,24 @@ def test_a_prepared_directory_with_its_own_splits(config, tmp_path):
     path = prepared(tmp_path, {"train": ["a", "b"], "test": ["c"], "validation": ["d ☕"]})
     source = open_source(path, dataclasses.replace(config, text_key="body"))
     assert source.label == "splits" and source.count == 3
-    assert sorted(texts(source, "train")) == [b"a", b"b"] and texts(source, "validation") == ["d ☕".encode()]
+    assert sorted(texts(source, "train")) == [b"a", b"b"] and texts(source, "validation") == [
+        "d ☕".encode()
+    ]
 
 
 def test_a_prepared_directory_without_validation_is_divided_by_hash(config, tmp_path):
     path = prepared(tmp_path, {"train": [f"text {number}" for number in range(100)]})
-    source = open_source(path, dataclasses.replace(config, text_key="body", validation_fraction=0.5))
+    source = open_source(
+        path, dataclasses.replace(config, text_key="body", validation_fraction=0.5)
+    )
     assert 25 < len(texts(source, "train")) < 75 and len(texts(source)) == 100
 
 
 @pytest.mark.parametrize("name", ["c4/en", "wiki40b/en", "lm1b", "dolma"])
 def test_tfds_names(config, name, tmp_path):
-    with tfds.testing.mock_data(num_examples=5, data_dir=str(tmp_path)):  # yields str where real data sets yield bytes
+    with tfds.testing.mock_data(
+        num_examples=5, data_dir=str(tmp_path)
+    ):  # yields str where real data sets yield bytes
         source = open_source(name, config)
         found = texts(source)
     assert source.label == name.replace("/", "_") and len(found) == source.count == 5
@@ -70,9 +78,12 @@ def test_tfds_names(config, name, tmp_path):
 
 def test_a_data_set_with_another_text_feature(config, tmp_path):
     with tfds.testing.mock_data(num_examples=2, data_dir=str(tmp_path)):
-        assert len(texts(open_source("pg19", dataclasses.replace(config, text_key="book_text")))) == 2
+        assert (
+            len(texts(open_source("pg19", dataclasses.replace(config, text_key="book_text")))) == 2
+        )
         with pytest.raises(
-            ValueError, match=r"data.text_key: 'pg19/0.1.1' has no text feature 'text'; set it to one of .*'book_text'"
+            ValueError,
+            match=r"data.text_key: 'pg19/0.1.1' has no text feature 'text'; set it to one of .*'book_text'",
         ):
             open_source("pg19", config)
 
@@ -91,7 +102,9 @@ def test_a_data_set_that_cannot_be_prepared_here(config, tmp_path, monkeypatch):
 
 def test_a_data_set_without_a_train_split(config, tmp_path):
     path = prepared(tmp_path, {"test": ["a"]})
-    with pytest.raises(ValueError, match=r"'splits/1.0.0' has the splits \['test'\], none called 'train'"):
+    with pytest.raises(
+        ValueError, match=r"'splits/1.0.0' has the splits \['test'\], none called 'train'"
+    ):
         open_source(path, dataclasses.replace(config, text_key="body"))
 
 
@@ -160,7 +173,9 @@ def test_a_data_set_whose_files_are_gone_or_damaged(config, tmp_path, content):
     path = prepared(tmp_path, {"train": ["a"], "validation": ["b"]})
     (file,) = Path(path).glob("*validation*")
     file.unlink() if content is None else file.write_bytes(content)
-    with pytest.raises(BadInput, match=r"^data\.sources: '.*splits/1.0.0' cannot be read \(.*\); prepare it again$"):
+    with pytest.raises(
+        BadInput, match=r"^data\.sources: '.*splits/1.0.0' cannot be read \(.*\); prepare it again$"
+    ):
         texts(open_source(path, dataclasses.replace(config, text_key="body")))
 
 

@@ -13,7 +13,12 @@ import moe_erc
 from moe_erc.checks import BadInput
 from moe_erc.data import bpe, tokenizer
 
-TEXTS = ["the cat sat on the mat", "naïve café ☕", "<|endoftext|> is a token", "the cat, the hat"] * 20
+TEXTS = [
+    "the cat sat on the mat",
+    "naïve café ☕",
+    "<|endoftext|> is a token",
+    "the cat, the hat",
+] * 20
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +37,8 @@ def test_bytes_are_their_own_ids():
 
 
 def test_bytes_decode_anything():
-    # An incomplete character is replaced; the end of a document and the padding of a vocabulary of 512 are dropped.
+    # An incomplete character is replaced; the end of a document and the padding of a vocabulary of
+    # 512 are dropped.
     assert tokenizer.load("bytes").decode(np.array([0xC3, 256, 97, 511], np.int32)) == "\ufffda"
 
 
@@ -63,7 +69,8 @@ def test_training_is_deterministic_and_identity_follows_the_vocabulary(trained, 
     bpe.save(bpe.train(TEXTS, 280), tmp_path / "smaller.json")
     assert (tmp_path / "same.json").read_bytes() == trained.read_bytes()
     identities = [
-        tokenizer.load(str(path)).identity for path in (trained, tmp_path / "same.json", tmp_path / "smaller.json")
+        tokenizer.load(str(path)).identity
+        for path in (trained, tmp_path / "same.json", tmp_path / "smaller.json")
     ]
     assert identities[0] == identities[1] != identities[2]
     assert tokenizer.load("bytes").identity not in identities
@@ -73,7 +80,9 @@ def test_saving_leaves_only_the_file(trained, tmp_path):
     output = tmp_path / "tokenizer.json"
     output.write_text("old")
     bpe.save(bpe.train(TEXTS, 260), output)
-    assert [path.name for path in tmp_path.iterdir()] == ["tokenizer.json"] and output.read_text() != "old"
+    assert [path.name for path in tmp_path.iterdir()] == [
+        "tokenizer.json"
+    ] and output.read_text() != "old"
 
 
 def test_bpe_trains_on_training_documents_alone(config, tmp_path):
@@ -104,11 +113,19 @@ def test_the_command_trains_or_says_why_not(tmp_path, source, code, said):
     (tmp_path / "text").mkdir()
     (tmp_path / "text" / "a.txt").write_text("the cat sat on the mat with the hat")
     (tmp_path / "config.py").write_text(CONFIG.format(source=str(tmp_path / source)))
-    flags = [f"--config={tmp_path / 'config.py'}:debug", "--vocab_size=260", f"--output={tmp_path / 'tokenizer.json'}"]
+    flags = [
+        f"--config={tmp_path / 'config.py'}:debug",
+        "--vocab_size=260",
+        f"--output={tmp_path / 'tokenizer.json'}",
+    ]
     environment = os.environ | {"PYTHONPATH": str(Path(moe_erc.__file__).parents[1])}
     command = [sys.executable, "-m", "moe_erc.train_tokenizer", *flags]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode == code and said in done.stdout + done.stderr and "Traceback" not in done.stderr
+    assert (
+        done.returncode == code
+        and said in done.stdout + done.stderr
+        and "Traceback" not in done.stderr
+    )
     assert (tmp_path / "tokenizer.json").exists() == (code == 0)
 
 

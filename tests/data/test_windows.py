@@ -9,7 +9,13 @@ import numpy as np
 import pytest
 
 from moe_erc.data.streams import Corpus, Stream
-from moe_erc.data.windows import Windows, count_windows, documents_per_window, train_batches, validation_batches
+from moe_erc.data.windows import (
+    Windows,
+    count_windows,
+    documents_per_window,
+    train_batches,
+    validation_batches,
+)
 
 T = 4
 
@@ -54,7 +60,8 @@ def test_a_batch_predicts_the_next_token(counting_corpus):
 
 
 def test_every_epoch_is_another_permutation_of_all_windows(counting_corpus):
-    # 10 windows of "a" and 5 of "b"; "short" has none. Three epochs in batches that do not divide an epoch.
+    # 10 windows of "a" and 5 of "b"; "short" has none. Three epochs in batches that do not divide
+    # an epoch.
     drawn = starts(take(train_batches(counting_corpus, T, 9, seed=1), 5))
     epochs = [drawn[:15], drawn[15:30], drawn[30:]]
     everything = sorted([*range(0, 40, T), *range(1000, 1020, T)])
@@ -63,17 +70,25 @@ def test_every_epoch_is_another_permutation_of_all_windows(counting_corpus):
 
 
 def test_the_seed_decides_the_order(counting_corpus):
-    first, again, other = (starts(take(train_batches(counting_corpus, T, 5, seed=seed), 3)) for seed in (7, 7, 8))
+    first, again, other = (
+        starts(take(train_batches(counting_corpus, T, 5, seed=seed), 3)) for seed in (7, 7, 8)
+    )
     assert first == again != other
 
 
 def test_weights_are_honoured_exactly_and_sources_keep_their_own_epochs(weighted_corpus):
-    # 1 : 3 over 5 batches of 8 is 10 rows of "one" (an epoch of its 10 windows) and 30 of "two" (6 epochs of its 5).
+    # 1 : 3 over 5 batches of 8 is 10 rows of "one" (an epoch of its 10 windows) and 30 of "two" (6
+    # epochs of its 5).
     drawn = starts(take(train_batches(weighted_corpus, T, 8, seed=0), 5))
-    one, two = [token for token in drawn if token < 1000], [token for token in drawn if token >= 1000]
+    one, two = (
+        [token for token in drawn if token < 1000],
+        [token for token in drawn if token >= 1000],
+    )
     assert (len(one), len(two)) == (10, 30)
     assert sorted(one) == list(range(0, 40, T))
-    assert all(sorted(two[epoch : epoch + 5]) == list(range(1000, 1020, T)) for epoch in range(0, 30, 5))
+    assert all(
+        sorted(two[epoch : epoch + 5]) == list(range(1000, 1020, T)) for epoch in range(0, 30, 5)
+    )
     assert all(
         sum(token < 1000 for token in starts([batch])) == 2
         for batch in take(train_batches(weighted_corpus, T, 8, seed=0), 5)
@@ -95,7 +110,9 @@ def test_resuming_at_a_step_gives_its_batch(request, corpus_name, step):
 def test_resuming_reads_only_what_it_returns(counting_corpus, monkeypatch):
     read = []
     getitem = Windows.__getitem__
-    monkeypatch.setattr(Windows, "__getitem__", lambda self, index: read.append(index) or getitem(self, index))
+    monkeypatch.setattr(
+        Windows, "__getitem__", lambda self, index: read.append(index) or getitem(self, index)
+    )
     take(train_batches(counting_corpus, T, 4, seed=3, start_row=4 * 10**9), 1)
     assert (
         4 <= len(read) <= 4 * 16
@@ -117,7 +134,8 @@ def test_processes_read_the_rows_of_one_batch_without_overlap(request, corpus_na
 @pytest.mark.parametrize("corpus_name", ["counting_corpus", "weighted_corpus"])
 @pytest.mark.parametrize("sizes", [(8, 4), (4, 8), (6, 5, 7, 1, 3), (1, 9)])
 def test_batches_of_any_size_go_on_where_the_last_one_stopped(request, corpus_name, sizes):
-    # Two batches of each size in turn, over several epochs of the 15 windows: no row twice, none left out.
+    # Two batches of each size in turn, over several epochs of the 15 windows: no row twice, none
+    # left out.
     corpus = request.getfixturevalue(corpus_name)
     read, drawn = 0, []
     for size in (*sizes, *sizes):
@@ -136,7 +154,8 @@ def test_processes_share_batches_of_another_size_from_any_row_on(request, corpus
     corpus = request.getfixturevalue(corpus_name)
     alone = starts(take(train_batches(corpus, T, 6, seed=3, start_row=7), 5))
     shares = [
-        starts(take(train_batches(corpus, T, 6, 3, start_row=7, rows=rows), 5)) for rows in ((0, 1, 4), (2, 3, 5))
+        starts(take(train_batches(corpus, T, 6, 3, start_row=7, rows=rows), 5))
+        for rows in ((0, 1, 4), (2, 3, 5))
     ]
     for batch in range(5):
         expected = alone[6 * batch : 6 * batch + 6]
@@ -150,14 +169,19 @@ def test_validation_covers_every_target_once_in_batches_of_one_shape(corpus_of, 
     batches = list(validation_batches(corpus_of(tokens), "a", T, batch_size))
     assert {batch[name].shape for batch in batches for name in batch} == {(batch_size, T)}
     counted = np.concatenate([batch["targets_BT"][batch["mask_BT"]] for batch in batches])
-    assert counted.tolist() == list(range(1, tokens))  # the first token has nothing to be predicted from
+    assert counted.tolist() == list(
+        range(1, tokens)
+    )  # the first token has nothing to be predicted from
     for batch in batches:
-        np.testing.assert_array_equal(batch["inputs_BT"][batch["mask_BT"]] + 1, batch["targets_BT"][batch["mask_BT"]])
+        np.testing.assert_array_equal(
+            batch["inputs_BT"][batch["mask_BT"]] + 1, batch["targets_BT"][batch["mask_BT"]]
+        )
     assert len(batches) == math.ceil((tokens - 1) / T / batch_size)
 
 
 def test_a_limit_spreads_windows_evenly(corpus_of):
-    # 25 targets: windows start at 0, 4, …, 24, the last with one target. Three of seven: numbers 0, 7 // 3, 14 // 3.
+    # 25 targets: windows start at 0, 4, …, 24, the last with one target. Three of seven: numbers 0,
+    # 7 // 3, 14 // 3.
     batches = list(validation_batches(corpus_of(26), "a", T, 2, limit=3))
     assert [batch["inputs_BT"][:, 0].tolist() for batch in batches] == [[0, 8], [16, 0]]
     assert [batch["mask_BT"].sum() for batch in batches] == [8, 4]
@@ -168,7 +192,10 @@ def test_a_limit_spreads_windows_evenly(corpus_of):
 
 
 def test_an_unknown_domain_is_refused_at_the_call(counting_corpus):
-    with pytest.raises(ValueError, match=r"no validation text in domain 'b'; the domains that have some are \['a'\]"):
+    with pytest.raises(
+        ValueError,
+        match=r"no validation text in domain 'b'; the domains that have some are \['a'\]",
+    ):
         validation_batches(counting_corpus, "b", T, 2)
 
 
@@ -197,11 +224,18 @@ def test_documents_of_a_window_are_numbered_and_end_with_their_end(ending_corpus
     for batch in (first, second, third, last):
         assert batch["segments_BT"].dtype == np.int32
         # The last window is 1 and the end, and padding behind.
-        expected = SEGMENTS[tuple(batch["inputs_BT"][0, :2].tolist())] if batch is not last else [0, 0, 1, 1]
+        expected = (
+            SEGMENTS[tuple(batch["inputs_BT"][0, :2].tolist())]
+            if batch is not last
+            else [0, 0, 1, 1]
+        )
         assert batch["segments_BT"][0].tolist() == expected
     assert last["mask_BT"][0].tolist() == [True, False, False, False]  # 1, before the last end
-    # The end predicts what comes next, and is counted: the targets are those of attention across documents.
-    across = validation_batches(dataclasses.replace(ending_corpus, attend_across_documents=True), "a", T, 1)
+    # The end predicts what comes next, and is counted: the targets are those of attention across
+    # documents.
+    across = validation_batches(
+        dataclasses.replace(ending_corpus, attend_across_documents=True), "a", T, 1
+    )
     for within, other in zip((first, second, third, last), across, strict=True):
         assert set(within) - set(other) == {"segments_BT"}
         for name in other:
@@ -210,7 +244,9 @@ def test_documents_of_a_window_are_numbered_and_end_with_their_end(ending_corpus
 
 def test_training_batches_number_documents_too_in_whatever_rows_are_read(ending_corpus):
     for batch in take(train_batches(ending_corpus, T, 3, seed=0), 4):
-        for inputs, segments in zip(batch["inputs_BT"].tolist(), batch["segments_BT"].tolist(), strict=True):
+        for inputs, segments in zip(
+            batch["inputs_BT"].tolist(), batch["segments_BT"].tolist(), strict=True
+        ):
             assert segments == SEGMENTS[tuple(inputs[:2])]
     alone = take(train_batches(ending_corpus, T, 4, seed=0), 3)
     shared = take(train_batches(ending_corpus, T, 4, 0, rows=(1, 3)), 3)
@@ -222,4 +258,6 @@ def test_documents_of_a_window_on_average(ending_corpus, weighted_corpus):
     # 5 ends in 14 tokens, of which the first 3 of a window begin another document in it
     assert documents_per_window(ending_corpus, T) == pytest.approx(1 + 3 * 5 / 14)
     # 2 streams of "one" hold 45 tokens and 2 documents, "two" 21 and 1; drawn 1 : 3
-    assert documents_per_window(weighted_corpus, T) == pytest.approx(1 + 3 * (2 / 45 / 4 + 1 / 21 * 3 / 4))
+    assert documents_per_window(weighted_corpus, T) == pytest.approx(
+        1 + 3 * (2 / 45 / 4 + 1 / 21 * 3 / 4)
+    )

@@ -58,10 +58,17 @@ def test_no_two_of_many_lines_look_alike():
 def test_erc_has_a_line_a_layer():
     erc = {"a": [[3, 2], [1, 0], [0, 0]], "b": [[0, 0]]}
     *panels, bar = figures.erc_by_alpha(erc, (1, 2), (0, 4, 8)).axes
-    assert [[line.get_ydata().tolist() for line in ax.lines] for ax in panels] == [erc["a"], erc["b"]]
+    assert [[line.get_ydata().tolist() for line in ax.lines] for ax in panels] == [
+        erc["a"],
+        erc["b"],
+    ]
     assert [ax.get_title() for ax in panels] == ["a", "b"]
     assert {(ax.get_xlabel(), ax.get_ylabel()) for ax in panels} == {("alpha", "ERC (norm units)")}
-    assert bar.get_ylabel() == "layer" and [tick.get_text() for tick in bar.get_yticklabels()] == ["0", "4", "8"]
+    assert bar.get_ylabel() == "layer" and [tick.get_text() for tick in bar.get_yticklabels()] == [
+        "0",
+        "4",
+        "8",
+    ]
 
 
 def test_maps_share_a_scale_from_0():
@@ -69,7 +76,9 @@ def test_maps_share_a_scale_from_0():
     assert [ax.get_title() for ax in panels] == ["layer 3", "layer 7"]
     for ax, M_EE in zip(panels, MATRIX_LEE, strict=True):
         (image,) = ax.images
-        np.testing.assert_array_equal(image.get_array(), M_EE)  # row i is the proxy, column j the expert
+        np.testing.assert_array_equal(
+            image.get_array(), M_EE
+        )  # row i is the proxy, column j the expert
         assert image.get_clim() == (0, 17)
         assert (ax.get_xlabel(), ax.get_ylabel()) == ("expert", "router row (proxy)")
     assert bar.get_ylabel() == "response (norm units)"
@@ -99,7 +108,10 @@ def test_the_same_figure_is_the_same_bytes_and_leaves_no_setting_behind():
     series = {"a": ([1], [2]), name: ([1], [3])}
     first, second = (figures.png(figures.curves({"loss": series}, "step")) for _ in range(2))
     assert first == second and before == dict(matplotlib.rcParams)
-    assert imread(io.BytesIO(first), format="png").shape[1] == figures.WIDTH / 2 * figures.LOOK["savefig.dpi"]
+    assert (
+        imread(io.BytesIO(first), format="png").shape[1]
+        == figures.WIDTH / 2 * figures.LOOK["savefig.dpi"]
+    )
 
 
 def test_without_matplotlib_it_says_what_to_install(monkeypatch):

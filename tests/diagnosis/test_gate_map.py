@@ -23,9 +23,10 @@ def test_columns_of_one_expert_lie_together():
     w_gate_EDF = centre_ED[..., None] + np.random.default_rng(0).normal(size=(4, 3, 16))
     points_N2, owner_N = gate_map(w_gate_EDF, (3, 0, 2), 8, seed=0)
     assert points_N2.shape == (48, 2) and owner_N.tolist() == [3] * 16 + [0] * 16 + [2] * 16
-    # Where a single point ends up depends on every rounding of a thousand steps, and a stray one proves nothing. Of
-    # experts whose columns lie five times as far apart as an expert's own, the medians tell: points without a map are
-    # as far from others' as from their own, on maps that roundings led elsewhere it was at least ten times.
+    # Where a single point ends up depends on every rounding of a thousand steps, and a stray one
+    # proves nothing. Of experts whose columns lie five times as far apart as an expert's own, the
+    # medians tell: points without a map are as far from others' as from their own, on maps that
+    # roundings led elsewhere it was at least ten times.
     distance_NN = np.linalg.norm(points_N2[:, None] - points_N2[None], axis=-1)
     alike_NN = owner_N[:, None] == owner_N
     own = np.median(distance_NN[alike_NN & ~np.eye(48, dtype=bool)])

@@ -37,7 +37,12 @@ class Reader(HTMLParser):
 
 def test_texts_are_shown_as_written():
     sections = [
-        Section(NASTY, (NASTY, "second"), (Table((NASTY, "n"), [(NASTY, 5)], NASTY),), (Picture(b"", NASTY, NASTY),))
+        Section(
+            NASTY,
+            (NASTY, "second"),
+            (Table((NASTY, "n"), [(NASTY, 5)], NASTY),),
+            (Picture(b"", NASTY, NASTY),),
+        )
     ]
     document = page(NASTY, sections)
     reader = Reader(document)
@@ -56,11 +61,15 @@ def test_figures_travel_inside_and_nothing_is_fetched():
     assert kind == "data:image/png;base64" and base64.b64decode(data) == image
     assert np.ptp(imread(io.BytesIO(base64.b64decode(data)), format="png")) > 0
     rest = document.replace(data, "")
-    assert not [word for word in ("http", "//", "url(", "@import", "<script", "<link") if word in rest]
+    assert not [
+        word for word in ("http", "//", "url(", "@import", "<script", "<link") if word in rest
+    ]
 
 
 def test_a_page_replaces_the_one_before(tmp_path):
     path = epath.Path(tmp_path) / "report.html"
     for title in ("old", "new"):
         write_text(path, page(title, []))
-    assert "new" in path.read_text() and [file.name for file in tmp_path.iterdir()] == ["report.html"]
+    assert "new" in path.read_text() and [file.name for file in tmp_path.iterdir()] == [
+        "report.html"
+    ]

@@ -15,7 +15,9 @@ from moe_erc.diagnosis.documents import write_diagnosis
 from moe_erc.diagnosis.tables import of_layers, verdict
 from tests.tolerance import assert_close, magnitude
 
-SQUARED = np.log(36) / 2**11  # how far ten squarings take sigma_max of gates of at most 36 columns; it is not near 0
+SQUARED = (
+    np.log(36) / 2**11
+)  # how far ten squarings take sigma_max of gates of at most 36 columns; it is not near 0
 
 
 def layer_with_matrix(M_EE):
@@ -45,16 +47,23 @@ def test_the_best_matching_and_what_it_gains_by_hand():
 
 def random_layers(count=2, experts=5, width=40, hidden=36):
     rng = np.random.default_rng(0)
-    return [(rng.normal(size=(experts, width)), rng.normal(size=(experts, width, hidden))) for _ in range(count)]
+    return [
+        (rng.normal(size=(experts, width)), rng.normal(size=(experts, width, hidden)))
+        for _ in range(count)
+    ]
 
 
 def test_it_agrees_with_what_a_run_measures_of_itself():
     layers = random_layers()
     measures = diagnose(layers).measures
     for name, value_L in measure_coupling(*map(jnp.stack, zip(*layers, strict=True))).items():
-        if name == "coupling/alignment":  # sigma_max by other roads, here by Lanczos steps and there by squarings
+        if (
+            name == "coupling/alignment"
+        ):  # sigma_max by other roads, here by Lanczos steps and there by squarings
             np.testing.assert_allclose(measures[name], value_L, rtol=SQUARED)
-        else:  # sums over width and hidden, over 25 pairs, and spreads, which are small differences of norms
+        # sums over width and hidden, over 25 pairs, and spreads, which are small differences of
+        # norms
+        else:
             assert_close(np.float32(measures[name]), value_L, terms=40 + 36 + 25, label=name)
 
 
@@ -77,9 +86,12 @@ def test_noise_is_drawn_by_seed_and_averaged():
     layers = random_layers(1)
     one, same, other = (diagnose(layers, draws=8, seed=seed) for seed in (0, 0, 1))
     noisy, matrices = one.measures["erc/noisy"], one.matrices
-    assert (noisy == same.measures["erc/noisy"]).all() and (noisy != other.measures["erc/noisy"]).any()
-    # The clean matrix is what the noise, of mean 1, scatters about; a penalty is convex, so noise adds to it.
-    # The mean of eight draws of 40 coordinates each, uniform within a bound of at most 1: 1 / sqrt(3 * 8 * 40) is 0.03.
+    assert (noisy == same.measures["erc/noisy"]).all() and (
+        noisy != other.measures["erc/noisy"]
+    ).any()
+    # The clean matrix is what the noise, of mean 1, scatters about; a penalty is convex, so noise
+    # adds to it. The mean of eight draws of 40 coordinates each, uniform within a bound of at most
+    # 1: 1 / sqrt(3 * 8 * 40) is 0.03.
     np.testing.assert_allclose(matrices["noisy"], matrices["raw"], rtol=0.2)
     assert (matrices["noisy"] != matrices["raw"]).all()
     assert noisy[0] > float(coupling_penalty(matrices["noisy"][0], 1.0))
@@ -87,11 +99,16 @@ def test_noise_is_drawn_by_seed_and_averaged():
 
 def test_norms_change_the_raw_measures_alone():
     [(router_ED, w_gate_EDF)] = random_layers(1)
-    scaled = router_ED * np.array([1, 2, 4, 8, 16])[:, None], w_gate_EDF * np.array([9, 1, 5, 1, 2])[:, None, None]
+    scaled = (
+        router_ED * np.array([1, 2, 4, 8, 16])[:, None],
+        w_gate_EDF * np.array([9, 1, 5, 1, 2])[:, None, None],
+    )
     plain, loud = (diagnose([layer], draws=1) for layer in ((router_ED, w_gate_EDF), scaled))
     for name in set(plain.normalized) - {"erc/noisy"}:  # the noise bound knows the lengths of rows
         found, expected = (np.float32(each.normalized[name]) for each in (loud, plain))
-        assert_close(found, expected, terms=40 + 36 + 25, largest=max(1, magnitude(expected)), label=name)
+        assert_close(
+            found, expected, terms=40 + 36 + 25, largest=max(1, magnitude(expected)), label=name
+        )
     assert loud.measures["erc/vanishing_alpha"] > 2 * plain.measures["erc/vanishing_alpha"]
 
 
@@ -120,14 +137,28 @@ def test_low_precision_is_computed_in_float32():
 
 def test_the_verdict_and_the_tables_say_what_was_measured(tmp_path):
     # ERC at alpha 1 of the second: M01 = 3 over bars 2 and 2, as row and as column: 2 / 4
-    layers = layer_with_matrix([[2.0, 1.0], [0.0, 2.0]]), layer_with_matrix([[2.0, 3.0], [0.0, 2.0]])
+    layers = (
+        layer_with_matrix([[2.0, 1.0], [0.0, 2.0]]),
+        layer_with_matrix([[2.0, 3.0], [0.0, 2.0]]),
+    )
     found = diagnosis.diagnose(layers, [3, 5])
     said = verdict(found.measures)
-    assert said.startswith("1 of 2 layers are coupled") and "at alpha 1.5." in said and "75% of the router rows" in said
+    assert (
+        said.startswith("1 of 2 layers are coupled")
+        and "at alpha 1.5." in said
+        and "75% of the router rows" in said
+    )
     by_alpha = of_layers(found)[0]
-    assert by_alpha.columns[:2] == ("layer", "ERC at alpha 1") and by_alpha.columns[-1] == "vanishing alpha"
+    assert (
+        by_alpha.columns[:2] == ("layer", "ERC at alpha 1")
+        and by_alpha.columns[-1] == "vanishing alpha"
+    )
     assert [row[:3] for row in by_alpha.rows] == [(3, "0.0000", "0.0000"), (5, "0.5000", "0.0000")]
     write_diagnosis(epath.Path(tmp_path), "a model", found, {"figures/m.png": "A matrix."})
     written = (tmp_path / "diagnosis.md").read_text()
-    assert written.startswith("# Diagnosis of a model") and said in written and "![A matrix.](figures/m.png)" in written
+    assert (
+        written.startswith("# Diagnosis of a model")
+        and said in written
+        and "![A matrix.](figures/m.png)" in written
+    )
     assert "| 5 | 0.5000 | 0.0000 |" in written and (tmp_path / "diagnosis.json").exists()

@@ -24,11 +24,17 @@ def run():
     def make(value):
         steps_N = np.array([10, 20])
         keys = ("erc/alpha_1", "coupling/noise_bound", "router/max_load")
-        measured = [key for key, measure in MEASURES.items() if measure.per_layer and measure.group != "use"]
+        measured = [
+            key for key, measure in MEASURES.items() if measure.per_layer and measure.group != "use"
+        ]
         metrics = dict.fromkeys(keys, (steps_N, np.full((2, 2), value)))
         return {
             "metrics": {"loss/lm": (steps_N, np.full(2, value))} | metrics,
-            "measures": {key: np.full(MATRICES.get(key, 2), value) for key in measured if key != "coupling/matrix"},
+            "measures": {
+                key: np.full(MATRICES.get(key, 2), value)
+                for key in measured
+                if key != "coupling/matrix"
+            },
         }
 
     return make
@@ -36,21 +42,36 @@ def run():
 
 def use():
     by_layer = {"use/domain_divergence": [0.0, 0.0], "use/token_specialization": [0.5, 0.5]}
-    domains = dict.fromkeys(("validation/code", "validation/prose", "validation/web", "validation/mean"), 2.0)
-    return by_layer | domains | {"use/load": np.ones((3, 2, 4)), "use/coactivation": np.ones((2, 4, 4))}
+    domains = dict.fromkeys(
+        ("validation/code", "validation/prose", "validation/web", "validation/mean"), 2.0
+    )
+    return (
+        by_layer
+        | domains
+        | {"use/load": np.ones((3, 2, 4)), "use/coactivation": np.ones((2, 4, 4))}
+    )
 
 
 def test_of_one_run_all_that_its_data_allow(run):
     assert list(run_figures({"a": run(0.5)})) == SHARED
-    more = run(0.5) | {"layers": [3, 5], "gates": {"layer": 5, "points_N2": np.eye(2), "owner_N": np.array([0, 1])}}
+    more = run(0.5) | {
+        "layers": [3, 5],
+        "gates": {"layer": 5, "points_N2": np.eye(2), "owner_N": np.array([0, 1])},
+    }
     more["measures"] |= use() | {"coupling/matrix": np.ones((2, 4, 4))}
     found = run_figures({"a": more})
-    own = [f"{name} of a" for name in ("coupling matrices", "gate map", "load by domain", "co-activation")]
+    own = [
+        f"{name} of a"
+        for name in ("coupling matrices", "gate map", "load by domain", "co-activation")
+    ]
     shared = list(SHARED)
     shared.insert(shared.index("ERC by alpha"), "Use of experts by layer")
     assert list(found) == [*shared, *own]
     for figure, caption in found.values():
-        assert all(ax.get_ylabel() and (ax.get_xlabel() or ax.get_label() == "<colorbar>") for ax in figure.axes)
+        assert all(
+            ax.get_ylabel() and (ax.get_xlabel() or ax.get_label() == "<colorbar>")
+            for ax in figure.axes
+        )
         assert caption.endswith(".")
     assert found["coupling matrices of a"][0].axes[1].get_title() == "layer 5"
     assert "layer 5" in found["gate map of a"][1]
@@ -58,12 +79,17 @@ def test_of_one_run_all_that_its_data_allow(run):
     assert [ax.get_title() for ax in of_domains] == ["layer 0", "layer 1"]
     assert [tick.get_text() for tick in of_domains[0].get_yticklabels()] == ["code", "prose", "web"]
     assert found["Coupling by layer"][0].axes[0].lines[0].get_xdata().tolist() == [3, 5]
-    np.testing.assert_array_equal(found["load by layer"][0].axes[0].images[0].get_array(), np.full((2, 4), 0.25))
+    np.testing.assert_array_equal(
+        found["load by layer"][0].axes[0].images[0].get_array(), np.full((2, 4), 0.25)
+    )
 
 
 def test_a_panel_has_the_label_of_its_measure(run):
     found = run_figures({"a": run(0.5)})
-    for name, key in (("Coupling over training", "coupling/noise_bound"), ("Coupling by layer", "coupling/alignment")):
+    for name, key in (
+        ("Coupling over training", "coupling/noise_bound"),
+        ("Coupling by layer", "coupling/alignment"),
+    ):
         labels = [ax.get_ylabel().replace("\n", " ") for ax in found[name][0].axes]
         assert find(key).axis in labels
     assert find("coupling/alignment").axis == "alignment (share of sigma_max, higher is better)"
@@ -73,7 +99,9 @@ def test_runs_are_compared_and_those_without_router_rows_left_out_of_coupling(ru
     runs = {"aoe": run(0.25), "erc": run(0.5), "vanilla": run(1.0)}
     for part in ("metrics", "measures"):
         of_rows = ("erc/", "coupling/", "weights/")
-        runs["aoe"][part] = {key: value for key, value in runs["aoe"][part].items() if not key.startswith(of_rows)}
+        runs["aoe"][part] = {
+            key: value for key, value in runs["aoe"][part].items() if not key.startswith(of_rows)
+        }
     found = {name: figure for name, (figure, _) in run_figures(runs).items()}
     assert list(found) == SHARED
     lines = {
@@ -91,7 +119,9 @@ def test_runs_are_compared_and_those_without_router_rows_left_out_of_coupling(ru
 
 def test_the_noise_bound_against_the_alpha_of_runs(run):
     alphas = (1.0, 0.5, 0.75, 0.25, 1.5)
-    runs = {f"erc {alpha}": run(1 - alpha / 2) | {"alpha": alpha} for alpha in alphas} | {"vanilla": run(0.5)}
+    runs = {f"erc {alpha}": run(1 - alpha / 2) | {"alpha": alpha} for alpha in alphas} | {
+        "vanilla": run(0.5)
+    }
     (ax,) = run_figures(runs)["noise bound by alpha"][0].axes
     assert ax.lines[0].get_xydata().tolist() == [[alpha, 1 - alpha / 2] for alpha in sorted(alphas)]
     assert ax.get_xlabel() == "alpha"

@@ -19,7 +19,9 @@ TITLES = tuple(GROUPS[name].title for name in (*OF_ROWS, "experts", "router"))
 
 def by_layer(*groups):
     """The measures of these groups that have one number for each layer."""
-    found = [measure for measure in MEASURES.values() if measure.per_layer and measure.group in groups]
+    found = [
+        measure for measure in MEASURES.values() if measure.per_layer and measure.group in groups
+    ]
     return [measure for measure in found if measure.key not in ("coupling/matrix", "router/load")]
 
 
@@ -46,7 +48,10 @@ def found():
 
 
 def tables(text):
-    """{title: {heading: cells down the page}} of what was printed; parts of a table that was split are joined."""
+    """{title: {heading: cells down the page}} of what was printed.
+
+    Parts of a table that was split are joined.
+    """
     found, title = {}, ""
     for line in text.splitlines():
         if line.strip(" ┏┓━┳") and not set(line) & set("┃│┡├└"):
@@ -63,7 +68,11 @@ def _columns(rows):
     for cells, in_head in rows:
         if in_head:
             continued = headings and not any(columns.get(name) for name in headings)
-            joined = [" ".join(pair).strip() for pair in zip(headings, cells, strict=True)] if continued else cells
+            joined = (
+                [" ".join(pair).strip() for pair in zip(headings, cells, strict=True)]
+                if continued
+                else cells
+            )
             for name in headings if continued else ():
                 columns.pop(name, None)
             headings = joined
@@ -93,7 +102,8 @@ def test_every_measure_by_layer_stands_in_the_table_of_its_group(found, capsys):
 def test_load_by_layer(found, capsys):
     load = printed(found, capsys)[0]["Routing"]
     assert load["highest load"] == ["2.000", "4.000"] and load["lowest load"] == ["0.000", "0.000"]
-    # shares 1/2, 1/4, 1/4, 0: (1/2 * 1 + 2 * 1/4 * 2) / log2(4) bits = 1.5 / 2; all on one expert: 0
+    # shares 1/2, 1/4, 1/4, 0: (1/2 * 1 + 2 * 1/4 * 2) / log2(4) bits = 1.5 / 2; all on one expert:
+    # 0
     assert load["load entropy"] == ["0.750", "0.000"]
     assert load["MaxVio"] == ["1.000", "3.000"]  # 1/2 * 4 - 1, 1 * 4 - 1
     assert load["dead experts"] == ["0.250", "0.750"]
@@ -122,16 +132,22 @@ def test_without_router_rows_all_but_coupling_is_printed(found, capsys, tmp_path
 @pytest.mark.parametrize("columns", ["", "40", "80", "200"])
 @pytest.mark.parametrize("layers", [2, 12, 24, 48, 64])
 def test_every_number_is_printed_whole_within_80_columns(layers, columns, capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", columns)  # of the terminal: what is redirected does not depend on it
+    monkeypatch.setenv(
+        "COLUMNS", columns
+    )  # of the terminal: what is redirected does not depend on it
     domain = "a_domain_of_a_very_long_name_that_has_no_end_and_goes_on_and_on_for_ever"
     rng = np.random.default_rng(0)
     measures = by_layer(*OF_ROWS, "experts", "router")
-    found = validation(domain, 1_234_567_890) | {measure.key: rng.uniform(0.1, 1, layers) for measure in measures}
+    found = validation(domain, 1_234_567_890) | {
+        measure.key: rng.uniform(0.1, 1, layers) for measure in measures
+    }
     shown, text = printed(found, capsys)
     assert max(map(len, text.splitlines())) <= 80 and "…" not in text
     for measure in measures:
         table = shown[GROUPS[measure.group].title]
-        assert table[measure.label] == [measure.show(value) for value in found[measure.key]], measure.key
+        assert table[measure.label] == [measure.show(value) for value in found[measure.key]], (
+            measure.key
+        )
         assert table["layer"][:layers] == [str(layer) for layer in range(layers)]
     validated = shown["Validation, nats per token"]
     assert "1,234,567,890" in validated["tokens"]
@@ -149,9 +165,9 @@ def test_the_headings_of_a_group_of_few_measures_stand_on_one_line(group, capsys
 
 def test_every_measure_of_matrices_and_weights_is_one_of_coupling():
     found = jax.eval_shape(measure_coupling, jnp.ones((1, 2, 3)), jnp.ones((1, 2, 3, 4)))
-    assert found.keys() == {measure.key for measure in (*reading("matrix"), *reading("weights"))} | {
-        "coupling/alignment"
-    }
+    assert found.keys() == {
+        measure.key for measure in (*reading("matrix"), *reading("weights"))
+    } | {"coupling/alignment"}
 
 
 def test_one_expert_is_balanced(capsys):
@@ -162,13 +178,20 @@ def test_one_expert_is_balanced(capsys):
 
 def test_the_page_of_measures_is_that_of_the_table():
     page = pathlib.Path(__file__).parents[2] / "docs" / "measures.md"
-    assert page.read_text(encoding="utf-8").endswith(f"\n{catalogue()}\n"), "print(catalogue()) anew"
+    assert page.read_text(encoding="utf-8").endswith(f"\n{catalogue()}\n"), (
+        "print(catalogue()) anew"
+    )
 
 
 def test_a_report_is_read_back_with_its_step_alone(tmp_path):
     path = tmp_path / "report.json"
     assert read_report(path, 3) is None
-    write_report(path, make_report(3, [], validation() | {"router/load": np.ones((1, 2)), "erc/alpha_1": [np.inf]}))
+    write_report(
+        path,
+        make_report(
+            3, [], validation() | {"router/load": np.ones((1, 2)), "erc/alpha_1": [np.inf]}
+        ),
+    )
     assert read_report(path, 2) is None
     measures = read_report(path, 3)["measures"]
     assert measures["validation/mean"] == 2.0 and measures["router/max_load"] == [1.0]

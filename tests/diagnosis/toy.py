@@ -17,5 +17,7 @@ def tokens(layer):
 
 TOYS = (
     Measure("router/toy_load", "toy load", "of toys", True, squared_load, "lower", "load"),
-    Measure("experts/toy_tokens", "toy tokens", "of toys", True, tokens, "higher", "layer", digits=0),
+    Measure(
+        "experts/toy_tokens", "toy tokens", "of toys", True, tokens, "higher", "layer", digits=0
+    ),
 )

@@ -24,7 +24,10 @@ TOLERANCE = 1e-4  # relative: a float32 sum over at most 2^10 tokens in another 
 def corpora(tmp_path_factory):
     """The same text with attention within documents and across them."""
     directory, rng = tmp_path_factory.mktemp("lines"), np.random.default_rng(0)
-    texts = (f"{number} " + " ".join(rng.choice(["a", "the", "router"], rng.integers(5))) for number in range(600))
+    texts = (
+        f"{number} " + " ".join(rng.choice(["a", "the", "router"], rng.integers(5)))
+        for number in range(600)
+    )
     (directory / "lines.jsonl").write_text("".join(f'{{"text": "{text}"}}\n' for text in texts))
     of = (str(directory),), (), "bytes", "text", 0.1, LENGTH, str(tmp_path_factory.mktemp("cache"))
     return [prepare(DataConfig(*of, attend_across_documents=across)) for across in (False, True)]
@@ -60,7 +63,9 @@ def alone(corpora):
 def measured(model, corpus, weights):
     """(Perplexity, ExpertUse, Diagnosis) of a corpus."""
     put = functools.partial(sharding.put_whole_batch, model.mesh)
-    perplexity = Perplexity(model, corpus, functools.partial(token_losses, chunk=16), put, (4, LENGTH))
+    perplexity = Perplexity(
+        model, corpus, functools.partial(token_losses, chunk=16), put, (4, LENGTH)
+    )
     use = ExpertUse(model, corpus, put, (4, LENGTH)).count(weights)
     return perplexity.run(weights), use, Diagnosis(model, perplexity.probe(1)).run(weights)
 
@@ -79,10 +84,14 @@ def by_hand(model_and_weights, alone):
 
     @jax.jit
     def run(weights, batch):
-        output = observed.apply({"params": weights.params}, batch["inputs_BT"], batch["mask_BT"], weights.router)
+        output = observed.apply(
+            {"params": weights.params}, batch["inputs_BT"], batch["mask_BT"], weights.router
+        )
         log_BTV = jax.nn.log_softmax(jnp.einsum("btd,vd->btv", output.x_BTD, output.head_VD))
         targets_BT1 = batch["targets_BT"][..., None]
-        return -jnp.take_along_axis(log_BTV, targets_BT1, axis=-1)[..., 0], output.observed["experts"]
+        return -jnp.take_along_axis(log_BTV, targets_BT1, axis=-1)[..., 0], output.observed[
+            "experts"
+        ]
 
     losses_BT, experts_LBTK = jax.device_get(run(weights, alone))
     return losses_BT[alone["mask_BT"]], experts_LBTK[:, alone["mask_BT"]]
@@ -94,7 +103,9 @@ def test_the_loss_is_that_of_the_documents_alone(corpora, found, by_hand, alone)
     [stream] = corpora[0].streams["validation"].values()
     [domain] = corpora[0].streams["validation"]
     tokens = f"validation_tokens/{domain}"
-    assert within[tokens] == across[tokens] == len(losses_N) == len(stream.tokens_N) - 1  # the same targets
+    assert (
+        within[tokens] == across[tokens] == len(losses_N) == len(stream.tokens_N) - 1
+    )  # the same targets
     assert len(alone["mask_BT"]) > stream.documents > 30
     loss = within[f"validation/{domain}"]
     assert loss == pytest.approx(losses_N.mean(), rel=TOLERANCE)
@@ -105,7 +116,8 @@ def test_experts_met_are_those_of_the_documents_alone(found, by_hand):
     (_, within, _), (_, across, _) = found
     _, experts_LNK = by_hand
     counts_LE = np.stack([np.bincount(experts.ravel(), minlength=4) for experts in experts_LNK])
-    # A token whose second and third expert are nearly as probable may choose otherwise: one of a thousand.
+    # A token whose second and third expert are nearly as probable may choose otherwise: one of a
+    # thousand.
     assert np.abs(within["counts_LVE"].sum(axis=1) - counts_LE).max() <= 1
     assert np.abs(across["counts_LVE"].sum(axis=1) - counts_LE).max() > 10
 
@@ -115,13 +127,19 @@ def test_the_probe_keeps_to_documents(model_and_weights, corpora, found):
     (_, _, within), (_, _, across) = found
     [domain] = corpora[0].streams["validation"]
     batch = next(validation_batches(corpora[0], domain, LENGTH, 8))
-    rows = [(row, number) for row in range(8) for number in range(batch["segments_BT"][row].max() + 1)]
-    alone = {name: np.zeros((len(rows), LENGTH), batch[name].dtype) for name in ("inputs_BT", "mask_BT")}
+    rows = [
+        (row, number) for row in range(8) for number in range(batch["segments_BT"][row].max() + 1)
+    ]
+    alone = {
+        name: np.zeros((len(rows), LENGTH), batch[name].dtype) for name in ("inputs_BT", "mask_BT")
+    }
     for place, (row, number) in enumerate(rows):
         of_T = batch["segments_BT"][row] == number
         for name, array_BT in alone.items():
             array_BT[place, : of_T.sum()] = batch[name][row, of_T]
     expected = Diagnosis(model, sharding.put_whole_batch(model.mesh, alone)).run(weights)
     of = [measures["experts/output_cosine"] for measures in (within, expected, across)]
-    np.testing.assert_allclose(of[0], of[1], rtol=0, atol=TOLERANCE)  # of cosines, which are at most 1
+    np.testing.assert_allclose(
+        of[0], of[1], rtol=0, atol=TOLERANCE
+    )  # of cosines, which are at most 1
     assert np.abs(of[2] - of[1]).max() > 10 * TOLERANCE

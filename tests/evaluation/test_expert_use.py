@@ -26,7 +26,9 @@ def corpus(text_directory, tmp_path_factory):
 
 @pytest.mark.parametrize("changes", [{}, {"top_p": 0.4}])
 def test_every_token_counts_once_at_each_of_its_experts(changes, corpus, model_config):
-    model = Transformer(model_config(init_std=0.3, experts_per_token=3, **changes), sharding.make_mesh(2, 1))
+    model = Transformer(
+        model_config(init_std=0.3, experts_per_token=3, **changes), sharding.make_mesh(2, 1)
+    )
     weights, put = (
         jax.jit(functools.partial(init_weights, model))(jax.random.key(0)),
         functools.partial(sharding.put_whole_batch, model.mesh),
@@ -45,5 +47,9 @@ def test_every_token_counts_once_at_each_of_its_experts(changes, corpus, model_c
         np.testing.assert_array_equal(use["pairs_LEE"].sum(axis=2), 3 * of_expert_LE)
     perplexity = Perplexity(model, corpus, functools.partial(token_losses, chunk=16), put, SHAPE)
     load_LE = perplexity.run(weights)["router/load"]
-    assert_close(use["load_GLE"][0], of_expert_LE / of_expert_LE.sum(axis=1, keepdims=True), terms=4)
-    np.testing.assert_array_equal(use["load_GLE"][0], load_LE)  # counts of assignments, divided once
+    assert_close(
+        use["load_GLE"][0], of_expert_LE / of_expert_LE.sum(axis=1, keepdims=True), terms=4
+    )
+    np.testing.assert_array_equal(
+        use["load_GLE"][0], load_LE
+    )  # counts of assignments, divided once

@@ -30,21 +30,32 @@ class Latin(ByteTokenizer):
 
 @functools.cache
 def weights_of(config):
-    shapes = jax.eval_shape(lambda: init_weights(Transformer(config, sharding.make_mesh(1, 1)), jax.random.key(0)))
+    shapes = jax.eval_shape(
+        lambda: init_weights(Transformer(config, sharding.make_mesh(1, 1)), jax.random.key(0))
+    )
     rng = np.random.default_rng(0)
-    return Weights(jax.tree.map(lambda leaf: 0.3 * rng.normal(size=leaf.shape).astype(np.float32), shapes.params), {})
+    return Weights(
+        jax.tree.map(
+            lambda leaf: 0.3 * rng.normal(size=leaf.shape).astype(np.float32), shapes.params
+        ),
+        {},
+    )
 
 
 @functools.cache
 def generator_of(config, data, expert):
-    return Generator(Transformer(config, sharding.make_mesh(data, expert)), Latin(), largest_context=LENGTH)
+    return Generator(
+        Transformer(config, sharding.make_mesh(data, expert)), Latin(), largest_context=LENGTH
+    )
 
 
 @pytest.fixture
 def run(model_config):
     def run(prompts, mesh=(1, 1), changes=(), **sampling):
         config = model_config(**dict(changes))
-        return generator_of(config, *mesh).run(weights_of(config), prompts, Sampling(**{"new_tokens": 20} | sampling))
+        return generator_of(config, *mesh).run(
+            weights_of(config), prompts, Sampling(**{"new_tokens": 20} | sampling)
+        )
 
     return run
 
@@ -53,7 +64,9 @@ def run(model_config):
 def jitted_logits(config):
     @jax.jit
     def logits(params, tokens_BT):
-        output = Transformer(config).apply({"params": params}, tokens_BT, jnp.ones_like(tokens_BT, bool), {})
+        output = Transformer(config).apply(
+            {"params": params}, tokens_BT, jnp.ones_like(tokens_BT, bool), {}
+        )
         return jnp.einsum("btd,vd->btv", output.x_BTD, output.head_VD)[0, :, : Latin.vocab_size]
 
     return logits
@@ -70,7 +83,9 @@ def greedy(config, prompt, new_tokens=20):
     ids, written = list(Latin().encode(prompt)) or [Latin.eos_id], []
     while len(written) < new_tokens:
         logits_V = logits_after(config, ids + written)
-        assert_decided(logits_V, terms=2 * 5 * 32)  # or a mesh might write another text: sums of two layers over 32
+        assert_decided(
+            logits_V, terms=2 * 5 * 32
+        )  # or a mesh might write another text: sums of two layers over 32
         if (token := int(logits_V.argmax())) == Latin.eos_id:
             break
         written.append(token)
@@ -101,7 +116,9 @@ def test_a_draw_depends_on_the_seed_and_on_the_row_and_on_nothing_else(run):
 
 def test_tokens_are_drawn_from_the_models_distribution(run, model_config):
     rows, temperature = 2048, 0.5
-    share_V = np.asarray(jax.nn.softmax(logits_after(model_config(), list(b"the rou")) / temperature))
+    share_V = np.asarray(
+        jax.nn.softmax(logits_after(model_config(), list(b"the rou")) / temperature)
+    )
     texts = run(["the rou"] * rows, temperature=temperature, new_tokens=1)
     ids = [Latin().encode(text)[0] if text else Latin.eos_id for text in texts]
     found_V = np.bincount(ids, minlength=Latin.vocab_size) / rows
@@ -142,10 +159,14 @@ def test_the_end_of_text_token_ends_a_row(model_config):
     assert generator_of(config, 1, 1).run(weights, ["the rou"], Sampling(new_tokens=5)) == [""]
 
 
-@pytest.mark.parametrize("sampling", [{}, {"temperature": 1.0}, {"stop": ("th",), "temperature": 2.0}])
+@pytest.mark.parametrize(
+    "sampling", [{}, {"temperature": 1.0}, {"stop": ("th",), "temperature": 2.0}]
+)
 def test_a_stream_is_the_same_text_in_pieces(run, model_config, sampling):
     config = model_config()
-    pieces = list(generator_of(config, 1, 1).stream(weights_of(config), "the rou", Sampling(20, **sampling)))
+    pieces = list(
+        generator_of(config, 1, 1).stream(weights_of(config), "the rou", Sampling(20, **sampling))
+    )
     assert "".join(pieces) == run(["the rou"], **sampling)[0] and len(pieces) > 5 and all(pieces)
 
 
@@ -157,7 +178,11 @@ def test_a_prompt_that_does_not_fit_is_refused(run):
 def test_few_programs_serve_many_lengths_and_samplings(run, model_config):
     generator = generator_of(model_config(), 2, 1)
     for length in (17, 20, 24):
-        for sampling in ({}, {"temperature": 0.7, "top_k": 5, "seed": length}, {"top_p": 0.9, "stop": ("a", 3)}):
+        for sampling in (
+            {},
+            {"temperature": 0.7, "top_k": 5, "seed": length},
+            {"top_p": 0.9, "stop": ("a", 3)},
+        ):
             run(["x" * length, "y"], (2, 1), **sampling)
     assert generator._prefill._cache_size() == generator._decode._cache_size() == 1
 
@@ -165,7 +190,11 @@ def test_few_programs_serve_many_lengths_and_samplings(run, model_config):
 def test_a_model_with_what_routing_carries(model_config):
     config = model_config(bias_rate=1e-3)
     params = weights_of(config).params
-    biased, plain = ({"bias": jnp.tile(jnp.array(row), (2, 1))} for row in ([0, 9.0, 0, 9], [0.0, 0, 0, 0]))
+    biased, plain = (
+        {"bias": jnp.tile(jnp.array(row), (2, 1))} for row in ([0, 9.0, 0, 9], [0.0, 0, 0, 0])
+    )
     generator = generator_of(config, 1, 1)
-    one, other = (generator.run(Weights(params, router), ["the"], Sampling(8)) for router in (biased, plain))
+    one, other = (
+        generator.run(Weights(params, router), ["the"], Sampling(8)) for router in (biased, plain)
+    )
     assert one != other

@@ -1,4 +1,7 @@
-"""The harness's tasks and requests, for stand-ins whose answers are known; the scores are test_scoring's."""
+"""The harness's tasks and requests, for stand-ins whose answers are known.
+
+The scores are test_scoring's.
+"""
 
 import json
 import math
@@ -83,13 +86,19 @@ class AlphabetGenerator:
 
     def run(self, weights, prompts, sampling):
         self.asked.append((list(prompts), sampling))
-        texts = ["".join(chr(ord(prompt[-1]) + step + 1) for step in range(sampling.new_tokens)) for prompt in prompts]
+        texts = [
+            "".join(chr(ord(prompt[-1]) + step + 1) for step in range(sampling.new_tokens))
+            for prompt in prompts
+        ]
         return [min((text.split(stop)[0] for stop in sampling.stop), key=len) for text in texts]
 
 
 @pytest.fixture(autouse=True)
 def alone(monkeypatch, tmp_path):
-    """No network, no index of the harness's own tasks; data sets are prepared in a directory of the test."""
+    """No network, no index of the harness's own tasks.
+
+    Data sets are prepared in a directory of the test.
+    """
     import datasets
 
     def connect(self, address, original=socket.socket.connect):
@@ -114,39 +123,57 @@ def alone(monkeypatch, tmp_path):
 
 def reached(names, limit=0, **options):
     tasks = load_tasks(names, DIRECTORY, **options)
-    return TaskScores(tasks, limit, StandIn(next_letter), ByteTokenizer(), (4, 16)).answer(NO_WEIGHTS)
+    return TaskScores(tasks, limit, StandIn(next_letter), ByteTokenizer(), (4, 16)).answer(
+        NO_WEIGHTS
+    )
 
 
 def test_strings_become_the_tokens_that_are_scored():
     pairs = [("ab", "cd"), ("ab", " c"), ("b ", "c"), ("", "a"), ("ab", "cx")]
-    found = language_model(next_letter).loglikelihood([ask("loglikelihood", *pair) for pair in pairs])
-    # the space goes with what follows it, and the end of text precedes what follows nothing: neither is expected
+    found = language_model(next_letter).loglikelihood(
+        [ask("loglikelihood", *pair) for pair in pairs]
+    )
+    # the space goes with what follows it, and the end of text precedes what follows nothing:
+    # neither is expected
     assert_close(np.float32(bits(score for score, _ in found)), [2, 18, 18, 9, 10], terms=16)
     assert [greedy for _, greedy in found] == [True, False, False, False, False]
 
 
 def test_a_rolling_score_counts_every_token_once_with_all_the_context_that_fits():
-    # Rows of 16: from the end of text 1 to 16, from the sixteenth again 1 to 16, and four more after twelve of context.
+    # Rows of 16: from the end of text 1 to 16, from the sixteenth again 1 to 16, and four more
+    # after twelve of context.
     texts = ["".join(map(chr, [*range(1, 17), *range(1, 17), *range(13, 17)])), "\1\2", "\2\2", ""]
-    found = language_model(number_read).loglikelihood_rolling([ask("loglikelihood_rolling", text) for text in texts])
+    found = language_model(number_read).loglikelihood_rolling(
+        [ask("loglikelihood_rolling", text) for text in texts]
+    )
     assert_close(np.float32(bits(found)), [36, 2, 10, 0], terms=36)
 
 
 def test_every_kind_of_task_by_hand(alone, capsys, tmp_path):
     found = reached(ALPHABET)
     metrics = task_metrics(found)
-    # bits of an answer: 1 for a byte that is next, 9 for another. After tuv: v 9, wxyy 1 + 1 + 1 + 9 = 12, wz 1 + 9;
-    # so v is chosen, and by length, 12 / 4 = 3 against 9 and 5, wxyy
+    # bits of an answer: 1 for a byte that is next, 9 for another. After tuv: v 9, wxyy 1 + 1 + 1 +
+    # 9 = 12, wz 1 + 9; so v is chosen, and by length, 12 / 4 = 3 against 9 and 5, wxyy
     assert metrics["tasks/alphabet_choice/acc"] == pytest.approx(1 / 3)
     assert metrics["tasks/alphabet_choice/acc_norm"] == pytest.approx(2 / 3)
-    # cdef after ab 4 bits, op after mn 2, sa after qr 1 + 9, which is not what it would have written
+    # cdef after ab 4 bits, op after mn 2, sa after qr 1 + 9, which is not what it would have
+    # written
     assert metrics["tasks/alphabet_cloze/acc"] == pytest.approx(2 / 3)
-    assert metrics["tasks/alphabet_cloze/perplexity"] == pytest.approx(2 ** (16 / 3), rel=tolerance.within(64))
-    # Sums of 32 logarithms in float32; a power of two multiplies their error by its exponent.
-    # a after the end of text 9 bits, 25 letters 1 each, in two windows; x 9, y z 2, a 9, b c 2: 56 in 32 bytes
-    assert metrics["tasks/alphabet_text/bits_per_byte"] == pytest.approx(56 / 32, rel=tolerance.within(32))
-    assert metrics["tasks/alphabet_text/byte_perplexity"] == pytest.approx(2 ** (56 / 32), rel=tolerance.within(64))
-    assert metrics["tasks/alphabet_text/word_perplexity"] == pytest.approx(2**28, rel=tolerance.within(32 * 28))
+    assert metrics["tasks/alphabet_cloze/perplexity"] == pytest.approx(
+        2 ** (16 / 3), rel=tolerance.within(64)
+    )
+    # Sums of 32 logarithms in float32; a power of two multiplies their error by its exponent. a
+    # after the end of text 9 bits, 25 letters 1 each, in two windows; x 9, y z 2, a 9, b c 2: 56 in
+    # 32 bytes
+    assert metrics["tasks/alphabet_text/bits_per_byte"] == pytest.approx(
+        56 / 32, rel=tolerance.within(32)
+    )
+    assert metrics["tasks/alphabet_text/byte_perplexity"] == pytest.approx(
+        2 ** (56 / 32), rel=tolerance.within(64)
+    )
+    assert metrics["tasks/alphabet_text/word_perplexity"] == pytest.approx(
+        2**28, rel=tolerance.within(32 * 28)
+    )
     # cdefgh after ab; ij after gh, cut before k; opqrst after mn is wrong; tuvwxy after rs
     assert metrics["tasks/alphabet_writing/exact_match"] == pytest.approx(3 / 4)
     assert len(metrics) == 8 and alone.indexed == [False]
@@ -162,8 +189,14 @@ def test_every_kind_of_task_by_hand(alone, capsys, tmp_path):
 def test_the_harness_itself_reaches_the_same(monkeypatch):
     from lm_eval import simple_evaluate
 
-    monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda found: None)  # it asks the system for many seconds
-    options = {"task_manager": harness.TaskManager(DIRECTORY), "bootstrap_iters": 10, "torch_random_seed": None}
+    monkeypatch.setattr(
+        "lm_eval.evaluator.add_env_info", lambda found: None
+    )  # it asks the system for many seconds
+    options = {
+        "task_manager": harness.TaskManager(DIRECTORY),
+        "bootstrap_iters": 10,
+        "torch_random_seed": None,
+    }
     found = simple_evaluate(model=language_model(next_letter), tasks=list(ALPHABET), **options)
     assert task_metrics(found) == task_metrics(reached(ALPHABET))
 
@@ -210,7 +243,9 @@ def test_an_unknown_task_is_refused_with_the_nearest(alone):
     assert alone.indexed == [False, True]
     with pytest.raises(ValueError, match="task_dir: no such directory '/no/tasks'"):
         load_tasks(["alphabet_choice"], "/no/tasks")
-    with pytest.raises(ValueError, match=f"no '{PAPER['paper_3b'][0]}'"):  # the name stands for the tasks
+    with pytest.raises(
+        ValueError, match=f"no '{PAPER['paper_3b'][0]}'"
+    ):  # the name stands for the tasks
         load_tasks(["paper_3b"], DIRECTORY)
 
 
@@ -227,7 +262,9 @@ def test_what_rows_cannot_hold_is_refused_before_the_model_is_asked(name, length
 
 
 def test_what_windows_always_hold_is_not_refused():
-    TaskScores(load_tasks(["alphabet_text"], DIRECTORY), 0, StandIn(next_letter), ByteTokenizer(), (4, 2))
+    TaskScores(
+        load_tasks(["alphabet_text"], DIRECTORY), 0, StandIn(next_letter), ByteTokenizer(), (4, 2)
+    )
 
 
 def test_a_missing_harness_is_named_before_anything_is_loaded(monkeypatch):
@@ -261,7 +298,9 @@ def test_training_writes_what_is_reached_beside_the_validation(text_directory, t
     environment = {"HF_HOME": tmp_path / "hf", "HF_HUB_OFFLINE": 1}
     code, printed = script.run("train.py", arguments, tmp_path / "out", environment=environment)
     assert code == 0, printed
-    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    ]
     (evaluation,) = [line for line in lines if "validation/mean" in line]
     found = {name: value for name, value in evaluation.items() if name.startswith("tasks/")}
     assert {name.split("/")[1] for name in found} == {"alphabet_choice", "alphabet_text"}

@@ -22,7 +22,15 @@ LENGTH = 32
 @pytest.fixture(scope="module")
 def corpus(text_directory, tmp_path_factory):
     return prepare(
-        DataConfig((str(text_directory),), (), "bytes", "text", 0.1, LENGTH, str(tmp_path_factory.mktemp("c")))
+        DataConfig(
+            (str(text_directory),),
+            (),
+            "bytes",
+            "text",
+            0.1,
+            LENGTH,
+            str(tmp_path_factory.mktemp("c")),
+        )
     )
 
 
@@ -30,7 +38,9 @@ def corpus(text_directory, tmp_path_factory):
 def jitted_logits(model):
     def logits(weights, ids_T):
         pair_BT = jnp.stack([ids_T, ids_T])  # two devices want two rows
-        output = model.apply({"params": weights.params}, pair_BT, jnp.ones_like(pair_BT, bool), weights.router)
+        output = model.apply(
+            {"params": weights.params}, pair_BT, jnp.ones_like(pair_BT, bool), weights.router
+        )
         return output.x_BTD[0] @ output.head_VD.T
 
     return jax.jit(logits)
@@ -61,8 +71,11 @@ def test_loss_is_the_mean_over_every_validation_token(corpus, model_and_weights)
         log_probs = jax.nn.log_softmax(logits_of(model, weights, window[:-1]))
         total -= float(log_probs[np.arange(len(window) - 1), window[1:]].sum())
     assert found[f"validation_tokens/{domain}"] == len(tokens_N) - 1
-    # losses of one sign, each known to two layers of five sums over at most 32, and the head; batches of 4 * 32 tokens
+    # losses of one sign, each known to two layers of five sums over at most 32, and the head;
+    # batches of 4 * 32 tokens
     terms = 2 * 5 * 32 + 32 + 4 * LENGTH
     assert_close(np.float32(found[f"validation/{domain}"]), total / (len(tokens_N) - 1), terms)
-    assert_close(np.float32(found[f"bits_per_byte/{domain}"]), total / math.log(2) / stream.bytes, terms)
+    assert_close(
+        np.float32(found[f"bits_per_byte/{domain}"]), total / math.log(2) / stream.bytes, terms
+    )
     assert_close(found["router/load"].sum(axis=1), 1, terms=8)

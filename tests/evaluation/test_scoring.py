@@ -11,7 +11,16 @@ import numpy as np
 import pytest
 
 from moe_erc import sharding
-from moe_erc.evaluation.scoring import OPEN, SHORTEST, Scorer, Tree, fill_rows, grow, row_length, split
+from moe_erc.evaluation.scoring import (
+    OPEN,
+    SHORTEST,
+    Scorer,
+    Tree,
+    fill_rows,
+    grow,
+    row_length,
+    split,
+)
 from moe_erc.model.transformer import Transformer
 from moe_erc.training.state import init_weights
 from tests import script
@@ -38,7 +47,9 @@ def jitted_logits(config):
 
     @jax.jit
     def logits_TV(weights, ids_1T):
-        output = model.apply({"params": weights.params}, ids_1T, jnp.ones_like(ids_1T, bool), weights.router)
+        output = model.apply(
+            {"params": weights.params}, ids_1T, jnp.ones_like(ids_1T, bool), weights.router
+        )
         return output.x_BTD[0] @ output.head_VD.T
 
     return logits_TV
@@ -66,10 +77,16 @@ def make_requests(config):
     def draw(count):
         return rng.integers(0, VOCABULARY, count).tolist()
 
-    pairs = [(draw(context), draw(count)) for context, count in ((1, 1), (3, 2), (9, 16), (8, 17), (1, 32), (30, 3))]
+    pairs = [
+        (draw(context), draw(count))
+        for context, count in ((1, 1), (3, 2), (9, 16), (8, 17), (1, 32), (30, 3))
+    ]
     shared, start, written = draw(12), draw(5), []
     pairs += [(shared, [answer]) for answer in range(LIMIT + 3)]
-    pairs += [(shared, [7, 8, answer]) for answer in range(3)] + [([*shared, 7], [8, 0]), ([*shared, 7, 8], [0])]
+    pairs += [(shared, [7, 8, answer]) for answer in range(3)] + [
+        ([*shared, 7], [8, 0]),
+        ([*shared, 7, 8], [0]),
+    ]
     for _ in range(3):
         written.append(int(logits_after(config, [*start, *written])[-1].argmax()))
     return [*pairs, (start, written), (start, written[:1]), (start, [*written[:2], written[2] ^ 1])]
@@ -77,7 +94,8 @@ def make_requests(config):
 
 def assert_scores(config, requests, found):
     expected = [direct(config, *request) for request in requests]
-    # two layers with five sums over widths of at most 32 each, the head, and sums of at most 32 log-probabilities
+    # two layers with five sums over widths of at most 32 each, the head, and sums of at most 32
+    # log-probabilities
     scores, right = (np.float32([score for score, _ in each]) for each in (found, expected))
     assert_close(scores, right, terms=2 * 5 * 32 + 64)
     assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
@@ -130,20 +148,32 @@ IN_TWO_PROCESSES = """
 def test_two_processes_tell_both_the_same(config, tmp_path):
     requests = [request for request in make_requests(config) if len(request[0] + request[1]) <= 17]
     (tmp_path / "requests.json").write_text(json.dumps(requests))
-    program = textwrap.dedent(IN_TWO_PROCESSES).replace("REQUESTS", repr(str(tmp_path / "requests.json")))
+    program = textwrap.dedent(IN_TWO_PROCESSES).replace(
+        "REQUESTS", repr(str(tmp_path / "requests.json"))
+    )
     (tmp_path / "program.py").write_text(program)
     members = script.start_many(2, tmp_path / "program.py", [], tmp_path, JAX_NUM_CPU_DEVICES=1)
-    assert script.join(members, 240) == [0, 0], "".join(path.read_text() for path in tmp_path.glob("out?"))
+    assert script.join(members, 240) == [0, 0], "".join(
+        path.read_text() for path in tmp_path.glob("out?")
+    )
     for number in range(2):
-        assert_scores(config, requests, json.loads((tmp_path / f"out{number}").read_text().splitlines()[-1]))
+        assert_scores(
+            config, requests, json.loads((tmp_path / f"out{number}").read_text().splitlines()[-1])
+        )
 
 
 def test_too_long_a_context_loses_its_beginning(config, caplog):
     context, continuation = list(range(100)), [5, 6, 7]
     with caplog.at_level(logging.WARNING):
-        requests = [(context, continuation), (context[:20], continuation), (context[:30], continuation)]
+        requests = [
+            (context, continuation),
+            (context[:20], continuation),
+            (context[:30], continuation),
+        ]
         found = scorer(config, (1, 1)).run(weights(config), requests)
-    assert_scores(config, [(context[-30:], continuation), *requests[1:]], found)  # 30 + 3 less the last are 32
+    assert_scores(
+        config, [(context[-30:], continuation), *requests[1:]], found
+    )  # 30 + 3 less the last are 32
     assert [record.getMessage()[:7] for record in caplog.records] == ["1 of 3 "]
 
 
@@ -171,20 +201,28 @@ def test_a_tree_that_is_too_large_becomes_several_of_its_context():
     # read: 1 2, then 3 3 and 4 4 make six; 5 5 would make eight. Scored: 3 + 3, and 3
     parts = split(Tree((1, 2), [[3] * 3, [4] * 3, [5] * 3], [7, 8, 9]), 7)
     assert [(part.context, part.requests) for part in parts] == [((1, 2), [7, 8]), ((1, 2), [9])]
-    single = split(Tree((1, 2), [[3]] * 6, list(range(6))), 4)  # two are read, but no more than four scored
+    single = split(
+        Tree((1, 2), [[3]] * 6, list(range(6))), 4
+    )  # two are read, but no more than four scored
     assert [part.requests for part in single] == [[0, 1, 2, 3], [4, 5]]
 
 
 def test_rows_are_filled_by_the_largest_first():
     trees = [Tree((1,) * size, [[2]], [size]) for size in (3, 9, 5, 7, 2, 1)]
     # rows of 10: 9 1, 7 3, 5 2
-    assert [[len(tree.context) for tree in row] for row in fill_rows(trees, 10)] == [[9, 1], [7, 3], [5, 2]]
+    assert [[len(tree.context) for tree in row] for row in fill_rows(trees, 10)] == [
+        [9, 1],
+        [7, 3],
+        [5, 2],
+    ]
     many = fill_rows([Tree((1,) * 10, [[2]], [0])] * OPEN + [Tree((1,) * 5, [[2]], [0])], 15)
     assert len(many) == OPEN and len(many[0]) == 2
 
 
 def test_rows_are_as_long_as_the_longest_path():
     assert row_length(grow([([1] * 60, [2] * 5)], 4096), 4096) == 64
-    assert row_length(grow([([1] * 60, [2] * 5), ([1] * 60, [2] * 6)], 4096), 4096) == 128  # 65 are read
+    assert (
+        row_length(grow([([1] * 60, [2] * 5), ([1] * 60, [2] * 6)], 4096), 4096) == 128
+    )  # 65 are read
     assert row_length(grow([([1] * 60, [2] * 6)], 100), 100) == 100
     assert row_length([], 4096) == SHORTEST

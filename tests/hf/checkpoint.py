@@ -31,7 +31,11 @@ def write_shard(path, tensors):
     header, end = {"__metadata__": {"format": "pt"}}, 0
     for name, array in tensors.items():
         begin, end = end, end + array.nbytes
-        header[name] = {"dtype": names[array.dtype], "shape": array.shape, "data_offsets": [begin, end]}
+        header[name] = {
+            "dtype": names[array.dtype],
+            "shape": array.shape,
+            "data_offsets": [begin, end],
+        }
     write_raw(path, json.dumps(header), b"".join(array.tobytes() for array in tensors.values()))
 
 

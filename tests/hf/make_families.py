@@ -27,8 +27,20 @@ MODEL = {
     "eos_token_id": 1,
     "pad_token_id": 2,
 }
-LATENT = {"q_lora_rank": 4, "kv_lora_rank": 4, "qk_nope_head_dim": 4, "qk_rope_head_dim": 4, "v_head_dim": 4}
-DEEPSEEK = {"num_hidden_layers": 3, "moe_intermediate_size": 8, "n_routed_experts": 4, "n_shared_experts": 1, **LATENT}
+LATENT = {
+    "q_lora_rank": 4,
+    "kv_lora_rank": 4,
+    "qk_nope_head_dim": 4,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 4,
+}
+DEEPSEEK = {
+    "num_hidden_layers": 3,
+    "moe_intermediate_size": 8,
+    "n_routed_experts": 4,
+    "n_shared_experts": 1,
+    **LATENT,
+}
 QWEN = {"num_hidden_layers": 3, "moe_intermediate_size": 8, "num_experts": 4, "head_dim": 8}
 FAMILIES = {
     "olmoe": {"num_experts": 4},
@@ -54,7 +66,9 @@ OPTIONS = {  # of `save`; the others are float32 in one file, in the layout of t
 def save(family, directory, dtype=torch.float32, **options):
     """A model of weights of any size, as after training, saved by transformers, and coupling.npz beside it."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **MODEL | FAMILIES[family])).to(dtype)
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(family, **MODEL | FAMILIES[family])
+    ).to(dtype)
     with torch.no_grad():
         for weights in model.parameters():
             weights.normal_()

@@ -2,9 +2,10 @@
 
     pip install -e ".[hf]" && python -m tests.hf.make_generations
 
-Needed again only when a variant is added. Of each one file: "weights/…", named and laid out as our parameters; "tokens"
-with, beside them, "left" and "right" (attention masks) and "packed" (positions); "logits/left" and so on; and "greedy",
-what follows the tokens that "left" leaves, to the first end-of-text token or as long as the longest.
+Needed again only when a variant is added. Of each one file: "weights/…", named and laid out as our
+parameters; "tokens" with, beside them, "left" and "right" (attention masks) and "packed"
+(positions); "logits/left" and so on; and "greedy", what follows the tokens that "left" leaves, to
+the first end-of-text token or as long as the longest.
 """
 
 import pathlib
@@ -53,10 +54,20 @@ def record(changes, seed=0):
         logits = {
             "left": model(tokens, attention_mask=left).logits,
             "right": model(tokens, attention_mask=right).logits,
-            "packed": model(tokens, position_ids=packed, use_cache=False).logits,  # a cache knows no packing
+            "packed": model(
+                tokens, position_ids=packed, use_cache=False
+            ).logits,  # a cache knows no packing
         }
-        longer = model.generate(tokens, attention_mask=left, max_new_tokens=NEW_TOKENS, do_sample=False)
-        found = {"tokens": tokens, "left": left, "right": right, "packed": packed, "greedy": longer[:, LENGTH:]}
+        longer = model.generate(
+            tokens, attention_mask=left, max_new_tokens=NEW_TOKENS, do_sample=False
+        )
+        found = {
+            "tokens": tokens,
+            "left": left,
+            "right": right,
+            "packed": packed,
+            "greedy": longer[:, LENGTH:],
+        }
         found |= {f"logits/{name}": value for name, value in logits.items()}
         found |= {f"weights/{name}": value for name, value in parameters(model).items()}
     return {name: value.detach().numpy() for name, value in found.items()}
@@ -85,7 +96,9 @@ def parameters(model):
         }
         for layer in layers
     ]
-    return found | {f"layers/{name}": torch.stack([layer[name] for layer in by_layer]) for name in by_layer[0]}
+    return found | {
+        f"layers/{name}": torch.stack([layer[name] for layer in by_layer]) for name in by_layer[0]
+    }
 
 
 if __name__ == "__main__":

@@ -2,10 +2,11 @@
 
     pip install -e ".[hf]" && python -m tests.hf.make_olmoe
 
-Needed again only when a variant is added or transformers changes what it writes or computes. golden.npz holds ids
-(B, T), and of the saved weights in float32: logits (B, T, V), loss (cross-entropy of the next token, alone), and the
-balance loss twice: `pooled` over layers as transformers has it, K when balanced, and `by_layer`, the mean over layers
-of what its own function makes of each, over K: 1 when balanced.
+Needed again only when a variant is added or transformers changes what it writes or computes.
+golden.npz holds ids (B, T), and of the saved weights in float32: logits (B, T, V), loss
+(cross-entropy of the next token, alone), and the balance loss twice: `pooled` over layers as
+transformers has it, K when balanced, and `by_layer`, the mean over layers of what its own function
+makes of each, over K: 1 when balanced.
 """
 
 import pathlib
@@ -25,7 +26,10 @@ VARIANTS = {
     "renormalized": {"norm_topk_prob": True, "num_experts_per_tok": 3},
     "grouped": {"num_attention_heads": 4},
     "tied": {"tie_word_embeddings": True},
-    "theta": {"rope_parameters": {"rope_type": "default", "rope_theta": 50.0}, "rms_norm_eps": 1e-3},
+    "theta": {
+        "rope_parameters": {"rope_type": "default", "rope_theta": 50.0},
+        "rms_norm_eps": 1e-3,
+    },
     "clipped": {"clip_qkv": 0.5},
 }
 OPTIONS = {  # of `save`; the others are float32 in one file, an expert a tensor
@@ -53,10 +57,19 @@ def computed(model):
     config, ids = model.config, torch.randint(model.config.vocab_size, (2, 12))
     found = model(ids, labels=ids, output_router_logits=True)
     K, L = config.num_experts_per_tok, config.num_hidden_layers
-    by_layer = [load_balancing_loss_func((logits,), config.num_experts, K) for logits in found.router_logits]
+    by_layer = [
+        load_balancing_loss_func((logits,), config.num_experts, K) for logits in found.router_logits
+    ]
     loss = found.loss - config.router_aux_loss_coef * found.aux_loss
-    values = {"logits": found.logits, "loss": loss, "pooled": found.aux_loss, "by_layer": sum(by_layer) / (L * K)}
-    return {"ids": ids.numpy().astype(np.int32)} | {name: value.numpy() for name, value in values.items()}
+    values = {
+        "logits": found.logits,
+        "loss": loss,
+        "pooled": found.aux_loss,
+        "by_layer": sum(by_layer) / (L * K),
+    }
+    return {"ids": ids.numpy().astype(np.int32)} | {
+        name: value.numpy() for name, value in values.items()
+    }
 
 
 if __name__ == "__main__":

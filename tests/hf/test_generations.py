@@ -1,6 +1,7 @@
 """Logits of padded and packed sequences, and greedy continuations, against transformers' OLMoE.
 
-The files of `generations` were written by `make_generations.py`; where the library is installed, it is asked itself.
+The files of `generations` were written by `make_generations.py`; where the library is installed, it
+is asked itself.
 """
 
 import pathlib
@@ -27,7 +28,14 @@ VARIANTS = {
     "tied": {"tie_embeddings": True},
     "theta": {"rope_theta": 100.0},
 }
-SIZES = {"vocab_size": 64, "width": 16, "heads": 4, "kv_heads": 4, "expert_width": 8, "experts_per_token": 2}
+SIZES = {
+    "vocab_size": 64,
+    "width": 16,
+    "heads": 4,
+    "kv_heads": 4,
+    "expert_width": 8,
+    "experts_per_token": 2,
+}
 
 
 class Letters:
@@ -44,13 +52,19 @@ class Letters:
 
 def assert_transformers_is_met(config, golden):
     model = Transformer(config, sharding.make_mesh(1, 1))
-    named = {name.removeprefix("weights/"): leaf for name, leaf in golden.items() if name.startswith("weights/")}
+    named = {
+        name.removeprefix("weights/"): leaf
+        for name, leaf in golden.items()
+        if name.startswith("weights/")
+    }
     weights = Weights(traverse_util.unflatten_dict(named, sep="/"), {})
 
     @jax.jit
     def logits(segments_BT):
         everything_BT = jnp.ones_like(golden["tokens"], bool)
-        output = model.apply({"params": weights.params}, golden["tokens"], everything_BT, {}, packed(segments_BT))
+        output = model.apply(
+            {"params": weights.params}, golden["tokens"], everything_BT, {}, packed(segments_BT)
+        )
         return jnp.einsum("btd,vd->btv", output.x_BTD, output.head_VD)
 
     segments = {
@@ -60,13 +74,22 @@ def assert_transformers_is_met(config, golden):
     }
     for name, (segments_BT, inside_BT) in segments.items():
         found, expected = logits(segments_BT)[inside_BT], golden[f"logits/{name}"][inside_BT]
-        # layers with five sums over widths of at most 16 each, attention over the tokens, and the head
-        assert_close(found, expected, terms=config.layers * (5 * 16 + expected.shape[-2]) + 16, label=name)
+        # layers with five sums over widths of at most 16 each, attention over the tokens, and the
+        # head
+        assert_close(
+            found, expected, terms=config.layers * (5 * 16 + expected.shape[-2]) + 16, label=name
+        )
 
     letters, ids_BT = Letters(), golden["greedy"].tolist()
-    prompts = [letters.decode(row[inside]) for row, inside in zip(golden["tokens"], golden["left"] == 1, strict=True)]
+    prompts = [
+        letters.decode(row[inside])
+        for row, inside in zip(golden["tokens"], golden["left"] == 1, strict=True)
+    ]
     expected = [letters.decode(ids[: ids.index(63)] if 63 in ids else ids) for ids in ids_BT]
-    assert Generator(model, letters).run(weights, prompts, Sampling(new_tokens=len(ids_BT[0]))) == expected
+    assert (
+        Generator(model, letters).run(weights, prompts, Sampling(new_tokens=len(ids_BT[0])))
+        == expected
+    )
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -1,4 +1,7 @@
-"""Routers and gates of every family as transformers and releases lay them out; what does not fit is one line."""
+"""Routers and gates of every family as transformers and releases lay them out.
+
+What does not fit is one line.
+"""
 
 import gc
 import json
@@ -19,7 +22,9 @@ from tests.tolerance import assert_close
 
 SPARSE = {"qwen2_moe": [1], "qwen3_moe": [0, 2], "deepseek_v2": [1, 2], "deepseek_v3": [2]}
 QWEN = ("mlp.gate.weight", "mlp.experts.{}.gate_proj.weight", "mlp.experts.{}.up_proj.weight")
-MIXTRAL = tuple(f"block_sparse_moe.{name}.weight" for name in ("gate", "experts.{}.w1", "experts.{}.w3"))
+MIXTRAL = tuple(
+    f"block_sparse_moe.{name}.weight" for name in ("gate", "experts.{}.w1", "experts.{}.w3")
+)
 
 
 def assert_coupling(moe, directory):
@@ -28,7 +33,10 @@ def assert_coupling(moe, directory):
     assert [str(layer) for layer in moe.layers] == expected.files and len(moe) == len(moe.layers)
     for (router_ED, w_gate_EDF), M_EE in zip(moe, expected.values(), strict=True):
         assert type(router_ED) is type(w_gate_EDF) is np.ndarray
-        assert router_ED.dtype == w_gate_EDF.dtype == np.float32 and w_gate_EDF.shape[:2] == router_ED.shape
+        assert (
+            router_ED.dtype == w_gate_EDF.dtype == np.float32
+            and w_gate_EDF.shape[:2] == router_ED.shape
+        )
         found_EE = np.linalg.norm(router_ED @ w_gate_EDF, axis=-1).T
         assert_close(found_EE, M_EE, terms=sum(w_gate_EDF.shape[1:]))  # sums over D and F
 
@@ -58,7 +66,9 @@ def test_what_transformers_saves_today(family, options, tmp_path):
     pytest.importorskip("transformers")
     from tests.hf import make_families
 
-    make_families.save(family, tmp_path, **options | {"dtype": getattr(torch, options.get("dtype", "float32"))})
+    make_families.save(
+        family, tmp_path, **options | {"dtype": getattr(torch, options.get("dtype", "float32"))}
+    )
     assert (tmp_path / "model.safetensors.index.json").exists() == ("max_shard_size" in options)
     assert_coupling(open_moe(tmp_path), tmp_path)
 
@@ -90,7 +100,9 @@ def test_qwen3_by_expert_as_it_was_released(tmp_path):
         gate_up = tensors.pop(f"model.layers.{layer}.mlp.experts.gate_up_proj")
         for expert in range(4):
             name = f"model.layers.{layer}.mlp.experts.{expert}"
-            tensors[f"{name}.gate_proj.weight"], tensors[f"{name}.up_proj.weight"] = np.split(gate_up[expert], 2)
+            tensors[f"{name}.gate_proj.weight"], tensors[f"{name}.up_proj.weight"] = np.split(
+                gate_up[expert], 2
+            )
     assert_same(open_moe(checkpoint.write(tmp_path, config, tensors)), packed)
 
 
@@ -104,15 +116,20 @@ def test_granite_as_it_was_released(tmp_path):
 
 
 def test_gpt_oss_as_it_was_released(tmp_path):
-    # Expert 1: row 2 of gate is row 4 of gate and up. Its second block's third byte 0x2C holds columns 36 and 37:
-    # C is -2 and 2 is 1, both times 2^(129 - 127) = 4. Row 5 of gate and up is row 2 of up, which is not read.
+    # Expert 1: row 2 of gate is row 4 of gate and up. Its second block's third byte 0x2C holds
+    # columns 36 and 37: C is -2 and 2 is 1, both times 2^(129 - 127) = 4. Row 5 of gate and up is
+    # row 2 of up, which is not read.
     blocks, scales = np.zeros((2, 6, 2, 16), np.uint8), np.full((2, 6, 2), 129, np.uint8)
     blocks[1, 4, 1, 2], blocks[1, 5, 1, 2] = 0x2C, 0xFF
     config = {"model_type": "gpt_oss", "num_hidden_layers": 1, "num_local_experts": 2} | {
         "hidden_size": 64, "intermediate_size": 3, "quantization_config": {"quant_method": "mxfp4"},
     }  # fmt: skip
     router_ED = np.arange(128, dtype=np.float32).reshape(2, 64)
-    parts = {"router.weight": router_ED, "experts.gate_up_proj_blocks": blocks, "experts.gate_up_proj_scales": scales}
+    parts = {
+        "router.weight": router_ED,
+        "experts.gate_up_proj_blocks": blocks,
+        "experts.gate_up_proj_scales": scales,
+    }
     tensors = {f"model.layers.0.mlp.{name}": array for name, array in parts.items()}
     expected = np.zeros((2, 64, 3))
     expected[1, 36, 2], expected[1, 37, 2] = -8, 4
@@ -143,7 +160,10 @@ def test_nothing_but_routers_and_gates_is_needed(tmp_path):
     config, tensors = checkpoint.load("qwen2_moe")
     needed = re.compile(r"model\.layers\.1\.mlp\.(gate|experts\.\d\.gate_proj)\.weight")
     tensors = {name: array for name, array in tensors.items() if needed.fullmatch(name)}
-    assert_same(open_moe(checkpoint.write(tmp_path, config, tensors)), open_moe(checkpoint.FAMILIES / "qwen2_moe"))
+    assert_same(
+        open_moe(checkpoint.write(tmp_path, config, tensors)),
+        open_moe(checkpoint.FAMILIES / "qwen2_moe"),
+    )
 
 
 def test_opening_reads_no_tensor(monkeypatch):
@@ -159,7 +179,12 @@ def test_two_layers_are_in_memory_at_most(tmp_path):
     for prefix in (f"model.layers.{layer}.mlp." for layer in range(layers)):
         tensors[f"{prefix}gate.weight"] = np.zeros((E, D), ml_dtypes.bfloat16)
         tensors[f"{prefix}experts.gate_up_proj"] = np.zeros((E, 2 * F, D), ml_dtypes.bfloat16)
-    config = {"model_type": "olmoe", "num_hidden_layers": layers, "num_experts": E, "hidden_size": D}
+    config = {
+        "model_type": "olmoe",
+        "num_hidden_layers": layers,
+        "num_experts": E,
+        "hidden_size": D,
+    }
     moe = open_moe(checkpoint.write(tmp_path, config | {"intermediate_size": F}, tensors))
     earlier = []
     tracemalloc.start()
@@ -222,14 +247,19 @@ def test_tensors_that_are_not_the_config_s(name, array, words, tmp_path):
 def test_a_model_without_moe_layers(tmp_path):
     config, tensors = checkpoint.load("qwen2_moe")
     tensors.pop("model.layers.1.mlp.gate.weight")
-    refuses(checkpoint.write(tmp_path, config | {"mlp_only_layers": [1]}, tensors), ["none of 3 layers"])
+    refuses(
+        checkpoint.write(tmp_path, config | {"mlp_only_layers": [1]}, tensors), ["none of 3 layers"]
+    )
 
 
 def test_two_routers_in_a_layer(tmp_path):
     config, tensors = checkpoint.load("mixtral")
-    tensors["model.layers.0.mlp.gate.weight"] = tensors["model.layers.0.block_sparse_moe.gate.weight"]
+    tensors["model.layers.0.mlp.gate.weight"] = tensors[
+        "model.layers.0.block_sparse_moe.gate.weight"
+    ]
     refuses(
-        checkpoint.write(tmp_path, config, tensors), ["layers.0.mlp.gate", "layers.0.block_sparse_moe.gate", "both"]
+        checkpoint.write(tmp_path, config, tensors),
+        ["layers.0.mlp.gate", "layers.0.block_sparse_moe.gate", "both"],
     )
 
 

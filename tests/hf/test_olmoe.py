@@ -57,7 +57,9 @@ def trained(model_config):
         model = Transformer(model_config(**changes), sharding.make_mesh(2, 1))
         rng = np.random.default_rng(0)
         return model, jax.tree.map(
-            lambda leaf: jax.device_put(rng.normal(leaf.ndim < 3, 0.3, leaf.shape).astype(np.float32), leaf.sharding),
+            lambda leaf: jax.device_put(
+                rng.normal(leaf.ndim < 3, 0.3, leaf.shape).astype(np.float32), leaf.sharding
+            ),
             abstract(model),
         )
 
@@ -91,7 +93,9 @@ def test_a_model_of_transformers_computes_the_same_here(load, variant):
     terms = model.config.layers * (5 * 16 + golden["ids"].shape[1]) + 16
     assert_close(logits_BTV, golden["logits"], terms)
     losses_BT = token_losses(output.x_BTD[:, :-1], output.head_VD, golden["ids"][:, 1:], chunk=1024)
-    assert_close(language_model(losses_BT, jnp.ones_like(losses_BT)), np.float32(golden["loss"]), terms)
+    assert_close(
+        language_model(losses_BT, jnp.ones_like(losses_BT)), np.float32(golden["loss"]), terms
+    )
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -100,7 +104,9 @@ def test_its_balance_loss_is_ours_layer_by_layer_and_k_times_that_of_the_mean_la
     model, params = load(HERE / variant)
     routing = compute(model, params, golden["ids"])[1].routing
     load_LE, probability_LE = routing.load_E, routing.probability_E
-    terms = model.config.layers * 5 * 16 + golden["ids"].size  # probabilities behind some layers, a mean over tokens
+    terms = (
+        model.config.layers * 5 * 16 + golden["ids"].size
+    )  # probabilities behind some layers, a mean over tokens
     assert_close(load_balance(load_LE, probability_LE), np.float32(golden["by_layer"]), terms)
     pooled = load_balance(load_LE.mean(0, keepdims=True), probability_LE.mean(0, keepdims=True))
     assert_close(model.config.experts_per_token * pooled, np.float32(golden["pooled"]), terms)
@@ -120,7 +126,9 @@ def test_a_model_is_read_in_bfloat16_as_its_coupling_is(load):
 def test_every_device_has_its_share(load, variant):
     _, whole = load(HERE / variant)
     model, split = load(HERE / variant, mesh=(2, 4))
-    for expected, found, wanted in zip(*map(jax.tree.leaves, (whole, split, abstract(model))), strict=True):
+    for expected, found, wanted in zip(
+        *map(jax.tree.leaves, (whole, split, abstract(model))), strict=True
+    ):
         assert found.sharding == wanted.sharding
         np.testing.assert_array_equal(found, expected)
 
@@ -137,15 +145,27 @@ def test_an_import_is_exported_as_transformers_wrote_it(load, variant, tmp_path)
     for name, tensor in written.items():
         assert tensor.dtype == original[name].dtype
         np.testing.assert_array_equal(tensor.map(), original[name].map())
-    ours, theirs = (json.loads((place / "config.json").read_text()) for place in (tmp_path / "out", HERE / variant))
-    not_ours = {"transformers_version", "output_router_logits", "max_position_embeddings", "router_aux_loss_coef"}
+    ours, theirs = (
+        json.loads((place / "config.json").read_text())
+        for place in (tmp_path / "out", HERE / variant)
+    )
+    not_ours = {
+        "transformers_version",
+        "output_router_logits",
+        "max_position_embeddings",
+        "router_aux_loss_coef",
+    }
     assert theirs.keys() - ours.keys() == not_ours and ours.keys() - theirs.keys() == {"rope_theta"}
     differing = {name for name in ours.keys() & theirs.keys() if ours[name] != theirs[name]}
     assert differing <= {"bos_token_id", "eos_token_id", "pad_token_id"}
 
 
-@pytest.mark.parametrize("dtype, shard_bytes", [("float32", 10**9), ("float32", 20_000), ("bfloat16", 10_000)])
-def test_what_was_exported_is_imported_and_exported_to_the_same_bytes(trained, load, dtype, shard_bytes, tmp_path):
+@pytest.mark.parametrize(
+    "dtype, shard_bytes", [("float32", 10**9), ("float32", 20_000), ("bfloat16", 10_000)]
+)
+def test_what_was_exported_is_imported_and_exported_to_the_same_bytes(
+    trained, load, dtype, shard_bytes, tmp_path
+):
     model, params = trained(tie_embeddings=shard_bytes == 10_000, kv_heads=1)
     about = About({"eos_token_id": 7}, {"README.md": "é"})
     for number in range(2):
@@ -175,8 +195,12 @@ def test_rows_of_power_iteration_are_written_out(trained, load, tmp_path):
     ids = np.random.default_rng(1).integers(0, 512, (2, 16), np.int32)
     model, params = trained(router="mpi")
     export_olmoe(tmp_path / "out", model, params)
-    # two layers with five sums over widths of at most 32 each, attention over 16 tokens, the head, and the power step
-    found, expected = compute(*load(tmp_path / "out", mesh=(2, 1)), ids)[0], compute(model, params, ids)[0]
+    # two layers with five sums over widths of at most 32 each, attention over 16 tokens, the head,
+    # and the power step
+    found, expected = (
+        compute(*load(tmp_path / "out", mesh=(2, 1)), ids)[0],
+        compute(model, params, ids)[0],
+    )
     assert_close(found, expected, terms=2 * (5 * 32 + 16) + 32 + 48)
     written = find_tensors(tmp_path / "out")["model.layers.1.mlp.gate.weight"].map()
     assert np.abs(written - params["layers"]["moe"]["router"][1]).max() > 0.1
@@ -225,7 +249,9 @@ def test_a_directory_is_there_whole_or_not_at_all(trained, tmp_path):
         export_olmoe(tmp_path / "large", model, too_large, dtype="float16")
     with pytest.raises(ValueError, match=r"'uint8' .* float32"):
         export_olmoe(tmp_path / "whole", model, params, dtype="uint8")
-    assert {path.name for path in tmp_path.iterdir()} == {"empty", "file"} and contents(tmp_path / "empty") == before
+    assert {path.name for path in tmp_path.iterdir()} == {"empty", "file"} and contents(
+        tmp_path / "empty"
+    ) == before
 
 
 # -------------------------------------------------------------------------------------------------------- transformers
@@ -239,21 +265,28 @@ def test_a_directory_is_there_whole_or_not_at_all(trained, tmp_path):
     {"router": "competition", "dtype": "bfloat16"},
 ], ids=str)  # fmt: skip
 @pytest.mark.parametrize("shard_bytes", [10**9, 40_000])
-def test_transformers_computes_the_same_with_what_we_export(trained, changes, shard_bytes, tmp_path):
+def test_transformers_computes_the_same_with_what_we_export(
+    trained, changes, shard_bytes, tmp_path
+):
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     model, params = trained(**changes)
     about = About({"eos_token_id": 256}, tokenizer_files("bytes", "<|endoftext|>", 64))
     export_olmoe(tmp_path / "out", model, params, about, "float32", shard_bytes)
-    theirs, told = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    theirs, told = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out", output_loading_info=True
+    )
     assert not any(told[problem] for problem in told), told
-    assert type(theirs).__name__ == "OlmoeForCausalLM" and theirs.generation_config.eos_token_id == 256
+    assert (
+        type(theirs).__name__ == "OlmoeForCausalLM" and theirs.generation_config.eos_token_id == 256
+    )
     assert theirs.model.embed_tokens.padding_idx is None  # no row without a gradient
     ids = np.random.default_rng(1).integers(0, 512, (2, 16), np.int32)
     with torch.no_grad():
         expected = theirs.eval()(torch.tensor(ids)).logits.numpy()
     float32 = Transformer(dataclasses.replace(model.config, dtype="float32"), model.mesh)
-    # two layers with five sums over widths of at most 32 each, attention over 16 tokens, the head, and the power step
+    # two layers with five sums over widths of at most 32 each, attention over 16 tokens, the head,
+    # and the power step
     assert_close(compute(float32, params, ids)[0], expected, terms=2 * (5 * 32 + 16) + 32 + 48)
 
 
@@ -290,7 +323,10 @@ def test_the_tokenizer_of_a_checkpoint_stands_in_for_bytes(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{}")
     assert tokenizer_of(tmp_path, "bytes") == str(tmp_path / "tokenizer.json")
     files = tokenizer_files(str(tmp_path / "tokenizer.json"), "</s>", 4)
-    assert files["tokenizer.json"] == "{}" and json.loads(files["tokenizer_config.json"])["eos_token"] == "</s>"
+    assert (
+        files["tokenizer.json"] == "{}"
+        and json.loads(files["tokenizer_config.json"])["eos_token"] == "</s>"
+    )
 
 
 # ------------------------------------------------------------------------------------------------- what is not imported
@@ -326,8 +362,16 @@ def test_a_config_that_is_no_olmoe(change, words):
 ], ids=str)  # fmt: skip
 def test_a_release_may_leave_out_what_has_a_default(config):
     sizes = json.loads((HERE / "plain" / "config.json").read_text())
-    left_out = ("rope_parameters", "num_key_value_heads", "rms_norm_eps", "tie_word_embeddings", "norm_topk_prob")
-    fields = model_fields({name: value for name, value in sizes.items() if name not in left_out and value} | config)
+    left_out = (
+        "rope_parameters",
+        "num_key_value_heads",
+        "rms_norm_eps",
+        "tie_word_embeddings",
+        "norm_topk_prob",
+    )
+    fields = model_fields(
+        {name: value for name, value in sizes.items() if name not in left_out and value} | config
+    )
     assert fields["rope_theta"] == 50.0 and type(fields["rope_theta"]) is float
     assert (fields["kv_heads"], fields["norm_eps"], fields["tie_embeddings"], fields["router"]) == (
         2, 1e-5, False, Softmax(renormalize=False),
@@ -346,7 +390,9 @@ def test_a_release_may_leave_out_what_has_a_default(config):
 def test_a_model_that_a_checkpoint_is_not_of(load, changes, words):
     with pytest.raises(ValueError) as refusal:
         load(HERE / "plain", **changes)
-    assert all(word in str(refusal.value) for word in words) and "\n" not in str(refusal.value), refusal
+    assert all(word in str(refusal.value) for word in words) and "\n" not in str(refusal.value), (
+        refusal
+    )
 
 
 def drop(name):
@@ -384,7 +430,9 @@ def test_tensors_that_are_not_what_config_json_announces(load, variant, change, 
     checkpoint.write(tmp_path / "changed", config, tensors)
     with pytest.raises(ValueError) as refusal:
         load(tmp_path / "changed")
-    assert all(word in str(refusal.value) for word in words) and "\n" not in str(refusal.value), refusal
+    assert all(word in str(refusal.value) for word in words) and "\n" not in str(refusal.value), (
+        refusal
+    )
 
 
 def test_files_that_are_not_there_or_cut(load, tmp_path):

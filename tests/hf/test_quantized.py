@@ -7,7 +7,8 @@ from moe_erc.hf.quantized import dequantize_float8, dequantize_mxfp4
 
 
 def test_mxfp4_has_two_numbers_a_byte_and_a_power_of_two_a_block():
-    # 0x21: the low half 1 is 0.5, the high half 2 is 1.0. 0xF7: 7 is 6, F is -6. 0x08: 8 is -0, 0 is 0.
+    # 0x21: the low half 1 is 0.5, the high half 2 is 1.0. 0xF7: 7 is 6, F is -6. 0x08: 8 is -0, 0
+    # is 0.
     blocks = np.zeros((1, 2, 16), np.uint8)
     blocks[0, 0, :3] = 0x21, 0xF7, 0x08
     blocks[0, 1, 15] = 0x5C  # C is -2, 5 is 3

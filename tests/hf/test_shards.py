@@ -1,4 +1,7 @@
-"""Where tensors lie in safetensors; a directory that is not what it says is refused before a number is read."""
+"""Where tensors lie in safetensors.
+
+A directory that is not what it says is refused before a number is read.
+"""
 
 import json
 import shutil
@@ -12,7 +15,9 @@ from moe_erc.hf.shards import JSON_LIMIT, find_tensors, read_json
 from tests.hf import checkpoint
 
 
-@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn, np.uint8])
+@pytest.mark.parametrize(
+    "dtype", [np.float32, np.float16, ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn, np.uint8]
+)
 def test_a_tensor_is_mapped_where_it_lies(dtype, tmp_path):
     before, wanted = np.ones(3, np.uint8), np.arange(6).reshape(2, 3).astype(dtype)
     checkpoint.write_shard(tmp_path / "model.safetensors", {"before": before, "wanted": wanted})
@@ -25,7 +30,11 @@ def test_a_tensor_is_mapped_where_it_lies(dtype, tmp_path):
 
 def test_what_the_reference_writes_is_read(tmp_path):
     safetensors = pytest.importorskip("safetensors.numpy")
-    tensors = {"a": np.arange(5, dtype=np.float32), "b": np.eye(3, dtype=np.float16), "c": np.zeros((0, 4), np.uint8)}
+    tensors = {
+        "a": np.arange(5, dtype=np.float32),
+        "b": np.eye(3, dtype=np.float16),
+        "c": np.zeros((0, 4), np.uint8),
+    }
     safetensors.save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "np"})
     found = find_tensors(tmp_path)
     assert found.keys() == tensors.keys() and found["c"].shape == (0, 4)
@@ -65,7 +74,9 @@ def test_a_header_that_is_no_table_of_tensors(header, words, tmp_path):
 ], ids=str)  # fmt: skip
 def test_a_tensor_that_does_not_fit_its_bytes(change, tmp_path):
     entry = {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}
-    checkpoint.write_raw(tmp_path / "model.safetensors", json.dumps({"x": entry | change}), bytes(24))
+    checkpoint.write_raw(
+        tmp_path / "model.safetensors", json.dumps({"x": entry | change}), bytes(24)
+    )
     refuses(tmp_path, ["model.safetensors", "'x'", "do not agree"])
 
 
@@ -102,7 +113,9 @@ def test_an_index_names_safetensors_beside_it_and_nothing_else(name, tmp_path):
     refuses(tmp_path, [repr(name), "refused"])
 
 
-@pytest.mark.parametrize("index", ["{}", '{"weight_map": {}}', '{"weight_map": [1]}', '{"weight_map": {"x": 1}}'])
+@pytest.mark.parametrize(
+    "index", ["{}", '{"weight_map": {}}', '{"weight_map": [1]}', '{"weight_map": {"x": 1}}']
+)
 def test_an_index_without_shards(index, tmp_path):
     (tmp_path / "model.safetensors.index.json").write_text(index)
     refuses(tmp_path, ["weight_map"])

@@ -50,18 +50,28 @@ def test_a_second_start_compiles_nothing(text_directory, tmp_path):
     found = []
     for name in ("first", "second"):
         everything = [*arguments, f"--workdir={tmp_path / name}"]
-        code, printed = script.run("train.py", everything, tmp_path / "out", environment=environment)
+        code, printed = script.run(
+            "train.py", everything, tmp_path / "out", environment=environment
+        )
         assert code == 0, printed
         found.append(kept(cache))
-    assert sum(name.startswith(("jit_init-", "jit_train_step-", "jit_measure-")) for name in found[0]) == 3
-    assert len(found[0]) > 10  # however small, so what the second start had compiled would lie there as well
+    assert (
+        sum(name.startswith(("jit_init-", "jit_train_step-", "jit_measure-")) for name in found[0])
+        == 3
+    )
+    assert (
+        len(found[0]) > 10
+    )  # however small, so what the second start had compiled would lie there as well
     assert found[0] == found[1]
     reports = [(tmp_path / name / "report.json").read_bytes() for name in ("first", "second")]
     assert reports[0] == reports[1]
 
 
 def test_what_jax_was_told_is_respected(program, tmp_path):
-    environment = {"MOE_ERC_CACHE": tmp_path / "cache", "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "own")}
+    environment = {
+        "MOE_ERC_CACHE": tmp_path / "cache",
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "own"),
+    }
     code, printed = script.run(program, [], tmp_path / "out", environment=environment)
     assert code == 0 and f"kept in {tmp_path / 'own'}\n" in printed, printed
     assert list((tmp_path / "own").iterdir()) and not (tmp_path / "cache").exists()
@@ -69,7 +79,10 @@ def test_what_jax_was_told_is_respected(program, tmp_path):
 
 def test_where_nothing_can_be_written_nothing_is_kept(program, tmp_path):
     environment = {"MOE_ERC_CACHE": "/proc/cache", "JAX_COMPILATION_CACHE_DIR": None}
-    assert script.run(program, [], tmp_path / "out", environment=environment) == (0, "kept in None\n")
+    assert script.run(program, [], tmp_path / "out", environment=environment) == (
+        0,
+        "kept in None\n",
+    )
 
 
 def test_several_processes_keep_nothing_unless_told_where(program, tmp_path):

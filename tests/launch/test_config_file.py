@@ -7,7 +7,9 @@ from moe_erc.checks import BadInput
 from moe_erc.launch import config_file
 from tests import script
 
-BASE = "from configs import base\ndef get_config(size=''):\n    config = base.get_config(size)\n    "
+BASE = (
+    "from configs import base\ndef get_config(size=''):\n    config = base.get_config(size)\n    "
+)
 FILES = {
     "key.py": BASE + "config.model.widht = 3\n    return config\n",
     "gone.py": BASE + "del config.model['width']\n    return config\n",
@@ -66,7 +68,9 @@ def files(tmp_path_factory):
     return {name: str(directory / name) for name in FILES}
 
 
-@pytest.mark.parametrize("argument, words", REFUSED, ids=lambda value: value if isinstance(value, str) else "")
+@pytest.mark.parametrize(
+    "argument, words", REFUSED, ids=lambda value: value if isinstance(value, str) else ""
+)
 def test_it_is_refused(argument, words, files, monkeypatch):
     monkeypatch.chdir(script.ROOT)
     for name, path in files.items():
@@ -96,7 +100,9 @@ def test_it_is_refused(argument, words, files, monkeypatch):
 def test_a_script_says_so_in_one_line(arguments, words, files, tmp_path):
     for name, path in files.items():
         arguments = [argument.replace(f"{{{name}}}", path) for argument in arguments]
-    code, printed = script.run("train.py", [f"--workdir={tmp_path / 'run'}", *arguments], tmp_path / "out")
+    code, printed = script.run(
+        "train.py", [f"--workdir={tmp_path / 'run'}", *arguments], tmp_path / "out"
+    )
     (line,) = printed.splitlines()
     assert code == 2 and line.startswith("error: ") and all(word in line for word in words), printed
     assert "ValueError" not in line and not (tmp_path / "run").exists()

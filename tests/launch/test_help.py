@@ -62,13 +62,17 @@ def assert_examples(printed, names):
     listed = printed.split("Flags:")[1]
     found = re.findall(r"^  --(\w+)$", listed, re.MULTILINE)
     assert tuple(found) == tuple(names)
-    for name, text in zip(found, re.split(r"^  --\w+$", listed, flags=re.MULTILINE)[1:], strict=True):
+    for name, text in zip(
+        found, re.split(r"^  --\w+$", listed, flags=re.MULTILINE)[1:], strict=True
+    ):
         assert f"--{name}" in text, name
     assert max(map(len, listed.splitlines())) <= 110
 
 
 def test_help_is_printed_beside_what_is_wrong(tmp_path):
-    code, printed = script.run("train.py", ["--config=none.py", "--wrong", "--help"], tmp_path / "out")
+    code, printed = script.run(
+        "train.py", ["--config=none.py", "--wrong", "--help"], tmp_path / "out"
+    )
     assert code == 0 and "error" not in printed
 
 

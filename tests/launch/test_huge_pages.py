@@ -22,7 +22,10 @@ print(os.environ.get("GLIBC_TUNABLES"), sys.argv[3:])
 
 @pytest.fixture
 def said(tmp_path):
-    """Runs the program in a system of a mode, "" for none; (what it printed, how often it was started)."""
+    """Runs the program in a system of a mode, "" for none.
+
+    (what it printed, how often it was started).
+    """
 
     def run(mode, as_module, given=None):
         if mode:
@@ -33,8 +36,19 @@ def said(tmp_path):
         environment.pop("GLIBC_TUNABLES", None)
         environment |= {"GLIBC_TUNABLES": given} if given else {}
         start = ["-m", "program"] if as_module else [tmp_path / "program.py"]
-        command = [sys.executable, "-W", "ignore", *start, tmp_path / "enabled", tmp_path / "starts", "--a=b c", ""]
-        printed = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=300)
+        command = [
+            sys.executable,
+            "-W",
+            "ignore",
+            *start,
+            tmp_path / "enabled",
+            tmp_path / "starts",
+            "--a=b c",
+            "",
+        ]
+        printed = subprocess.run(
+            command, env=environment, capture_output=True, text=True, check=True, timeout=300
+        )
         return printed.stdout.strip(), len((tmp_path / "starts").read_text())
 
     return run
@@ -42,7 +56,10 @@ def said(tmp_path):
 
 @pytest.mark.parametrize("as_module", [False, True])
 def test_a_program_starts_anew_with_its_arguments(said, as_module):
-    assert said("always [madvise] never", as_module) == ("glibc.malloc.hugetlb=1 ['--a=b c', '']", 2)
+    assert said("always [madvise] never", as_module) == (
+        "glibc.malloc.hugetlb=1 ['--a=b c', '']",
+        2,
+    )
 
 
 def test_what_the_environment_says_is_kept(said):

@@ -17,7 +17,9 @@ def free_address():
 
 
 def start(environment, tmp_path, number):
-    return script.start("train.py", [f"--workdir={tmp_path}"], tmp_path / f"out{number}", environment)
+    return script.start(
+        "train.py", [f"--workdir={tmp_path}"], tmp_path / f"out{number}", environment
+    )
 
 
 def errors(path):
@@ -28,11 +30,19 @@ def errors(path):
 
 
 def test_an_unreachable_coordinator_is_one_line(tmp_path):
-    environment = {"JAX_COORDINATOR_ADDRESS": free_address(), "JAX_NUM_PROCESSES": 2, "JAX_PROCESS_ID": 1}
+    environment = {
+        "JAX_COORDINATOR_ADDRESS": free_address(),
+        "JAX_NUM_PROCESSES": 2,
+        "JAX_PROCESS_ID": 1,
+    }
     member = start(environment | {"MOE_ERC_COORDINATOR_TIMEOUT": 1}, tmp_path, 1)
     assert script.join([member], LIMIT) == [2]
     (line,) = errors(tmp_path / "out1")
-    assert line.startswith("error: ") and environment["JAX_COORDINATOR_ADDRESS"] in line and "in time" in line
+    assert (
+        line.startswith("error: ")
+        and environment["JAX_COORDINATOR_ADDRESS"] in line
+        and "in time" in line
+    )
 
 
 @pytest.mark.parametrize("counts, limit, words", [
@@ -42,7 +52,11 @@ def test_an_unreachable_coordinator_is_one_line(tmp_path):
 def test_a_process_count_that_does_not_match_is_one_line_each(tmp_path, counts, limit, words):
     address, members = free_address(), []
     for number, count in enumerate(counts):
-        environment = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": count, "JAX_PROCESS_ID": number}
+        environment = {
+            "JAX_COORDINATOR_ADDRESS": address,
+            "JAX_NUM_PROCESSES": count,
+            "JAX_PROCESS_ID": number,
+        }
         environment["MOE_ERC_COORDINATOR_TIMEOUT"] = limit
         members.append(start(environment, tmp_path, number))
     assert script.join(members, LIMIT) == [2, 2]
@@ -81,7 +95,12 @@ def test_the_tasks_of_a_slurm_step_find_each_other_and_a_single_one_is_alone(tas
     program = tmp_path / "program.py"
     program.write_text(textwrap.dedent(COUNTED))
     members = [
-        script.start(program, [], tmp_path / f"out{task}", SLURM | {"SLURM_NTASKS": tasks, "SLURM_PROCID": task})
+        script.start(
+            program,
+            [],
+            tmp_path / f"out{task}",
+            SLURM | {"SLURM_NTASKS": tasks, "SLURM_PROCID": task},
+        )
         for task in range(tasks)
     ]
     assert script.join(members, LIMIT) == [0] * tasks

@@ -18,7 +18,8 @@ from tests.written import metrics, saved_state
 
 STEPS, FEW = 80, 5
 EVALUATED = 4 * FEW  # steps between evaluations, which each process of a run would compile
-LIMIT = 240  # seconds until what hangs is given up; what works is quick unless the machine has other work
+# seconds until what hangs is given up; what works is quick unless the machine has other work
+LIMIT = 240
 
 
 @pytest.fixture(scope="module")
@@ -33,8 +34,10 @@ def train(text_directory, tmp_path_factory):
             f"--config.data.cache_dir={cache}",
             "--config.data.validation_fraction=0.1",
             f"--config.train.steps={STEPS}",
-            "--config.optimizer.learning_rate=3e-4",  # a tenth of the size's: sums in another order grow apart slowly
-            "--config.train.batch_size=32",  # jax looks for a SIGTERM once a second, so steps must not be too quick
+            # a tenth of the size's: sums in another order grow apart slowly
+            "--config.optimizer.learning_rate=3e-4",
+            # jax looks for a SIGTERM once a second, so steps must not be too quick
+            "--config.train.batch_size=32",
             "--config.checkpoint.every=1000",
             f"--config.eval.every={EVALUATED}",
             "--config.eval.prompt=",
@@ -67,12 +70,15 @@ def assert_same_curve(found, expected):
 def within_drift(name, found, expected):
     """Whether a metric is the same but for sums in another order, which steps carry on and the optimizer amplifies.
 
-    On several instruction sets 8e-7 of a loss was seen, and 1e-7 of cosines, which are differences of numbers of 1: ten
-    times as much is allowed. A token whose two best experts tie but for rounding is moved to the other, which a load of
-    1,024 tokens with two experts each shows as E / 2,048 = 4 / 2,048 of a mean share: two such are allowed.
+    On several instruction sets 8e-7 of a loss was seen, and 1e-7 of cosines, which are differences
+    of numbers of 1: ten times as much is allowed. A token whose two best experts tie but for
+    rounding is moved to the other, which a load of 1,024 tokens with two experts each shows as E /
+    2,048 = 4 / 2,048 of a mean share: two such are allowed.
     """
     moved = 2 * 4 / 2048 if name.startswith("router/") else 0
-    return bool(np.all(np.abs(np.subtract(found, expected)) <= 1e-5 * np.abs(expected) + 1e-6 + moved))
+    return bool(
+        np.all(np.abs(np.subtract(found, expected)) <= 1e-5 * np.abs(expected) + 1e-6 + moved)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -85,10 +91,15 @@ def alone(train, tmp_path_factory):
 
 
 def terminate_one(members, workdir, name, count):
-    """Sends SIGTERM to the last process once a file of the run has so many lines; all must leave in order."""
+    """Sends SIGTERM to the last process once a file of the run has so many lines.
+
+    All must leave in order.
+    """
     path, deadline = workdir / name, time.monotonic() + LIMIT
     while not path.exists() or path.read_text().count("\n") < count:
-        assert time.monotonic() < deadline and all(process.is_alive() for process in members), printed(workdir)
+        assert time.monotonic() < deadline and all(process.is_alive() for process in members), (
+            printed(workdir)
+        )
         time.sleep(0.001)
     os.kill(members[-1].pid, signal.SIGTERM)
     assert script.join(members, LIMIT) == [143] * len(members), printed(workdir)
@@ -116,26 +127,41 @@ def test_four_processes_stop_together_and_one_goes_on(train, alone, stopped, tmp
     step, state = saved_state(tmp_path, STEPS)
     assert FEW < step < STEPS - 1 and metrics(tmp_path)[-1]["step"] == step
     jax.tree.map(np.testing.assert_array_equal, state, saved_state(tmp_path, STEPS, (2, 4))[1])
-    norm = float(np.sqrt(sum(np.sum(np.square(leaf, dtype=np.float64)) for leaf in jax.tree.leaves(state.params))))
-    steps = [line for line in metrics(tmp_path) if "norm/parameters" in line]  # the last line may be a validation's
-    # Of the 512 * 32 squares of the largest matrix: random roundings add up to the root of so many, 128.
+    norm = float(
+        np.sqrt(
+            sum(np.sum(np.square(leaf, dtype=np.float64)) for leaf in jax.tree.leaves(state.params))
+        )
+    )
+    steps = [
+        line for line in metrics(tmp_path) if "norm/parameters" in line
+    ]  # the last line may be a validation's
+    # Of the 512 * 32 squares of the largest matrix: random roundings add up to the root of so many,
+    # 128.
     assert steps[-1]["norm/parameters"] == pytest.approx(norm, rel=within(128))
 
-    # To the end on one process with another mesh: that of the undisturbed run, whose programs are there.
+    # To the end on one process with another mesh: that of the undisturbed run, whose programs are
+    # there.
     members = train(1, tmp_path, JAX_NUM_CPU_DEVICES=2)
     assert script.join(members, LIMIT) == [0], printed(tmp_path)
     assert_same_curve(metrics(tmp_path), metrics(alone))
     _, final = saved_state(tmp_path, STEPS)
     _, expected = saved_state(alone, STEPS)
-    # Adam moves a parameter by up to the rate, 3e-4, each step, also one whose gradient is but rounding: of 80 steps a
-    # difference of one is allowed to single parameters, and a tenth of it to the whole.
-    for one, other in zip(jax.tree.leaves(final.params), jax.tree.leaves(expected.params), strict=True):
+    # Adam moves a parameter by up to the rate, 3e-4, each step, also one whose gradient is but
+    # rounding: of 80 steps a difference of one is allowed to single parameters, and a tenth of it
+    # to the whole.
+    for one, other in zip(
+        jax.tree.leaves(final.params), jax.tree.leaves(expected.params), strict=True
+    ):
         assert np.abs(one - other).max() < 3e-4 and np.sqrt(np.mean(np.square(one - other))) < 3e-5
 
 
-def test_two_processes_go_on_before_a_damaged_checkpoint_and_stop_together(train, alone, stopped, tmp_path):
+def test_two_processes_go_on_before_a_damaged_checkpoint_and_stop_together(
+    train, alone, stopped, tmp_path
+):
     shutil.copytree(stopped, tmp_path, dirs_exist_ok=True)
-    damaged, intact, *_ = sorted((int(path.name) for path in (tmp_path / "checkpoints").glob("[0-9]*")), reverse=True)
+    damaged, intact, *_ = sorted(
+        (int(path.name) for path in (tmp_path / "checkpoints").glob("[0-9]*")), reverse=True
+    )
     flip(tmp_path / "checkpoints" / str(damaged))
     lines = len(metrics(tmp_path))
 
@@ -143,14 +169,18 @@ def test_two_processes_go_on_before_a_damaged_checkpoint_and_stop_together(train
     past_an_evaluation = EVALUATED + 2
     terminate_one(members, tmp_path, "metrics.jsonl", max(lines + 2 * FEW, past_an_evaluation))
     said = (tmp_path / "out0").read_text()
-    assert f"checkpoint {damaged} is damaged (" in said and f"step {intact} is used, it is kept as damaged-" in said
+    assert (
+        f"checkpoint {damaged} is damaged (" in said
+        and f"step {intact} is used, it is kept as damaged-" in said
+    )
     assert (tmp_path / "checkpoints" / f"damaged-{damaged}").is_dir()
     found = metrics(tmp_path)
     assert any("validation/mean" in line for line in found)
     assert_same_curve(found, metrics(alone)[: len(found)])
 
 
-# Jax looks for a SIGTERM once a second, and this one comes before the first step of a run resumed at step 100.
+# Jax looks for a SIGTERM once a second, and this one comes before the first step of a run resumed
+# at step 100.
 INTERRUPTED_BEFORE_THE_FIRST_STEP = """
     import os, signal, time
     import jax
@@ -169,7 +199,9 @@ INTERRUPTED_BEFORE_THE_FIRST_STEP = """
 def test_ctrl_c_before_the_first_step_of_a_resumed_run_is_not_lost(tmp_path):
     program = tmp_path / "program.py"
     program.write_text(textwrap.dedent(INTERRUPTED_BEFORE_THE_FIRST_STEP))
-    assert script.join(script.start_many(2, program, [], tmp_path), LIMIT) == [0, 0], printed(tmp_path)
+    assert script.join(script.start_many(2, program, [], tmp_path), LIMIT) == [0, 0], printed(
+        tmp_path
+    )
     assert all("left after 101\n" in (tmp_path / f"out{number}").read_text() for number in range(2))
 
 
@@ -220,7 +252,11 @@ def test_rows_lie_where_they_belong_and_errors_are_shared(case, lines, tmp_path)
     codes = script.join(script.start_many(2, program, case, tmp_path, JAX_NUM_CPU_DEVICES=2), LIMIT)
     assert codes == [0 if not line else 2 for line in lines], printed(tmp_path)
     for number, line in enumerate(lines):
-        errors = [said for said in (tmp_path / f"out{number}").read_text().splitlines() if said.startswith("error")]
+        errors = [
+            said
+            for said in (tmp_path / f"out{number}").read_text().splitlines()
+            if said.startswith("error")
+        ]
         assert [said.startswith(line) for said in errors] == ([True] if line else [])
 
 
@@ -229,7 +265,9 @@ def test_a_fault_of_one_process_is_bad_input_on_none(failing, tmp_path):
     program = tmp_path / "program.py"
     program.write_text(textwrap.dedent(PLACES_AND_AGREEMENT))
     arguments = ["fail", failing]
-    codes = script.join(script.start_many(2, program, arguments, tmp_path, JAX_NUM_CPU_DEVICES=2), LIMIT)
+    codes = script.join(
+        script.start_many(2, program, arguments, tmp_path, JAX_NUM_CPU_DEVICES=2), LIMIT
+    )
     assert codes == [1, 1], printed(tmp_path)
     said = [(tmp_path / f"out{number}").read_text() for number in range(2)]
     assert all("Traceback" in text and "\nerror: " not in text for text in said)

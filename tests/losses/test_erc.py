@@ -13,13 +13,22 @@ from tests.tolerance import assert_close
 GOLDEN = sorted((pathlib.Path(__file__).parent / "golden").glob("erc_*.npz"))
 # Of random_params: sums over D and F, forward and backward, and over the pairs of experts.
 TERMS = 2 * (8 + 6) + 5**2
-# As programs: called as they are, they would be compiled one operation at a time, which takes ten times as long.
+# As programs: called as they are, they would be compiled one operation at a time, which takes ten
+# times as long.
 coupling_matrix, coupling_penalty, noise_bound, perturb = map(
-    jax.jit, (moe_erc.coupling_matrix, moe_erc.coupling_penalty, moe_erc.noise_bound, moe_erc.perturb)
+    jax.jit,
+    (moe_erc.coupling_matrix, moe_erc.coupling_penalty, moe_erc.noise_bound, moe_erc.perturb),
 )
 erc_loss = jax.jit(
     moe_erc.erc_loss,
-    static_argnames=("noise", "activation", "detach_router", "normalize", "layer_reduction", "precision"),
+    static_argnames=(
+        "noise",
+        "activation",
+        "detach_router",
+        "normalize",
+        "layer_reduction",
+        "precision",
+    ),
 )
 
 
@@ -44,7 +53,9 @@ def reference_penalty(M_EE, alpha):
     for i in range(experts):
         for j in range(experts):
             if i != j:
-                total += max(M_EE[i, j] - alpha * M_EE[i, i], 0) + max(M_EE[j, i] - alpha * M_EE[i, i], 0)
+                total += max(M_EE[i, j] - alpha * M_EE[i, i], 0) + max(
+                    M_EE[j, i] - alpha * M_EE[i, i], 0
+                )
     return total / experts**2
 
 
@@ -52,7 +63,9 @@ def random_params(E=5, D=8, F=6, layers=None, seed=0):
     rng = np.random.default_rng(seed)
     stack = () if layers is None else (layers,)
     shapes = {"router": (E, D), "w_gate": (E, D, F), "w_up": (E, D, F), "w_down": (E, F, D)}
-    return {name: rng.normal(size=stack + shape).astype(np.float32) for name, shape in shapes.items()}
+    return {
+        name: rng.normal(size=stack + shape).astype(np.float32) for name, shape in shapes.items()
+    }
 
 
 # ---------------------------------------------------------------------------------------------------- golden files
@@ -66,8 +79,11 @@ def test_golden_values_and_gradients(path):
 
     def check(suffix, loss_of):
         loss, gradients = jax.value_and_grad(loss_of, argnums=(0, 1))(router, w_gate)
-        # A mean of differences of responses: known to a few units of the largest, and to a sum over D of its own size.
-        largest = golden[f"coupling_matrix{suffix}"].max() / (width + hidden) + golden[f"loss{suffix}"]
+        # A mean of differences of responses: known to a few units of the largest, and to a sum over
+        # D of its own size.
+        largest = (
+            golden[f"coupling_matrix{suffix}"].max() / (width + hidden) + golden[f"loss{suffix}"]
+        )
         assert_close(loss, golden[f"loss{suffix}"], terms=width + hidden, largest=largest)
         if f"grad_router{suffix}" in golden:
             for gradient, name in zip(gradients, ("grad_router", "grad_w_gate"), strict=True):
@@ -76,10 +92,20 @@ def test_golden_values_and_gradients(path):
 
     assert_close(noise_bound(router), golden["noise_bound"], terms=width)
     for proxies, suffix in ((router * noise, ""), (router, "_without_noise")):
-        assert_close(coupling_matrix(proxies, w_gate), golden[f"coupling_matrix{suffix}"], terms=width + hidden)
+        assert_close(
+            coupling_matrix(proxies, w_gate),
+            golden[f"coupling_matrix{suffix}"],
+            terms=width + hidden,
+        )
     check("", lambda r, w: coupling_penalty(coupling_matrix(r * noise, w), alpha))
-    check("_without_noise", lambda r, w: erc_loss({"router": r, "w_gate": w}, None, alpha=alpha, noise="none"))
-    check("_expected", lambda r, w: erc_loss({"router": r, "w_gate": w}, None, alpha=alpha, noise="expected"))
+    check(
+        "_without_noise",
+        lambda r, w: erc_loss({"router": r, "w_gate": w}, None, alpha=alpha, noise="none"),
+    )
+    check(
+        "_expected",
+        lambda r, w: erc_loss({"router": r, "w_gate": w}, None, alpha=alpha, noise="expected"),
+    )
 
 
 def test_golden_files_are_all_here():
@@ -88,8 +114,9 @@ def test_golden_files_are_all_here():
 
 # ---------------------------------------------------------------------------------------------------- by hand
 def test_penalty_by_hand():
-    # diagonal (2, 4, 1); alpha 0.5 -> bars (1, 2, 0.5); off-diagonal entries M01 = 3, M12 = 1, M20 = 2, others 0
-    # M01: over bar 0 by 2, over bar 1 by 1;  M12: over 1 by 0, over 2 by 0.5;  M20: over 2 by 1.5, over 0 by 1
+    # diagonal (2, 4, 1); alpha 0.5 -> bars (1, 2, 0.5); off-diagonal entries M01 = 3, M12 = 1, M20
+    # = 2, others 0 M01: over bar 0 by 2, over bar 1 by 1;  M12: over 1 by 0, over 2 by 0.5;  M20:
+    # over 2 by 1.5, over 0 by 1
     M_EE = jnp.array([[2.0, 3.0, 0.0], [0.0, 4.0, 1.0], [2.0, 0.0, 1.0]])
     assert coupling_penalty(M_EE, 0.5) == pytest.approx((2 + 1 + 0 + 0.5 + 1.5 + 1) / 9)
     # alpha 1 -> bars (2, 4, 1): M01 by 1 and 0, M12 by 0 and 0, M20 by 1 and 0
@@ -104,7 +131,8 @@ def test_noise_bound_by_hand():
 
 
 def test_coupling_matrix_by_hand():
-    # row (1, 2) through [[3, 0], [0, 2]] is (3, 4), norm 5; through the identity sqrt 5. row (2, 0): (6, 0) and (2, 0)
+    # row (1, 2) through [[3, 0], [0, 2]] is (3, 4), norm 5; through the identity sqrt 5. row (2,
+    # 0): (6, 0) and (2, 0)
     w_gate_EDF = jnp.array([[[3.0, 0.0], [0.0, 2.0]], [[1.0, 0.0], [0.0, 1.0]]])
     M_EE = coupling_matrix(jnp.array([[1.0, 2.0], [2.0, 0.0]]), w_gate_EDF)
     assert_close(M_EE, [[5.0, 5**0.5], [6.0, 2.0]], terms=8)
@@ -129,7 +157,9 @@ def test_perturb_draws_uniformly_inside_the_bound_and_is_constant_to_the_gradien
 def test_proxies_stay_in_their_own_cluster():
     router_ED = jnp.float32(random_params(E=9, D=5)["router"])
     for seed in range(50):
-        distance_EE = np.linalg.norm(perturb(router_ED, jax.random.key(seed))[:, None] - router_ED[None], axis=-1)
+        distance_EE = np.linalg.norm(
+            perturb(router_ED, jax.random.key(seed))[:, None] - router_ED[None], axis=-1
+        )
         assert (np.argmin(distance_EE, axis=1) == np.arange(9)).all()
 
 
@@ -149,11 +179,22 @@ def test_every_activation_matches_the_definition(activation):
 ], ids=str)  # fmt: skip
 def test_gradients_match_finite_differences(options):
     params, key = random_params(), jax.random.key(3)
-    value, gradient = jax.value_and_grad(lambda params: erc_loss(params, key, alpha=0.7, **options))(params)
+    value, gradient = jax.value_and_grad(
+        lambda params: erc_loss(params, key, alpha=0.7, **options)
+    )(params)
     exact = {name: np.float64(leaf) for name, leaf in params.items()}
-    # Noise is constant to the gradient: proxies are a fixed multiple of the router, and so is what is added to squares.
-    noise_ED = np.float64(perturb(params["router"], key)) / exact["router"] if "noise" not in options else 1.0
-    bound_E1 = np.float64(noise_bound(params["router"]))[:, None] if options.get("noise") == "expected" else 0.0
+    # Noise is constant to the gradient: proxies are a fixed multiple of the router, and so is what
+    # is added to squares.
+    noise_ED = (
+        np.float64(perturb(params["router"], key)) / exact["router"]
+        if "noise" not in options
+        else 1.0
+    )
+    bound_E1 = (
+        np.float64(noise_bound(params["router"]))[:, None]
+        if options.get("noise") == "expected"
+        else 0.0
+    )
 
     def loss(exact):
         return reference_penalty(reference_response(exact, noise_ED, bound_E1, options), 0.7)
@@ -164,7 +205,12 @@ def test_gradients_match_finite_differences(options):
         direction, step = np.random.default_rng(1).normal(size=leaf.shape), 1e-6
         ahead, behind = (loss(exact | {name: leaf + sign * step * direction}) for sign in (1, -1))
         slope = np.float32((ahead - behind) / (2 * step))  # to 1e-9, in float64
-        assert_close(np.float32(np.sum(gradient[name] * direction)), slope, TERMS, largest=max(largest, abs(slope)))
+        assert_close(
+            np.float32(np.sum(gradient[name] * direction)),
+            slope,
+            TERMS,
+            largest=max(largest, abs(slope)),
+        )
 
 
 def reference_response(params, noise_ED, bound_E1, options):
@@ -181,16 +227,23 @@ def reference_response(params, noise_ED, bound_E1, options):
 
 def test_expected_square_is_the_mean_over_draws():
     params = random_params()
-    draws = jax.vmap(lambda key: coupling_matrix_squared(params, key))(jax.random.split(jax.random.key(0), 20_000))
+    draws = jax.vmap(lambda key: coupling_matrix_squared(params, key))(
+        jax.random.split(jax.random.key(0), 20_000)
+    )
     bound_E1 = np.asarray(noise_bound(params["router"]), np.float64)[:, None]
     clean_EE = reference_matrix(np.float64(params["router"]), params, "gate") ** 2
-    added_EE = (bound_E1**2 / 3 * params["router"] ** 2) @ np.sum(np.float64(params["w_gate"]) ** 2, axis=-1).T
-    # 20,000 draws from keys that are the same everywhere: 1 % at 2 sigma of squares, none of which is near 0
+    added_EE = (bound_E1**2 / 3 * params["router"] ** 2) @ np.sum(
+        np.float64(params["w_gate"]) ** 2, axis=-1
+    ).T
+    # 20,000 draws from keys that are the same everywhere: 1 % at 2 sigma of squares, none of which
+    # is near 0
     np.testing.assert_allclose(np.mean(draws, axis=0), clean_EE + added_EE, rtol=0.02)
 
 
 def coupling_matrix_squared(params, key):
-    return jnp.sum(jnp.einsum("id,jdf->ijf", perturb(params["router"], key), params["w_gate"]) ** 2, axis=-1)
+    return jnp.sum(
+        jnp.einsum("id,jdf->ijf", perturb(params["router"], key), params["w_gate"]) ** 2, axis=-1
+    )
 
 
 def test_detached_router_has_exactly_no_gradient_and_the_gate_the_same():
@@ -210,19 +263,30 @@ def test_normalized_loss_ignores_scale_and_the_plain_one_is_of_degree_one(name, 
     smaller = params | {name: params[name] * 0.25}
     for normalize, ratio in ((True, 1.0), (False, 0.25)):
         options = {"noise": noise, "normalize": normalize, "alpha": 0.6}
-        assert_close(erc_loss(smaller, key, **options), ratio * erc_loss(params, key, **options), TERMS)
+        assert_close(
+            erc_loss(smaller, key, **options), ratio * erc_loss(params, key, **options), TERMS
+        )
 
 
 def test_normalized_response_of_an_isotropic_gate_is_one():
-    # |r I| sqrt(D) / (|r| |I|_F) = 1 for all pairs: at alpha 0 the loss is 2 (E^2 - E) / E^2 = 2 * 6 / 9
-    params = {"router": random_params(E=3, D=4)["router"], "w_gate": 7 * np.stack([np.eye(4, dtype=np.float32)] * 3)}
-    assert erc_loss(params, None, alpha=0.0, noise="none", normalize=True) == pytest.approx(12 / 9, rel=1e-6)
+    # |r I| sqrt(D) / (|r| |I|_F) = 1 for all pairs: at alpha 0 the loss is 2 (E^2 - E) / E^2 = 2 *
+    # 6 / 9
+    params = {
+        "router": random_params(E=3, D=4)["router"],
+        "w_gate": 7 * np.stack([np.eye(4, dtype=np.float32)] * 3),
+    }
+    assert erc_loss(params, None, alpha=0.0, noise="none", normalize=True) == pytest.approx(
+        12 / 9, rel=1e-6
+    )
 
 
 def test_stacked_layers_draw_from_split_keys_and_reduce():
     stacked, key = random_params(layers=3), jax.random.key(5)
     layers = [jax.tree.map(lambda leaf, index=index: leaf[index], stacked) for index in range(3)]
-    single = [erc_loss(layer, layer_key) for layer, layer_key in zip(layers, jax.random.split(key, 3), strict=True)]
+    single = [
+        erc_loss(layer, layer_key)
+        for layer, layer_key in zip(layers, jax.random.split(key, 3), strict=True)
+    ]
     assert_close(erc_loss(stacked, key), np.mean(single), TERMS)
     assert_close(erc_loss(stacked, key, layer_reduction="sum"), np.sum(single), TERMS)
     gradient = jax.grad(lambda params: erc_loss(params, key, layer_reduction="sum"))(stacked)
@@ -251,7 +315,9 @@ def test_an_alpha_that_is_no_share_is_refused(alpha):
 
 
 # ---------------------------------------------------------------------------------------------------- edges
-@pytest.mark.parametrize("case", ["one expert", "twin rows", "zero row", "zero router", "zero gate"])
+@pytest.mark.parametrize(
+    "case", ["one expert", "twin rows", "zero row", "zero router", "zero gate"]
+)
 @pytest.mark.parametrize("options", [{}, {"noise": "expected"}, {"normalize": True}], ids=str)
 def test_degenerate_parameters_give_finite_values_and_gradients(case, options):
     params = random_params(E=1 if case == "one expert" else 4)
@@ -265,7 +331,9 @@ def test_degenerate_parameters_give_finite_values_and_gradients(case, options):
         params["router"][:] = 0
     elif case == "zero gate":
         params["w_gate"][:] = 0
-    loss, gradients = jax.value_and_grad(lambda params: erc_loss(params, jax.random.key(0), **options))(params)
+    loss, gradients = jax.value_and_grad(
+        lambda params: erc_loss(params, jax.random.key(0), **options)
+    )(params)
     assert np.isfinite(loss)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradients))
     if case in ("one expert", "zero router", "zero gate"):
@@ -278,12 +346,17 @@ def test_bfloat16_weights_are_summed_in_float32():
     low = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.bfloat16), params)
     rounded = jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), low)
     # sums over D, F and pairs; in bfloat16 they would be off by 2^-9
-    assert_close(erc_loss(low, None, noise="none"), erc_loss(rounded, None, noise="none"), terms=64 + 48 + 8 * 8)
+    assert_close(
+        erc_loss(low, None, noise="none"),
+        erc_loss(rounded, None, noise="none"),
+        terms=64 + 48 + 8 * 8,
+    )
 
 
 # ---------------------------------------------------------------------------------------------------- cost
 def test_an_expert_with_no_active_hinge_gets_exactly_no_gradient_and_its_backward_is_a_branch():
-    # Orthogonal rows, and each gate sees its own row alone, so nothing is foreign; expert 3 also answers to row 0.
+    # Orthogonal rows, and each gate sees its own row alone, so nothing is foreign; expert 3 also
+    # answers to row 0.
     router_ED = np.eye(4, 6, dtype=np.float32)
     w_gate_EDF = np.zeros((4, 6, 3), np.float32)
     for expert in range(4):
@@ -291,8 +364,8 @@ def test_an_expert_with_no_active_hinge_gets_exactly_no_gradient_and_its_backwar
     w_gate_EDF[3, 0] = 2.0
     gradient = jax.jit(jax.grad(lambda params: erc_loss(params, None, noise="none")))
     found = gradient({"router": router_ED, "w_gate": w_gate_EDF})["w_gate"]
-    # Row 0 exceeds both diagonals at expert 3, which therefore is pulled down there and up at its own row; expert 0 is
-    # lifted as the bar of row 0; experts 1 and 2 are idle.
+    # Row 0 exceeds both diagonals at expert 3, which therefore is pulled down there and up at its
+    # own row; expert 0 is lifted as the bar of row 0; experts 1 and 2 are idle.
     assert found[3].any() and found[0].any()
     assert not found[1].any() and not found[2].any()
     program = gradient.lower({"router": router_ED, "w_gate": w_gate_EDF}).compile().as_text()
@@ -303,7 +376,9 @@ def test_an_expert_with_no_active_hinge_gets_exactly_no_gradient_and_its_backwar
 def test_memory_stays_below_20_mb_at_the_papers_size(layers):
     stack = () if layers is None else (layers,)
     shapes = {"router": (64, 1536), "w_gate": (64, 1536, 768)}
-    params = {name: jax.ShapeDtypeStruct(stack + shape, jnp.float32) for name, shape in shapes.items()}
+    params = {
+        name: jax.ShapeDtypeStruct(stack + shape, jnp.float32) for name, shape in shapes.items()
+    }
     value_and_grad = jax.jit(jax.value_and_grad(lambda params, key: erc_loss(params, key)))
     compiled = value_and_grad.lower(params, jax.eval_shape(lambda: jax.random.key(0))).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < 20e6
@@ -312,10 +387,15 @@ def test_memory_stays_below_20_mb_at_the_papers_size(layers):
 def test_at_initialization_m_and_the_bound_are_those_of_random_vectors():
     E, D, F, std = 32, 384, 192, 0.02
     keys = jax.random.split(jax.random.key(0), 2)
-    router_ED, w_gate_EDF = std * jax.random.normal(keys[0], (E, D)), std * jax.random.normal(keys[1], (E, D, F))
+    router_ED, w_gate_EDF = (
+        std * jax.random.normal(keys[0], (E, D)),
+        std * jax.random.normal(keys[1], (E, D, F)),
+    )
     M_EE = coupling_matrix(router_ED, w_gate_EDF)
-    # E |r W|^2 = F std^2 |r|^2 and |r|^2 = D std^2: M is std^2 sqrt(D F), 0.434 at the paper's sizes.
-    # Lengths of 32 rows differ by 1 / sqrt(2 D) each, so their mean by 0.6 %; the draws are the same everywhere.
+    # E |r W|^2 = F std^2 |r|^2 and |r|^2 = D std^2: M is std^2 sqrt(D F), 0.434 at the paper's
+    # sizes. Lengths of 32 rows differ by 1 / sqrt(2 D) each, so their mean by 0.6 %; the draws are
+    # the same everywhere.
     assert jnp.mean(M_EE) == pytest.approx(std**2 * (D * F) ** 0.5, rel=0.02)
-    # Rows of equal length at right angles are sqrt(2) apart: bound sqrt(2) / 2, a little less for the nearest of many.
+    # Rows of equal length at right angles are sqrt(2) apart: bound sqrt(2) / 2, a little less for
+    # the nearest of many.
     assert 0.60 < float(jnp.mean(noise_bound(router_ED))) < 2**0.5 / 2

@@ -22,7 +22,12 @@ repeatable = settings(deadline=None, max_examples=30, derandomize=True)
 
 def random_params(seed, experts=E):
     rng = np.random.default_rng(seed)
-    shapes = {"router": (experts, D), "w_gate": (experts, D, F), "w_up": (experts, D, F), "w_down": (experts, F, D)}
+    shapes = {
+        "router": (experts, D),
+        "w_gate": (experts, D, F),
+        "w_up": (experts, D, F),
+        "w_down": (experts, F, D),
+    }
     return {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
 
 
@@ -79,23 +84,33 @@ def assert_in_own_cluster(router_ED, uniform_ED):
 @given(whole, draws, st.sampled_from([-26, -20, 0, 15, 30]), smaller)
 def test_no_draw_leaves_its_cluster(numbers, uniform_ED, exponent, apart):
     # Small whole numbers: rows in line with each other, zero rows and twins are common.
-    router_ED = np.float32(numbers).reshape(E, D) * np.float32(10.0) ** (exponent - np.float32(apart))[:, None]
+    router_ED = (
+        np.float32(numbers).reshape(E, D)
+        * np.float32(10.0) ** (exponent - np.float32(apart))[:, None]
+    )
     assert_in_own_cluster(router_ED, uniform_ED)
 
 
 @repeatable
 @given(whole, draws, st.sampled_from([1, 2, 30, 1000]), st.integers(0, 99))
-def test_no_draw_leaves_the_cluster_of_a_row_that_differs_in_its_last_bits(steps, uniform_ED, spacing, seed):
+def test_no_draw_leaves_the_cluster_of_a_row_that_differs_in_its_last_bits(
+    steps, uniform_ED, spacing, seed
+):
     row_D = np.random.default_rng(seed).uniform(1, 2, D).astype(np.float32)
-    assert_in_own_cluster(row_D + np.float32(2.0**-23 * spacing) * np.float32(steps).reshape(E, D), uniform_ED)
+    assert_in_own_cluster(
+        row_D + np.float32(2.0**-23 * spacing) * np.float32(steps).reshape(E, D), uniform_ED
+    )
 
 
 def test_the_ends_of_the_interval_are_reached_but_for_a_rounding():
-    # Rows 1 and 0 are 1 apart: half of it is the bound of row 1, which draws 0 and almost 1 take to 0.5 and 1.5.
+    # Rows 1 and 0 are 1 apart: half of it is the bound of row 1, which draws 0 and almost 1 take to
+    # 0.5 and 1.5.
     router_ED = np.float32([[1, 0, 0], [0, 0, 0], [9, 0, 0], [0, 9, 0]])
     # The bound is taken 2^-21 smaller, four units, and so is what is drawn.
     for number, end in ((0.0, 0.5), (LAST, 1.5)):
-        assert proxies(router_ED, np.full((E, D), np.float32(number)))[0, 0] == pytest.approx(end, abs=within(16))
+        assert proxies(router_ED, np.full((E, D), np.float32(number)))[0, 0] == pytest.approx(
+            end, abs=within(16)
+        )
 
 
 # ---------------------------------------------------------------------------------------------------- finite
@@ -114,10 +129,15 @@ def damaged(params, defect):
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @repeatable
-@given(st.integers(0, 99), st.sampled_from(DEFECTS), st.integers(-45, 14), st.integers(-45, 14), draws)
-def test_what_is_finite_stays_finite(value_and_grad, options, seed, defect, router_scale, gate_scale, uniform_ED):
+@given(
+    st.integers(0, 99), st.sampled_from(DEFECTS), st.integers(-45, 14), st.integers(-45, 14), draws
+)
+def test_what_is_finite_stays_finite(
+    value_and_grad, options, seed, defect, router_scale, gate_scale, uniform_ED
+):
     params = random_params(seed)
-    # M, of degree one in router and gate, is to stay below 1e18; router and up-projection meet in the other two.
+    # M, of degree one in router and gate, is to stay below 1e18; router and up-projection meet in
+    # the other two.
     gate_scale = min(gate_scale, 14 - router_scale)
     if options not in LINEAR:
         router_scale, gate_scale = min(router_scale, 6), min(gate_scale, 2)
@@ -135,7 +155,9 @@ def test_one_and_two_experts_are_finite(value_and_grad, experts, seed, defect, s
     params["router"] *= np.float32(10.0**scale)
     loss, gradients = value_and_grad(normalize=True)(damaged(params, defect), uniform_ED[:experts])
     assert is_finite((loss, gradients))
-    assert experts == 2 or (loss == 0 and not any(leaf.any() for leaf in jax.tree.leaves(gradients)))
+    assert experts == 2 or (
+        loss == 0 and not any(leaf.any() for leaf in jax.tree.leaves(gradients))
+    )
 
 
 @pytest.mark.parametrize("options", [{}, {"noise": "expected", "normalize": True}], ids=str)
@@ -151,7 +173,9 @@ def test_bfloat16_is_finite(value_and_grad, options, seed, defect, scale, unifor
 
 
 # ---------------------------------------------------------------------------------------------------- small scales
-@pytest.mark.parametrize("options", [{"normalize": True}, {"noise": "expected", "normalize": True}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"normalize": True}, {"noise": "expected", "normalize": True}], ids=str
+)
 def test_the_normalized_gradient_is_that_of_a_larger_router(value_and_grad, options):
     # The loss ignores the scale s of the router, so its gradient goes with 1 / s.
     params, uniform_ED = random_params(0), np.full((E, D), np.float32(0.3))
@@ -173,10 +197,13 @@ def test_the_order_of_experts_does_not_matter(value_and_grad, options, seed, ord
     loss, gradients = value_and_grad(**options)(params, uniform_ED)
     moved = jax.tree.map(lambda leaf: leaf[order], params)
     found, found_gradients = value_and_grad(**options)(moved, uniform_ED[order])
-    # Sums of E^2 numbers in another order, which are differences of responses of the size of the largest gradient.
+    # Sums of E^2 numbers in another order, which are differences of responses of the size of the
+    # largest gradient.
     largest = max(1.0, *(magnitude(gradient) for gradient in gradients.values()))
     expected = jax.tree.map(lambda gradient: gradient[order], gradients)
-    assert_close((found, found_gradients), (loss, expected), terms=2 * (D + F) + E * E, largest=largest)
+    assert_close(
+        (found, found_gradients), (loss, expected), terms=2 * (D + F) + E * E, largest=largest
+    )
 
 
 # ---------------------------------------------------------------------------------------------------- NaN
@@ -190,7 +217,9 @@ def spoilt(seed, name, place, number):
 @repeatable
 @given(st.integers(0, 99), st.sampled_from(["router", "w_gate"]), st.integers(0, 99),
        st.sampled_from([np.nan, np.inf, -np.inf]), draws)  # fmt: skip
-def test_what_is_not_finite_reaches_the_guard(value_and_grad, options, seed, name, place, number, uniform_ED):
+def test_what_is_not_finite_reaches_the_guard(
+    value_and_grad, options, seed, name, place, number, uniform_ED
+):
     loss, _ = value_and_grad(**options)(spoilt(seed, name, place, number), uniform_ED)
     assert not np.isfinite(loss)
     counts, _, _ = judge(GuardConfig(), initial(), {"loss/total": loss})
@@ -202,4 +231,6 @@ def test_what_is_not_finite_reaches_the_guard_from_any_device(name):
     mesh = sharding.make_mesh(2, 2)
     loss = jax.jit(lambda params: erc_loss(params, jax.random.key(0), mesh=mesh))
     assert np.isfinite(loss(random_params(0)))
-    assert np.isnan(loss(spoilt(0, name, 0, np.nan))) and np.isnan(loss(spoilt(0, name, -1, np.nan)))
+    assert np.isnan(loss(spoilt(0, name, 0, np.nan))) and np.isnan(
+        loss(spoilt(0, name, -1, np.nan))
+    )

@@ -20,8 +20,16 @@ MESHES = [(1, 1), (8, 1), (1, 8), (2, 4), (4, 2)]
 @pytest.fixture(scope="module")
 def params():
     keys = jax.random.split(jax.random.key(0), 4)
-    shapes = {"router": (L, E, D), "w_gate": (L, E, D, F), "w_up": (L, E, D, F), "w_down": (L, E, F, D)}
-    return {name: jax.random.normal(key, shape) for key, (name, shape) in zip(keys, shapes.items(), strict=True)}
+    shapes = {
+        "router": (L, E, D),
+        "w_gate": (L, E, D, F),
+        "w_up": (L, E, D, F),
+        "w_down": (L, E, F, D),
+    }
+    return {
+        name: jax.random.normal(key, shape)
+        for key, (name, shape) in zip(keys, shapes.items(), strict=True)
+    }
 
 
 def value_and_grad(loss):
@@ -46,16 +54,24 @@ def on_one_device(params):
 
     @functools.cache
     def compute(options):
-        return value_and_grad(lambda params, rng: erc_loss(params, rng, alpha=0.5, **dict(options)))(params)
+        return value_and_grad(
+            lambda params, rng: erc_loss(params, rng, alpha=0.5, **dict(options))
+        )(params)
 
     return compute
 
 
-@pytest.mark.parametrize("shape, options", [*((s, {}) for s in MESHES), *(((2, 4), o) for o in VARIANTS)], ids=str)
-def test_any_mesh_gives_the_loss_and_the_gradients_of_one_device(on_one_device, params, shape, options):
+@pytest.mark.parametrize(
+    "shape, options", [*((s, {}) for s in MESHES), *(((2, 4), o) for o in VARIANTS)], ids=str
+)
+def test_any_mesh_gives_the_loss_and_the_gradients_of_one_device(
+    on_one_device, params, shape, options
+):
     mesh = sharding.make_mesh(*shape)
     expected = on_one_device(tuple(options.items()))
-    found = value_and_grad(lambda params, rng: erc_loss(params, rng, mesh=mesh, alpha=0.5, **options))(params)
+    found = value_and_grad(
+        lambda params, rng: erc_loss(params, rng, mesh=mesh, alpha=0.5, **options)
+    )(params)
     assert expected[0] > 0
     assert_equal(expected, found)
 
@@ -69,7 +85,9 @@ def test_one_layer_draws_from_the_key_itself(params):
 
 def test_the_matrix_over_a_mesh_is_the_matrix(params):
     found = coupling_matrix(params["router"], params["w_gate"], sharding.make_mesh(4, 2))
-    expected = [coupling_matrix(params["router"][layer], params["w_gate"][layer]) for layer in range(L)]
+    expected = [
+        coupling_matrix(params["router"][layer], params["w_gate"][layer]) for layer in range(L)
+    ]
     assert_equal(jnp.stack(expected), found)
 
 
@@ -93,7 +111,9 @@ def test_alpha_may_be_traced(params):
         return jax.jit(jax.grad(lambda alpha: loss(params, jax.random.key(1), alpha=alpha)))(0.5)
 
     over_mesh = functools.partial(erc_loss, mesh=sharding.make_mesh(2, 4))
-    assert_close(slope(over_mesh), slope(erc_loss), terms=D + F + E * E)  # a sum over pairs, of one sign
+    assert_close(
+        slope(over_mesh), slope(erc_loss), terms=D + F + E * E
+    )  # a sum over pairs, of one sign
 
 
 @functools.cache
@@ -106,7 +126,11 @@ def program(loss, shape, sizes=(L, E, D, F)):
     everywhere, lies = NamedSharding(mesh, P()), jax.tree.map(lambda leaf: leaf.sharding, placed)
     outputs = (everywhere, lies) if loss is both else everywhere
     key = jax.eval_shape(lambda: jax.random.key(0))
-    return jax.jit(lambda params, rng: loss(params, rng, mesh), out_shardings=outputs).lower(placed, key).compile()
+    return (
+        jax.jit(lambda params, rng: loss(params, rng, mesh), out_shardings=outputs)
+        .lower(placed, key)
+        .compile()
+    )
 
 
 def value(params, rng, mesh):
@@ -126,9 +150,13 @@ def test_what_crosses_devices_is_e_squared_over_ep_and_the_router_gradient(shape
         for size in map(floats, collective.shapes)
         if collective.group > 1
     )
-    assert {collective.times for collective in costs.cost(program(both, shape).as_text()).collectives} == {1}
+    assert {
+        collective.times for collective in costs.cost(program(both, shape).as_text()).collectives
+    } == {1}
     over_data = [(L * E * (E // expert), data)]  # S, one sum for all layers
-    over_expert = [(L * E, expert)] * 3 + [(L, expert)]  # bounds, bars of the hinge and their gradient; the loss
+    over_expert = [(L * E, expert)] * 3 + [
+        (L, expert)
+    ]  # bounds, bars of the hinge and their gradient; the loss
     everywhere = [(L * E * D, 8)]  # the gradient of the router
     expected = over_data * (data > 1) + over_expert * (expert > 1) + everywhere
     assert sent == sorted(expected)
@@ -142,14 +170,20 @@ def floats(shape):
 
 @pytest.mark.parametrize("shape", MESHES[1:], ids=str)
 def test_flops_are_divided_by_both_axes(shape):
-    forward, backward = 2 * L * E**2 * D * F // 8, 3 * 2 * L * E**2 * D * F // 8  # recomputed, and two gradients
+    forward, backward = (
+        2 * L * E**2 * D * F // 8,
+        3 * 2 * L * E**2 * D * F // 8,
+    )  # recomputed, and two gradients
     assert costs.cost(program(value, shape).as_text()).flops == forward
     assert costs.cost(program(both, shape).as_text()).flops == forward + backward
 
 
 def test_xla_counts_the_same_where_its_count_has_no_loop():
-    # One layer whose local experts make one group: XLA's own count, of all operations, is the matmul and a little more.
+    # One layer whose local experts make one group: XLA's own count, of all operations, is the
+    # matmul and a little more.
     experts, width, hidden = 16, 512, 64
     matmul = 2 * experts**2 * width * hidden / 8
     counted = program(value, (2, 4), (1, experts, width, hidden)).cost_analysis()["flops"]
-    assert matmul <= counted <= 1.3 * matmul  # the draw of the noise is most of the rest, 50 / 256 of it
+    assert (
+        matmul <= counted <= 1.3 * matmul
+    )  # the draw of the noise is most of the rest, 50 / 256 of it

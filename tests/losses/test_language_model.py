@@ -23,7 +23,9 @@ def test_mean_counts_unmasked_positions_alone():
     assert language_model(losses_BT, jnp.zeros((1, 3), bool)) == 0.0
 
 
-@pytest.mark.parametrize("chunk", [1, 4, 5, 7, 10])  # 10 positions: dividing, not dividing, one slice
+@pytest.mark.parametrize(
+    "chunk", [1, 4, 5, 7, 10]
+)  # 10 positions: dividing, not dividing, one slice
 def test_slices_give_the_same_losses_and_gradients(chunk):
     keys = jax.random.split(jax.random.key(0), 3)
     x_BTD, head_VD = jax.random.normal(keys[0], (2, 10, 8)), jax.random.normal(keys[1], (16, 8))
@@ -32,22 +34,27 @@ def test_slices_give_the_same_losses_and_gradients(chunk):
     def loss(x_BTD, head_VD, chunk):
         return jnp.sum(jnp.sin(token_losses(x_BTD, head_VD, targets_BT, chunk)))
 
-    whole, sliced = (jax.value_and_grad(loss, argnums=(0, 1))(x_BTD, head_VD, size) for size in (10, chunk))
-    # logits are sums over 8, their exponentials over 16; gradients over 20 positions as well; the sum of sines over 20
+    whole, sliced = (
+        jax.value_and_grad(loss, argnums=(0, 1))(x_BTD, head_VD, size) for size in (10, chunk)
+    )
+    # logits are sums over 8, their exponentials over 16; gradients over 20 positions as well; the
+    # sum of sines over 20
     assert_close(sliced, whole, terms=2 * (8 + 16) + 20, largest=magnitude(whole[1][0]))
 
 
 def test_all_logits_never_exist_at_once():
     B, T, D, V = 2, 1024, 16, 50_304
     shapes = [
-        jax.ShapeDtypeStruct(*spec) for spec in (((B, T, D), jnp.float32), ((V, D), jnp.float32), ((B, T), jnp.int32))
+        jax.ShapeDtypeStruct(*spec)
+        for spec in (((B, T, D), jnp.float32), ((V, D), jnp.float32), ((B, T), jnp.int32))
     ]
 
     def loss(x_BTD, head_VD, targets_BT):
         return jnp.mean(token_losses(x_BTD, head_VD, targets_BT, 64))
 
     compiled = jax.jit(jax.value_and_grad(loss, argnums=(0, 1))).lower(*shapes).compile()
-    # 412 MB of logits; a slice of 64 has 26 MB, and a handful of buffers of that size are alive in its backward pass.
+    # 412 MB of logits; a slice of 64 has 26 MB, and a handful of buffers of that size are alive in
+    # its backward pass.
     assert compiled.memory_analysis().temp_size_in_bytes < B * T * V * 4 / 2
 
 

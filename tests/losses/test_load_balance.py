@@ -8,7 +8,8 @@ import pytest
 from moe_erc.losses.load_balance import load, load_balance
 from tests.tolerance import assert_close
 
-# two layers, four experts: balanced; and half of the load on experts 0 and 1 each, probabilities likewise
+# two layers, four experts: balanced; and half of the load on experts 0 and 1 each, probabilities
+# likewise
 LOAD_LE = jnp.array([[0.25, 0.25, 0.25, 0.25], [0.5, 0.5, 0.0, 0.0]])
 
 
@@ -26,7 +27,10 @@ def test_gradient_flows_through_probability_alone():
 
 
 def test_a_load_is_divided_once_by_the_number_of_assignments():
-    np.testing.assert_array_equal(load(jnp.array([[3, 1, 0, 4], [0, 0, 0, 0]])), [[3 / 8, 1 / 8, 0, 1 / 2], [0] * 4])
-    # 3.1 million tokens with 8 of 64 experts each: float32 holds each count, their total is an integer
+    np.testing.assert_array_equal(
+        load(jnp.array([[3, 1, 0, 4], [0, 0, 0, 0]])), [[3 / 8, 1 / 8, 0, 1 / 2], [0] * 4]
+    )
+    # 3.1 million tokens with 8 of 64 experts each: float32 holds each count, their total is an
+    # integer
     counts_LE = jnp.full((1, 64), 3_145_728 * 8 // 64, jnp.int32)
     np.testing.assert_array_equal(load(counts_LE), np.full((1, 64), 1 / 64))

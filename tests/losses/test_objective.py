@@ -19,13 +19,18 @@ from tests.tolerance import assert_close
 
 def output():
     routing = types.SimpleNamespace(
-        assignments_E=jnp.array([[2, 2]]), probability_E=jnp.array([[0.75, 0.25]]), logsumexp2=jnp.array([3.0])
+        assignments_E=jnp.array([[2, 2]]),
+        probability_E=jnp.array([[0.75, 0.25]]),
+        logsumexp2=jnp.array([3.0]),
     )
     return types.SimpleNamespace(
         x_BTD=jnp.ones((1, 1, 1)),
         head_VD=jnp.zeros((4, 1)),
         routing=routing,
-        observed={"routing_variance": jnp.array([-0.5, -0.25]), "path_coupling": jnp.full((2, 1, 1), 0.5)},
+        observed={
+            "routing_variance": jnp.array([-0.5, -0.25]),
+            "path_coupling": jnp.full((2, 1, 1), 0.5),
+        },
     )
 
 
@@ -57,23 +62,38 @@ def test_terms_are_unweighted_and_the_total_is_weighted(model):
         "path_coupling": {"weight": 8.0},
     }
     terms = Objective(losses, model()).of_batch(output(), BATCH, None)
-    # uniform over 4 tokens: ln 4;  2 * (0.5 * 0.75 + 0.5 * 0.25) = 1;  3;  mean of two layers;  - 0.5 * 0.5, one token
+    # uniform over 4 tokens: ln 4;  2 * (0.5 * 0.75 + 0.5 * 0.25) = 1;  3;  mean of two layers;  -
+    # 0.5 * 0.5, one token
     assert {name: float(value) for name, value in terms.items()} == pytest.approx(
-        {"lm": 1.386294, "load_balance": 1.0, "router_z": 3.0, "routing_variance": -0.375, "path_coupling": -0.25}
+        {
+            "lm": 1.386294,
+            "load_balance": 1.0,
+            "router_z": 3.0,
+            "routing_variance": -0.375,
+            "path_coupling": -0.25,
+        }
     )
-    assert Objective(losses, model()).total(terms, {}) == pytest.approx(1.386294 + 0.5 + 6.0 - 1.5 - 2.0)
+    assert Objective(losses, model()).total(terms, {}) == pytest.approx(
+        1.386294 + 0.5 + 6.0 - 1.5 - 2.0
+    )
 
 
 def test_scales_multiply_the_weights_of_their_terms_alone(model):
-    losses = {"lm": {"weight": 2.0, "chunk": 8}, "load_balance": {"weight": 0.5, "scope": "micro_batch"}}
+    losses = {
+        "lm": {"weight": 2.0, "chunk": 8},
+        "load_balance": {"weight": 0.5, "scope": "micro_batch"},
+    }
     # 2 * 3 + 0.5 * 1.5 * 4
-    assert Objective(losses, model()).total({"lm": 3.0, "load_balance": 4.0}, {"load_balance": 1.5}) == 9.0
+    assert (
+        Objective(losses, model()).total({"lm": 3.0, "load_balance": 4.0}, {"load_balance": 1.5})
+        == 9.0
+    )
 
 
 def test_balance_over_the_step_counts_earlier_micro_batches(model):
     losses = {"load_balance": {"weight": 1.0, "scope": "step"}}
-    # earlier counts (10, 2) and ours (2, 2) are (12, 4) together: 2 * (12/16 * 0.75 + 4/16 * 0.25) = 1.25; a mean of
-    # shares would be (2/3, 1/3)
+    # earlier counts (10, 2) and ours (2, 2) are (12, 4) together: 2 * (12/16 * 0.75 + 4/16 * 0.25)
+    # = 1.25; a mean of shares would be (2/3, 1/3)
     terms = Objective(losses, model()).of_batch(output(), BATCH, jnp.array([[10, 2]]))
     assert terms["load_balance"] == pytest.approx(1.25)
 
@@ -86,14 +106,23 @@ def test_a_loss_of_weight_zero_is_not_computed(model, monkeypatch):
 
 
 def test_observers_are_the_active_terms_of_single_layers_with_what_they_keep(model):
-    losses = {"lm": {"weight": 1.0, "chunk": 8}, "output_overlap": {"weight": 1.0}, "routing_entropy": {"weight": 1.0}}
+    losses = {
+        "lm": {"weight": 1.0, "chunk": 8},
+        "output_overlap": {"weight": 1.0},
+        "routing_entropy": {"weight": 1.0},
+    }
     observers = Objective(losses, model()).observers
-    assert [(name, keep) for name, _, keep in observers] == [("output_overlap", ("output",)), ("routing_entropy", ())]
+    assert [(name, keep) for name, _, keep in observers] == [
+        ("output_overlap", ("output",)),
+        ("routing_entropy", ()),
+    ]
 
 
 def test_erc_reads_the_stacked_moe_parameters(model):
     moe = {"router": jnp.ones((2, 1, 3)), "w_gate": jnp.ones((2, 1, 3, 2))}
-    terms = Objective({"erc": ERC}, model()).of_parameters({"layers": {"moe": moe}}, jax.random.key(0))
+    terms = Objective({"erc": ERC}, model()).of_parameters(
+        {"layers": {"moe": moe}}, jax.random.key(0)
+    )
     assert terms == {"erc": 0.0}  # one expert has no foreign pair
 
 
@@ -110,7 +139,9 @@ def test_erc_of_mpi_is_that_of_the_turned_rows(model):
     params, rng, turning = random_moe(), jax.random.key(0), model(router="mpi")
     moe = params["layers"]["moe"]
     found = Objective({"erc": ERC}, turning).of_parameters(params, rng)["erc"]
-    turned_LED = jax.vmap(lambda of_layer: turning.config.router.rows(turning.config, of_layer))(moe)
+    turned_LED = jax.vmap(lambda of_layer: turning.config.router.rows(turning.config, of_layer))(
+        moe
+    )
     key = named(rng, "losses.erc")
     # sums over 8 and 4, in the power step twice, and over the 16 pairs
     assert_close(found, erc_loss(moe | {"router": turned_LED}, key), terms=3 * (8 + 4) + 16)
@@ -141,9 +172,10 @@ def test_a_decoupled_loss_is_logged_but_no_part_of_total_and_gradient(model):
 
 def test_decoupling_subtracts_weight_times_gradient_from_the_router_alone(model):
     params = two_rows()
-    # loss = 2 c^2 / 4 with c = a.b / |a||b|, a = (2, 0), b = (1, 1): dloss/dc = c = 1/sqrt 2
-    # dc/da = (b^ - c a^) / |a| = ((1/sqrt 2, 1/sqrt 2) - (1/sqrt 2, 0)) / 2 = (0, 1/sqrt 8):       gradient (0, 1/4)
-    # dc/db = (a^ - c b^) / |b| = ((1, 0) - (1/2, 1/2)) / sqrt 2 = (1/sqrt 8, -1/sqrt 8):       gradient (1/4, -1/4)
+    # loss = 2 c^2 / 4 with c = a.b / |a||b|, a = (2, 0), b = (1, 1): dloss/dc = c = 1/sqrt 2 dc/da
+    # = (b^ - c a^) / |a| = ((1/sqrt 2, 1/sqrt 2) - (1/sqrt 2, 0)) / 2 = (0, 1/sqrt 8):
+    # gradient (0, 1/4) dc/db = (a^ - c b^) / |b| = ((1, 0) - (1/2, 1/2)) / sqrt 2 = (1/sqrt 8,
+    # -1/sqrt 8):       gradient (1/4, -1/4)
     found = Objective(orthogonality(True), model()).decouple(params)
     router_LED = found["layers"]["moe"].pop("router")
     assert_close(router_LED, [[[2, -0.125], [0.875, 1.125]]], terms=8)
@@ -187,7 +219,9 @@ FACTORISED = {"aoe": {"rank": 8}, "routing_free": {"rank": 8}}
     ("router_z", ("routing_free",), "logits of probabilities"),
     ("competition", ("softmax", "aoe", "mpi", "xmoe", "routing_free"), "experts that compete"),
 ])  # fmt: skip
-def test_a_loss_is_refused_beside_every_router_that_lacks_what_it_reads(loss, routers, reason, model):
+def test_a_loss_is_refused_beside_every_router_that_lacks_what_it_reads(
+    loss, routers, reason, model
+):
     options = {"erc": ERC, "router_orthogonality": {"decoupled": False}}.get(loss, {})
     for router in ("softmax", "aoe", "competition", "mpi", "routing_free", "xmoe"):
         goal = model(router=router, **FACTORISED.get(router, {}))

@@ -26,7 +26,8 @@ MASK_BT = np.array([[True, True, False]])
 
 
 def test_path_coupling_by_hand():
-    # token 0: 0.5 * 0.4 and 0.4 * 0.1;  token 1: 0.8 * 0.5 and 0.5 * 1;  token 2 is masked;  2 tokens, 2 pairs
+    # token 0: 0.5 * 0.4 and 0.4 * 0.1;  token 1: 0.8 * 0.5 and 0.5 * 1;  token 2 is masked;  2
+    # tokens, 2 pairs
     assert coupling(CHOSEN_LBT, MASK_BT) == pytest.approx(-(0.2 + 0.04 + 0.4 + 0.5) / 4, rel=1e-6)
 
 
@@ -43,12 +44,19 @@ def test_the_product_of_sums_is_the_sum_over_pairs_of_experts():
     total = 0.0
     for layer, b, t in np.ndindex(2, 2, 4):
         for e in experts_LBTK[layer, b, t]:
-            total += sum(p_LBTE[layer, b, t, e] * p_LBTE[layer + 1, b, t, v] for v in experts_LBTK[layer + 1, b, t])
+            total += sum(
+                p_LBTE[layer, b, t, e] * p_LBTE[layer + 1, b, t, v]
+                for v in experts_LBTK[layer + 1, b, t]
+            )
     chosen_LBT = jax.vmap(chosen_probability)(p_LBTE, experts_LBTK)
-    assert_close(coupling(chosen_LBT, np.ones((2, 4), bool)), -total / (2 * 2 * 4), terms=2 * 2 * 4 + 8)
+    assert_close(
+        coupling(chosen_LBT, np.ones((2, 4), bool)), -total / (2 * 2 * 4), terms=2 * 2 * 4 + 8
+    )
 
 
-@pytest.mark.parametrize("chosen_LBT, mask_BT", [(CHOSEN_LBT[:1], MASK_BT), (CHOSEN_LBT, np.zeros((1, 3), bool))])
+@pytest.mark.parametrize(
+    "chosen_LBT, mask_BT", [(CHOSEN_LBT[:1], MASK_BT), (CHOSEN_LBT, np.zeros((1, 3), bool))]
+)
 def test_one_layer_and_a_masked_batch_have_no_path(chosen_LBT, mask_BT):
     value, gradient_LBT = coupling_and_gradient(chosen_LBT, mask_BT)
     assert value == 0

@@ -30,7 +30,12 @@ def asked_for(function, *arguments):
     return {name for match in found for name in (match.groups() if match else ("DEFAULT",))}
 
 
-OPTIONS = ({}, {"noise": "expected", "normalize": True}, {"activation": "swiglu"}, {"activation": "output"})
+OPTIONS = (
+    {},
+    {"noise": "expected", "normalize": True},
+    {"activation": "swiglu"},
+    {"activation": "output"},
+)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -52,7 +57,9 @@ def test_the_loss_alone_takes_three_passes_and_the_diagnosis_all_of_float32():
     key, mesh = jax.eval_shape(lambda: jax.random.key(0)), sharding.make_mesh(2, 2)
     assert asked_for(erc_loss, PARAMS, key) == {"HIGH"}
     router_LED, w_gate_LEDF = PARAMS["router"], PARAMS["w_gate"]
-    of_layer = (jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype) for leaf in (router_LED, w_gate_LEDF))
+    of_layer = (
+        jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype) for leaf in (router_LED, w_gate_LEDF)
+    )
     assert asked_for(coupling_matrix, *of_layer) == {"HIGHEST"}
     over_mesh = lambda *arrays: coupling_matrix(*arrays, mesh)  # noqa: E731
     assert asked_for(over_mesh, router_LED, w_gate_LEDF) == {"HIGHEST"}
@@ -63,7 +70,9 @@ def test_a_precision_that_does_not_exist_is_refused():
     params = {name: jnp.ones(shape) for name, shape in SHAPES.items()}
     for mesh in (None, sharding.make_mesh(1, 1)):
         for word in ("higher", "auto"):  # what a step costs is unknown here
-            with pytest.raises(ValueError, match=f"precision: '{word}' is not one of default, high, highest"):
+            with pytest.raises(
+                ValueError, match=f"precision: '{word}' is not one of default, high, highest"
+            ):
                 erc_loss(params, jax.random.key(0), precision=word, mesh=mesh)
 
 
@@ -73,16 +82,24 @@ def published(size):
 
 
 def test_auto_is_high_where_that_is_less_than_a_two_thousandth_of_a_step():
-    # E^2 / (3 K N) of the experts' forward: at 3b 64^2 / (3 8 3.1M) = 5.4e-5, at 15b 256^2 of the same 8.7e-4. Three
-    # passes of it, four products for the step's three, and the experts about half of the model.
-    chosen = {size: resolve("auto", *of_size(size)) for size in ("debug", "olmoe_1b_7b", "3b", "15b")}
+    # E^2 / (3 K N) of the experts' forward: at 3b 64^2 / (3 8 3.1M) = 5.4e-5, at 15b 256^2 of the
+    # same 8.7e-4. Three passes of it, four products for the step's three, and the experts about
+    # half of the model.
+    chosen = {
+        size: resolve("auto", *of_size(size)) for size in ("debug", "olmoe_1b_7b", "3b", "15b")
+    }
     assert chosen == {"debug": "default", "olmoe_1b_7b": "high", "3b": "high", "15b": "default"}
     assert erc_share(*of_size("3b")) == pytest.approx(1.2e-4, rel=0.1)
     assert erc_share(*of_size("15b")) == pytest.approx(1.6e-3, rel=0.1)
     config, _, shape_BT = of_size("15b")
-    assert resolve("high", config, "gate", shape_BT) == "high" and resolve("auto", config, "gate", None) == "high"
+    assert (
+        resolve("high", config, "gate", shape_BT) == "high"
+        and resolve("auto", config, "gate", None) == "high"
+    )
     # as much as the experts that the activation reads have matrices
-    assert erc_share(config, "output", shape_BT) == pytest.approx(3 * erc_share(config, "gate", shape_BT))
+    assert erc_share(config, "output", shape_BT) == pytest.approx(
+        3 * erc_share(config, "gate", shape_BT)
+    )
 
 
 def of_size(size):
@@ -103,7 +120,9 @@ def test_the_objective_resolves_auto_by_the_batch_of_the_step(model_config):
     erc = base.get_config("debug").losses.erc.to_dict() | {"weight": 1.0}
     assert erc["precision"] == "auto"
     goal = Objective({"erc": erc}, Transformer(model_config()))
-    moe = jax.tree.map(np.float32, {"router": np.ones((2, 4, 32)), "w_gate": np.ones((2, 4, 32, 16))})
+    moe = jax.tree.map(
+        np.float32, {"router": np.ones((2, 4, 32)), "w_gate": np.ones((2, 4, 32, 16))}
+    )
 
     def program(shape_BT):
         def terms(params, rng):

@@ -8,7 +8,10 @@ import pytest
 from moe_erc.losses.router_orthogonality import router_orthogonality
 from tests.tolerance import assert_close, magnitude
 
-loss, value_and_gradient = jax.jit(router_orthogonality), jax.jit(jax.value_and_grad(router_orthogonality))
+loss, value_and_gradient = (
+    jax.jit(router_orthogonality),
+    jax.jit(jax.value_and_grad(router_orthogonality)),
+)
 
 ROUTER_ED = np.array([[1.0, 0.0], [3.0, 4.0]], np.float32)  # cosine 3/5
 ROUTER_LED = np.random.default_rng(0).normal(size=(2, 5, 7)).astype(np.float32)
@@ -23,8 +26,8 @@ def test_value_by_hand():
 
 
 def test_gradient_by_hand():
-    # c = 0.6, loss c^2 / 2. To row 0 of length 1: c (b^ - c a^) = 0.6 * (0, 0.8); to row 1 of length 5:
-    # c (a^ - c b^) / 5 = 0.6 * (0.64, -0.48) / 5. The two layers halve it.
+    # c = 0.6, loss c^2 / 2. To row 0 of length 1: c (b^ - c a^) = 0.6 * (0, 0.8); to row 1 of
+    # length 5: c (a^ - c b^) / 5 = 0.6 * (0.64, -0.48) / 5. The two layers halve it.
     _, gradient_LED = value_and_gradient(np.stack([ROUTER_ED, np.eye(2, dtype=np.float32)]))
     assert_close(gradient_LED[0], np.array([[0, 0.48], [0.0768, -0.0576]]) / 2, terms=16)
     np.testing.assert_array_equal(gradient_LED[1], np.zeros((2, 2)))
@@ -40,11 +43,15 @@ def test_the_length_of_a_row_changes_nothing():
     length_LE1 = np.float32([[0.1, 1, 3, 1e4, 1e-12]] * 2)[..., None]
     value, gradient_LED = value_and_gradient(ROUTER_LED)
     scaled, gradient_of_scaled_LED = value_and_gradient(ROUTER_LED * length_LE1)
-    terms = 2 * (7 + 5) + 16  # sums over 7 coordinates and 5 rows, forward and backward, between norms and quotients
+    terms = (
+        2 * (7 + 5) + 16
+    )  # sums over 7 coordinates and 5 rows, forward and backward, between norms and quotients
     assert_close(scaled, value, terms)
     assert_close(gradient_of_scaled_LED * length_LE1, gradient_LED, terms)
     along_LE = jnp.sum(gradient_LED * ROUTER_LED, axis=-1)  # at right angles to the row
-    assert_close(along_LE, np.zeros((2, 5)), terms, largest=magnitude(gradient_LED) * magnitude(ROUTER_LED))
+    assert_close(
+        along_LE, np.zeros((2, 5)), terms, largest=magnitude(gradient_LED) * magnitude(ROUTER_LED)
+    )
 
 
 def test_a_zero_row_costs_its_diagonal_and_has_no_gradient():
@@ -57,7 +64,9 @@ def test_a_zero_row_costs_its_diagonal_and_has_no_gradient():
     assert np.linalg.norm(gradient_LED[0, :2]) > 0.05
 
 
-@pytest.mark.parametrize("router_LED, expected", [(np.zeros((2, 3, 4)), 3 / 9), (np.ones((2, 1, 4)), 0.0)])
+@pytest.mark.parametrize(
+    "router_LED, expected", [(np.zeros((2, 3, 4)), 3 / 9), (np.ones((2, 1, 4)), 0.0)]
+)
 def test_a_router_of_zeros_and_of_one_expert(router_LED, expected):
     value, gradient_LED = value_and_gradient(np.float32(router_LED))
     assert_close(value, expected, terms=4, largest=1)

@@ -32,11 +32,15 @@ def test_gradient_by_hand():
 
 
 def test_scores_that_leave_no_probability_give_finite_gradients():
-    scores_BTE = np.float32([[[300, 0, -300], [0, 0, 0], [0, 0, -95]]])  # softmax: 1, 0, 0; even; and a denormal one
+    scores_BTE = np.float32(
+        [[[300, 0, -300], [0, 0, 0], [0, 0, -95]]]
+    )  # softmax: 1, 0, 0; even; and a denormal one
     entropy = lambda scores_BTE: routing_entropy(jax.nn.softmax(scores_BTE), np.ones((1, 3), bool))  # noqa: E731
     gradient_BTE = jax.jit(jax.grad(entropy))(scores_BTE)
     assert np.isfinite(gradient_BTE).all()
-    assert_close(gradient_BTE, np.zeros((1, 3, 3)), terms=8, largest=1)  # all three lie where the entropy is level
+    assert_close(
+        gradient_BTE, np.zeros((1, 3, 3)), terms=8, largest=1
+    )  # all three lie where the entropy is level
 
 
 def test_a_masked_batch_costs_nothing():
@@ -48,4 +52,6 @@ def test_a_masked_batch_costs_nothing():
 def test_bfloat16_is_read_in_float32():
     low_BTE = jnp.asarray(P_BTE, jnp.bfloat16)
     # op by op: a compiler may skip a rounding
-    assert routing_entropy(low_BTE, MASK_BT) == routing_entropy(low_BTE.astype(jnp.float32), MASK_BT)
+    assert routing_entropy(low_BTE, MASK_BT) == routing_entropy(
+        low_BTE.astype(jnp.float32), MASK_BT
+    )

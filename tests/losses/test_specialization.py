@@ -8,22 +8,30 @@ import pytest
 from moe_erc.losses.specialization import specialization
 from tests.tolerance import assert_close
 
-mean_cosine, mean_cosine_and_gradient = jax.jit(specialization), jax.jit(jax.value_and_grad(specialization))
+mean_cosine, mean_cosine_and_gradient = (
+    jax.jit(specialization),
+    jax.jit(jax.value_and_grad(specialization)),
+)
 
 # token 0 chose three, token 1 two, token 2 one
-HIDDEN_BTKF = np.float32([[[[1, 0], [3, 4], [0, 2]], [[1, 1], [-2, -2], [9, 9]], [[5, 5], [6, 6], [7, 7]]]])
+HIDDEN_BTKF = np.float32(
+    [[[[1, 0], [3, 4], [0, 2]], [[1, 1], [-2, -2], [9, 9]], [[5, 5], [6, 6], [7, 7]]]]
+)
 CHOSEN_BTK = np.array([[[True, True, True], [True, True, False], [False, True, False]]])
 
 
 def test_specialization_by_hand():
-    # token 0: cosines 3/5, 0 and 8/10, each in both orders;  token 1: -1 in both orders;  token 2 has no pair
+    # token 0: cosines 3/5, 0 and 8/10, each in both orders;  token 1: -1 in both orders;  token 2
+    # has no pair
     expected = 2 * (0.6 + 0 + 0.8 - 1) / 8
-    assert_close(mean_cosine(HIDDEN_BTKF, CHOSEN_BTK), expected, terms=16, largest=1)  # cosines of both signs
+    assert_close(
+        mean_cosine(HIDDEN_BTKF, CHOSEN_BTK), expected, terms=16, largest=1
+    )  # cosines of both signs
 
 
 def test_specialization_gradient_by_hand():
-    # Two vectors a = (1, 0) and b = (3, 4), c = 0.6, both orders over two pairs: the loss is c itself.
-    # To a: (b^ - c a^) / |a| = (0, 0.8); to b: (a^ - c b^) / |b| = (0.64, -0.48) / 5
+    # Two vectors a = (1, 0) and b = (3, 4), c = 0.6, both orders over two pairs: the loss is c
+    # itself. To a: (b^ - c a^) / |a| = (0, 0.8); to b: (a^ - c b^) / |b| = (0.64, -0.48) / 5
     chosen_BTK = np.array([[[True, True, False]]])
     _, gradient_BTKF = mean_cosine_and_gradient(HIDDEN_BTKF[:, :1], chosen_BTK)
     assert_close(gradient_BTKF[0, 0, :2], [[0, 0.8], [0.128, -0.096]], terms=16)

@@ -17,9 +17,11 @@ def check(load_LE, **expected):
 
 
 def test_measures_by_hand():
-    # mean share 1/4: even; two experts take everything, log 2 / log 4; one does; shares 1/2, 1/4, 1/8, 1/8 of entropy
-    # (1/2 + 2/4 + 3/8 + 3/8) log 2 = 1.75 log 2
-    share_LE = np.array([[0.25, 0.25, 0.25, 0.25], [0.5, 0.5, 0, 0], [0, 0, 1, 0], [0.5, 0.25, 0.125, 0.125]])
+    # mean share 1/4: even; two experts take everything, log 2 / log 4; one does; shares 1/2, 1/4,
+    # 1/8, 1/8 of entropy (1/2 + 2/4 + 3/8 + 3/8) log 2 = 1.75 log 2
+    share_LE = np.array(
+        [[0.25, 0.25, 0.25, 0.25], [0.5, 0.5, 0, 0], [0, 0, 1, 0], [0.5, 0.25, 0.125, 0.125]]
+    )
     expected = {
         "max_load": [1, 2, 4, 2],
         "min_load": [1, 0, 0, 0.5],
@@ -48,6 +50,7 @@ def test_a_layer_without_load_is_even_and_so_is_one_expert():
 
 
 def test_counts_are_divided_once_by_their_total():
-    # 3.1 million tokens with 8 of 64 experts each: float32 holds each count, their total is an integer
+    # 3.1 million tokens with 8 of 64 experts each: float32 holds each count, their total is an
+    # integer
     counts_LE = jnp.full((1, 64), 3_145_728 * 8 // 64, jnp.int32)
     np.testing.assert_array_equal(of_load(counts_LE)["router/max_load"], [1])

@@ -12,7 +12,9 @@ EVERY = jnp.ones((1, 1), bool)
 
 def unit_sum(*vectors):
     """(1, 1, D): of one token, for experts that answer in these directions."""
-    return sum(np.array(vector) / np.linalg.norm(vector) for vector in vectors)[None, None].astype(np.float32)
+    return sum(np.array(vector) / np.linalg.norm(vector) for vector in vectors)[None, None].astype(
+        np.float32
+    )
 
 
 @pytest.mark.parametrize("vectors, cosine", [
@@ -31,12 +33,15 @@ def test_cosines_by_hand(vectors, cosine):
 
 def test_a_mean_over_unmasked_tokens():
     # Two experts; tokens of cosine 1, 0 and, masked, nothing finite: (1 + 0) / 2.
-    sums_BTD = jnp.concatenate([unit_sum((1, 0), (1, 0)), unit_sum((1, 0), (0, 1)), jnp.full((1, 1, 2), jnp.nan)], 1)
+    sums_BTD = jnp.concatenate(
+        [unit_sum((1, 0), (1, 0)), unit_sum((1, 0), (0, 1)), jnp.full((1, 1, 2), jnp.nan)], 1
+    )
     assert pairwise_cosine(sums_BTD, 2, jnp.array([[True, True, False]])) == pytest.approx(0.5)
     assert pairwise_cosine(sums_BTD, 2, jnp.zeros((1, 3), bool)) == 0
 
 
 def test_sums_in_half_precision_are_squared_in_float32():
-    # 256 experts that agree, as bfloat16: |256|^2 + 1 needs 17 bits, bfloat16 has 8; (65,537 - 256) / (256 * 255)
+    # 256 experts that agree, as bfloat16: |256|^2 + 1 needs 17 bits, bfloat16 has 8; (65,537 - 256)
+    # / (256 * 255)
     sums_BTD = jnp.array([[[256.0, 1.0]]], jnp.bfloat16)
     assert pairwise_cosine(sums_BTD, 256, EVERY) == pytest.approx(65281 / 65280, rel=within(1))

@@ -49,7 +49,11 @@ def test_attention_is_the_definition(model_config, kv_heads):
         y = y.reshape(B, T, count, width)
         return np.asarray(rope(y, config.rope_theta) if turned else y)
 
-    query, key, value = heads("query", 4, True), heads("key", kv_heads, True), heads("value", kv_heads, False)
+    query, key, value = (
+        heads("query", 4, True),
+        heads("key", kv_heads, True),
+        heads("value", kv_heads, False),
+    )
     expected = np.zeros((B, T, 4, width))
     for b in range(B):
         for h in range(4):
@@ -69,7 +73,9 @@ def test_attention_is_the_definition(model_config, kv_heads):
 def test_slices_of_queries_make_no_difference(monkeypatch, time):
     monkeypatch.setattr(attention, "SLICE", 4)
     rng = np.random.default_rng(0)
-    query, key, value = (rng.normal(size=(1, time, heads, 8)).astype(np.float32) for heads in (4, 2, 2))
+    query, key, value = (
+        rng.normal(size=(1, time, heads, 8)).astype(np.float32) for heads in (4, 2, 2)
+    )
 
     def gradients(function):
         def loss(*of):
@@ -77,11 +83,16 @@ def test_slices_of_queries_make_no_difference(monkeypatch, time):
 
         return jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)))(query, key, value)
 
-    expected = gradients(lambda *of: jax.nn.dot_product_attention(*of, is_causal=True, implementation="xla"))
+    expected = gradients(
+        lambda *of: jax.nn.dot_product_attention(*of, is_causal=True, implementation="xla")
+    )
     blocked_BTS = np.tri(time, dtype=bool)[None] & (np.arange(time) != 2) | np.eye(time, dtype=bool)
-    # sums over `time` and over 8 coordinates, forward and backward; the loss adds 4 * 8 * time sines
+    # sums over `time` and over 8 coordinates, forward and backward; the loss adds 4 * 8 * time
+    # sines
     assert_close(gradients(attend), expected, terms=32 * time)
-    masked = jax.nn.dot_product_attention(query, key, value, mask=blocked_BTS[:, None], implementation="xla")
+    masked = jax.nn.dot_product_attention(
+        query, key, value, mask=blocked_BTS[:, None], implementation="xla"
+    )
     sliced = jax.jit(lambda *of: attend(*of))
     assert_close(sliced(query, key, value, blocked_BTS), masked, terms=8 + time)
 
@@ -95,6 +106,10 @@ def test_slices_of_queries_make_no_difference(monkeypatch, time):
     ("xla", "cuda 12090", jnp.bfloat16, 64, False),
     ("cudnn", "cuda 12090", jnp.float32, 64, True),  # refused by cuDNN, in its own words
 ])  # fmt: skip
-def test_cudnn_is_chosen_where_it_takes_what_is_there(monkeypatch, implementation, platform, dtype, width, expected):
-    monkeypatch.setattr(backend, "get_backend", lambda: types.SimpleNamespace(platform_version=platform))
+def test_cudnn_is_chosen_where_it_takes_what_is_there(
+    monkeypatch, implementation, platform, dtype, width, expected
+):
+    monkeypatch.setattr(
+        backend, "get_backend", lambda: types.SimpleNamespace(platform_version=platform)
+    )
     assert uses_cudnn(implementation, jnp.zeros((1, 2, 1, width), dtype)) is expected

@@ -39,10 +39,15 @@ def tokens_BT():
 def model_and_weights(model_config):
     @functools.cache
     def make(router="softmax", mesh=None, **changes):
-        model, rng = Transformer(model_config(**CHANGES[router], **changes), mesh), np.random.default_rng(0)
+        model, rng = (
+            Transformer(model_config(**CHANGES[router], **changes), mesh),
+            np.random.default_rng(0),
+        )
         one_device = model.clone(mesh=sharding.make_mesh(1, 1))
         shapes = jax.eval_shape(lambda: init_weights(one_device, jax.random.key(0)))
-        return model, jax.tree.map(lambda leaf: 0.3 * rng.normal(size=leaf.shape).astype(np.float32), shapes)
+        return model, jax.tree.map(
+            lambda leaf: 0.3 * rng.normal(size=leaf.shape).astype(np.float32), shapes
+        )
 
     return make
 
@@ -52,14 +57,17 @@ def applier(model):
     @jax.jit
     def apply(weights, tokens_BT, context):
         every_BT = jnp.ones_like(tokens_BT, bool)
-        output = model.apply({"params": weights.params}, tokens_BT, every_BT, weights.router, context)
+        output = model.apply(
+            {"params": weights.params}, tokens_BT, every_BT, weights.router, context
+        )
         return jnp.einsum("btd,vd->btv", output.x_BTD, output.head_VD), output.cache
 
     return apply
 
 
 def assert_close(found, expected):
-    # two layers: in each sums over at most 16 slots and over widths of 32, 32, 16 and 32 again, then the head's 32
+    # two layers: in each sums over at most 16 slots and over widths of 32, 32, 16 and 32 again,
+    # then the head's 32
     tolerance.assert_close(found, expected, terms=2 * (16 + 4 * 32) + 32)
 
 
@@ -75,7 +83,9 @@ def test_packed_by_hand():
         [0, 0, 1, 1, 1, 0],
         [0, 0, 0, 0, 0, 1],  # another 0, another sequence
     ]
-    np.testing.assert_array_equal(np.tri(6, dtype=bool) & same_segment(context.segments_BT)[0], expected)
+    np.testing.assert_array_equal(
+        np.tri(6, dtype=bool) & same_segment(context.segments_BT)[0], expected
+    )
 
 
 def test_a_batch_has_a_context_if_it_numbers_documents(token_batch):
@@ -109,13 +119,17 @@ def test_cached_by_hand(model_config):
 def test_rows_of_one_sequence_are_the_plain_program(model_and_weights, tokens_BT):
     model, weights = model_and_weights()
     one = packed(jnp.ones_like(tokens_BT))
-    assert_close(applier(model)(weights, tokens_BT, one)[0], applier(model)(weights, tokens_BT, None)[0])
+    assert_close(
+        applier(model)(weights, tokens_BT, one)[0], applier(model)(weights, tokens_BT, None)[0]
+    )
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2])
 def test_packed_sequences_are_the_sequences_alone(model_and_weights, tokens_BT, kv_heads):
     model, weights = model_and_weights(kv_heads=kv_heads)
-    found, _ = applier(model)(weights, tokens_BT, packed(jnp.tile(jnp.array([4] * 5 + [9] * 6 + [4]), (ROWS, 1))))
+    found, _ = applier(model)(
+        weights, tokens_BT, packed(jnp.tile(jnp.array([4] * 5 + [9] * 6 + [4]), (ROWS, 1)))
+    )
     for start, end in ((0, 5), (5, 11), (11, 12)):
         assert_close(found[:, start:end], applier(model)(weights, tokens_BT[:, start:end], None)[0])
 
@@ -123,14 +137,19 @@ def test_packed_sequences_are_the_sequences_alone(model_and_weights, tokens_BT, 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_changes_no_sequence(model_and_weights, tokens_BT, side):
     model, weights = model_and_weights()
-    sequences = [slice(first, None) if side == "left" else slice(0, LENGTH - first) for first in FIRST_B]
+    sequences = [
+        slice(first, None) if side == "left" else slice(0, LENGTH - first) for first in FIRST_B
+    ]
     inside_BT = np.zeros(tokens_BT.shape, bool)
     for row, sequence in enumerate(sequences):
         inside_BT[row, sequence] = True
     found, _ = applier(model)(weights, tokens_BT, packed(jnp.asarray(inside_BT)))
     assert np.isfinite(found).all()
     for row, sequence in enumerate(sequences):
-        assert_close(found[row, sequence], applier(model)(weights, tokens_BT[row : row + 1, sequence], None)[0][0])
+        assert_close(
+            found[row, sequence],
+            applier(model)(weights, tokens_BT[row : row + 1, sequence], None)[0][0],
+        )
 
 
 def through_a_cache(model, weights, tokens_BT, prompt):
@@ -150,7 +169,10 @@ def assert_a_cache_changes_nothing(model, weights, tokens_BT, prompt):
     assert_close(found[inside_BT], np.asarray(expected)[inside_BT])
     # The token that is most probable in the one is so in the other, but for a tie.
     best, chosen = np.max(expected, axis=-1), found.argmax(axis=-1)[..., None]
-    assert_close(np.take_along_axis(np.asarray(expected), chosen, axis=-1)[..., 0][inside_BT], best[inside_BT])
+    assert_close(
+        np.take_along_axis(np.asarray(expected), chosen, axis=-1)[..., 0][inside_BT],
+        best[inside_BT],
+    )
 
 
 @pytest.mark.parametrize("router", CHANGES)
@@ -164,7 +186,10 @@ def test_a_cache_changes_nothing_wherever_the_prompt_ends(model_and_weights, tok
 
 
 def test_a_cache_changes_nothing_on_a_mesh(model_and_weights, tokens_BT):
-    (oracle, weights), (model, _) = model_and_weights(), model_and_weights(mesh=sharding.make_mesh(2, 4))
+    (oracle, weights), (model, _) = (
+        model_and_weights(),
+        model_and_weights(mesh=sharding.make_mesh(2, 4)),
+    )
     expected, found = (through_a_cache(one, weights, tokens_BT, 8) for one in (oracle, model))
     assert_close(found, expected)
 
@@ -172,7 +197,11 @@ def test_a_cache_changes_nothing_on_a_mesh(model_and_weights, tokens_BT):
 def test_queries_keys_and_values_are_clipped(model_and_weights, tokens_BT):
     (model, weights), (clipped, _) = model_and_weights(), model_and_weights(clip_qkv=0.5)
     (_, cache), (_, within) = (
-        applier(one)(weights, tokens_BT, cached(empty_cache(one.config, ROWS, SLOTS), jnp.asarray(FIRST_B), 0, LENGTH))
+        applier(one)(
+            weights,
+            tokens_BT,
+            cached(empty_cache(one.config, ROWS, SLOTS), jnp.asarray(FIRST_B), 0, LENGTH),
+        )
         for one in (model, clipped)
     )
     assert np.abs(within.value_BSHD).max() == 0.5 < np.abs(cache.value_BSHD).max()

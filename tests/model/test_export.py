@@ -12,9 +12,13 @@ from tests.tolerance import assert_close
 
 def trained(model, batch):
     """Parameters of any size, as after training: rows and gates are far from those at the start."""
-    shapes = jax.eval_shape(model.init, jax.random.key(0), batch["inputs_BT"], batch["mask_BT"], {})["params"]
+    shapes = jax.eval_shape(
+        model.init, jax.random.key(0), batch["inputs_BT"], batch["mask_BT"], {}
+    )["params"]
     rng = np.random.default_rng(0)
-    return jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape) * 0.3, leaf.dtype), shapes)
+    return jax.tree.map(
+        lambda leaf: jnp.asarray(rng.normal(size=leaf.shape) * 0.3, leaf.dtype), shapes
+    )
 
 
 def runner(model, batch):
@@ -30,14 +34,18 @@ def runner(model, batch):
 
 
 def test_power_iteration_is_an_ordinary_router_of_the_turned_rows(model_config, token_batch):
-    model, batch = Transformer(model_config(router="mpi", experts_implementation="dense")), token_batch(2, 8)
+    model, batch = (
+        Transformer(model_config(router="mpi", experts_implementation="dense")),
+        token_batch(2, 8),
+    )
     params = trained(model, batch)
     ordinary, exported = as_softmax_router(model, params)
     assert ordinary.config.router.name == "softmax"
     run = runner(ordinary, batch)
     expected, found = runner(model, batch)(params), run(exported)
     np.testing.assert_array_equal(found[1].experts_BTK, expected[1].experts_BTK)
-    # two layers with five sums over widths of at most 32 each, and the power step of the rows over 16 and 32
+    # two layers with five sums over widths of at most 32 each, and the power step of the rows over
+    # 16 and 32
     assert_close(found[1].weights_BTK, expected[1].weights_BTK, terms=2 * 5 * 32 + 48)
     assert_close(found[0], expected[0], terms=2 * 5 * 32 + 48)
     unturned = run(params)  # the rows as they were trained are another model

@@ -33,7 +33,9 @@ def test_initial_parameters_are_cut_at_three_sigma_and_norms_are_one(model_confi
     params = variables["params"]
     for name, leaf in (("embed", params["embed"]), ("w_gate", params["layers"]["moe"]["w_gate"])):
         assert np.abs(leaf).max() <= 0.06 and 0.018 < leaf.std() < 0.022, name
-    assert (params["final_norm"] == 1).all() and (params["layers"]["attention"]["query_norm"] == 1).all()
+    assert (params["final_norm"] == 1).all() and (
+        params["layers"]["attention"]["query_norm"] == 1
+    ).all()
     gates = params["layers"]["moe"]["w_gate"]
     assert not np.array_equal(gates[0], gates[1])  # every layer draws its own
 
@@ -45,9 +47,12 @@ def test_a_token_sees_only_what_came_before(model_config, token_batch):
     changed = batch["inputs_BT"].copy()
     changed[:, 8] += 1
     before, after = (
-        logits(applied(config)(variables, tokens, batch["mask_BT"], {})) for tokens in (batch["inputs_BT"], changed)
+        logits(applied(config)(variables, tokens, batch["mask_BT"], {}))
+        for tokens in (batch["inputs_BT"], changed)
     )
-    np.testing.assert_array_equal(before[:, :8], after[:, :8])  # one program, and nothing of what was changed
+    np.testing.assert_array_equal(
+        before[:, :8], after[:, :8]
+    )  # one program, and nothing of what was changed
     assert np.abs(before[:, 8:] - after[:, 8:]).max() > 1e-3
 
 
@@ -61,7 +66,9 @@ def test_statistics_are_by_layer_and_ignore_masked_tokens(model_config, token_ba
     tokens = batch["inputs_BT"].copy()
     tokens[-1, -1] = (tokens[-1, -1] + 7) % 512  # a masked position, which no other sees
     again = applied(config)(variables, tokens, batch["mask_BT"], {}).routing
-    jax.tree.map(np.testing.assert_array_equal, routing, again)  # one program, and nothing of what was changed
+    jax.tree.map(
+        np.testing.assert_array_equal, routing, again
+    )  # one program, and nothing of what was changed
 
 
 def test_recomputation_changes_no_gradient_and_saves_memory(model_config, token_batch):
@@ -73,14 +80,20 @@ def test_recomputation_changes_no_gradient_and_saves_memory(model_config, token_
         model = Transformer(model_config(remat=remat, layers=6))
 
         def loss(variables):
-            return jnp.mean(jnp.sin(logits(model.apply(variables, batch["inputs_BT"], batch["mask_BT"], {}))))
+            return jnp.mean(
+                jnp.sin(logits(model.apply(variables, batch["inputs_BT"], batch["mask_BT"], {})))
+            )
 
         return jax.jit(jax.grad(loss)).lower(variables).compile()
 
     kept, recomputed = compiled("none"), compiled("block")
-    # six layers, forward and backward, with sums over widths of at most 32 and over 64 tokens; the head sums 256 tokens
+    # six layers, forward and backward, with sums over widths of at most 32 and over 64 tokens; the
+    # head sums 256 tokens
     assert_close(kept(variables), recomputed(variables), terms=2 * 6 * (3 * 32 + 64) + 256)
-    assert recomputed.memory_analysis().temp_size_in_bytes < 0.5 * kept.memory_analysis().temp_size_in_bytes
+    assert (
+        recomputed.memory_analysis().temp_size_in_bytes
+        < 0.5 * kept.memory_analysis().temp_size_in_bytes
+    )
 
 
 def test_tied_embeddings_share_one_matrix(model_config, token_batch):
@@ -99,10 +112,14 @@ def test_bfloat16_computes_in_bfloat16_and_routes_in_float32(model_config, token
     output = applied(config)(variables, batch["inputs_BT"], batch["mask_BT"], {})
     assert output.x_BTD.dtype == jnp.bfloat16
     counts = {jnp.dtype("int32")}  # of assignments and tokens; means are float32
-    assert {leaf.dtype for leaf in jax.tree.leaves(output.routing)} == {jnp.dtype("float32")} | counts
+    assert {leaf.dtype for leaf in jax.tree.leaves(output.routing)} == {
+        jnp.dtype("float32")
+    } | counts
     reference = applied(model_config())(variables, batch["inputs_BT"], batch["mask_BT"], {})
     difference = np.linalg.norm(output.x_BTD.astype(jnp.float32) - reference.x_BTD)
-    assert difference < 0.05 * np.linalg.norm(reference.x_BTD)  # 8 bits of mantissa through two layers
+    assert difference < 0.05 * np.linalg.norm(
+        reference.x_BTD
+    )  # 8 bits of mantissa through two layers
 
 
 def test_a_mesh_gives_the_oracles_outputs(model_config, token_batch):
@@ -112,5 +129,6 @@ def test_a_mesh_gives_the_oracles_outputs(model_config, token_batch):
     expected = applied(config)(variables, batch["inputs_BT"], batch["mask_BT"], {})
     model = Transformer(model_config(), sharding.make_mesh(2, 4))
     found = jax.jit(model.apply)(variables, batch["inputs_BT"], batch["mask_BT"], {})
-    # two layers with five sums over widths of at most 32 each; loads and probabilities are sums over 93 tokens
+    # two layers with five sums over widths of at most 32 each; loads and probabilities are sums
+    # over 93 tokens
     assert_close(jax.device_get(found), expected, terms=2 * 5 * 32 + 93)

@@ -1,4 +1,7 @@
-"""What happens to a row, by every implementation, against the formulas on gathered matrices; where gradients stop."""
+"""What happens to a row, by every implementation, against the formulas on gathered matrices.
+
+Where gradients stop.
+"""
 
 from functools import cache, partial
 
@@ -22,7 +25,11 @@ def inputs(gate, every=False):
     x_ND = jax.random.normal(next(keys), (N, D))
     experts_NK = lax.top_k(jax.random.normal(next(keys), (N, E + 2)), K)[1] - 1
     experts_NK = jnp.broadcast_to(jnp.arange(E), (N, E)) if every else experts_NK.at[:, 0].set(2)
-    experts_NK = experts_NK if every else experts_NK.at[:, 1:].set(jnp.where(experts_NK == 2, E, experts_NK)[:, 1:])
+    experts_NK = (
+        experts_NK
+        if every
+        else experts_NK.at[:, 1:].set(jnp.where(experts_NK == 2, E, experts_NK)[:, 1:])
+    )
     assigned = {"weight": jax.random.uniform(next(keys), experts_NK.shape)}
     shapes = {"w_gate": (E, D, F), "w_up": (E, D, F), "w_down": (E, F, D)}
     if gate == "factorised":
@@ -63,7 +70,9 @@ def affinity_by_formula(x_ND, assigned, experts_NK, matrices):
 
 def unit_output_by_formula(x_ND, assigned, experts_NK, matrices):
     mine_NK1, _, output_NKD = by_formula(x_ND, assigned, experts_NK, matrices)
-    unit_NKD = output_NKD / jnp.sqrt(jnp.sum(jnp.where(mine_NK1, output_NKD, 1) ** 2, axis=-1, keepdims=True))
+    unit_NKD = output_NKD / jnp.sqrt(
+        jnp.sum(jnp.where(mine_NK1, output_NKD, 1) ** 2, axis=-1, keepdims=True)
+    )
     return jnp.sum(assigned["weight"][..., None] * unit_NKD, axis=1), ()
 
 
@@ -74,7 +83,9 @@ def value_and_gradients(run, arguments):
         results = run(x_ND, assigned, experts_NK, matrices)
         return sum(jnp.sum(jnp.sin(leaf)) for leaf in jax.tree.leaves(results)), results
 
-    return jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))(x_ND, assigned, matrices)
+    return jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))(
+        x_ND, assigned, matrices
+    )
 
 
 @cache
@@ -84,7 +95,8 @@ def expected_of(formula, gate, every=False):
 
 
 def assert_equal(expected, found):
-    # Gradients of matrices are sums over up to N K rows, of what sums over D, F and D are, forward and backward.
+    # Gradients of matrices are sums over up to N K rows, of what sums over D, F and D are, forward
+    # and backward.
     assert_close(found, expected, terms=N * K + 2 * (2 * D + F))
 
 
@@ -92,12 +104,16 @@ def assert_equal(expected, found):
 @EVERY_WAY
 def test_weighed_outputs_and_what_is_kept(name, gate, keep):
     run = partial(IMPLEMENTATIONS[name], partial(weighed, keep=keep))
-    assert_equal(expected_of(WEIGHED_BY_FORMULA[keep], gate), value_and_gradients(run, inputs(gate)))
+    assert_equal(
+        expected_of(WEIGHED_BY_FORMULA[keep], gate), value_and_gradients(run, inputs(gate))
+    )
 
 
 @EVERY_WAY
 def test_affinity_of_all_experts(name):
-    found = value_and_gradients(partial(IMPLEMENTATIONS[name], affinity), inputs("whole", every=True))
+    found = value_and_gradients(
+        partial(IMPLEMENTATIONS[name], affinity), inputs("whole", every=True)
+    )
     assert_equal(expected_of(affinity_by_formula, "whole", every=True), found)
 
 
@@ -110,7 +126,9 @@ def test_directions_of_outputs_are_weighed_and_summed(name):
 @EVERY_WAY
 def test_an_output_of_zero_has_no_direction_and_no_gradient(name):
     x_ND, assigned, experts_NK, matrices = inputs("whole")
-    found = value_and_gradients(partial(IMPLEMENTATIONS[name], unit_output), (0 * x_ND, assigned, experts_NK, matrices))
+    found = value_and_gradients(
+        partial(IMPLEMENTATIONS[name], unit_output), (0 * x_ND, assigned, experts_NK, matrices)
+    )
     assert not any(leaf.any() for leaf in jax.tree.leaves(found))  # NaN would be any
 
 
@@ -127,11 +145,15 @@ def test_a_loss_on_kept_outputs_trains_the_experts_alone(name):
 @EVERY_WAY
 def test_mixed_precision_keeps_dtypes(name):
     x_ND, assigned, experts_NK, matrices = inputs("factorised")
-    x_ND, low, matrices = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), (x_ND, assigned["low"], matrices))
+    x_ND, low, matrices = jax.tree.map(
+        lambda leaf: leaf.astype(jnp.bfloat16), (x_ND, assigned["low"], matrices)
+    )
     assigned = assigned | {"low": low}  # routing weights stay float32
     run = partial(IMPLEMENTATIONS[name], partial(weighed, keep=("hidden", "output")))
     (_, results), gradients = value_and_gradients(run, (x_ND, assigned, experts_NK, matrices))
     assert {leaf.dtype for leaf in jax.tree.leaves(results)} == {jnp.dtype(jnp.bfloat16)}
     types = jax.tree.map(lambda leaf: leaf.dtype, ((x_ND, assigned, matrices), gradients))
     assert types[0] == types[1]
-    assert all(jnp.isfinite(leaf).all() and leaf.any() for leaf in jax.tree.leaves((results, gradients)))
+    assert all(
+        jnp.isfinite(leaf).all() and leaf.any() for leaf in jax.tree.leaves((results, gradients))
+    )

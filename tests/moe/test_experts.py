@@ -1,4 +1,7 @@
-"""Every implementation against the dense oracle, values and gradients, however tokens spread; the oracle by hand."""
+"""Every implementation against the dense oracle, values and gradients, however tokens spread.
+
+The oracle by hand.
+"""
 
 from functools import cache, partial
 
@@ -28,7 +31,9 @@ def inputs(routing):
         "some another device's": lax_top_k(jax.random.normal(keys[2], (N, E + 4))) - 2,
     }[routing]
     shapes = ((E, D, F), (E, D, F), (E, F, D))
-    matrices = (0.3 * jax.random.normal(key, shape) for key, shape in zip(keys[3:], shapes, strict=True))
+    matrices = (
+        0.3 * jax.random.normal(key, shape) for key, shape in zip(keys[3:], shapes, strict=True)
+    )
     return x_ND, weights_NK, jnp.int32(experts_NK), dict(zip(GATED, matrices, strict=True))
 
 
@@ -81,20 +86,29 @@ def test_memory_of_the_block_loop_is_that_of_its_outputs():
 
 
 def test_the_oracle_by_hand():
-    # one token x = 2, D = F = 1: expert 0 is silu(2 * 1) * (2 * 3) * 1, expert 1 silu(2 * -1) * (2 * 1) * 2
+    # one token x = 2, D = F = 1: expert 0 is silu(2 * 1) * (2 * 3) * 1, expert 1 silu(2 * -1) * (2
+    # * 1) * 2
     values = {"w_gate": [1.0, -1.0], "w_up": [3.0, 1.0], "w_down": [1.0, 2.0]}
     matrices = {name: jnp.array(of_experts).reshape(2, 1, 1) for name, of_experts in values.items()}
     silu = lambda x: x / (1 + np.exp(-x))  # noqa: E731
     outputs = [silu(2.0) * 6, silu(-2.0) * 2 * 2]
-    y_ND = apply(dense, jnp.array([[2.0]]), jnp.array([[0.75, 0.25]]), jnp.array([[1, 0]]), matrices)
+    y_ND = apply(
+        dense, jnp.array([[2.0]]), jnp.array([[0.75, 0.25]]), jnp.array([[1, 0]]), matrices
+    )
     assert_close(y_ND, [[0.75 * outputs[1] + 0.25 * outputs[0]]], terms=8)
 
 
-@pytest.mark.parametrize("routing", ["balanced", "random", "one expert", "two experts", "some another device's"])
+@pytest.mark.parametrize(
+    "routing", ["balanced", "random", "one expert", "two experts", "some another device's"]
+)
 @pytest.mark.parametrize("name", FAST)
 def test_values_and_gradients_equal_the_oracles(name, routing):
-    expected, found = value_and_gradients(dense, routing), value_and_gradients(IMPLEMENTATIONS[name], routing)
-    # Gradients of matrices are sums over up to N K rows, of what sums over D, F and D are, forward and backward.
+    expected, found = (
+        value_and_gradients(dense, routing),
+        value_and_gradients(IMPLEMENTATIONS[name], routing),
+    )
+    # Gradients of matrices are sums over up to N K rows, of what sums over D, F and D are, forward
+    # and backward.
     assert_close(found, expected, terms=N * K + 2 * (2 * D + F))
 
 
@@ -112,7 +126,9 @@ def test_an_empty_expert_gets_exactly_no_gradient(name):
     assert all(leaf[0].any() and leaf[4].any() for leaf in gradients.values())
 
 
-@pytest.mark.parametrize("rows", [1, *range(block_loop.SMALLEST - 1, block_loop.SMALLEST + 2), 127, 128, 129, N])
+@pytest.mark.parametrize(
+    "rows", [1, *range(block_loop.SMALLEST - 1, block_loop.SMALLEST + 2), 127, 128, 129, N]
+)
 def test_block_loop_at_the_edges_of_a_block(rows):
     x_ND, weights_NK, _, matrices = inputs("random")
     experts_NK = jnp.where(jnp.arange(N) < rows, 1, 3)[:, None]
@@ -128,7 +144,9 @@ def test_bfloat16_stays_near_float32(name):
     found = applied(IMPLEMENTATIONS[name])(low[0], weights_NK, experts_NK, low[1])
     expected = applied(dense)(x_ND, weights_NK, experts_NK, matrices)
     assert found.dtype == jnp.bfloat16
-    assert np.linalg.norm(found.astype(jnp.float32) - expected) < 0.02 * np.linalg.norm(expected)  # 8 bits of mantissa
+    assert np.linalg.norm(found.astype(jnp.float32) - expected) < 0.02 * np.linalg.norm(
+        expected
+    )  # 8 bits of mantissa
 
 
 def test_the_name_auto_is_the_fastest_of_the_platform():

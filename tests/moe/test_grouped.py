@@ -19,7 +19,8 @@ HAS_LIBTPU = importlib.util.find_spec("libtpu") is not None
 
 
 def test_places_by_hand(monkeypatch):
-    # Rows of 3 floats, at most 4 a chunk, so 10 assignments are three chunks; two of them are nobody's.
+    # Rows of 3 floats, at most 4 a chunk, so 10 assignments are three chunks; two of them are
+    # nobody's.
     monkeypatch.setattr(grouped, "CHUNK_BYTES", 4 * 3 * 4)
     matrices = {"w_down": jnp.zeros((2, 3, 2))}
     experts_NK = jnp.array([[1, 0], [0, 2], [0, 1], [-1, 0], [1, 0]])
@@ -42,7 +43,9 @@ def test_chunks_without_rows_are_not_computed(monkeypatch):
 
     experts_NK = jnp.array([[1], [-1], [5], [5]] + [[-1]] * 12)
     jax.block_until_ready(
-        grouped.grouped(matmul, expert, jnp.ones((16, 2)), {}, experts_NK, {"w_down": jnp.ones((2, 2, 2))})
+        grouped.grouped(
+            matmul, expert, jnp.ones((16, 2)), {}, experts_NK, {"w_down": jnp.ones((2, 2, 2))}
+        )
     )
     jax.effects_barrier()
     assert calls == [[0, 1]]
@@ -58,12 +61,19 @@ def test_chunks_change_nothing(monkeypatch, rows):
     shapes = {"w_gate": (5, 8, 12), "w_up": (5, 8, 12), "w_down": (5, 12, 8)}
     matrices = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
     inputs = rng.normal(size=(20, 8)).astype(np.float32), weights_NK, matrices
-    of_results = [rng.normal(size=shape).astype(np.float32) for shape in ((20, 8), (20, 2, 12), (20, 2, 8))]
+    of_results = [
+        rng.normal(size=shape).astype(np.float32) for shape in ((20, 8), (20, 2, 12), (20, 2, 8))
+    ]
 
     def loss(implementation, x_ND, weights_NK, matrices):
         expert = partial(weighed, keep=("hidden", "output"))
-        y, kept = IMPLEMENTATIONS[implementation](expert, x_ND, {"weight": weights_NK}, experts_NK, matrices)
-        return sum(jnp.vdot(*pair) for pair in zip((y, kept["hidden"], kept["output"]), of_results, strict=True))
+        y, kept = IMPLEMENTATIONS[implementation](
+            expert, x_ND, {"weight": weights_NK}, experts_NK, matrices
+        )
+        return sum(
+            jnp.vdot(*pair)
+            for pair in zip((y, kept["hidden"], kept["output"]), of_results, strict=True)
+        )
 
     inputs = jax.tree.map(jnp.asarray, inputs)
     experts_NK = jnp.asarray(experts_NK)
@@ -86,17 +96,25 @@ def test_a_layer_compiled_for_tpu_multiplies_what_it_must_and_expands_nothing():
 
     def loss(x_ND, weights_NK, matrices, experts_NK):
         run = partial(IMPLEMENTATIONS["ragged"], weighed)
-        return jnp.sum(run(x_ND, {"weight": weights_NK}, experts_NK, matrices)[0].astype(jnp.float32) ** 2)
+        return jnp.sum(
+            run(x_ND, {"weight": weights_NK}, experts_NK, matrices)[0].astype(jnp.float32) ** 2
+        )
 
     up, down = (experts, width, hidden), (experts, hidden, width)
     matrices = {name: shape(*of) for name, of in zip(GATED, (up, up, down), strict=True)}
-    weights_NK, experts_NK = (shape(tokens, experts_per_token, dtype=of) for of in (jnp.float32, jnp.int32))
+    weights_NK, experts_NK = (
+        shape(tokens, experts_per_token, dtype=of) for of in (jnp.float32, jnp.int32)
+    )
     gradients = jax.jit(jax.grad(loss, (0, 1, 2)))
-    text = gradients.lower(shape(tokens, width), weights_NK, matrices, experts_NK).compile().as_text()
+    text = (
+        gradients.lower(shape(tokens, width), weights_NK, matrices, experts_NK).compile().as_text()
+    )
     cost, matmul = costs.cost(text), 2 * rows * width * hidden
-    # Forward 3, the hidden rows again 2, gradients of the rows 3; of the matrices 3, an open loop counting one turn.
+    # Forward 3, the hidden rows again 2, gradients of the rows 3; of the matrices 3, an open loop
+    # counting one turn.
     assert cost.grouped_flops == pytest.approx((3 + 2 + 3) * matmul, rel=0.1)
     assert cost.flops == pytest.approx(3 * matmul, rel=0.1) and len(cost.open_loops) == 3
-    # Under a mask for every expert, as XLA would have the weight gradient, there were 8 x 4096 x 512.
+    # Under a mask for every expert, as XLA would have the weight gradient, there were 8 x 4096 x
+    # 512.
     largest = max(math.prod(of.sizes) for line in text.splitlines() for of in hlo._shapes(line))
     assert largest == max(rows * width, experts * width * hidden)

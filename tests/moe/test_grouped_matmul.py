@@ -1,4 +1,7 @@
-"""Groups of rows and their matrices, against a loop over the groups; forward, both gradients, and what lies behind."""
+"""Groups of rows and their matrices, against a loop over the groups.
+
+Forward, both gradients, and what lies behind.
+"""
 
 import importlib.util
 from functools import cache
@@ -21,7 +24,9 @@ SIZES = {
     "single rows": (1, 1, 1, 1, 1),
     "none": (0, 0, 0, 0, 0),
 }
-NO_TOKAMAX = pytest.mark.skipif(not importlib.util.find_spec("tokamax"), reason="needs the extra `tokamax`")
+NO_TOKAMAX = pytest.mark.skipif(
+    not importlib.util.find_spec("tokamax"), reason="needs the extra `tokamax`"
+)
 EVERY_MATMUL = pytest.mark.parametrize(
     "name", [pytest.param(name, marks=NO_TOKAMAX if name == "tokamax" else ()) for name in MATMULS]
 )
@@ -63,10 +68,14 @@ def value_and_gradients(name):
 def test_values_and_gradients_are_those_of_a_loop(name, sizes, dtype):
     keys = jax.random.split(jax.random.key(0), 3)
     shapes = (M, D), (len(sizes), D, F), (M, F)
-    x_MD, w_EDF, dy_MF = (jax.random.normal(key, of).astype(dtype) for key, of in zip(keys, shapes, strict=True))
+    x_MD, w_EDF, dy_MF = (
+        jax.random.normal(key, of).astype(dtype) for key, of in zip(keys, shapes, strict=True)
+    )
     expected, pull_back = jax.vjp(lambda *of: by_loop(*of, sizes), x_MD, w_EDF)
     expected = expected, *pull_back(dy_MF.astype(jnp.float32))
-    x_MD = x_MD.at[sum(sizes) :].set(jnp.nan if name != "tokamax" else 0)  # another device's rows are not looked at
+    x_MD = x_MD.at[sum(sizes) :].set(
+        jnp.nan if name != "tokamax" else 0
+    )  # another device's rows are not looked at
     found = value_and_gradients(name)(x_MD, w_EDF, jnp.array(sizes), dy_MF)
     # Sums over D, F or M in float32; what comes out is rounded once, to the 8 bits of bfloat16.
     terms = D + F + M if dtype == jnp.float32 else 1
@@ -79,7 +88,8 @@ def test_values_and_gradients_are_those_of_a_loop(name, sizes, dtype):
 @pytest.mark.parametrize("name", ["ragged", "pallas"])
 def test_rows_of_low_precision_are_summed_in_float32(name, monkeypatch):
     monkeypatch.setattr(by_library, "BLOCK", 64)  # as many rows as the kernel takes at a time
-    # 127 blocks of 1 + 63 / 2^14 are 127.49. Of a block or of their sum, bfloat16's 8 bits would keep 1 and 127.
+    # 127 blocks of 1 + 63 / 2^14 are 127.49. Of a block or of their sum, bfloat16's 8 bits would
+    # keep 1 and 127.
     x_MD = jnp.full((127, 64), 2**-14, jnp.bfloat16).at[:, 0].set(1).reshape(-1, 1)
     gradient = jax.grad(lambda w_EDF: jnp.sum(MATMULS[name](x_MD, w_EDF, jnp.array([len(x_MD)]))))
     assert gradient(jnp.ones((1, 1, 1), jnp.bfloat16)).item() == 127.5

@@ -29,7 +29,10 @@ def tiny(model_config):
 
 def parameters(config):
     declared, rng = declare(config), np.random.default_rng(0)
-    return {name: jnp.asarray(0.7 * rng.normal(size=of.shape), jnp.float32) for name, of in declared.items()}
+    return {
+        name: jnp.asarray(0.7 * rng.normal(size=of.shape), jnp.float32)
+        for name, of in declared.items()
+    }
 
 
 def tokens():
@@ -49,7 +52,9 @@ def apply(config, params, router_state, observe=None):
 
 def all_experts(params):
     """(hidden (B, T, E, F), output (B, T, E, D)) of every expert on every token."""
-    gate_BTEF, up_BTEF = (jnp.einsum("btd,edf->btef", tokens(), params[name]) for name in ("w_gate", "w_up"))
+    gate_BTEF, up_BTEF = (
+        jnp.einsum("btd,edf->btef", tokens(), params[name]) for name in ("w_gate", "w_up")
+    )
     hidden_BTEF = jax.nn.silu(gate_BTEF) * up_BTEF
     return hidden_BTEF, jnp.einsum("btef,efd->bted", hidden_BTEF, params["w_down"])
 
@@ -67,7 +72,9 @@ def assert_close(found, expected):
 def test_the_most_probable_experts_are_mixed(tiny):
     params = parameters(tiny())
     y_BTD, stats, _ = apply(tiny(), params, {})
-    assert_close(y_BTD, mixture(params, *jax.lax.top_k(jax.nn.softmax(tokens() @ params["router"].T), K)))
+    assert_close(
+        y_BTD, mixture(params, *jax.lax.top_k(jax.nn.softmax(tokens() @ params["router"].T), K))
+    )
     assert stats.active == K and stats.load_E.sum() == pytest.approx(1)
 
 
@@ -129,10 +136,20 @@ def test_a_layer_can_be_observed(tiny):
     def observe(layer):
         assert layer.auxiliary is None
         again = layer.score(layer.x_BTD).probabilities_BTE
-        return layer.x_BTD, layer.mask_BT, layer.scores, again, layer.routing, layer.chosen_BTK, layer.kept
+        return (
+            layer.x_BTD,
+            layer.mask_BT,
+            layer.scores,
+            again,
+            layer.routing,
+            layer.chosen_BTK,
+            layer.kept,
+        )
 
     params = parameters(config)
-    _, stats, (x_BTD, mask_BT, scores, again, routing, chosen_BTK, kept) = apply(config, params, {}, observe)
+    _, stats, (x_BTD, mask_BT, scores, again, routing, chosen_BTK, kept) = apply(
+        config, params, {}, observe
+    )
     np.testing.assert_array_equal(x_BTD, tokens())
     np.testing.assert_array_equal(mask_BT, MASK_BT)
     np.testing.assert_array_equal(again, scores.probabilities_BTE)
@@ -141,7 +158,9 @@ def test_a_layer_can_be_observed(tiny):
     np.testing.assert_array_equal(chosen_BTK, full_BTK & MASK_BT[..., None])
     assert stats.active == pytest.approx(chosen_BTK.sum() / MASK_BT.sum())
     for name, every in zip(("hidden", "output"), all_experts(params), strict=True):
-        chosen = jnp.take_along_axis(every, routing.experts_BTK[..., None], axis=2, mode="fill", fill_value=0)
+        chosen = jnp.take_along_axis(
+            every, routing.experts_BTK[..., None], axis=2, mode="fill", fill_value=0
+        )
         assert_close(kept[name], chosen)
 
 
@@ -149,7 +168,10 @@ def test_the_sum_of_directions_is_over_all_experts(tiny):
     params = parameters(tiny())
     _, _, found_BTD = apply(tiny(), params, {}, lambda layer: layer.unit_sum_BTD())
     output_BTED = all_experts(params)[1]
-    assert_close(found_BTD, jnp.sum(output_BTED / jnp.linalg.norm(output_BTED, axis=-1, keepdims=True), axis=2))
+    assert_close(
+        found_BTD,
+        jnp.sum(output_BTED / jnp.linalg.norm(output_BTED, axis=-1, keepdims=True), axis=2),
+    )
 
 
 ROUTES = {  # term: (what it trains, what it does not touch)
@@ -184,8 +206,12 @@ def largest_gradients(config, names, router_state):
 def assert_routes(found):
     for term, gradients in found.items():
         trained, untouched = ROUTES[term]
-        assert {name for name, gradient in gradients.items() if gradient > 1e-5} == set(trained), term
-        assert {name for name, gradient in gradients.items() if gradient == 0} == set(untouched), term
+        assert {name for name, gradient in gradients.items() if gradient > 1e-5} == set(trained), (
+            term
+        )
+        assert {name for name, gradient in gradients.items() if gradient == 0} == set(untouched), (
+            term
+        )
 
 
 def test_a_term_trains_what_its_paper_says(tiny):
@@ -194,7 +220,11 @@ def test_a_term_trains_what_its_paper_says(tiny):
 
 
 def test_competition_trains_the_router_alone(tiny):
-    assert_routes(largest_gradients(tiny(router="competition"), ("competition",), {"competing": jnp.array(True)}))
+    assert_routes(
+        largest_gradients(
+            tiny(router="competition"), ("competition",), {"competing": jnp.array(True)}
+        )
+    )
 
 
 def test_variance_of_turned_rows_trains_the_rows_and_not_the_gates_that_turn_them(tiny):
@@ -221,7 +251,9 @@ def test_overlap_of_factored_gates_has_the_gradient_of_their_product(tiny):
 
     def through_the_layer(w_low_EDr):
         module = MoE(config, observers=(observer("output_overlap"),))
-        return module.apply({"params": params | {"w_low": w_low_EDr}}, tokens(), MASK_BT, {})[2]["output_overlap"]
+        return module.apply({"params": params | {"w_low": w_low_EDr}}, tokens(), MASK_BT, {})[2][
+            "output_overlap"
+        ]
 
     expected = jax.jit(jax.value_and_grad(overlap))(params["w_low"])
     found = jax.jit(jax.value_and_grad(through_the_layer))(params["w_low"])
@@ -237,9 +269,14 @@ def test_where_experts_compete_balance_reads_how_they_answered(tiny):
     params = parameters(config)
     for active in (True, False):
         state = {"competing": jnp.array(active)}
-        _, stats, layer = apply(config, params, state, lambda layer: (layer.scores, layer.auxiliary))
+        _, stats, layer = apply(
+            config, params, state, lambda layer: (layer.scores, layer.auxiliary)
+        )
         scores, competing = layer
         read_BTE = competing.competitors_BTE if active else scores.probabilities_BTE
         # a mean over 8 tokens
         np.testing.assert_allclose(stats.probability_E, read_BTE[MASK_BT].mean(axis=0), rtol=1e-5)
-        assert abs(stats.probability_E - scores.probabilities_BTE[MASK_BT].mean(axis=0)).max() > 0.01 or not active
+        assert (
+            abs(stats.probability_E - scores.probabilities_BTE[MASK_BT].mean(axis=0)).max() > 0.01
+            or not active
+        )

@@ -32,7 +32,9 @@ def arrays(tokens, experts_per_token, experts, width, hidden):
     """x, routing and matrices of a layer, as shapes."""
     shape = jax.ShapeDtypeStruct
     up, down = (experts, width, hidden), (experts, hidden, width)
-    matrices = {name: shape(of, jnp.bfloat16) for name, of in zip(GATED, (up, up, down), strict=True)}
+    matrices = {
+        name: shape(of, jnp.bfloat16) for name, of in zip(GATED, (up, up, down), strict=True)
+    }
     routing = Routing(*(shape((*tokens, experts_per_token), of) for of in (jnp.float32, jnp.int32)))
     return shape((*tokens, width), jnp.bfloat16), routing, matrices
 
@@ -42,10 +44,14 @@ def gradients(mesh):
 
     def loss(x_BTD, weights_BTK, matrices, routing):
         run = partial(IMPLEMENTATIONS["pallas"], weighed)
-        y_BTD, _ = parallel.apply(run, mesh, x_BTD, routing._replace(weights_BTK=weights_BTK), matrices)
+        y_BTD, _ = parallel.apply(
+            run, mesh, x_BTD, routing._replace(weights_BTK=weights_BTK), matrices
+        )
         return jnp.sum(y_BTD.astype(jnp.float32) ** 2)
 
-    return lambda x_BTD, routing, matrices: jax.grad(loss, (0, 1, 2))(x_BTD, routing.weights_BTK, matrices, routing)
+    return lambda x_BTD, routing, matrices: jax.grad(loss, (0, 1, 2))(
+        x_BTD, routing.weights_BTK, matrices, routing
+    )
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32], ids=["bfloat16", "float32"])
@@ -54,7 +60,9 @@ def test_value_and_gradients_are_three_kernels(dtype):
         return jnp.sum(pallas_matmul(x_MD, w_EDF, sizes_E).astype(jnp.float32) ** 2)
 
     shapes = ((1000, 200), dtype), ((6, 200, 72), dtype), ((6,), jnp.int32)
-    text = lowered_for_cuda(described_gpus(1, 1), jax.grad(loss, (0, 1)), *(jax.ShapeDtypeStruct(*of) for of in shapes))
+    text = lowered_for_cuda(
+        described_gpus(1, 1), jax.grad(loss, (0, 1)), *(jax.ShapeDtypeStruct(*of) for of in shapes)
+    )
     assert len(KERNEL.findall(text)) == 3
     assert "stablehlo.dot_general" not in text
 
@@ -63,13 +71,16 @@ def test_no_array_of_the_layer_is_larger_than_a_chunk(monkeypatch):
     tokens, experts_per_token, experts, width, hidden = (4, 512), 8, 16, 64, 192
     monkeypatch.setattr(grouped, "CHUNK_BYTES", 1024 * hidden * 2)
     text = lowered_for_cuda(
-        described_gpus(1, 1), gradients(None), *arrays(tokens, experts_per_token, experts, width, hidden)
+        described_gpus(1, 1),
+        gradients(None),
+        *arrays(tokens, experts_per_token, experts, width, hidden),
     )
     # Forward 3; backward 2 again, for the hidden rows, and 2 for each of the three matmuls.
     assert len(KERNEL.findall(text)) == 3 + 2 + 6
     assert "stablehlo.dot_general" not in text
     sizes = [
-        [int(size) for size in found[:-1].split("x")] for found in re.findall(r"tensor<((?:\d+x)+)(?:f32|bf16)>", text)
+        [int(size) for size in found[:-1].split("x")]
+        for found in re.findall(r"tensor<((?:\d+x)+)(?:f32|bf16)>", text)
     ]
     # 16384 assignments of bfloat16 in 16 chunks of 1024 rows
     assert [1024, hidden] in sizes and [1024, width] in sizes

@@ -17,7 +17,8 @@ from tests.tolerance import assert_close
 
 B, T, K, E, D, F, RANK = 8, 6, 2, 8, 16, 8, 4
 KEEP = ("hidden", "output")
-# Gradients of matrices are sums over all assignments, of what sums over D, F and D are, forward and backward.
+# Gradients of matrices are sums over all assignments, of what sums over D, F and D are, forward and
+# backward.
 TERMS = B * T * K + 2 * (2 * D + F)
 
 
@@ -31,15 +32,25 @@ def arguments(spread, names):
         "empty slots": jnp.where(weights_BTK > 0.8, experts_BTK, E),
     }[spread]
     shapes = {"w_gate": (E, D, F), "w_high": (E, RANK, F), "w_up": (E, D, F), "w_down": (E, F, D)}
-    matrices = {name: 0.3 * jax.random.normal(key, shapes[name]) for name, key in zip(names, keys[1:4], strict=True)}
+    matrices = {
+        name: 0.3 * jax.random.normal(key, shapes[name])
+        for name, key in zip(names, keys[1:4], strict=True)
+    }
     w_low_EDr = jax.random.normal(keys[5], (E, D, RANK)) if "w_high" in names else None
-    return jax.random.normal(keys[4], (B, T, D)), Routing(weights_BTK, experts_BTK), matrices, w_low_EDr
+    return (
+        jax.random.normal(keys[4], (B, T, D)),
+        Routing(weights_BTK, experts_BTK),
+        matrices,
+        w_low_EDr,
+    )
 
 
 def run(mesh, implementation, spread, names, keep):
     x_BTD, routing, matrices, w_low_EDr = arguments(spread, names)
     gradients = gradients_of(mesh, implementation, keep)
-    return jax.device_get(gradients(x_BTD, routing.weights_BTK, matrices, w_low_EDr, routing.experts_BTK))
+    return jax.device_get(
+        gradients(x_BTD, routing.weights_BTK, matrices, w_low_EDr, routing.experts_BTK)
+    )
 
 
 @cache
@@ -47,9 +58,13 @@ def gradients_of(mesh, implementation, keep):
     """As one program for all routings."""
 
     def loss(x_BTD, weights_BTK, matrices, w_low_EDr, experts_BTK):
-        low_BTEr = None if w_low_EDr is None else parallel.project(mesh, x_BTD, w_low_EDr, BY_EXPERT)
+        low_BTEr = (
+            None if w_low_EDr is None else parallel.project(mesh, x_BTD, w_low_EDr, BY_EXPERT)
+        )
         of_experts = partial(implementation, partial(weighed, keep=keep))
-        results = parallel.apply(of_experts, mesh, x_BTD, Routing(weights_BTK, experts_BTK), matrices, low_BTEr)
+        results = parallel.apply(
+            of_experts, mesh, x_BTD, Routing(weights_BTK, experts_BTK), matrices, low_BTEr
+        )
         return sum(jnp.sum(jnp.sin(leaf)) for leaf in jax.tree.leaves(results)), results
 
     return jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2, 3), has_aux=True))
@@ -62,7 +77,11 @@ def oracle(spread, names, keep):
 
 @pytest.mark.parametrize("shape", [(1, 8), (2, 4)], ids=str)
 def test_memory_is_bounded_by_a_groups_tokens_and_knows_no_routing(shape):
-    mesh, (rows, length, chosen), (experts, width, hidden) = sharding.make_mesh(*shape), (8, 64, 4), (16, 64, 32)
+    mesh, (rows, length, chosen), (experts, width, hidden) = (
+        sharding.make_mesh(*shape),
+        (8, 64, 4),
+        (16, 64, 32),
+    )
 
     def abstract(of, spec, dtype=jnp.float32):
         return jax.ShapeDtypeStruct(of, dtype, sharding=NamedSharding(mesh, spec))
@@ -72,14 +91,23 @@ def test_memory_is_bounded_by_a_groups_tokens_and_knows_no_routing(shape):
         return jnp.sum(parallel.apply(of_experts, mesh, x_BTD, routing, matrices)[0] ** 2)
 
     x_BTD = abstract((rows, length, width), P(sharding.BATCH))
-    routing = Routing(*(abstract((rows, length, chosen), P(sharding.BATCH), of) for of in (jnp.float32, jnp.int32)))
+    routing = Routing(
+        *(
+            abstract((rows, length, chosen), P(sharding.BATCH), of)
+            for of in (jnp.float32, jnp.int32)
+        )
+    )
     up, down = (experts, width, hidden), (experts, hidden, width)
     shapes = {"w_gate": up, "w_up": up, "w_down": down}
     matrices = {name: abstract(of, sharding.PARAMETERS[name]) for name, of in shapes.items()}
     gradients = jax.jit(jax.grad(loss, argnums=(0, 2))).lower(x_BTD, routing, matrices).compile()
-    # Tokens, outputs and their gradients, gathered; the device's experts and their gradients. Buffers large enough for
-    # every token at each of the device's 2 or 4 experts would be so many times the tokens more.
-    of_group, of_experts = 4 * rows * length * width // shape[0], 4 * 3 * experts * width * hidden // shape[1]
+    # Tokens, outputs and their gradients, gathered; the device's experts and their gradients.
+    # Buffers large enough for every token at each of the device's 2 or 4 experts would be so many
+    # times the tokens more.
+    of_group, of_experts = (
+        4 * rows * length * width // shape[0],
+        4 * 3 * experts * width * hidden // shape[1],
+    )
     assert gradients.memory_analysis().temp_size_in_bytes < 5 * of_group + 2 * of_experts
 
 
@@ -103,7 +131,8 @@ def test_factorised_gates_empty_slots_and_what_is_kept_on_any_mesh(shape, name):
 
 @pytest.mark.parametrize("spread", ["empty slots", "one expert"])
 def test_interpreted_kernels_on_a_mesh(spread, monkeypatch):
-    # jax interprets no kernel under the replication check; test_pallas_matmul.py lowers them for GPUs with it on.
+    # jax interprets no kernel under the replication check; test_pallas_matmul.py lowers them for
+    # GPUs with it on.
     monkeypatch.setattr(jax, "shard_map", partial(jax.shard_map, check_vma=False))
     expected = oracle(spread, GATED, ())
     found = run(sharding.make_mesh(2, 2), IMPLEMENTATIONS["pallas"], spread, GATED, ())

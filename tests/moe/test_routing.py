@@ -52,13 +52,18 @@ def test_the_gradient_of_the_chosen_does_not_know_the_bias(choose):
     def loss(probabilities_BTE, bias_E):
         return jnp.sum(jnp.array([3.0, 5.0]) * choose(probabilities_BTE, bias_E).weights_BTK)
 
-    to_probabilities, to_bias = jax.grad(loss, (0, 1))(PROBABILITIES_BTE, jnp.array([0.0, -0.2, 0.5]))
-    np.testing.assert_array_equal(to_probabilities, [[[5, 0, 3], [5, 0, 3]]])  # expert 2 comes first, then 0
+    to_probabilities, to_bias = jax.grad(loss, (0, 1))(
+        PROBABILITIES_BTE, jnp.array([0.0, -0.2, 0.5])
+    )
+    np.testing.assert_array_equal(
+        to_probabilities, [[[5, 0, 3], [5, 0, 3]]]
+    )  # expert 2 comes first, then 0
     assert not to_bias.any()
 
 
 def test_top_p_keeps_the_smallest_prefix_whose_sum_exceeds_it(choose):
-    # 0.5 and 0.7 exceed 0.49 alone; 0.51 takes 0.5 + 0.3 and still 0.7; 0.81 takes 0.5 + 0.3 + 0.2 and 0.7 + 0.2
+    # 0.5 and 0.7 exceed 0.49 alone; 0.51 takes 0.5 + 0.3 and still 0.7; 0.81 takes 0.5 + 0.3 + 0.2
+    # and 0.7 + 0.2
     for top_p, experts, weights in (
         (0.49, [[0, 3, 3], [2, 3, 3]], [[0.5, 0, 0], [0.7, 0, 0]]),
         (0.51, [[0, 1, 3], [2, 3, 3]], [[0.5, 0.3, 0], [0.7, 0, 0]]),
@@ -90,7 +95,9 @@ def test_statistics_by_hand(choose):
 
 
 def test_statistics_do_not_count_masked_tokens(choose):
-    stats = statistics(scores(jnp.log(PROBABILITIES_BTE) + 2.0), choose(), jnp.array([[True, False]]))
+    stats = statistics(
+        scores(jnp.log(PROBABILITIES_BTE) + 2.0), choose(), jnp.array([[True, False]])
+    )
     assert_close(stats.load_E, [1 / 2, 1 / 2, 0], terms=4)
     assert_close(stats.probability_E, [0.5, 0.3, 0.2], terms=8)
     assert stats.active == 2
@@ -114,12 +121,15 @@ def test_balance_reads_what_the_router_says_it_should():
 
 
 def test_loads_are_integers_that_no_number_of_tokens_rounds():
-    # 3.1 million tokens with one expert each, of which all but three have the first: float32 shares of 1 / N, added one
-    # by one, lose 0.3 %.
+    # 3.1 million tokens with one expert each, of which all but three have the first: float32 shares
+    # of 1 / N, added one by one, lose 0.3 %.
     tokens = 3_145_728
     experts_BTK = jnp.zeros((1, tokens, 1), jnp.int32).at[0, 5:8].set(1)
     even_BTE = jnp.full((1, tokens, 2), 0.5)
-    of, mask_BT = Scores(jnp.zeros_like(even_BTE), even_BTE, even_BTE), jnp.ones((1, tokens), bool).at[0, 0].set(False)
+    of, mask_BT = (
+        Scores(jnp.zeros_like(even_BTE), even_BTE, even_BTE),
+        jnp.ones((1, tokens), bool).at[0, 0].set(False),
+    )
     stats = jax.jit(statistics)(of, Routing(jnp.ones(experts_BTK.shape), experts_BTK), mask_BT)
     assert stats.assignments_E.dtype == stats.tokens.dtype == jnp.int32
     np.testing.assert_array_equal(stats.assignments_E, [tokens - 4, 3])

@@ -46,7 +46,8 @@ def test_experts_come_by_preference_and_ties_by_number(choose, logits_BTE, bias_
     expected_BTE = np.argsort(-preference_BTE, axis=-1, kind="stable")
     np.testing.assert_array_equal(routing.experts_BTK, expected_BTE[..., :K])
     np.testing.assert_array_equal(
-        routing.weights_BTK, np.take_along_axis(np.asarray(probabilities_BTE), expected_BTE[..., :K], axis=-1)
+        routing.weights_BTK,
+        np.take_along_axis(np.asarray(probabilities_BTE), expected_BTE[..., :K], axis=-1),
     )
     assert (np.sum(routing.weights_BTK, axis=-1) <= 1 + within(E)).all()
     assert np.isfinite(gradient).all()
@@ -56,7 +57,9 @@ def test_experts_come_by_preference_and_ties_by_number(choose, logits_BTE, bias_
 @given(logits, biases)
 def test_renormalized_weights_sum_to_one_or_are_all_zero(choose, logits_BTE, bias_E):
     (_, (routing, probabilities_BTE)), gradient = choose(renormalize=True)(logits_BTE, bias_E)
-    chosen_BTK = np.take_along_axis(np.asarray(probabilities_BTE), np.asarray(routing.experts_BTK), axis=-1)
+    chosen_BTK = np.take_along_axis(
+        np.asarray(probabilities_BTE), np.asarray(routing.experts_BTK), axis=-1
+    )
     assert_close(np.sum(routing.weights_BTK, axis=-1), chosen_BTK.any(axis=-1), terms=8)
     assert np.isfinite(gradient).all()
 
@@ -68,7 +71,8 @@ def test_chosen_probabilities_that_almost_vanish_are_weighed_as_others_are(choos
                 choose(renormalize=True)(np.float32([[[0, 0, 0, 2, 1, 0]] * T]), bias_E)]  # fmt: skip
     (_, (routing, _)), gradient = outcomes[0]
     powers = np.exp([0.0, -1.0, -2.0])
-    # An exponent of 82 is known to half a unit of 64 and its power so much, 32 units of 1; of the others it is less.
+    # An exponent of 82 is known to half a unit of 64 and its power so much, 32 units of 1; of the
+    # others it is less.
     assert_close(routing.weights_BTK, [[powers / powers.sum()] * T], terms=2 * 64)
     assert np.abs(gradient).max() > 0.1
     assert_close(gradient, outcomes[1][1], terms=4 * 64)
@@ -96,12 +100,16 @@ def test_a_unit_vector_has_a_gradient_at_any_length(seed, exponent):
         found_TD, found_gradient_TD = unit_and_gradient(x_TD * scale)
     assert np.isfinite(found_TD).all()
     assert np.isfinite(found_gradient_TD).all() or exponent < -35
-    if -35 <= exponent <= 30:  # beyond, float32 has few bits or none for what is small: the vector, or its gradient
+    if (
+        -35 <= exponent <= 30
+    ):  # beyond, float32 has few bits or none for what is small: the vector, or its gradient
         # a norm over D, a quotient, and a scale that is no power of two
         assert_close(found_TD, direction_TD, terms=D + 8)
         # The direction ignores the scale, so its gradient goes with 1 / scale.
         found = np.float32(np.float64(found_gradient_TD) * scale)
-        assert_close(found, gradient_TD, terms=4 * (D + 8))  # differences of two terms that are longer
+        assert_close(
+            found, gradient_TD, terms=4 * (D + 8)
+        )  # differences of two terms that are longer
 
 
 @jax.jit
@@ -110,11 +118,15 @@ def unit_and_gradient(x_TD):
 
 
 # ---------------------------------------------------------------------------------------------------- NaN
-@pytest.mark.parametrize("top_p, renormalize", [(1.0, False), (1.0, True), (0.5, False), (0.5, True)])
+@pytest.mark.parametrize(
+    "top_p, renormalize", [(1.0, False), (1.0, True), (0.5, False), (0.5, True)]
+)
 def test_nan_is_not_routed_to_a_valid_weight(choose, top_p, renormalize):
     logits_BTE = np.zeros((1, T, E), np.float32)
     logits_BTE[0, 1, 2] = np.nan
-    (_, (routing, _)), _ = choose(top_p=top_p, renormalize=renormalize)(logits_BTE, np.zeros(E, np.float32))
+    (_, (routing, _)), _ = choose(top_p=top_p, renormalize=renormalize)(
+        logits_BTE, np.zeros(E, np.float32)
+    )
     assert np.isfinite(routing.weights_BTK[0, 0]).all()
     assert np.isnan(routing.weights_BTK[0, 1, 0])
 
@@ -124,10 +136,15 @@ RANKS = {"aoe": {"rank": D}, "routing_free": {"rank": D}}
 
 @pytest.mark.parametrize("name", sorted(ROUTERS))
 def test_a_nan_in_tokens_or_parameters_shows_in_the_weights(model_config, name):
-    config = model_config(router=name, experts=E, experts_per_token=E, width=D, expert_width=4, **RANKS.get(name, {}))
+    config = model_config(
+        router=name, experts=E, experts_per_token=E, width=D, expert_width=4, **RANKS.get(name, {})
+    )
     router, rng = config.router, np.random.default_rng(0)
     declared = {name: parameter.shape for name, parameter in declare(config).items()}
-    parameters = {parameter: rng.normal(size=shape).astype(np.float32) for parameter, shape in declared.items()}
+    parameters = {
+        parameter: rng.normal(size=shape).astype(np.float32)
+        for parameter, shape in declared.items()
+    }
     x_BTD = rng.normal(size=(1, T, D)).astype(np.float32)
 
     @jax.jit
@@ -143,9 +160,13 @@ def test_a_nan_in_tokens_or_parameters_shows_in_the_weights(model_config, name):
     for parameter in router.parameters(config):
         spoilt = np.array(parameters[parameter])
         spoilt.flat[-1] = np.nan
-        assert np.isnan(weights(parameters | {parameter: spoilt}, x_BTD)).any(axis=-1).all(), parameter
+        assert np.isnan(weights(parameters | {parameter: spoilt}, x_BTD)).any(axis=-1).all(), (
+            parameter
+        )
 
 
 def test_a_competition_that_nobody_enters_weighs_nobody():
-    routing, share_BTE = competition.winners(jnp.zeros((1, T, E)), K)  # softplus of very negative answers is 0
+    routing, share_BTE = competition.winners(
+        jnp.zeros((1, T, E)), K
+    )  # softplus of very negative answers is 0
     assert not routing.weights_BTK.any() and np.isfinite(share_BTE).all()

@@ -82,10 +82,15 @@ def test_auto_falls_back_to_the_portable_loop_and_says_so(monkeypatch, caplog):
     monkeypatch.setitem(experts.MATMULS, "pallas", drops_single_rows)
     with caplog.at_level(logging.WARNING):
         assert experts.implementation("auto", "cpu") is experts.IMPLEMENTATIONS["block_loop"]
-    assert "pallas fails its self-test on cpu, block_loop is used instead: its value is wrong" in caplog.text
+    assert (
+        "pallas fails its self-test on cpu, block_loop is used instead: its value is wrong"
+        in caplog.text
+    )
 
 
 def test_a_name_that_was_given_is_refused_rather_than_replaced(monkeypatch):
     monkeypatch.setitem(experts.MATMULS, "pallas", drops_single_rows)
-    with pytest.raises(ValueError, match="'pallas' fails its self-test on cpu: its value is wrong; use 'auto'"):
+    with pytest.raises(
+        ValueError, match="'pallas' fails its self-test on cpu: its value is wrong; use 'auto'"
+    ):
         experts.implementation("pallas", "cpu")

@@ -48,7 +48,8 @@ def test_the_equivalence_test_has_its_size_at_the_margin():
     """Where the true difference is the margin, it is called equivalent in 5 % of studies."""
     rng = np.random.default_rng(2)
     p_values = [
-        statistics.equivalence_p_value(rng.normal(0.5, 1.0, 100), rng.normal(0.0, 1.0, 100), 0.5) for _ in range(DRAWS)
+        statistics.equivalence_p_value(rng.normal(0.5, 1.0, 100), rng.normal(0.0, 1.0, 100), 0.5)
+        for _ in range(DRAWS)
     ]
     assert abs(np.mean(np.array(p_values) < 0.05) - 0.05) < monte_carlo_error(0.05)
 
@@ -71,7 +72,8 @@ def test_power_grows_to_one_and_is_the_size_without_a_difference():
 def test_the_detectable_difference_is_found_with_the_power_asked_for():
     delta = statistics.detectable_difference((0.01, 0.01), (17, 17))
     assert statistics.power(delta, (0.01, 0.01), (17, 17)) == pytest.approx(0.8, abs=1e-6)
-    # Seventeen runs per arm show a difference of one standard deviation: the textbook case of a t test.
+    # Seventeen runs per arm show a difference of one standard deviation: the textbook case of a t
+    # test.
     assert delta == pytest.approx(0.01, rel=0.02)
 
 
@@ -79,7 +81,9 @@ def test_the_number_of_runs_needed_is_the_smallest_that_suffices():
     for difference in (0.3, 1.0, 2.5):
         needed = statistics.runs_needed(difference, (1.0, 1.0))
         assert statistics.power(difference, (1.0, 1.0), (needed, needed)) >= 0.8
-        assert needed == 2 or statistics.power(difference, (1.0, 1.0), (needed - 1, needed - 1)) < 0.8
+        assert (
+            needed == 2 or statistics.power(difference, (1.0, 1.0), (needed - 1, needed - 1)) < 0.8
+        )
     assert statistics.runs_needed(1.0, (1.0, 1.0)) == 17
     assert statistics.runs_needed(1e-6, (1.0, 1.0)) is None
 
@@ -92,14 +96,20 @@ def test_the_number_of_runs_needed_is_the_smallest_that_suffices():
 ])  # fmt: skip
 def test_a_difference_is_named_by_what_is_better(shift, better, verdict):
     rng = np.random.default_rng(4)
-    found = statistics.compare({"arm": rng.normal(shift, 0.1, 8)}, rng.normal(0, 0.1, 8), better=better, margin=0.1)
+    found = statistics.compare(
+        {"arm": rng.normal(shift, 0.1, 8)}, rng.normal(0, 0.1, 8), better=better, margin=0.1
+    )
     assert found["arm"].verdict == verdict
 
 
 def test_equal_arms_are_equivalent_with_many_runs_and_undecided_with_few():
     rng = np.random.default_rng(5)
-    few = statistics.compare({"arm": rng.normal(0, 1, 4)}, rng.normal(0, 1, 4), better="lower", margin=0.2)
-    many = statistics.compare({"arm": rng.normal(0, 1, 2000)}, rng.normal(0, 1, 2000), better="lower", margin=0.2)
+    few = statistics.compare(
+        {"arm": rng.normal(0, 1, 4)}, rng.normal(0, 1, 4), better="lower", margin=0.2
+    )
+    many = statistics.compare(
+        {"arm": rng.normal(0, 1, 2000)}, rng.normal(0, 1, 2000), better="lower", margin=0.2
+    )
     assert few["arm"].verdict.startswith("cannot tell: n = ")
     assert many["arm"].verdict == "equivalent within 0.2"
 

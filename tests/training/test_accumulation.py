@@ -25,14 +25,15 @@ CHANGES = {
     "routing_free": {"router": "routing_free", "rank": 8},
     "competition": {"router": "competition", "rate": 1.0},
 }
-# Of means over tokens in another order: sums over at most 128 tokens and a few hundred products, in units in the last
-# place (6e-8) of the largest element.
+# Of means over tokens in another order: sums over at most 128 tokens and a few hundred products, in
+# units in the last place (6e-8) of the largest element.
 WITHIN = 1e-5
 
 
 def test_micro_batches_weigh_by_their_assignments():
-    # 24 and 4 unmasked tokens with two experts each. Their counts add up to 7, 16, 14, 19, of which the mean is 14; as
-    # shares of 48 and of 8 the second expert has 16/48 and 0, which is 1/6 in the mean and less than 1/4.
+    # 24 and 4 unmasked tokens with two experts each. Their counts add up to 7, 16, 14, 19, of which
+    # the mean is 14; as shares of 48 and of 8 the second expert has 16/48 and 0, which is 1/6 in
+    # the mean and less than 1/4.
     counts_MLE = jnp.array([[[4, 16, 12, 16]], [[3, 0, 2, 3]]])
     mask_MBT = np.zeros((2, 1, 24), bool)
     mask_MBT[0], mask_MBT[1, 0, :4] = True, True
@@ -70,10 +71,16 @@ def taker(model_config):
         model = Transformer(model_config(init_std=0.3, **CHANGES[router]), sharding.make_mesh(1, 1))
         state = jax.jit(initializer(model, optax.sgd(1.0), 0))()
         objective = Objective(losses, model)
-        return model, state, {parts: jax.jit(step_gradients(model, objective, parts)) for parts in (1, PARTS)}
+        return (
+            model,
+            state,
+            {parts: jax.jit(step_gradients(model, objective, parts)) for parts in (1, PARTS)},
+        )
 
     def of(router, **losses):
-        return make(router, tuple((name, tuple(changes.items())) for name, changes in losses.items()))
+        return make(
+            router, tuple((name, tuple(changes.items())) for name, changes in losses.items())
+        )
 
     return of
 
@@ -95,14 +102,22 @@ ADDITIVE = {
 
 
 @pytest.mark.parametrize("router", ADDITIVE)
-def test_losses_that_are_means_over_tokens_are_those_of_the_whole_batch(router, taker, uneven_batch):
-    losses = {name: {"weight": 0.1} for name in ADDITIVE[router]} | {"load_balance": {"weight": 0.0}}
+def test_losses_that_are_means_over_tokens_are_those_of_the_whole_batch(
+    router, taker, uneven_batch
+):
+    losses = {name: {"weight": 0.1} for name in ADDITIVE[router]} | {
+        "load_balance": {"weight": 0.0}
+    }
     _, state, gradients_of = taker(router, **losses)
     whole, parts = gradients_of[1](state, uneven_batch), gradients_of[PARTS](state, uneven_batch)
     assert set(whole[1]) == {"lm", *ADDITIVE[router]}
     assert_same(whole[0], parts[0])
     for name, term in whole[1].items():  # cosines of about 0.1 cancel in their mean
-        assert_same(term, parts[1][name], largest=max(0.1, abs(float(term))) if name == "specialization" else None)
+        assert_same(
+            term,
+            parts[1][name],
+            largest=max(0.1, abs(float(term))) if name == "specialization" else None,
+        )
     jax.tree.map(np.testing.assert_array_equal, whole[2], parts[2])  # integers
     assert parts[2].tokens == uneven_batch["mask_BT"].sum()
 
@@ -118,7 +133,9 @@ def test_balance_over_the_step_reads_the_counts_so_far(router, taker, uneven_bat
         total, counts_LE = 0, 0
         for part in range(PARTS):
             batch = jax.tree.map(lambda leaf: leaf[part], micro_batches)  # noqa: B023
-            routing = model.apply({"params": params}, batch["inputs_BT"], batch["mask_BT"], {}).routing
+            routing = model.apply(
+                {"params": params}, batch["inputs_BT"], batch["mask_BT"], {}
+            ).routing
             counts_LE += routing.assignments_E
             load_LE = counts_LE / jnp.sum(counts_LE, axis=1, keepdims=True)
             balance = load_LE.shape[1] * jnp.mean(jnp.sum(load_LE * routing.probability_E, axis=1))
@@ -150,8 +167,13 @@ def test_a_layer_that_does_not_compete_is_no_part_of_the_loss(model_config, toke
 
         observed = jax.jit(model.clone(observers=goal.observers).apply)
         output = observed({"params": state.params}, batch["inputs_BT"], batch["mask_BT"], competing)
-        found[most] = goal.of_batch(output, batch, None)["competition"], output.observed["competition"]
+        found[most] = (
+            goal.of_batch(output, batch, None)["competition"],
+            output.observed["competition"],
+        )
     both, errors_L2 = found[2]
-    assert errors_L2[:, 1].tolist() == [1, 1] and both == pytest.approx(float(errors_L2[:, 0].mean()), rel=1e-6)
+    assert errors_L2[:, 1].tolist() == [1, 1] and both == pytest.approx(
+        float(errors_L2[:, 0].mean()), rel=1e-6
+    )
     one, errors_L2 = found[1]
     assert errors_L2[:, 1].tolist() == [1, 0] and one == errors_L2[0, 0] > 0  # not half of it

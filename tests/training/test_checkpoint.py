@@ -34,14 +34,18 @@ def place(tree, mesh_shape, spec):
 
 def abstract(state, mesh_shape, spec):
     shardings = place(state, mesh_shape, spec)
-    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings)
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings
+    )
 
 
 @pytest.fixture
 def state():
     weights = jax.random.normal(jax.random.key(1), (64, 32))
     router = {"bias": jnp.linspace(-1, 1, 7)}
-    state = State(jnp.int32(3), {"w": weights, "scale": jnp.full(5, jnp.pi)}, router, jax.random.key(7))
+    state = State(
+        jnp.int32(3), {"w": weights, "scale": jnp.full(5, jnp.pi)}, router, jax.random.key(7)
+    )
     return jax.device_put(state, place(state, (4, 2), P("data", "expert")))
 
 
@@ -74,7 +78,9 @@ def test_restore_is_bit_exact_on_another_mesh(tmp_path, state):
 
 @pytest.mark.parametrize("implementation", ["threefry2x32", "rbg"])
 def test_a_key_returns_with_its_algorithm(tmp_path, state, implementation):
-    state = state.replace(rng=jax.device_put(jax.random.key(7, impl=implementation), state.rng.sharding))
+    state = state.replace(
+        rng=jax.device_put(jax.random.key(7, impl=implementation), state.rng.sharding)
+    )
     with Checkpoints(tmp_path, keep=1) as checkpoints:
         checkpoints.save(1, state, {})
         restored, _ = checkpoints.restore(abstract(state, (4, 2), P()))
@@ -82,9 +88,16 @@ def test_a_key_returns_with_its_algorithm(tmp_path, state, implementation):
 
 
 def test_buffers_may_be_donated_while_the_save_is_running(tmp_path):
-    state = State(jnp.int32(0), {"w": jax.random.normal(jax.random.key(0), (2048, 2048))}, {}, jax.random.key(7))
+    state = State(
+        jnp.int32(0),
+        {"w": jax.random.normal(jax.random.key(0), (2048, 2048))},
+        {},
+        jax.random.key(7),
+    )
     state = jax.device_put(state, place(state, (4, 2), P("data", "expert")))
-    overwrite = jax.jit(lambda s: jax.tree.map(lambda x: x if x.ndim == 0 else -x, s), donate_argnums=0)
+    overwrite = jax.jit(
+        lambda s: jax.tree.map(lambda x: x if x.ndim == 0 else -x, s), donate_argnums=0
+    )
     spare = jax.tree.map(jnp.copy, state)
     jax.block_until_ready(overwrite(spare))  # compiled now, so that the call below races the write
     assert spare.params["w"].is_deleted()
@@ -148,7 +161,9 @@ def test_a_reader_makes_no_directory_and_says_what_is_missing(tmp_path, state):
 def test_a_directory_that_cannot_be_written_is_refused_in_one_line(tmp_path):
     (tmp_path / "file").write_text("")
     for directory in (tmp_path / "file", tmp_path / "file" / "below"):
-        with pytest.raises(BadInput, match=r"cannot write to .*file.*: name a writable directory") as error:
+        with pytest.raises(
+            BadInput, match=r"cannot write to .*file.*: name a writable directory"
+        ) as error:
             prepare_directory(directory)
         assert "\n" not in str(error.value)
     with pytest.raises(ValueError, match=r"checkpoint\.keep: 0 must be at least 1"):
@@ -169,7 +184,9 @@ KILLED_WHILE_SAVING = """
 
 def test_sigkill_during_a_save_leaves_the_last_checkpoint_whole(tmp_path):
     program = [sys.executable, "-c", textwrap.dedent(KILLED_WHILE_SAVING), str(tmp_path)]
-    killed = subprocess.run(program, cwd=os.getcwd(), env=os.environ | {"PYTHONPATH": os.getcwd()}, timeout=300)
+    killed = subprocess.run(
+        program, cwd=os.getcwd(), env=os.environ | {"PYTHONPATH": os.getcwd()}, timeout=300
+    )
     assert killed.returncode == -signal.SIGKILL
     mesh = jax.make_mesh((1, 1), ("data", "expert"), axis_types=(AxisType.Auto,) * 2)
     like = {"w": jax.ShapeDtypeStruct((4,), jnp.float32, sharding=NamedSharding(mesh, P()))}
@@ -183,7 +200,9 @@ def test_sigkill_during_a_save_leaves_the_last_checkpoint_whole(tmp_path):
 def test_the_first_setting_that_differs_is_named_with_both_values():
     saved = {"model": {"experts": 8, "width": 64}, "data": {"sources": ["a", "b"]}, "position": 5}
     check_same_run(saved, {"model": {"experts": 8, "width": 64}, "data": {"sources": ("a", "b")}})
-    with pytest.raises(ValueError, match=r"model\.experts = 8, this run has 16: use another --workdir"):
+    with pytest.raises(
+        ValueError, match=r"model\.experts = 8, this run has 16: use another --workdir"
+    ):
         check_same_run(saved, {"model": {"experts": 16, "width": 128}})
     with pytest.raises(ValueError, match=r"model\.width = 64, this run has absent"):
         check_same_run(saved, {"model": {"experts": 8}})

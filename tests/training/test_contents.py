@@ -15,23 +15,45 @@ from moe_erc.data import paths
 from moe_erc.training import contents, digests
 from moe_erc.training.checkpoint import Checkpoints, SaveError, prepare_directory
 
-NAMES = ("lr[1e-3]", "[!a]", "a*b", "a**b", "a?b", " a ", "%41 #1", "$HOME", "a:b,c=d", "ü", "x" * 200)
+NAMES = (
+    "lr[1e-3]",
+    "[!a]",
+    "a*b",
+    "a**b",
+    "a?b",
+    " a ",
+    "%41 #1",
+    "$HOME",
+    "a:b,c=d",
+    "ü",
+    "x" * 200,
+)
 
 
 def state(step):
     """A matrix over eight devices, and a key whose algorithm is noted beside its integers."""
     mesh = jax.make_mesh((4, 2), ("data", "expert"))
-    drawn = {"w": jax.random.normal(jax.random.key(step), (16, 4)), "rng": jax.random.key(step, impl="rbg")}
-    return jax.device_put(drawn, {"w": NamedSharding(mesh, P("data", "expert")), "rng": NamedSharding(mesh, P())})
+    drawn = {
+        "w": jax.random.normal(jax.random.key(step), (16, 4)),
+        "rng": jax.random.key(step, impl="rbg"),
+    }
+    return jax.device_put(
+        drawn, {"w": NamedSharding(mesh, P("data", "expert")), "rng": NamedSharding(mesh, P())}
+    )
 
 
 def assert_restored(directory, step):
-    like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), state(0))
+    like = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), state(0)
+    )
     with Checkpoints(directory) as reader:
         assert reader.newest_intact() == step
         restored, _ = reader.restore(like, step)
     np.testing.assert_array_equal(restored["w"], state(step)["w"])
-    assert restored["rng"].dtype == state(step)["rng"].dtype and (restored["rng"] == state(step)["rng"]).all()
+    assert (
+        restored["rng"].dtype == state(step)["rng"].dtype
+        and (restored["rng"] == state(step)["rng"]).all()
+    )
 
 
 @pytest.fixture(scope="module")
@@ -80,12 +102,16 @@ def remove_the_merged_index(step):
 def lose_a_chunk(step):
     """One of eight shares of the matrix is in no index, as if one process's part had not been merged."""
     index = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{step / 'state'}/"}}
-    tensorstore.KvStore.open(index).result().delete_range(tensorstore.KvStore.KeyRange("w/0.0", "w/0.00")).result()
+    tensorstore.KvStore.open(index).result().delete_range(
+        tensorstore.KvStore.KeyRange("w/0.0", "w/0.00")
+    ).result()
 
 
 def lose_an_array(step):
     index = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{step / 'state'}/"}}
-    tensorstore.KvStore.open(index).result().delete_range(tensorstore.KvStore.KeyRange("rng/", "rng0")).result()
+    tensorstore.KvStore.open(index).result().delete_range(
+        tensorstore.KvStore.KeyRange("rng/", "rng0")
+    ).result()
 
 
 def spoil_the_list(step):
@@ -131,10 +157,14 @@ def test_signed_again_and_unchanged_is_intact(saved, tmp_path):
 
 def test_a_save_that_cannot_be_restored_is_an_error_and_no_checkpoint(tmp_path, monkeypatch):
     save(tmp_path / "checkpoints", 1)
-    monkeypatch.setattr(paths.LiteralPath, "glob", lambda *_: iter(()))  # orbax finds no parts to merge
+    monkeypatch.setattr(
+        paths.LiteralPath, "glob", lambda *_: iter(())
+    )  # orbax finds no parts to merge
     with Checkpoints(tmp_path / "checkpoints", keep=3) as checkpoints:
         checkpoints.save(2, state(2), {})
-        with pytest.raises(SaveError, match=r"could not be written to .* \(it cannot be restored: NOT_FOUND"):
+        with pytest.raises(
+            SaveError, match=r"could not be written to .* \(it cannot be restored: NOT_FOUND"
+        ):
             checkpoints.wait()
         assert checkpoints.newest == 1
     monkeypatch.undo()
@@ -151,7 +181,10 @@ def test_the_state_that_was_meant_is_compared(saved):
 def test_a_failed_save_does_not_hide_what_ended_the_run(tmp_path, monkeypatch, capfd):
     save(tmp_path / "checkpoints", 1)
     monkeypatch.setattr(paths.LiteralPath, "glob", lambda *_: iter(()))
-    with pytest.raises(KeyError, match="mine"), Checkpoints(tmp_path / "checkpoints", keep=3) as checkpoints:
+    with (
+        pytest.raises(KeyError, match="mine"),
+        Checkpoints(tmp_path / "checkpoints", keep=3) as checkpoints,
+    ):
         checkpoints.save(2, state(2), {})
         raise KeyError("mine")
     assert "error: a checkpoint could not be written" in capfd.readouterr().err

@@ -40,7 +40,9 @@ def directory(saved, tmp_path):
 
 def files(step):
     """The files of a checkpoint that hold something of it, the largest first."""
-    inside = [path for item in ("state", "meta") for path in (step / item).rglob("*") if path.is_file()]
+    inside = [
+        path for item in ("state", "meta") for path in (step / item).rglob("*") if path.is_file()
+    ]
     return sorted(inside, key=lambda path: -path.stat().st_size)
 
 
@@ -96,7 +98,9 @@ DAMAGES = (
 
 def restored(checkpoints):
     like = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=SingleDeviceSharding(jax.devices()[0])),
+        lambda leaf: jax.ShapeDtypeStruct(
+            leaf.shape, leaf.dtype, sharding=SingleDeviceSharding(jax.devices()[0])
+        ),
         state(0),
     )
     return jax.device_get(checkpoints.restore(like)[0])
@@ -118,7 +122,10 @@ def test_the_newest_intact_one_is_used_and_the_damaged_one_named(damage, directo
         jax.tree.map(np.testing.assert_array_equal, restored(writer), jax.device_get(state(2)))
         writer.save(3, state(3), {"step": 3})  # its place is free again
     (line,) = capfd.readouterr().err.splitlines()
-    assert line.endswith("step 2 is used, it is kept as damaged-3") and (directory / "damaged-3").is_dir()
+    assert (
+        line.endswith("step 2 is used, it is kept as damaged-3")
+        and (directory / "damaged-3").is_dir()
+    )
     with Checkpoints(directory) as reader:
         assert reader.newest_intact() == 3
         jax.tree.map(np.testing.assert_array_equal, restored(reader), jax.device_get(state(3)))
@@ -148,7 +155,11 @@ def test_without_any_intact_one_the_run_does_not_begin_anew(directory):
             checkpoints.newest_intact()
         line = str(error.value)
         assert "\n" not in line and "no intact checkpoint in" in line
-        assert all(f"step {step}: " in line for step in STEPS) and " bytes of " in line and "is missing" in line
+        assert (
+            all(f"step {step}: " in line for step in STEPS)
+            and " bytes of " in line
+            and "is missing" in line
+        )
         assert sorted(path.name for path in directory.iterdir()) == ["1", "2", "3"]
 
 
@@ -167,7 +178,11 @@ def nobody():
     directory = Path(tempfile.mkdtemp())
     directory.chmod(0o777)
     root = os.geteuid() == 0
-    yield directory, (lambda: os.seteuid(65534)) if root else (lambda: None), lambda: os.seteuid(0) if root else None
+    yield (
+        directory,
+        (lambda: os.seteuid(65534)) if root else (lambda: None),
+        lambda: os.seteuid(0) if root else None,
+    )
     shutil.rmtree(directory)
 
 
@@ -211,7 +226,9 @@ def small_disk(request, tmp_path):
     if request.param == "largest file":
         yield tmp_path, 1 << 20
         return
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", tmp_path], capture_output=True)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", tmp_path], capture_output=True
+    )
     if mounted.returncode:
         pytest.skip("mounting is not allowed")
     yield tmp_path, 0
@@ -224,7 +241,10 @@ def test_a_save_that_does_not_fit_leaves_the_one_before(small_disk):
     environment = os.environ | {"PYTHONPATH": os.getcwd(), "JAX_NUM_CPU_DEVICES": "1"}
     done = subprocess.run(program, env=environment, timeout=120, capture_output=True, text=True)
     failure, newest = done.stdout.splitlines()
-    assert failure.startswith("SaveError: a checkpoint could not be written to ") and newest == "newest 1", done
+    assert (
+        failure.startswith("SaveError: a checkpoint could not be written to ")
+        and newest == "newest 1"
+    ), done
     prepare_directory(directory)
     with Checkpoints(directory) as reader:
         assert reader.newest_intact() == 1

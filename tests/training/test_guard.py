@@ -1,4 +1,7 @@
-"""A step whose numbers are not to be trusted changes nothing; the parameter or gradient at fault is named."""
+"""A step whose numbers are not to be trusted changes nothing.
+
+The parameter or gradient at fault is named.
+"""
 
 import functools
 
@@ -36,10 +39,13 @@ def test_the_defaults_are_those_of_the_configs():
 
 
 def test_the_distance_to_earlier_losses_in_standard_deviations():
-    # Window 2: shares 1, 1/2, 1/2, so mean 4, 5, 6 and variance 0, 1/2 (0 + 1/2 2^2) = 1, 1/2 (1 + 1/2 2^2) = 1.5.
+    # Window 2: shares 1, 1/2, 1/2, so mean 4, 5, 6 and variance 0, 1/2 (0 + 1/2 2^2) = 1, 1/2 (1 +
+    # 1/2 2^2) = 1.5.
     scores = [told[ZSCORE.key] for _, told in watch(GuardConfig(window=2), [4, 6, 7, 12])]
     assert scores[:2] == [0, 0]  # nothing to compare with yet
-    assert_close(np.array(scores[2:]), [2.0, 6 / np.sqrt(1.5)], terms=16)  # a mean and a variance of three losses
+    assert_close(
+        np.array(scores[2:]), [2.0, 6 / np.sqrt(1.5)], terms=16
+    )  # a mean and a variance of three losses
 
 
 def test_a_spike_is_reported_or_skipped_and_a_skipped_one_moves_no_mean():
@@ -71,7 +77,9 @@ def test_what_is_said_of_a_step():
     assert guard.read(GuardConfig(), 7, bad) == "step 7: not finite: loss/lm, the step was skipped"
     with pytest.raises(Stopped, match=r"^step 7: not finite: loss/lm$"):
         guard.read(GuardConfig(), 7, bad | {IN_A_ROW.key: 10})
-    with pytest.raises(Stopped, match=r"step 7: not finite: loss/lm; guard.limit: 10 steps skipped in a row"):
+    with pytest.raises(
+        Stopped, match=r"step 7: not finite: loss/lm; guard.limit: 10 steps skipped in a row"
+    ):
         guard.read(GuardConfig(nonfinite="skip"), 7, bad | {IN_A_ROW.key: 10})
 
 
@@ -99,7 +107,11 @@ def trainer(model_config):
     skip = GuardConfig(nonfinite="skip", limit=3)
     step = make_train_step(model, objective, optimizer, 1, shardings(shapes), skip)
     start = jax.jit(init, out_shardings=shardings(shapes))
-    return start, lambda state, batch: step(state, sharding.put_batch(mesh, batch)), step_gradients(model, objective, 1)
+    return (
+        start,
+        lambda state, batch: step(state, sharding.put_batch(mesh, batch)),
+        step_gradients(model, objective, 1),
+    )
 
 
 def with_number(state, number, layer):
@@ -120,7 +132,11 @@ def test_a_step_that_is_not_finite_changes_nothing_but_its_number(trainer, token
     before = host(bad)
     after, metrics = step(bad, token_batch(BATCH, LENGTH))
     jax.tree.map(np.testing.assert_array_equal, before, host(after))
-    assert np.isnan(metrics["loss/lm"]) and after.step == 1 and metrics[SKIPPED.key] == metrics[IN_A_ROW.key] == 1
+    assert (
+        np.isnan(metrics["loss/lm"])
+        and after.step == 1
+        and metrics[SKIPPED.key] == metrics[IN_A_ROW.key] == 1
+    )
     good, metrics = step(start(), token_batch(BATCH, LENGTH))
     changed = jax.tree.map(lambda a, b: not np.array_equal(a, b), host(start()), host(good))
     assert all(jax.tree.leaves(changed)) and metrics[SKIPPED.key] == 0
@@ -132,7 +148,9 @@ def test_the_run_goes_on_behind_a_skipped_step_as_if_it_had_not_been(trainer, to
     state, _ = step(start(), batch)
     params = host(state)[0]
     state, _ = step(with_number(state, jnp.inf, 0), batch)
-    mended = state.replace(params=jax.device_put(params, jax.tree.map(lambda leaf: leaf.sharding, state.params)))
+    mended = state.replace(
+        params=jax.device_put(params, jax.tree.map(lambda leaf: leaf.sharding, state.params))
+    )
     skipped, metrics = step(mended, batch)
     straight, _ = step(start(), batch)
     straight, _ = step(straight.replace(step=straight.step + 1), batch)
@@ -154,12 +172,18 @@ def test_where_it_began_is_named(trainer, token_batch):
 def test_of_several_the_deepest_is_named_and_of_finite_ones_the_largest():
     one = np.float32(1)
     for bad in (np.nan, np.inf, -np.inf):
-        by_layer = np.float32([[0, bad], [bad, -2], [1, 1]])  # the largest of the last of three layers is 1
+        by_layer = np.float32(
+            [[0, bad], [bad, -2], [1, 1]]
+        )  # the largest of the last of three layers is 1
         tree = {"embed": np.float32([[bad]]), "layers": {"router": by_layer, "w_up": by_layer}}
         sizes = jax.device_get(jax.tree_util.tree_map_with_path(failure._largest, tree))
         np.testing.assert_array_equal(sizes["layers"]["router"], [np.inf, np.inf, 1])
         assert deepest(sizes) == (np.inf, 1, "layers.w_up"), bad
-    assert deepest({"embed": np.float32(3), "layers": {"router": np.array([one, 2 * one])}}) == (3.0, -1, "embed")
+    assert deepest({"embed": np.float32(3), "layers": {"router": np.array([one, 2 * one])}}) == (
+        3.0,
+        -1,
+        "embed",
+    )
 
 
 def test_the_batch_is_kept(tmp_path, token_batch):

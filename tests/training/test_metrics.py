@@ -27,13 +27,20 @@ def lines(directory):
 
 
 def plain_writer(directory, first_step=0):
-    return MetricWriter(directory, tensorboard=False, wandb_project="", config={}, first_step=first_step)
+    return MetricWriter(
+        directory, tensorboard=False, wandb_project="", config={}, first_step=first_step
+    )
 
 
 def test_every_write_is_one_json_line_on_disk_at_once(tmp_path):
     with plain_writer(tmp_path) as writer:
-        writer.write(1, {"loss/lm": jnp.float32(1.5), "router/load": jnp.array([0.25, 0.75]), "speed/steps": 3})
-        assert lines(tmp_path) == [{"step": 1, "loss/lm": 1.5, "router/load": [0.25, 0.75], "speed/steps": 3.0}]
+        writer.write(
+            1,
+            {"loss/lm": jnp.float32(1.5), "router/load": jnp.array([0.25, 0.75]), "speed/steps": 3},
+        )
+        assert lines(tmp_path) == [
+            {"step": 1, "loss/lm": 1.5, "router/load": [0.25, 0.75], "speed/steps": 3.0}
+        ]
 
 
 def test_numbers_json_does_not_know_become_null(tmp_path):
@@ -50,12 +57,15 @@ def test_a_resumed_run_leaves_one_line_a_step(tmp_path):
         file.write('{"step": 5, "loss/l')  # torn by a full disk
     with plain_writer(tmp_path, first_step=3) as writer:
         writer.write(3, {"loss/lm": 30})
-    assert lines(tmp_path) == [{"step": step, "loss/lm": value} for step, value in ((1, 1), (2, 2), (3, 30))]
+    assert lines(tmp_path) == [
+        {"step": step, "loss/lm": value} for step, value in ((1, 1), (2, 2), (3, 30))
+    ]
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
 def test_truncation_drops_a_torn_line_even_if_its_json_is_whole(tmp_path):
-    # A number may be cut short and still be a number: only the newline proves that a line is complete.
+    # A number may be cut short and still be a number: only the newline proves that a line is
+    # complete.
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"step": 1}')
     truncate(path, first_step=9)
@@ -97,7 +107,9 @@ def test_in_a_bucket_the_file_is_written_whole_before_a_checkpoint(bucket):
     assert [line["step"] for line in lines(bucket)] == [1, 2, 3, 4]
     with plain_writer(bucket, first_step=3) as writer:
         writer.write(3, {"loss/lm": 30})
-    assert lines(bucket) == [{"step": step, "loss/lm": value} for step, value in ((1, 1), (2, 2), (3, 30))]
+    assert lines(bucket) == [
+        {"step": step, "loss/lm": value} for step, value in ((1, 1), (2, 2), (3, 30))
+    ]
 
 
 def test_a_bucket_takes_the_report_and_is_shown_to_be_writable(bucket):
@@ -132,7 +144,9 @@ def tensorboard_scalars(directory):
         while data:
             size = int.from_bytes(data[:8], "little")
             event = Event.FromString(data[12 : 12 + size])
-            scalars |= {(value.tag, event.step): value.simple_value for value in event.summary.value}
+            scalars |= {
+                (value.tag, event.step): value.simple_value for value in event.summary.value
+            }
             data = data[16 + size :]
     return scalars
 
@@ -149,7 +163,9 @@ def test_tensorboard_gets_a_curve_for_every_number(tmp_path):
 
 def test_a_missing_wandb_is_one_line_with_its_mend(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(ValueError, match=r"wandb_project: 'mine' needs wandb: pip install") as error:
+    with pytest.raises(
+        ValueError, match=r"wandb_project: 'mine' needs wandb: pip install"
+    ) as error:
         check_package("mine")
     assert "\n" not in str(error.value)
 
@@ -176,13 +192,18 @@ def test_peak_flops_reads_the_names_jax_gives(kind, peak):
     assert peak_flops(kind) == peak
 
 
-def test_a_copy_that_fails_is_switched_off_with_one_line_and_the_file_goes_on(tmp_path, monkeypatch, capfd):
+def test_a_copy_that_fails_is_switched_off_with_one_line_and_the_file_goes_on(
+    tmp_path, monkeypatch, capfd
+):
     with MetricWriter(tmp_path, tensorboard=True, wandb_project="", config={}) as writer:
         monkeypatch.setattr(EventsWriter, "write_event", lambda *_: 1 / 0)
         for step in (1, 2, 3):
             writer.write(step, {"loss/lm": step})
         writer.check()
-    assert capfd.readouterr().err == "TensorBoard is switched off (division by zero); metrics.jsonl goes on\n"
+    assert (
+        capfd.readouterr().err
+        == "TensorBoard is switched off (division by zero); metrics.jsonl goes on\n"
+    )
     assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3]
 
 
@@ -190,7 +211,10 @@ def test_a_copy_that_cannot_begin_is_switched_off_as_well(tmp_path, capfd):
     (tmp_path / "tensorboard").write_text("a file, where a directory should be")
     with MetricWriter(tmp_path, tensorboard=True, wandb_project="", config={}) as writer:
         writer.write(1, {"loss/lm": 1})
-    assert capfd.readouterr().err.startswith("TensorBoard is switched off (") and len(lines(tmp_path)) == 1
+    assert (
+        capfd.readouterr().err.startswith("TensorBoard is switched off (")
+        and len(lines(tmp_path)) == 1
+    )
 
 
 FULL_DISK = """
@@ -231,7 +255,11 @@ def test_a_failed_file_is_an_error_of_the_check_and_hides_no_other(tmp_path, mon
 def test_whether_a_metric_of_a_step_was_written(tmp_path):
     with plain_writer(tmp_path) as writer:
         writer.write(2, {"loss/lm": 1})
-        assert writer.holds(2, "loss/lm") and not writer.holds(2, "validation/mean") and not writer.holds(1, "loss/lm")
+        assert (
+            writer.holds(2, "loss/lm")
+            and not writer.holds(2, "validation/mean")
+            and not writer.holds(1, "loss/lm")
+        )
     with plain_writer(tmp_path, first_step=3) as writer:
         assert writer.holds(2, "loss/lm")
 

@@ -27,7 +27,12 @@ SHAPES = {
         "attention": {"query": (L, D, D), "output": (L, D, D), "query_norm": (L, D)},
         "attention_norm": (L, D),
         "moe_norm": (L, D),
-        "moe": {"router": (L, E, D), "w_gate": (L, E, D, F), "w_up": (L, E, D, F), "w_down": (L, E, F, D)},
+        "moe": {
+            "router": (L, E, D),
+            "w_gate": (L, E, D, F),
+            "w_up": (L, E, D, F),
+            "w_down": (L, E, F, D),
+        },
     },
 }
 CONFIG = OptimizerConfig(
@@ -52,7 +57,9 @@ def changed(**fields):
 def random_params(seed):
     shapes, tree = jax.tree.flatten(SHAPES, is_leaf=lambda node: isinstance(node, tuple))
     keys = jax.random.split(jax.random.key(seed), len(shapes))
-    return tree.unflatten(jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True))
+    return tree.unflatten(
+        jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True)
+    )
 
 
 def first_update(config, grads, params):
@@ -84,8 +91,16 @@ def test_without_warmup_the_first_update_is_at_the_peak():
 
 def test_matrices_decay_and_norm_scales_do_not():
     mask = decay_mask(random_params(0))
-    kept = {jax.tree_util.keystr(path) for path, decays in jax.tree_util.tree_leaves_with_path(mask) if not decays}
-    norms = "['layers']['attention']['query_norm']", "['layers']['attention_norm']", "['layers']['moe_norm']"
+    kept = {
+        jax.tree_util.keystr(path)
+        for path, decays in jax.tree_util.tree_leaves_with_path(mask)
+        if not decays
+    }
+    norms = (
+        "['layers']['attention']['query_norm']",
+        "['layers']['attention_norm']",
+        "['layers']['moe_norm']",
+    )
     assert kept == {"['final_norm']", *norms}
 
 
@@ -106,12 +121,15 @@ def test_adamw_is_the_adamw_of_optax():
     reference = optax.adamw(1.0, b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.1, mask=decay_mask)
     expected, _ = reference.update(grads, reference.init(params), params)
     update = first_update(changed(weight_decay=0.1), grads, params)
-    assert_close(update, expected, terms=16)  # moments, a root and a quotient of every element alone
+    assert_close(
+        update, expected, terms=16
+    )  # moments, a root and a quotient of every element alone
 
 
 def test_clipping_bounds_the_norm_of_all_gradients_together():
-    # Gradients (3, 0) and (0, 4) have the norm 5, clipped to 1: (0.6, 0) and (0, 0.8). With eps = 1 and no averaging
-    # (b1 = b2 = 0) Adam's first direction is g / (|g| + 1): 0.6 / 1.6 = 0.375 and 0.8 / 1.8 = 0.4444.
+    # Gradients (3, 0) and (0, 4) have the norm 5, clipped to 1: (0.6, 0) and (0, 0.8). With eps = 1
+    # and no averaging (b1 = b2 = 0) Adam's first direction is g / (|g| + 1): 0.6 / 1.6 = 0.375 and
+    # 0.8 / 1.8 = 0.4444.
     params = {"a": jnp.zeros(2), "b": jnp.zeros(2)}
     grads = {"a": jnp.array([3.0, 0.0]), "b": jnp.array([0.0, 4.0])}
     update = first_update(changed(clip_norm=1.0, eps=1.0, b1=0.0, b2=0.0), grads, params)
@@ -121,21 +139,34 @@ def test_clipping_bounds_the_norm_of_all_gradients_together():
 
 def test_muon_takes_the_hidden_matrices_and_adam_the_rest(model_config):
     labels = directions(random_params(0), model_config().router.parameters(model_config()))
-    muon = {jax.tree_util.keystr(path) for path, who in jax.tree_util.tree_leaves_with_path(labels) if who == "muon"}
+    muon = {
+        jax.tree_util.keystr(path)
+        for path, who in jax.tree_util.tree_leaves_with_path(labels)
+        if who == "muon"
+    }
     attention = {f"['layers']['attention']['{name}']" for name in ("query", "output")}
-    assert muon == attention | {f"['layers']['moe']['{name}']" for name in ("w_gate", "w_up", "w_down")}
+    assert muon == attention | {
+        f"['layers']['moe']['{name}']" for name in ("w_gate", "w_up", "w_down")
+    }
 
 
 def test_what_other_routers_add_is_taken_by_what_it_is(model_config):
     # By layer: rows, scalars and vectors of experts are Adam's, and only matrices decay.
-    shapes = {"projection": (L, D, 2), "expert_embedding": (L, E, 2), "temperature": (L,), "threshold": (L, E)}
+    shapes = {
+        "projection": (L, D, 2),
+        "expert_embedding": (L, E, 2),
+        "temperature": (L,),
+        "threshold": (L, E),
+    }
     shapes |= {"w_low": (L, E, D, 2), "w_high": (L, E, 2, F), "shared_up": (L, D, F)}
     params = {"layers": {"moe": {name: jnp.zeros(shape) for name, shape in shapes.items()}}}
     added = {}
     for router in ("xmoe", "routing_free"):
         config = model_config(router=router)
         added |= config.router.parameters(config)
-    muon = {name for name, who in directions(params, added)["layers"]["moe"].items() if who == "muon"}
+    muon = {
+        name for name, who in directions(params, added)["layers"]["moe"].items() if who == "muon"
+    }
     assert muon == {"projection", "w_low", "w_high", "shared_up"}
     kept = {name for name, decays in decay_mask(params)["layers"]["moe"].items() if not decays}
     assert kept == {"temperature", "threshold"}
@@ -151,14 +182,17 @@ def test_muon_orthogonalises_every_expert_of_every_layer_alone():
             alone = {"layers": {"w": params["layers"]["moe"][name][None, layer, expert]}}
             gradient = {"layers": {"w": grads["layers"]["moe"][name][None, layer, expert]}}
             expected = first_update(changed(name="muon"), gradient, alone)["layers"]["w"][0]
-            # Each of five steps of Newton-Schulz makes the smallest singular values 3.4445 times as large, and with
-            # them what the norm and the first product have rounded.
+            # Each of five steps of Newton-Schulz makes the smallest singular values 3.4445 times as
+            # large, and with them what the norm and the first product have rounded.
             assert_close(update[name][layer, expert], expected, terms=2 * 3.4445**5)
 
 
 def test_muon_steps_are_nearly_orthogonal_with_the_rms_of_adam():
-    update = first_update(changed(name="muon"), random_params(1), random_params(0))["layers"]["moe"]["w_up"]
-    # (8, 4) orthogonal columns times 0.2 sqrt(8); Newton-Schulz leaves the singular values between 0.6 and 1.3
+    update = first_update(changed(name="muon"), random_params(1), random_params(0))["layers"][
+        "moe"
+    ]["w_up"]
+    # (8, 4) orthogonal columns times 0.2 sqrt(8); Newton-Schulz leaves the singular values between
+    # 0.6 and 1.3
     values = jnp.linalg.svd(update, compute_uv=False) / (0.2 * math.sqrt(8))
     assert values.min() > 0.6 and values.max() < 1.3
     assert 0.6 * 0.2 < jnp.sqrt(jnp.mean(update**2)) < 1.3 * 0.2
@@ -187,10 +221,16 @@ def test_a_value_out_of_range_is_named_with_its_key_and_mend(field, value, says)
 
 
 def test_warmup_must_end_before_the_run_and_leave_room_for_the_decay(model_config):
-    with pytest.raises(ValueError, match=r"optimizer\.warmup_steps: 10 must be below 10, the steps"):
+    with pytest.raises(
+        ValueError, match=r"optimizer\.warmup_steps: 10 must be below 10, the steps"
+    ):
         make_optimizer(changed(warmup_steps=10), 10, model_config())
-    with pytest.raises(ValueError, match=r"optimizer\.decay_fraction: 0\.5 decays over 5 of 10 steps, but only 4"):
-        make_optimizer(changed(schedule="wsd", warmup_steps=6, decay_fraction=0.5), 10, model_config())
+    with pytest.raises(
+        ValueError, match=r"optimizer\.decay_fraction: 0\.5 decays over 5 of 10 steps, but only 4"
+    ):
+        make_optimizer(
+            changed(schedule="wsd", warmup_steps=6, decay_fraction=0.5), 10, model_config()
+        )
 
 
 def test_norms_decay_where_they_are_asked_to_and_other_vectors_never():
@@ -201,7 +241,11 @@ def test_norms_decay_where_they_are_asked_to_and_other_vectors_never():
         update = first_update(changed(weight_decay=0.5, decay_norms=decay_norms), grads, params)
         shares = jax.tree.map(lambda u, p: float((u / p).ravel()[0]), update, params)
         norms = -0.5 if decay_norms else 0.0
-        assert shares["layers"]["attention_norm"] == shares["layers"]["attention"]["query_norm"] == norms
+        assert (
+            shares["layers"]["attention_norm"]
+            == shares["layers"]["attention"]["query_norm"]
+            == norms
+        )
         assert shares["layers"]["moe_norm"] == shares["final_norm"] == norms
         assert shares["layers"]["moe"]["threshold"] == shares["layers"]["moe"]["temperature"] == 0
         assert shares["embed"] == shares["layers"]["moe"]["router"] == -0.5

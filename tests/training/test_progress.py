@@ -25,13 +25,19 @@ class Screen(io.StringIO):
 
 def metrics(loss):
     told = {ZSCORE.key: 0.0, SKIPPED.key: 0, IN_A_ROW.key: 0}
-    return told | {"loss/total": np.float32(loss), "loss/lm": np.float32(2.5), "router/max_load": np.array([1.5, 2.0])}
+    return told | {
+        "loss/total": np.float32(loss),
+        "loss/lm": np.float32(2.5),
+        "router/max_load": np.array([1.5, 2.0]),
+    }
 
 
 def shown(terminal, monkeypatch, steps=200, every=10, bad=()):
     screen = Screen(terminal)
     monkeypatch.setattr("sys.stderr", screen)
-    with Progress(Writer(), every, (0, steps), (1000, 1.0), GuardConfig(nonfinite="skip")) as progress:
+    with Progress(
+        Writer(), every, (0, steps), (1000, 1.0), GuardConfig(nonfinite="skip")
+    ) as progress:
         for step in range(1, steps + 1):
             progress.add(step, metrics(np.nan if step in bad else 3.25))
             if step % every == 0:
@@ -46,8 +52,13 @@ def test_a_log_has_a_line_every_so_many_steps_and_no_carriage_return(monkeypatch
     text = shown(False, monkeypatch, bad=(15,))
     assert "\r" not in text and "\x1b" not in text
     lines = text.splitlines()
-    assert [line.split(":")[0] for line in lines] == [f"step {step}/200" for step in range(10, 201, 10)]
-    assert all(": total 3.25, lm 2.5, max_load 2, tokens_per_s " in line and line.endswith(" left") for line in lines)
+    assert [line.split(":")[0] for line in lines] == [
+        f"step {step}/200" for step in range(10, 201, 10)
+    ]
+    assert all(
+        ": total 3.25, lm 2.5, max_load 2, tokens_per_s " in line and line.endswith(" left")
+        for line in lines
+    )
     assert lines[-1].endswith("00:00 left")
     assert "step 15: not finite: loss/total" in capsys.readouterr().out
 

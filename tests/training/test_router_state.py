@@ -18,7 +18,14 @@ from moe_erc.moe.routers.routing_free import sign_of_sum
 from moe_erc.moe.routers.softmax import Softmax
 from moe_erc.moe.routing import StepCounts
 from moe_erc.training.checkpoint import Checkpoints
-from moe_erc.training.state import Weights, abstract_state, create_state, init_weights, initializer, shardings
+from moe_erc.training.state import (
+    Weights,
+    abstract_state,
+    create_state,
+    init_weights,
+    initializer,
+    shardings,
+)
 from moe_erc.training.step import make_train_step
 from tests.tolerance import assert_close
 
@@ -32,7 +39,10 @@ CHANGES = {
 
 @pytest.fixture(scope="module")
 def trainer(model_config):
-    """Makes (model, fresh state, its abstract state, step function) under Adam; each kind is compiled once."""
+    """Makes (model, fresh state, its abstract state, step function) under Adam.
+
+    Each kind is compiled once.
+    """
 
     @functools.cache
     def compiled(name, micro_batches):
@@ -42,12 +52,16 @@ def trainer(model_config):
         model = Transformer(model_config(init_std=0.3, **CHANGES[name]), mesh)
         init = initializer(model, optimizer, 0)
         shapes = abstract_state(init, model)
-        step = make_train_step(model, Objective(losses, model), optimizer, micro_batches, shardings(shapes))
+        step = make_train_step(
+            model, Objective(losses, model), optimizer, micro_batches, shardings(shapes)
+        )
         return model, jax.device_get(bits(create_state(init, shapes))), shapes, step
 
     def make(name, micro_batches=2):
         model, start, shapes, step = compiled(name, micro_batches)
-        start = jax.device_put(start.replace(rng=jax.random.wrap_key_data(start.rng)), shardings(shapes))
+        start = jax.device_put(
+            start.replace(rng=jax.random.wrap_key_data(start.rng)), shardings(shapes)
+        )
         return model, start, shapes, step
 
     return make
@@ -74,21 +88,26 @@ def take(step, state, batches):
 def batches(token_batch, count):
     """Different ones, of the same shape."""
     batch = token_batch(4, 16)
-    return [batch | {"inputs_BT": (batch["inputs_BT"] + 17 * number) % 512} for number in range(count)]
+    return [
+        batch | {"inputs_BT": (batch["inputs_BT"] + 17 * number) % 512} for number in range(count)
+    ]
 
 
 def test_a_bias_moves_by_the_sign_of_the_load_of_the_whole_step(trainer, token_batch):
     model, state, _, step = trainer("loss_free")
     np.testing.assert_array_equal(state.router["bias"], np.zeros((2, 4)))
     assert state.loss_scales == {}
-    # Of two micro-batches one has a single unmasked token: it counts as one of 33, not as much as the other 32.
+    # Of two micro-batches one has a single unmasked token: it counts as one of 33, not as much as
+    # the other 32.
     batch = token_batch(4, 16)
     batch["mask_BT"] = np.array([[True] * 16, [True] + [False] * 15] * 2)
     batch["mask_BT"][3] = False
 
     @jax.jit
     def seen(weights, batch):
-        output = model.apply({"params": weights.params}, batch["inputs_BT"], batch["mask_BT"], weights.router)
+        output = model.apply(
+            {"params": weights.params}, batch["inputs_BT"], batch["mask_BT"], weights.router
+        )
         return output.routing.assignments_E
 
     for _ in range(2):
@@ -117,7 +136,8 @@ def test_the_controller_weighs_balance_more_while_too_many_experts_run(model_con
     config = model_config(**CHANGES["routing_free"] | {"controller_rate": 0.5})  # K is 2
     start = config.router.init_state(config)
     assert start == ({}, {"load_balance": 1.0})
-    # of 3 tokens, 6 assignments a layer are 2 each.  18 > 12: times 1.5;  12: as it is;  11 < 12: over 1.5
+    # of 3 tokens, 6 assignments a layer are 2 each.  18 > 12: times 1.5;  12: as it is;  11 < 12:
+    # over 1.5
     for assignments_LE, expected in (
         ([[3, 3, 0, 0], [3, 3, 3, 3]], 1.5),
         ([[3, 0, 0, 0], [3, 3, 3, 0]], 1.0),
@@ -133,7 +153,9 @@ def test_the_controller_moves_in_real_steps_and_its_scale_is_in_the_total(traine
     state, (first, second) = take(step, state, batches(token_batch, 2))
     directions = []
     for before, metrics in ((1.0, first), (float(first["scale/load_balance"]), second)):
-        assignments = np.rint(60 * metrics["router/experts_per_token"]).sum()  # of 60 tokens in each of two layers
+        assignments = np.rint(
+            60 * metrics["router/experts_per_token"]
+        ).sum()  # of 60 tokens in each of two layers
         directions.append(np.sign(assignments - 2 * 2 * 60))
         assert metrics["scale/load_balance"] == pytest.approx(before * 1.02 ** directions[-1])
         total = metrics["loss/lm"] + 0.01 * before * metrics["loss/load_balance"]
@@ -143,14 +165,17 @@ def test_the_controller_moves_in_real_steps_and_its_scale_is_in_the_total(traine
 
 
 @pytest.mark.parametrize("layers, rate, most", [(4, 0.3, 3), (6, 0.8, 2), (3, 1.0, 3), (2, 0.0, 3)])
-def test_layers_compete_with_the_probability_but_no_more_than_so_many(model_config, layers, rate, most):
+def test_layers_compete_with_the_probability_but_no_more_than_so_many(
+    model_config, layers, rate, most
+):
     changes = {"layers": layers, "rate": rate, "max_layers": most}
     config, draws = model_config(router="competition", **changes), 20_000
     keys = jax.random.split(jax.random.key(0), draws)
     competing = jax.jit(jax.vmap(functools.partial(config.router.competing_layers, config)))(keys)
     counts = np.sum(competing, axis=1)
     assert counts.max() <= most
-    # Uncut, the count is binomial, and the mean of its minimum with `most` is the share of every layer alike.
+    # Uncut, the count is binomial, and the mean of its minimum with `most` is the share of every
+    # layer alike.
     uncut = np.random.default_rng(0).binomial(layers, rate, 1_000_000)
     share = np.minimum(uncut, most).mean() / layers
     sigma = (share * (1 - share) / draws) ** 0.5
@@ -162,13 +187,17 @@ def test_layers_compete_with_the_probability_but_no_more_than_so_many(model_conf
 
 def test_competition_is_of_training_alone(trainer, token_batch):
     model, state, _, step = trainer("competition")
-    assert set(model.config.router.before_step(model.config, state.router, state.rng)) == {"competing"}
+    assert set(model.config.router.before_step(model.config, state.router, state.rng)) == {
+        "competing"
+    }
     state, metrics = take(step, state, batches(token_batch, 2))
     assert state.router == state.weights.router == {}
     assert max(line["loss/competition"] for line in metrics) > 0  # and it did take place
     for name in ("loss_free", "routing_free"):
         model, state, _, _ = trainer(name)
-        assert model.config.router.before_step(model.config, state.router, state.rng) == state.router
+        assert (
+            model.config.router.before_step(model.config, state.router, state.rng) == state.router
+        )
 
 
 @pytest.mark.parametrize("name", CHANGES)
@@ -185,12 +214,16 @@ def test_a_run_goes_on_where_it_was_saved_bit_for_bit(name, trainer, token_batch
         weights = checkpoints.restore_weights(like)
     assert_same_bits(restored, half)
     assert isinstance(weights, Weights)
-    jax.tree.map(np.testing.assert_array_equal, jax.device_get(weights), jax.device_get(half.weights))
+    jax.tree.map(
+        np.testing.assert_array_equal, jax.device_get(weights), jax.device_get(half.weights)
+    )
     if name == "loss_free":  # the bias is read
 
         @jax.jit
         def hidden(params, router):
-            return model.apply({"params": params}, data[0]["inputs_BT"], data[0]["mask_BT"], router).x_BTD
+            return model.apply(
+                {"params": params}, data[0]["inputs_BT"], data[0]["mask_BT"], router
+            ).x_BTD
 
         found = hidden(weights.params, weights.router)
         np.testing.assert_array_equal(found, hidden(half.params, half.router))
@@ -198,7 +231,9 @@ def test_a_run_goes_on_where_it_was_saved_bit_for_bit(name, trainer, token_batch
     resumed, after = take(step, restored, data[2:])
     assert_same_bits(resumed, straight)
     jax.tree.map(np.testing.assert_array_equal, [*before, *after], history)
-    carried = {"loss_free": resumed.router, "routing_free": resumed.loss_scales}.get(name, {"": jnp.ones(())})
+    carried = {"loss_free": resumed.router, "routing_free": resumed.loss_scales}.get(
+        name, {"": jnp.ones(())}
+    )
     assert all(leaf.any() for leaf in jax.tree.leaves(carried))
 
 
@@ -212,9 +247,14 @@ def test_the_sign_of_a_sum_that_an_int32_does_not_hold(numbers, sign):
 
 
 def test_more_assignments_than_are_counted_are_refused(model_config):
-    top, free = model_config(), model_config(**CHANGES["routing_free"])  # K is 2; routing-free may run all 4
+    top, free = (
+        model_config(),
+        model_config(**CHANGES["routing_free"]),
+    )  # K is 2; routing-free may run all 4
     top.check_assignments(2**17, 2**12)  # the last that fit: 2^30 of 2^31 - 1
     for config, batch_size, most in ((top, 2**18, 262143), (free, 2**17, 131071)):
         config.check_assignments(most, 2**12)
-        with pytest.raises(BadInput, match=rf"train.batch_size: {batch_size} .*2,147,483,648.*at most {most}$"):
+        with pytest.raises(
+            BadInput, match=rf"train.batch_size: {batch_size} .*2,147,483,648.*at most {most}$"
+        ):
             config.check_assignments(batch_size, 2**12)

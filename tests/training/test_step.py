@@ -20,10 +20,12 @@ from moe_erc.training.state import abstract_state, create_state, initializer, sh
 from tests.tolerance import assert_close, assert_same_change
 
 LENGTH, BATCH = 16, 16
-# A gradient is a sum over the tokens, of what two layers of five sums over widths of at most 32 make of each, forward
-# and backward; scores and weights besides.
+# A gradient is a sum over the tokens, of what two layers of five sums over widths of at most 32
+# make of each, forward and backward; scores and weights besides.
 TERMS = BATCH * LENGTH + 2 * 2 * 5 * 32
-SEED = 5  # of parameters with which tokens spread over the four experts that `route_to` leaves: 3.8 and 4.6 of 8
+# of parameters with which tokens spread over the four experts that `route_to` leaves: 3.8 and 4.6
+# of 8
+SEED = 5
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +35,9 @@ def initial_state(model_config):
     @functools.cache
     def on_host(**sizes):
         init = initializer(
-            Transformer(model_config(init_std=0.3, **sizes), sharding.make_mesh(1, 1)), optax.sgd(0.1), SEED
+            Transformer(model_config(init_std=0.3, **sizes), sharding.make_mesh(1, 1)),
+            optax.sgd(0.1),
+            SEED,
         )
         state = jax.jit(init)()
         return jax.device_get(state.replace(rng=jax.random.key_data(state.rng)))
@@ -47,22 +51,31 @@ def initial_state(model_config):
 
 @pytest.fixture(scope="module")
 def trainer(model_config, initial_state):
-    """Makes (fresh state, step function) of the ERC loss under gradient descent; each kind is compiled once."""
+    """Makes (fresh state, step function) of the ERC loss under gradient descent.
+
+    Each kind is compiled once.
+    """
 
     @functools.cache
-    def compiled(mesh_shape, micro_batches, scope, implementation, balance, experts, experts_per_token):
+    def compiled(
+        mesh_shape, micro_batches, scope, implementation, balance, experts, experts_per_token
+    ):
         losses = base.get_config("debug").losses.to_dict()
         losses["erc"] |= {"weight": 1.0, "alpha": 0.5}
         losses["load_balance"] |= {"weight": balance, "scope": scope}
         losses["router_z"] |= {"weight": 0.1}
         mesh, optimizer = sharding.make_mesh(*mesh_shape), optax.sgd(0.1)
         sizes = {"experts": experts, "experts_per_token": experts_per_token}
-        model = Transformer(model_config(init_std=0.3, experts_implementation=implementation, **sizes), mesh)
-        shapes = abstract_state(initializer(model, optimizer, SEED), model)
-        step = step_module.make_train_step(model, Objective(losses, model), optimizer, micro_batches, shardings(shapes))
-        return functools.partial(initial_state, shardings(shapes), sizes), lambda state, batch: step(
-            state, sharding.put_batch(mesh, batch)
+        model = Transformer(
+            model_config(init_std=0.3, experts_implementation=implementation, **sizes), mesh
         )
+        shapes = abstract_state(initializer(model, optimizer, SEED), model)
+        step = step_module.make_train_step(
+            model, Objective(losses, model), optimizer, micro_batches, shardings(shapes)
+        )
+        return functools.partial(
+            initial_state, shardings(shapes), sizes
+        ), lambda state, batch: step(state, sharding.put_batch(mesh, batch))
 
     def make(
         mesh_shape=(1, 1),
@@ -95,14 +108,17 @@ def test_a_step_draws_from_its_own_key(trainer, token_batch):
     state, step = trainer()
     batch, frozen = token_batch(BATCH, LENGTH), jax.tree.map(jnp.copy, state)
     (_, first), (_, same), (_, later) = (
-        step(jax.tree.map(jnp.copy, frozen).replace(step=jnp.int32(number)), batch) for number in (0, 0, 1)
+        step(jax.tree.map(jnp.copy, frozen).replace(step=jnp.int32(number)), batch)
+        for number in (0, 0, 1)
     )
     assert first["loss/erc"] == same["loss/erc"] != later["loss/erc"]
     assert first["loss/lm"] == later["loss/lm"]
 
 
 def test_micro_batches_add_up_to_the_whole_batch(trainer, token_batch):
-    batch = token_batch(BATCH, LENGTH)  # its mask is uneven: micro-batches have different numbers of tokens
+    batch = token_batch(
+        BATCH, LENGTH
+    )  # its mask is uneven: micro-batches have different numbers of tokens
     # Without the balance loss, which as a product of two means is not the mean of its parts.
     (start, step), (again, by_parts) = trainer(balance=0.0), trainer(micro_batches=4, balance=0.0)
     before = jax.device_get(start.params)
@@ -119,7 +135,9 @@ def run(state_and_step, batch):
     return step(state, batch)
 
 
-def test_parameter_losses_are_computed_once_however_many_micro_batches(trainer, token_batch, monkeypatch):
+def test_parameter_losses_are_computed_once_however_many_micro_batches(
+    trainer, token_batch, monkeypatch
+):
     calls = []
 
     def counting(options, params, rng, model, shape_BT):
@@ -132,7 +150,8 @@ def test_parameter_losses_are_computed_once_however_many_micro_batches(trainer, 
     plain, _ = run(trainer(implementation="ragged"), token_batch(BATCH, LENGTH))
     split, _ = run(trainer(micro_batches=2, implementation="ragged"), token_batch(BATCH, LENGTH))
     assert len(calls) == 2  # once by program: outside the scan
-    # Descent by 0.1 times a gradient of 1, which twice as much would show; the balance loss does not reach it.
+    # Descent by 0.1 times a gradient of 1, which twice as much would show; the balance loss does
+    # not reach it.
     assert_close(split.params["final_norm"], plain.params["final_norm"], TERMS)
 
 
@@ -151,14 +170,19 @@ def route_to(experts, state):
     params = jax.tree.map(jnp.copy, state.params)
     params["embed"] += 2.0
     router_LED = params["layers"]["moe"]["router"]
-    router_LED -= jnp.mean(router_LED, axis=-1, keepdims=True)  # so that the rows left see how tokens differ
+    router_LED -= jnp.mean(
+        router_LED, axis=-1, keepdims=True
+    )  # so that the rows left see how tokens differ
     params["layers"]["moe"]["router"] = router_LED.at[:, experts:].add(-1.0)
     return state.replace(params=params)
 
 
 @pytest.fixture(scope="module")
 def five_steps(trainer, token_batch):
-    """{routing: (metrics, parameters) at the start, after one step, after five} on a mesh; 8 experts, one a token."""
+    """{routing: (metrics, parameters) at the start, after one step, after five} on a mesh.
+
+    8 experts, one a token.
+    """
 
     @functools.cache
     def run(mesh_shape, implementation):
@@ -184,17 +208,32 @@ def test_any_mesh_takes_the_steps_of_the_oracle_on_one_device(five_steps, mesh_s
     assert min(highest_L["empty experts"]) >= 2 and max(highest_L["empty experts"]) < 7
     for routing in expected:
         (_, start), *_ = expected[routing]
-        for steps, one, other in zip((1, 5), expected[routing][1:], found[routing][1:], strict=True):
-            assert_close(other[0], one[0], steps * TERMS, label=f"{routing}, metrics after {steps}: ")
+        for steps, one, other in zip(
+            (1, 5), expected[routing][1:], found[routing][1:], strict=True
+        ):
+            assert_close(
+                other[0], one[0], steps * TERMS, label=f"{routing}, metrics after {steps}: "
+            )
             # Descent by 0.1 times the gradient: after one step what has changed is the gradient.
-            assert_same_change(start, other[1], one[1], steps * TERMS, steps, f"{routing}, {steps} steps: ")
+            assert_same_change(
+                start, other[1], one[1], steps * TERMS, steps, f"{routing}, {steps} steps: "
+            )
 
 
 @pytest.mark.parametrize("data, expert", [(2, 2), (2, 4)])
-def test_a_mesh_draws_the_state_of_one_device_and_it_lies_where_the_table_says(trainer, model_config, data, expert):
+def test_a_mesh_draws_the_state_of_one_device_and_it_lies_where_the_table_says(
+    trainer, model_config, data, expert
+):
     model = Transformer(model_config(init_std=0.3), sharding.make_mesh(data, expert))
     init = initializer(model, optax.sgd(0.1), SEED)
     drawn, (expected, _) = create_state(init, abstract_state(init, model)), trainer()
-    jax.tree.map(np.testing.assert_array_equal, jax.device_get(drawn.params), jax.device_get(expected.params))
+    jax.tree.map(
+        np.testing.assert_array_equal, jax.device_get(drawn.params), jax.device_get(expected.params)
+    )
     gate = drawn.params["layers"]["moe"]["w_gate"]
-    assert gate.addressable_shards[0].data.shape == (2, 4 // expert, 32, 16 // data)  # (L, E / expert, D, F / data)
+    assert gate.addressable_shards[0].data.shape == (
+        2,
+        4 // expert,
+        32,
+        16 // data,
+    )  # (L, E / expert, D, F / data)

@@ -27,7 +27,9 @@ def on_mesh():
     mesh = jax.make_mesh((2, 4), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
 
     def cost(function, shape):
-        return cost_of(jax.shard_map(function, mesh=mesh, in_specs=P(), out_specs=P(), check_vma=False), shape)
+        return cost_of(
+            jax.shard_map(function, mesh=mesh, in_specs=P(), out_specs=P(), check_vma=False), shape
+        )
 
     return cost
 
@@ -39,7 +41,10 @@ def repeated(function, times):
 
 def test_matmul_flops():
     assert cost_of(jnp.matmul, (8, 16), (16, 32)).flops == 2 * 8 * 16 * 32
-    assert cost_of(lambda a, b: jnp.einsum("bij,bjk->bik", a, b), (3, 8, 16), (3, 16, 32)).flops == 3 * 2 * 8 * 16 * 32
+    assert (
+        cost_of(lambda a, b: jnp.einsum("bij,bjk->bik", a, b), (3, 8, 16), (3, 16, 32)).flops
+        == 3 * 2 * 8 * 16 * 32
+    )
 
 
 def test_flops_in_nested_loops_are_multiplied_out():
@@ -48,7 +53,8 @@ def test_flops_in_nested_loops_are_multiplied_out():
 
     program = jax.jit(repeated(inner, 5)).lower(jax.ShapeDtypeStruct((64, 64), FLOAT)).compile()
     assert costs.cost(program.as_text()).flops == 5 * 3 * 2 * 64**3
-    # Why this reader exists. If it fails, XLA has learned to count loops: do away with the reader's FLOPs.
+    # Why this reader exists. If it fails, XLA has learned to count loops: do away with the reader's
+    # FLOPs.
     assert program.cost_analysis()["flops"] < 2 * 2 * 64**3
 
 
@@ -97,7 +103,8 @@ def test_memory_is_of_one_device_and_knows_of_donation():
 
     shapes = [jax.ShapeDtypeStruct((1024,), FLOAT)] * 2
     kept, donated = (
-        costs.memory(jax.jit(step, donate_argnums=donate).lower(*shapes).compile()) for donate in ((), 0)
+        costs.memory(jax.jit(step, donate_argnums=donate).lower(*shapes).compile())
+        for donate in ((), 0)
     )
     assert kept.arguments == 2 * 4096 and kept.outputs == 4096
     assert donated.aliased == 4096 and donated.allocated == kept.allocated - 4096
@@ -109,7 +116,9 @@ def test_what_only_tpu_programs_hold():
     assert cost.flops == 12 * 2 * 16 * 64 * 32  # a batch of 12, written as a window
     assert cost.grouped_flops == 2 * 192 * 64 * 32
     assert not cost.open_loops and cost.kernels == ("jit(step)/tgmm",)
-    found = [(one.kind, one.bytes, one.group, one.asynchronous, one.times) for one in cost.collectives]
+    found = [
+        (one.kind, one.bytes, one.group, one.asynchronous, one.times) for one in cost.collectives
+    ]
     assert found == [
         ("all-gather", 16 * 8 * 2, 4, True, 12),
         ("reduce-scatter", 32 * 64 * 4, 4, False, 12),

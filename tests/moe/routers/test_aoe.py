@@ -23,7 +23,10 @@ def config(model_config):
 def parameters(config):
     keys = jax.random.split(jax.random.key(0), 4)
     declared = declare(config).items()
-    return {name: jax.random.normal(key, of.shape) for key, (name, of) in zip(keys, declared, strict=True)}
+    return {
+        name: jax.random.normal(key, of.shape)
+        for key, (name, of) in zip(keys, declared, strict=True)
+    }
 
 
 def apply(config, params, x_BTD):
@@ -43,19 +46,28 @@ def swiglu(x, gate, w_up, w_down):
 
 
 def test_scores_by_hand(config):
-    w_low_EDr = jnp.array([[[3.0, 0.0], [0.0, 2.0]], [[0.0, 0.0], [0.0, 0.0]], [[0.0, 4.0], [0.0, 0.0]]])
+    w_low_EDr = jnp.array(
+        [[[3.0, 0.0], [0.0, 2.0]], [[0.0, 0.0], [0.0, 0.0]], [[0.0, 4.0], [0.0, 0.0]]]
+    )
     scores = config().router.score(config(), None, {"w_low": w_low_EDr}, jnp.array([[[1.0, 2.0]]]))
     # (1, 2) becomes (3, 4), (0, 0) and (0, 4): of length 5, 0 and 4
     assert_close(scores.low_BTEr, [[[[3, 4], [0, 0], [0, 4]]]], terms=4)
     assert_close(scores.logits_BTE, [[[5, 0, 4]]], terms=8)
     powers = np.exp([5, 0, 4])
-    assert_close(scores.probabilities_BTE, [[powers / powers.sum()]], terms=16, largest=5)  # exponents of up to 5
+    assert_close(
+        scores.probabilities_BTE, [[powers / powers.sum()]], terms=16, largest=5
+    )  # exponents of up to 5
     np.testing.assert_array_equal(scores.balance_BTE, scores.probabilities_BTE)
 
 
 def test_a_factor_of_zeros_has_a_finite_gradient(config):
     def loss(w_low_EDr):
-        return config().router.score(config(), None, {"w_low": w_low_EDr}, tokens()).probabilities_BTE[..., 0].sum()
+        return (
+            config()
+            .router.score(config(), None, {"w_low": w_low_EDr}, tokens())
+            .probabilities_BTE[..., 0]
+            .sum()
+        )
 
     assert jnp.isfinite(jax.jit(jax.grad(loss))(jnp.ones((3, D, 2)).at[1].set(0))).all()
 
@@ -63,9 +75,13 @@ def test_a_factor_of_zeros_has_a_finite_gradient(config):
 def test_one_expert_is_a_dense_factorised_swiglu(config):
     config = config(experts=1, experts_per_token=1, rank=2)
     params, x_BTD = parameters(config), tokens()
-    w_low, w_high, w_up, w_down = (params[name][0] for name in ("w_low", "w_high", "w_up", "w_down"))
+    w_low, w_high, w_up, w_down = (
+        params[name][0] for name in ("w_low", "w_high", "w_up", "w_down")
+    )
     y_BTD, _ = apply(config, params, x_BTD)  # softmax of one score: weight 1
-    assert_close(y_BTD, swiglu(x_BTD, x_BTD @ w_low @ w_high, w_up, w_down), terms=2 * D + F + 2 + 8)
+    assert_close(
+        y_BTD, swiglu(x_BTD, x_BTD @ w_low @ w_high, w_up, w_down), terms=2 * D + F + 2 + 8
+    )
 
 
 def test_a_first_factor_that_keeps_the_token_is_a_whole_gate(config):
@@ -79,7 +95,9 @@ def test_a_first_factor_that_keeps_the_token_is_a_whole_gate(config):
     weights_BTK = jax.nn.softmax(lengths_BTE, axis=-1)[..., jnp.array([2, 0])]
     # exponents of up to twice a length
     assert_close(chosen.weights_BTK, weights_BTK, terms=D + 16, largest=magnitude(lengths_BTE))
-    outputs = [swiglu(x_BTD, x_BTD @ w_gate_EDF[e], params["w_up"][e], params["w_down"][e]) for e in (2, 0)]
+    outputs = [
+        swiglu(x_BTD, x_BTD @ w_gate_EDF[e], params["w_up"][e], params["w_down"][e]) for e in (2, 0)
+    ]
     expected_BTD = weights_BTK[..., :1] * outputs[0] + weights_BTK[..., 1:] * outputs[1]
     assert_close(y_BTD, expected_BTD, terms=3 * D + F + 16)
 

@@ -37,8 +37,12 @@ def test_a_skewed_router_is_balanced():
         load_LE = load(bias_LE)
         return balance_bias(bias_LE, load_LE, 1e-3), of_load(load_LE)
 
-    bias_LE, measures = jax.jit(lambda bias_LE: lax.scan(step, bias_LE, length=steps))(jnp.zeros((1, experts)))
-    first, last = ({name: values_SL[index, 0] for name, values_SL in measures.items()} for index in (0, -1))
+    bias_LE, measures = jax.jit(lambda bias_LE: lax.scan(step, bias_LE, length=steps))(
+        jnp.zeros((1, experts))
+    )
+    first, last = (
+        {name: values_SL[index, 0] for name, values_SL in measures.items()} for index in (0, -1)
+    )
     assert first["router/max_violation"] > 1
     assert last["router/max_violation"] < 0.1
     assert last["router/load_entropy"] > 0.999
@@ -46,14 +50,19 @@ def test_a_skewed_router_is_balanced():
 
 
 def test_an_expert_at_exactly_the_mean_count_stands_still():
-    # As shares these are sums of roundings: 7 of 49 over 7 experts, 1 of 3, 2^23 + 1 of 3 (2^23 + 1) are at the mean.
+    # As shares these are sums of roundings: 7 of 49 over 7 experts, 1 of 3, 2^23 + 1 of 3 (2^23 +
+    # 1) are at the mean.
     for count, experts in ((7, 7), (1, 3), (2**23 + 1, 3), (715_827_882, 3), (8_388_607, 256)):
         at_mean_LE = jnp.full((1, experts), count, jnp.int32)
-        np.testing.assert_array_equal(balance_bias(jnp.zeros((1, experts)), at_mean_LE, 0.5), np.zeros((1, experts)))
+        np.testing.assert_array_equal(
+            balance_bias(jnp.zeros((1, experts)), at_mean_LE, 0.5), np.zeros((1, experts))
+        )
         moved_LE = at_mean_LE.at[0, 0].add(-1).at[0, 1].add(1)
         expected_LE = np.zeros((1, experts))
         expected_LE[0, :2] = 0.5, -0.5
-        np.testing.assert_array_equal(balance_bias(jnp.zeros((1, experts)), moved_LE, 0.5), expected_LE)
+        np.testing.assert_array_equal(
+            balance_bias(jnp.zeros((1, experts)), moved_LE, 0.5), expected_LE
+        )
 
 
 def test_a_mean_between_whole_numbers_leaves_nobody_at_it():

@@ -23,7 +23,10 @@ def score(config, mesh, parameters, x_BTD):
 
 def random_parameters():
     keys = jax.random.split(jax.random.key(0))
-    return {"router": jax.random.normal(keys[0], (2, 4)), "w_gate": jax.random.normal(keys[1], (2, 4, 6))}
+    return {
+        "router": jax.random.normal(keys[0], (2, 4)),
+        "w_gate": jax.random.normal(keys[1], (2, 4, 6)),
+    }
 
 
 def test_a_power_step_by_hand(config):
@@ -31,7 +34,8 @@ def test_a_power_step_by_hand(config):
         "router": jnp.array([[1.0, 0.0], [0.0, 1.0]]),
         "w_gate": jnp.array([[[1.0, 1.0], [0.0, 1.0]], [[2.0, 0.0], [0.0, 3.0]]]),
     }
-    # (1, 0) @ w = (1, 1), @ w.T = (1 + 1, 0 + 1) = (2, 1) of length sqrt 5;  (0, 1) @ w = (0, 3), @ w.T = (0, 9)
+    # (1, 0) @ w = (1, 1), @ w.T = (1 + 1, 0 + 1) = (2, 1) of length sqrt 5;  (0, 1) @ w = (0, 3), @
+    # w.T = (0, 9)
     length = 4 / np.sqrt(2)
     expected_ED = length * np.array([[2 / np.sqrt(5), 1 / np.sqrt(5)], [0, 1]])
     assert_close(rows(config, parameters), expected_ED, terms=8)
@@ -45,7 +49,9 @@ def test_a_gate_that_answers_to_all_directions_alike_keeps_the_rows_direction(co
     w_gate_EDF = jnp.array([3.0, 0.5])[:, None, None] * jnp.eye(4, 6)
     found_ED = rows(config, {"router": router_ED, "w_gate": w_gate_EDF})
     expected_ED = 4 / np.sqrt(2) * router_ED / np.linalg.norm(router_ED, axis=-1, keepdims=True)
-    assert_close(found_ED, expected_ED, terms=6 + 4 + 16)  # a power step over 6 and 4, norms and quotients
+    assert_close(
+        found_ED, expected_ED, terms=6 + 4 + 16
+    )  # a power step over 6 and 4, norms and quotients
 
 
 def test_scaling_router_or_gates_changes_nothing(config):
@@ -63,14 +69,25 @@ def test_scaling_router_or_gates_changes_nothing(config):
 
 def test_the_gradient_reaches_router_and_gates(config):
     x_BTD = jax.random.normal(jax.random.key(1), (1, 5, 4))
-    loss = jax.jit(jax.grad(lambda parameters: score(config, None, parameters, x_BTD).probabilities_BTE[..., 0].sum()))
+    loss = jax.jit(
+        jax.grad(
+            lambda parameters: (
+                score(config, None, parameters, x_BTD).probabilities_BTE[..., 0].sum()
+            )
+        )
+    )
     gradients = loss(random_parameters())
     assert all(gradients[name][expert].any() for name in gradients for expert in range(2))
 
 
 def test_rows_and_gates_of_zeros_give_rows_of_zeros_and_finite_gradients(config):
     parameters = random_parameters()
-    parameters = {"router": parameters["router"].at[0].set(0), "w_gate": parameters["w_gate"].at[1].set(0)}
+    parameters = {
+        "router": parameters["router"].at[0].set(0),
+        "w_gate": parameters["w_gate"].at[1].set(0),
+    }
     np.testing.assert_array_equal(rows(config, parameters), jnp.zeros((2, 4)))
-    gradients = jax.jit(jax.grad(lambda parameters: jnp.sum(jnp.sin(1 + rows(config, parameters)))))(parameters)
+    gradients = jax.jit(
+        jax.grad(lambda parameters: jnp.sum(jnp.sin(1 + rows(config, parameters))))
+    )(parameters)
     assert all(jnp.isfinite(leaf).all() for leaf in gradients.values())

@@ -36,7 +36,9 @@ def test_cosines_by_hand():
     powers = np.exp([1.2, 1.6, -1.2, 2.0])
     assert_close(scores.probabilities_BTE, [[powers / powers.sum()]], terms=8)
     powers = np.exp(np.array([0.6, 0.8, -0.6, 1.0]) / 0.3)
-    assert_close(scores.balance_BTE, [[powers / powers.sum()]], terms=16)  # a cosine, a quotient, an exponential
+    assert_close(
+        scores.balance_BTE, [[powers / powers.sum()]], terms=16
+    )  # a cosine, a quotient, an exponential
 
 
 def test_lengths_of_tokens_and_embeddings_do_not_matter():
@@ -48,7 +50,9 @@ def test_lengths_of_tokens_and_embeddings_do_not_matter():
 
 
 def test_balance_does_not_know_the_temperature():
-    cold, warm = (score(None, None, parameters(temperature), tokens()) for temperature in (0.1, 1.0))
+    cold, warm = (
+        score(None, None, parameters(temperature), tokens()) for temperature in (0.1, 1.0)
+    )
     np.testing.assert_array_equal(cold.balance_BTE, warm.balance_BTE)
     assert np.abs(cold.probabilities_BTE - warm.probabilities_BTE).max() > 0.1
 
@@ -64,16 +68,23 @@ def test_a_rows_share_of_a_token_is_its_cosine():
 
 def test_gradients_reach_every_parameter_and_are_finite_at_zero():
     def gradients(of):
-        return jax.grad(lambda of: score(None, None, of, tokens()).probabilities_BTE[..., 0].sum())(of)
+        return jax.grad(lambda of: score(None, None, of, tokens()).probabilities_BTE[..., 0].sum())(
+            of
+        )
 
     gradients = jax.jit(gradients)
     found, zero = gradients(parameters()), jax.tree.map(jnp.zeros_like, parameters())
     assert all(leaf.any() and jnp.isfinite(leaf).all() for leaf in found.values())
-    assert all(jnp.isfinite(leaf).all() for leaf in gradients(zero).values())  # nor does a temperature of 0 divide
+    assert all(
+        jnp.isfinite(leaf).all() for leaf in gradients(zero).values()
+    )  # nor does a temperature of 0 divide
 
 
 def test_a_projection_has_half_as_many_dimensions_as_there_are_experts(model_config):
-    shapes = {E: declared_shapes(model_config(router="xmoe", experts=E, experts_per_token=1)) for E in (4, 7)}
+    shapes = {
+        E: declared_shapes(model_config(router="xmoe", experts=E, experts_per_token=1))
+        for E in (4, 7)
+    }
     assert shapes[4] == {"projection": (32, 2), "expert_embedding": (4, 2), "temperature": ()}
     assert shapes[7] == {"projection": (32, 3), "expert_embedding": (7, 3), "temperature": ()}
 

@@ -1,8 +1,10 @@
-"""Eight virtual CPU devices for every test, so that sharded code runs anywhere; a small corpus and model to share.
+"""Eight virtual CPU devices for every test, and a small corpus and model that tests share.
 
-Compiling is most of what a test costs: programs are compiled fast rather than well, unless a test
-is `optimized`. Only the machine code differs: operations, buffers and what devices send each other
-are settled before it is written.
+With eight devices, sharded code runs on any machine.
+
+Compiling takes most of a test's time. Programs are therefore compiled quickly, with few
+optimizations, unless a test is marked `optimized`. Only the machine code differs: operations,
+buffers and transfers between devices are decided before the compiler writes machine code.
 """
 
 import gc
@@ -12,13 +14,12 @@ import pathlib
 import shutil
 import tempfile
 
-# Each of several parts of a program would be given passes of its own, and threads for which there
-# is no core.
+# Several parts would each repeat the compiler's passes, in threads for which there is no core.
 CHEAPLY_COMPILED = " --xla_cpu_parallel_codegen_split_count=1"
-if importlib.metadata.version("jaxlib").startswith(
-    ("0.9.", "0.10.")
-):  # XLA aborts at a flag that it does not know
-    # Two to three times faster where optimizations are off; where they are on, slower.
+# XLA aborts at a flag that it does not know, so only versions that know this one get it.
+if importlib.metadata.version("jaxlib").startswith(("0.9.", "0.10.")):
+    # Compiling is two to three times faster with it where optimizations are off, and slower where
+    # they are on.
     CHEAPLY_COMPILED += " --xla_cpu_use_fusion_emitters=false"
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + CHEAPLY_COMPILED
 
@@ -60,8 +61,8 @@ FIRST = (
     "launch/test_compilation_cache.py",
 )
 TESTS = pathlib.Path(__file__).parent
-# Tracing makes many small objects that live on: the collector would walk over all of them, and over
-# what was imported, hundreds of times a test.
+# Tracing makes many small objects that stay alive. By default the collector would walk over all of
+# them, and over all imported modules, hundreds of times per test.
 COLLECT_EVERY = (100_000, 20, 50)
 WORDS = (
     "the",
@@ -80,13 +81,13 @@ WORDS = (
 
 
 def pytest_collection_modifyitems(items):
-    """Stable: other files stay in their order, behind."""
+    """Puts the files of FIRST first; the other files follow in their order."""
     places = {TESTS / name: place for place, name in enumerate(FIRST)}
     items.sort(key=lambda item: places.get(item.path, len(FIRST)))
 
 
 def pytest_configure(config):
-    """One directory of compiled programs for all scripts that this session starts, in whichever worker."""
+    """Makes one directory of compiled programs for the scripts that all workers start."""
     if "PYTEST_XDIST_WORKER" not in os.environ:
         os.environ["JAX_COMPILATION_CACHE_DIR"] = directory = tempfile.mkdtemp(
             prefix="moe_erc-programs-"
@@ -96,7 +97,7 @@ def pytest_configure(config):
 
 @pytest.fixture(autouse=True, scope="module")
 def _what_is_there_stays():
-    """What the modules before have left is mostly programs: the garbage collector need not walk over it again."""
+    """Exempts what earlier modules left, mostly compiled programs, from garbage collection."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(*COLLECT_EVERY)
@@ -104,7 +105,10 @@ def _what_is_there_stays():
 
 @pytest.fixture(autouse=True)
 def optimized(request):
-    """Of a test that is so marked: of the machine code itself, what it rounds or how fast it is."""
+    """Compiles with all optimizations where a test is marked `optimized`.
+
+    Such a test is about the machine code itself: how it rounds, or how fast it is.
+    """
     marked = request.node.get_closest_marker("optimized") is not None
     jax.config.update("jax_disable_most_optimizations", not marked)
     yield
@@ -122,7 +126,7 @@ def text_directory(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def model_config():
-    """Makes a ModelConfig of size debug with some keys of `model` and options of its router changed."""
+    """Makes a ModelConfig of size debug with changed keys of `model` and options of its router."""
 
     def make(router="softmax", **changes):
         config = base.get_config("debug").to_dict()

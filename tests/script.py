@@ -1,7 +1,7 @@
-"""Runs scripts and commands as a user does, in a process of their own, without paying for the imports each time.
+"""Runs scripts and commands as a user does, each in its own process, forked after the imports.
 
-Nor for programs that a script of this session has compiled before: `conftest.py` says where they
-are kept.
+A script does not compile again what another script of this session has compiled: `conftest.py`
+says where compiled programs are kept.
 """
 
 import gc

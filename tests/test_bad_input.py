@@ -1,4 +1,4 @@
-"""Wrong input: one line that names it, exit code 2, before any compilation, and nothing left behind."""
+"""Wrong input ends before any compilation, with one line that names it, code 2 and no files."""
 
 import os
 

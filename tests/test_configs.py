@@ -1,7 +1,7 @@
-"""Every config builds at every size and runs two steps at :debug with the losses it names, the same on another mesh.
+"""Every config builds at every size, and runs two steps at :debug with the losses it names.
 
-Routers and losses are compared over meshes here, variants only traced; `pytest -m exhaustive` runs
-them all.
+The steps are the same on another mesh. Routers and losses are compared over meshes here; variants
+are only traced. `pytest -m exhaustive` runs them all.
 """
 
 import functools
@@ -32,8 +32,8 @@ NAMES = sorted(
     if path.stem not in ("__init__", "base", "sizes")
 )
 SAME_SIZE_AS_VANILLA = (
-    "competesmoe", "erc", "erc_expected", "erc_normalized", "expert_orthogonality", "loss_free", "mpi",
-    "router_orthogonality", "simbal", "synergistic", "top_p",
+    "competesmoe", "erc", "erc_expected", "erc_normalized", "expert_orthogonality", "loss_free",
+    "mpi", "router_orthogonality", "simbal", "synergistic", "top_p",
 )  # fmt: skip
 LAYER_LOSSES = (
     "output_overlap",
@@ -160,7 +160,9 @@ VARIANTS = ("ablations", "combinations", "erc_", "_decoupled")  # of configs who
 
 
 @pytest.mark.parametrize("name", [
-    pytest.param(name, marks=pytest.mark.exhaustive) if any(part in name for part in VARIANTS) else name
+    pytest.param(name, marks=pytest.mark.exhaustive)
+    if any(part in name for part in VARIANTS)
+    else name
     for name in NAMES
 ])  # fmt: skip
 def test_two_steps_at_debug(name, token_batch):
@@ -183,8 +185,11 @@ def test_two_steps_at_debug(name, token_batch):
 
 
 def assert_same_steps(name_or_config, expected, found):
-    """Metrics and what has become of the initial state: sums over 512 tokens in each step, of what two layers of five
-    sums over widths of at most 32 make of each, forward and backward."""
+    """Metrics and the change of the initial state are the same.
+
+    Each step sums over 512 tokens. For each of them, forward and backward, two layers have five
+    sums over widths of at most 32.
+    """
     config = debug_config(name_or_config) if isinstance(name_or_config, str) else name_or_config
     (history, state), (history_found, state_found) = expected, found
     terms = len(history) * (512 + 2 * 2 * 5 * 32)

@@ -1,4 +1,4 @@
-"""Standard output and error of real processes, wherever they lead: nothing that is printed ends the program."""
+"""Nothing that a real process prints ends it, wherever its standard output and error lead."""
 
 import os
 import pathlib

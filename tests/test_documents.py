@@ -1,4 +1,4 @@
-"""Whole scripts with attention within documents: trained so, evaluated so, and exported with a card that says so."""
+"""Training, evaluation and export with attention within documents; the model card says so."""
 
 import json
 import re
@@ -23,7 +23,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def run(data, tmp_path_factory):
-    """(workdir, everything printed) of a run on two micro-batches, with every layer computed again."""
+    """(workdir, everything printed) of a run with two micro-batches and recomputed layers."""
     workdir = tmp_path_factory.mktemp("run")
     flags = ["--config=configs/erc.py:debug", "--config.data.attend_across_documents=False"]
     flags += [f"--config.data.{name}={value}" for name, value in data.items()]

@@ -1,4 +1,4 @@
-"""Files made to do harm: nothing in them is run, nothing beside them is opened, and the error is one line."""
+"""Hostile files: nothing in them is run, nothing beside them is opened, the error is one line."""
 
 import ast
 import contextlib
@@ -50,9 +50,10 @@ def payload(tmp_path):
 
 @contextlib.contextmanager
 def soon(times):
-    """What happens inside takes at most so many times the work that the same processor has with 3 MB of JSON.
+    """The block takes at most `times` times as long as reading 3 MB of JSON on this processor.
 
-    However slow it is: what grows with the square of its input takes a million times as much.
+    This holds on slow processors too. An algorithm that grows with the square of its input would
+    take a million times as long.
     """
     numbers = json.dumps([2**40] * 200_000)
     start = time.process_time()
@@ -82,7 +83,7 @@ def refuses(call, *arguments, words=()):
     assert before == (root and sorted(root.rglob("*")))
 
 
-# ---------------------------------------------------------------------------------------------------- pickles
+# ------------------------------------------------------------ pickles
 @pytest.mark.parametrize("name, call", [
     ("pytorch_model.bin", find_tensors),
     ("model.safetensors", find_tensors),
@@ -115,7 +116,7 @@ def test_code_that_a_config_names_is_not_run(directory, tmp_path):
     assert not (tmp_path / "mark").exists()
 
 
-# ---------------------------------------------------------------------------------------------------- safetensors
+# ------------------------------------------------------------ safetensors
 def entry(begin, end, shape=None):
     return {
         "dtype": "U8",
@@ -143,7 +144,9 @@ def test_a_header_is_no_longer_than_its_file(length, directory):
     (json.dumps({"a": entry(0, 0, [2**40] * 200_000 + [0])}), ["'a'", "do not agree"]),
     ('{"a": {"dtype": "U8", "shape": [%s], "data_offsets": [0, 8]}}' % ("9" * 5000), ["JSON"]),
     (json.dumps({"a\nb": {}}), ["'a\\nb'"]),
-], ids=["deep", "overlap", "same", "behind", "far", "twins", "axes", "digits", "newline"])  # fmt: skip
+], ids=[
+    "deep", "overlap", "same", "behind", "far", "twins", "axes", "digits", "newline",
+])  # fmt: skip
 def test_a_header_that_lies(header, words, directory):
     checkpoint.write_raw(directory / "model.safetensors", header, bytes(16))
     with soon(times=100):
@@ -165,7 +168,7 @@ def test_the_length_in_a_config_is_a_length(length):
     )
 
 
-# ---------------------------------------------------------------------------------------------------- tokenizers
+# ------------------------------------------------------------ tokenizers
 def tokenizer_json(**model):
     return json.loads(tokenizer_files.BYTE_LEVEL) | {
         "added_tokens": [],
@@ -181,8 +184,10 @@ def tokenizer_json(**model):
     json.dumps(tokenizer_json(vocab={"a": 2**40})).encode(),
     json.dumps(tokenizer_json(vocab={"a": 0}, merges=[["a", "../b"]])).encode(),
     json.dumps(tokenizer_json(type="../evil", vocab={"a": 0})).encode(),
-], ids=["empty", "bytes", "deep list", "deep", "no vocabulary", "path", "negative", "large", "merge", "type"]
-)  # fmt: skip
+], ids=[
+    "empty", "bytes", "deep list", "deep", "no vocabulary",
+    "path", "negative", "large", "merge", "type",
+])  # fmt: skip
 def test_a_tokenizer_that_is_none(content, directory):
     (directory / "tokenizer.json").write_bytes(content)
     refuses(tokenizer.load, str(directory / "tokenizer.json"), words=[directory / "tokenizer.json"])
@@ -206,8 +211,14 @@ def test_a_tokenizer_neither_cuts_nor_pads(directory):
         "stride": 0,
         "direction": "Right",
     }
-    content["padding"] = {"strategy": {"Fixed": 9}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 256,
-                          "pad_type_id": 0, "pad_token": "<|endoftext|>"}  # fmt: skip
+    content["padding"] = {
+        "strategy": {"Fixed": 9},
+        "direction": "Right",
+        "pad_to_multiple_of": None,
+        "pad_id": 256,
+        "pad_type_id": 0,
+        "pad_token": "<|endoftext|>",
+    }
     (directory / "tokenizer.json").write_text(json.dumps(content))
     assert tokenizer.load(str(directory / "tokenizer.json")).encode("abcd").tolist() == [
         97,
@@ -217,7 +228,7 @@ def test_a_tokenizer_neither_cuts_nor_pads(directory):
     ]
 
 
-# ---------------------------------------------------------------------------------------------------- data sets
+# ------------------------------------------------------------ data sets
 def test_a_data_set_imports_no_module_that_it_names(directory, tmp_path, monkeypatch):
     (tmp_path / "evil_features.py").write_text(f"import os; os.mkdir({str(tmp_path / 'mark')!r})")
     monkeypatch.syspath_prepend(tmp_path)
@@ -244,8 +255,15 @@ def test_a_data_set_opens_no_file_elsewhere(content, words, directory):
     refuses(tfds_metadata.check, directory, words=words)
 
 
-STREAM = {"split": "train", "domain": "", "file": "train-text.bin", "tokens": 2, "bytes": 1, "documents": 1,
-          "sha256": ""}  # fmt: skip
+STREAM = {
+    "split": "train",
+    "domain": "",
+    "file": "train-text.bin",
+    "tokens": 2,
+    "bytes": 1,
+    "documents": 1,
+    "sha256": "",
+}
 
 
 @pytest.mark.parametrize("change", [
@@ -274,7 +292,7 @@ def test_an_index_that_is_no_table(index, directory):
     refuses(lambda place: list(streams.read(place, "text")), directory, words=["data.cache_dir"])
 
 
-# ---------------------------------------------------------------------------------------------------- checkpoints
+# ------------------------------------------------------------ checkpoints
 @pytest.fixture
 def saved(tmp_path):
     (tmp_path / "run").mkdir()
@@ -313,8 +331,8 @@ def test_a_pickle_in_a_checkpoint_is_not_opened(saved, payload):
 
 
 @pytest.mark.parametrize("content", [
-    b"[]", b"3", b'{"meta/x": 3}', b'{"meta/x": ["1", 2]}', b'{"../secret": [0, 0]}', b'{"/etc/passwd": [0, 0]}',
-    b"[" * 100_000, b"\x80\x04.",
+    b"[]", b"3", b'{"meta/x": 3}', b'{"meta/x": ["1", 2]}', b'{"../secret": [0, 0]}',
+    b'{"/etc/passwd": [0, 0]}', b"[" * 100_000, b"\x80\x04.",
 ])  # fmt: skip
 def test_digests_of_other_files_are_none(content, saved, monkeypatch):
     (saved.parent / "secret").write_bytes(b"")
@@ -332,7 +350,7 @@ def test_metrics_that_are_none(line, directory):
     refuses(read_metrics, directory / "metrics.jsonl", words=["line 1"])
 
 
-# ---------------------------------------------------------------------------------------------------- texts
+# ------------------------------------------------------------ texts
 def tokens(directory, **changes):
     config = {"sources": (str(directory),), "weights": (), "tokenizer": "bytes", "text_key": "text",
               "validation_fraction": 0.0, "sequence_length": 4,
@@ -369,7 +387,7 @@ def test_one_line_of_20_megabytes(name, around, directory):
     tracemalloc.stop()
 
 
-# ---------------------------------------------------------------------------------------------------- the code
+# ------------------------------------------------------------ the code
 MODULES = {
     "pickle",
     "cPickle",
@@ -426,16 +444,19 @@ def called(function):
 
 
 @pytest.mark.parametrize("source", [
-    "import pickle", "from pickle import loads", "def f():\n    import torch", "eval('1')", "exec(x)", "__import__(x)",
-    "np.load(x)", "np.load(x, allow_pickle=True)", "f(trust_remote_code=True)", "f(trust_remote_code=x)",
-    "yaml.load(x)",
+    "import pickle", "from pickle import loads", "def f():\n    import torch", "eval('1')",
+    "exec(x)", "__import__(x)", "np.load(x)", "np.load(x, allow_pickle=True)",
+    "f(trust_remote_code=True)", "f(trust_remote_code=x)", "yaml.load(x)",
 ])  # fmt: skip
 def test_dangers_are_seen(source):
     assert list(dangers(source))
 
 
 def test_dangers_are_not_seen_where_there_are_none():
-    source = "'''pickle eval(x)'''  # exec(x)\nnp.load(x, allow_pickle=False)\nmodel.eval()\nf(trust_remote_code=False)"
+    source = (
+        "'''pickle eval(x)'''  # exec(x)\nnp.load(x, allow_pickle=False)\n"
+        "model.eval()\nf(trust_remote_code=False)"
+    )
     assert not list(dangers(source))
 
 

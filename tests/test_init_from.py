@@ -1,4 +1,4 @@
-"""A run becomes an OLMoE by `moe_erc.export`, and train.py goes on from one with its weights and its tokenizer."""
+"""`moe_erc.export` makes an OLMoE of a run; train.py starts from its weights and tokenizer."""
 
 import json
 import random
@@ -52,9 +52,13 @@ def refuses(words, flags, workdir, tmp_path):
 def test_an_export_says_what_it_is(exported):
     workdir, directory = exported
     assert {path.name for path in directory.iterdir()} == {
-        "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
         "README.md",
-    }  # fmt: skip
+    }
     config = read_config(directory)
     assert (config["eos_token_id"], config["max_position_embeddings"], config["dtype"]) == (
         256,

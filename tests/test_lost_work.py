@@ -1,7 +1,7 @@
-"""What fails beside the training itself comes after the checkpoint of its step, and is made up for on return.
+"""An evaluation or output that fails, fails after the checkpoint of its step and is made up for.
 
-A run that is terminated and killed, under the default guard, ends where the undisturbed run ends,
-bit for bit; test_resume.py has the same while spikes are skipped.
+Under the default guard, a run that is terminated and killed ends bit for bit where the undisturbed
+run ends. test_resume.py tests the same while spikes are skipped.
 """
 
 import shutil
@@ -88,7 +88,8 @@ KILLED_BEFORE_THE_LAST_EVALUATION = """
     from moe_erc.evaluation.perplexity import Perplexity
 
     def kill(*_):
-        while not pathlib.Path("{workdir}", "checkpoints", "{steps}").exists():  # it is written meanwhile
+        # The checkpoint is written meanwhile.
+        while not pathlib.Path("{workdir}", "checkpoints", "{steps}").exists():
             time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGKILL)
 

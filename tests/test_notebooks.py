@@ -1,4 +1,4 @@
-"""Every notebook is stored without its output, opens on Colab, and runs from top to bottom in any directory."""
+"""Every notebook is stored without output, opens on Colab, and runs as a whole in any directory."""
 
 import os
 import pathlib
@@ -97,7 +97,10 @@ def test_a_notebook_installs_where_nothing_is_installed_and_nowhere_else(path):
 
 @pytest.fixture(scope="module")
 def environment(text_directory, tmp_path_factory):
-    """Of a kernel that trains, if at all, for seconds: small models, few words, programs compiled once and fast."""
+    """The environment of a kernel that trains for seconds at most.
+
+    Models are small, texts are short, and programs are compiled once, quickly.
+    """
     flags = (
         f"--config.data.sources=('{text_directory}',)",
         "--config.data.validation_fraction=0.1",

@@ -175,7 +175,8 @@ GCSFS = """
 
     workdir = paths.absolute("gs://bucket/run")
     for first in (1, 2, 2):  # begun, gone on, and gone on again from the same checkpoint
-        assert prepare_directory(workdir / "checkpoints") is None and not holds_steps(workdir / "checkpoints")
+        assert prepare_directory(workdir / "checkpoints") is None
+        assert not holds_steps(workdir / "checkpoints")
         with MetricWriter(workdir, False, "", {}, first) as writer:
             writer.write(first, {"loss/lm": first})
         write_report(workdir / "report.json", {"step": first})
@@ -216,7 +217,8 @@ TOKENIZERS = """
     from moe_erc.data import bpe, tokenizer
 
     path = sys.argv[1]
-    bpe.save(bpe.train(["the router sends every token to experts"] * 50, 300), __import__("pathlib").Path(path))
+    trained = bpe.train(["the router sends every token to experts"] * 50, 300)
+    bpe.save(trained, __import__("pathlib").Path(path))
     found = tokenizer.load(path)
     assert found.decode(found.encode("the router")) == "the router"
     assert len(found.encode("the router")) < len("the router")
@@ -234,7 +236,8 @@ PLOT = """
     from moe_erc.diagnosis.figures import png
     from moe_erc.diagnosis.gate_map import gate_map
 
-    points_N2, owner_N = gate_map(np.random.default_rng(0).normal(size=(2, 8, 8)), range(2), 5, seed=0)
+    gates = np.random.default_rng(0).normal(size=(2, 8, 8))
+    points_N2, owner_N = gate_map(gates, range(2), 5, seed=0)
     assert points_N2.shape == (16, 2) and np.isfinite(points_N2).all() and len(owner_N) == 16
     figure = Figure()
     figure.subplots().scatter(*points_N2.T)

@@ -1,4 +1,4 @@
-"""README and docs: short enough to be read once, with links that lead somewhere and code that runs."""
+"""README and docs: short enough to be read once, with links that lead somewhere, code that runs."""
 
 import re
 from pathlib import Path

@@ -21,7 +21,7 @@ LAYERS = 3
 
 @pytest.fixture
 def drawn(monkeypatch):
-    """The data of every key that `jax.random.uniform` and the model's initializer draw from, as the programs run."""
+    """The data of every key that `jax.random.uniform` and the initializer draw from at run time."""
     found = []
 
     def record(key):

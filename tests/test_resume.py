@@ -1,4 +1,4 @@
-"""A run that is killed, terminated and interrupted on its way ends where the undisturbed run ends, bit for bit."""
+"""A run that was killed, terminated and interrupted ends bit for bit as the undisturbed run."""
 
 import json
 import os

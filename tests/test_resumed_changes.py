@@ -87,7 +87,7 @@ def keys(config, prefix=""):
         yield from keys(value, f"{prefix}{name}.") if hasattr(value, "items") else [prefix + name]
 
 
-# ------------------------------------------------------------------------------------- which key may change
+# ------------------------------------------------------------ which key may change
 
 
 def test_every_block_has_a_rule_and_every_rule_a_key():
@@ -127,19 +127,23 @@ def test_options_of_a_router_that_is_not_in_use_make_no_difference():
 @pytest.mark.parametrize("change, words", [
     (["--config.losses.erc.alpha=0.5"], ["losses.erc.alpha = 1.0", "0.5", "('losses',)"]),
     (["--config.losses.router_z.weight=0.1"], ["losses.router_z.weight = 0.0", "0.1"]),
-    (["--config.routers.softmax.top_p=0.5"], ["routers.softmax.top_p = 1.0", "0.5", "('routers',)"]),
+    (["--config.routers.softmax.top_p=0.5"],
+     ["routers.softmax.top_p = 1.0", "0.5", "('routers',)"]),
     (["--config.model.norm_eps=1e-3"], ["model.norm_eps", "0.001"]),
     (["--config.optimizer.b2=0.99"], ["optimizer.b2 = 0.95", "0.99", "('optimizer',)"]),
     (["--config.optimizer.weight_decay=0.0"], ["optimizer.weight_decay = 0.1"]),
     (["--config.optimizer.clip_norm=inf"], ["optimizer.clip_norm = 1.0", "inf"]),
-    (["--config.optimizer.name=muon", "--config.resume.allow=('optimizer',)"], ["optimizer.name", "opt_state"]),
+    (["--config.optimizer.name=muon", "--config.resume.allow=('optimizer',)"],
+     ["optimizer.name", "opt_state"]),
     (["--config.seed=1"], ["seed = 0", "('seed',)"]),
     (["--config.data.sequence_length=16"], ["data.sequence_length = 32", "16", "other windows"]),
     (["--config.data.weights=(2.0,)"], ["data.weights = []", "[1]"]),
-    (["--config.model.experts=8", "--config.resume.allow=('model',)"], ["model.experts", "moe.router", "--workdir"]),
+    (["--config.model.experts=8", "--config.resume.allow=('model',)"],
+     ["model.experts", "moe.router", "--workdir"]),
     (["--config.resume.allow=('loses',)"], ["resume.allow", "'loses'", "'losses'"]),
     (["--config.resume.allow=('losses.erk',)"], ["resume.allow", "'losses.erk'", "'losses.erc'"]),
-    (["--config.losses.erc.alpha=0.5", "--config.resume.allow=('losses.erc.weight',)"], ["losses.erc.alpha"]),
+    (["--config.losses.erc.alpha=0.5", "--config.resume.allow=('losses.erc.weight',)"],
+     ["losses.erc.alpha"]),
 ], ids=lambda value: " ".join(value))  # fmt: skip
 def test_another_method_is_refused(change, words, going_on):
     code, printed, _ = going_on(
@@ -181,7 +185,7 @@ def test_what_changes_no_number_is_changed_without_a_word(going_on):
     assert "from step" not in said and "train.steps:" not in said
 
 
-# ------------------------------------------------------------------------- allowed: said, kept, and exact
+# ------------------------------------------------------------ allowed: said, kept, and exact
 
 
 def test_another_loss_and_batch_size_are_said_kept_and_go_on_with_the_next_row(going_on, tmp_path):
@@ -313,7 +317,7 @@ def test_fewer_steps_than_are_done_are_said_in_one_line(going_on):
     assert read_meta(going_on.workdir)["rows"] == STEPS * BATCH
 
 
-# ------------------------------------------------------------------------------------ the text of a run
+# ------------------------------------------------------------ the text of a run
 
 
 @pytest.fixture
@@ -418,12 +422,12 @@ def test_a_source_that_is_gone_or_somewhere_else(going_on, movable):
     assert all(word in last for word in ("data.sources", "moved", "again", "other text")), printed
 
 
-# ---------------------------------------------------------------------------- checkpoints of before, in this process
+# ------------------------------------------------------------ earlier checkpoints, in this process
 
 
 @pytest.fixture
 def earlier_version(text_directory, tmp_path):
-    """(config, meta) of a checkpoint as they were before rows were counted and streams were listed."""
+    """(config, meta) of a checkpoint that neither counts rows nor lists streams."""
     shutil.copytree(text_directory, tmp_path / "words")
     config = erc.get_config("debug")
     config.data.update(

@@ -1,4 +1,4 @@
-"""What the measure of the other tests lets pass, sums in any order, and what it does not: a wrong formula."""
+"""The tolerance of the other tests lets sums in any order pass, and no wrong formula."""
 
 import jax.numpy as jnp
 import numpy as np

@@ -1,20 +1,22 @@
-"""When two arrays of floating-point numbers are the same: as far apart as rounding can bring them on any processor.
+"""Equality of floating-point arrays: they differ by no more than rounding does on any processor.
 
-A sum of n numbers depends on their order, which a processor's vector width, its fused
-multiply-adds, the number of threads and the version of a compiler decide. Each of its additions
-rounds by at most half a unit in the last place (`eps`, 2^-23 for float32) of what is summed so far,
-so two orders differ by at most n eps times the sum of the magnitudes. An element near 0 is such a
-sum whose terms cancel: it is known no better than its neighbours are, so that a tolerance relative
-to each element fails there for no fault. The size of the terms is read off the largest element:
+A rounded sum of n numbers depends on their order. The order depends on a processor's vector width,
+its fused multiply-adds, the number of threads and the version of a compiler. Each addition rounds
+by at most half a unit in the last place (`eps`, 2^-23 for float32) of the partial sum. Two orders
+therefore differ by at most n eps times the sum of the magnitudes.
+
+An element near 0 is a sum whose terms cancel. Its error is as large as that of its neighbours, so
+a tolerance relative to each element would fail there without any fault. The size of the terms is
+therefore taken from the largest element:
 
     |actual - expected| <= terms * eps * max |expected|
 
-terms: the length of the longest chain of roundings that leads to an element. A matmul over D has D;
-matmuls one after another add theirs; a quotient, root, exponential or logarithm, which libraries
-compute to a few units, counts four. Cases by hand, of two or three numbers, have 4 to 16.
+terms is the length of the longest chain of roundings that leads to an element. A matmul over D has
+D terms, and successive matmuls add theirs. A quotient, root, exponential or logarithm counts four,
+since libraries compute it to a few units. Cases by hand, of two or three numbers, have 4 to 16.
 
-`pytest.approx` allows 1e-6 of the number itself, eight units of float32: for numbers by hand of
-sums of so few terms.
+`pytest.approx` allows 1e-6 of the number itself, which is eight units of float32. It suits numbers
+by hand, which are sums of few terms.
 """
 
 import jax
@@ -24,14 +26,16 @@ FAULT = 1e-3  # what a test has to see: a formula that is wrong by this much of 
 
 
 def assert_close(actual, expected, terms, largest=None, label=""):
-    """Two arrays, or every leaf of two trees, agree but for rounding; integers and booleans exactly.
+    """Asserts that two arrays, or all leaves of two trees, are equal but for rounding.
+
+    Integers and booleans must be equal exactly.
 
     Args:
-      actual, expected: trees of one structure; leaves are arrays, numbers, or lists of numbers. The dtype with the
-        fewest bits of the two decides what a unit in the last place is.
+      actual, expected: trees of one structure; leaves are arrays, numbers, or lists of numbers. A
+        unit in the last place is one of the dtype with the fewer bits.
       terms: length of the longest chain of roundings that leads to an element.
-      largest: magnitude of what was rounded, where the elements are small differences of it; by default that of the
-        largest finite element of each expected leaf.
+      largest: magnitude of what was rounded, where the elements are small differences of it. The
+        default is that of the largest finite element of each expected leaf.
       label: what is compared, for the message.
 
     Raises:
@@ -65,7 +69,8 @@ def _assert_leaf(actual, expected, terms, largest, label):
         return
     if eps == 2.0**-23 and terms * eps > FAULT:
         raise ValueError(
-            f"{terms} terms in float32 allow {terms * eps:.0e}: a fault of {FAULT:.0e} would not be seen"
+            f"{terms} terms in float32 allow {terms * eps:.0e}: "
+            f"a fault of {FAULT:.0e} would not be seen"
         )
     actual, expected = np.float64(actual), np.float64(expected)
     size = magnitude(expected) if largest is None else largest
@@ -73,7 +78,7 @@ def _assert_leaf(actual, expected, terms, largest, label):
 
 
 def assert_decided(scores, count=1, terms=1000):
-    """The `count` highest along the last axis are the highest whatever the rounding: no order is a tie but for it."""
+    """Asserts that rounding cannot change which `count` scores are highest along the last axis."""
     scores = np.asarray(scores)
     ordered = -np.sort(-np.float64(scores), axis=-1)
     gaps = -np.diff(ordered, axis=-1)[..., :count]
@@ -110,10 +115,11 @@ def _eps(dtype):
 
 
 def assert_same_change(start, actual, expected, terms, steps=1, label=""):
-    """What steps have made of `start`: known to the terms of the steps together, and to a rounding of the sum a step.
+    """Asserts that steps have changed `start` alike, rather than that the results are alike.
 
-    Parameters are large where steps are small: compared themselves, they would hide a gradient that
-    is wrong.
+    The tolerance is that of the terms of all steps together, and one rounding of the sum per step.
+    Parameters are large and steps are small, so a comparison of the parameters themselves would
+    hide a wrong gradient.
     """
     assert (
         jax.tree.structure(start) == jax.tree.structure(actual) == jax.tree.structure(expected)

@@ -1,4 +1,4 @@
-"""The benchmark that compiles for devices which are not there: what it writes, and what it refuses in one line."""
+"""What the benchmark that compiles for absent devices writes, and what it refuses in one line."""
 
 import importlib.util
 import json

@@ -17,12 +17,16 @@ from moe_erc.data.tokenizer import ByteTokenizer
 
 
 def _make_tree(directory, modules):
-    """`modules` files of Python source with code and a docstring each, one duplicate, one broken file and one test."""
+    """Writes a package of `modules` files, each with code and a docstring.
+
+    A duplicate, two files that are not valid Python, and two tests lie beside them.
+    """
     package = directory / "package"
     (package / "tests").mkdir(parents=True)
     for number in range(modules):
         (package / f"m{number:03d}.py").write_text(
-            f'# Licence\n"""Prose {number}."""\n\n\ndef f():\n    """Says {number}."""\n    return {number}\n'
+            f'# Licence\n"""Prose {number}."""\n\n\n'
+            f'def f():\n    """Says {number}."""\n    return {number}\n'
         )
     (package / "twin.py").write_bytes((package / "m000.py").read_bytes())
     (package / "broken.py").write_text("def f(:\n")
@@ -45,7 +49,7 @@ def tree(tmp_path_factory):
 
 @pytest.fixture
 def killed_after():
-    """Runs Python code in a process of its own and kills it when it has printed a number of lines."""
+    """Runs Python code in its own process and kills it once it has printed so many lines."""
 
     def run(code, arguments, lines):
         environment = os.environ | {"PYTHONPATH": str(Path(moe_erc.__file__).parents[1])}

@@ -1,4 +1,4 @@
-"""What a run says of its text before it begins: splits, documents, tokens, epochs and what is not read."""
+"""What a run says of its text before it begins: splits, documents, tokens, epochs, unread files."""
 
 import dataclasses
 import json
@@ -28,9 +28,11 @@ def texts(*values):
 
 @pytest.fixture
 def divided(tmp_path):
-    """Training documents of 4 and 5 bytes, a held-out one of 3, and four things that are not read."""
+    """Training documents of 4 and 5 bytes, a held-out one of 3, and four unread items."""
     return write(tmp_path / "set", {
-        "train/a.jsonl": texts("abcd", "abcde", "", " \n"), "validation.jsonl": texts("abc"), "test.txt": "later",
+        "train/a.jsonl": texts("abcd", "abcde", "", " \n"),
+        "validation.jsonl": texts("abc"),
+        "test.txt": "later",
         "notes.md": "",
     })  # fmt: skip
 
@@ -42,8 +44,9 @@ def test_documents_tokens_and_epochs_are_said(config, divided):
     assert list(describe(corpus, 4, 5)) == [
         f"data {divided!r}: train 2 documents of 11 tokens, validation 1 documents of 4 tokens; "
         "2.5 epochs of train in this run",
-        "  train is 'train/' (1 file), validation is 'validation.jsonl' (1 file); ignored: 1 '.md' files, "
-        "1 files in another held-out split, 'test.txt', 2 documents without text",
+        "  train is 'train/' (1 file), validation is 'validation.jsonl' (1 file); "
+        "ignored: 1 '.md' files, 1 files in another held-out split, 'test.txt', "
+        "2 documents without text",
     ]
 
 
@@ -75,7 +78,8 @@ def test_what_is_divided_by_hash_says_so(config, text_directory):
     corpus = prepare(dataclasses.replace(config, sources=(str(text_directory),)))
     _, splits = describe(corpus, 4, 1)
     assert splits == (
-        "  1 file, none of them named as held out: 2 % of the documents are held out, by the hash of their text"
+        "  1 file, none of them named as held out: "
+        "2 % of the documents are held out, by the hash of their text"
     )
 
 

@@ -78,7 +78,11 @@ def control_ids(loaded, spelled):
 
 
 @pytest.mark.parametrize("options", [
-    {}, {"normalized": True}, {"lstrip": True, "rstrip": True}, {"single_word": True}, {"special": True},
+    {},
+    {"normalized": True},
+    {"lstrip": True, "rstrip": True},
+    {"single_word": True},
+    {"special": True},
 ], ids=str)  # fmt: skip
 def test_no_text_makes_a_control_token(options, tmp_path):
     added = [

@@ -1,4 +1,4 @@
-"""The planted corpus: its entropy is what a long sample says, and a bigram model reaches the floor where it must."""
+"""The planted corpus: a long sample has its entropy, and a bigram model reaches the floor."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""The text of an earlier run: out of the cache whatever became of its source, or a line that says what changed."""
+"""The text of an earlier run: read from the cache, or one line that says what has changed."""
 
 import dataclasses
 import json

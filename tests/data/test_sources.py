@@ -1,4 +1,4 @@
-"""Sources: what a name stands for, how its documents are divided, and what is said when there is nothing."""
+"""Sources: what a name means, how its documents are divided, and what is said of an empty one."""
 
 import dataclasses
 import gzip
@@ -101,7 +101,8 @@ def test_the_held_out_split_is_the_most_fitting():
         (
             "/x/y",
             BadInput,
-            "no such directory '/x/y'; give an existing directory, a TFDS name such as 'c4/en', or 'embedded'",
+            "no such directory '/x/y'; "
+            "give an existing directory, a TFDS name such as 'c4/en', or 'embedded'",
         ),
         ("./nothing", BadInput, "no such directory './nothing'"),
         ("~/nothing-here", BadInput, "no such directory '~/nothing-here'"),

@@ -60,8 +60,9 @@ def test_names_that_the_field_writes(train, held_out, tmp_path):
 
 
 @pytest.mark.parametrize("name", [
-    "training_notes", "trainspotting.txt", "testimony.txt", "validated.jsonl", "development.txt", "value.txt", "tests",
-    "devices", "evaluation_of_x.txt", "contest.txt", "pretrain", "trainer_0.txt", "held.txt", "attest-1.txt",
+    "training_notes", "trainspotting.txt", "testimony.txt", "validated.jsonl", "development.txt",
+    "value.txt", "tests", "devices", "evaluation_of_x.txt", "contest.txt", "pretrain",
+    "trainer_0.txt", "held.txt", "attest-1.txt",
 ])  # fmt: skip
 def test_names_that_only_look_like_splits(name):
     assert SplitNames([name]).word(name) is None
@@ -80,8 +81,8 @@ def test_names_that_only_look_like_splits_are_divided_by_hash(tmp_path):
 
 
 @pytest.mark.parametrize("path", [
-    "train/validation.jsonl", "validation/train.jsonl", "train/en/dev-1/a.jsonl", "Train/Test/a.jsonl",
-    "train/eval_of_1920.jsonl", "train_dev.jsonl", "train-validation.jsonl",
+    "train/validation.jsonl", "validation/train.jsonl", "train/en/dev-1/a.jsonl",
+    "Train/Test/a.jsonl", "train/eval_of_1920.jsonl", "train_dev.jsonl", "train-validation.jsonl",
 ])  # fmt: skip
 def test_a_path_with_a_held_out_name_is_never_trained_on(path, tmp_path):
     write(tmp_path, {"train/a.jsonl": lines("SEEN"), path: lines("HELDOUT")})
@@ -105,8 +106,11 @@ def test_the_held_out_split_is_the_most_fitting():
 
 def test_what_is_neither_and_a_second_held_out_set_are_counted(tmp_path):
     write(tmp_path, {
-        "train/a.jsonl": lines("SEEN"), "validation/a.jsonl": lines("HELDOUT"), "test/a.jsonl": lines("LATER"),
-        "test/b.jsonl": lines("LATER"), "README.txt": "about",
+        "train/a.jsonl": lines("SEEN"),
+        "validation/a.jsonl": lines("HELDOUT"),
+        "test/a.jsonl": lines("LATER"),
+        "test/b.jsonl": lines("LATER"),
+        "README.txt": "about",
     })  # fmt: skip
     assert words_by_split(tmp_path) == {"train": {"SEEN"}, "validation": {"HELDOUT"}}
     account = text_files.survey(tmp_path, 0.5).account
@@ -118,16 +122,24 @@ def test_what_is_neither_and_a_second_held_out_set_are_counted(tmp_path):
 
 
 @pytest.mark.parametrize("files, said", [
-    ({"validation/a.txt": "x"}, ["no training split (nothing is named so)", "'validation/' (1 file)"]),
+    ({"validation/a.txt": "x"},
+     ["no training split (nothing is named so)", "'validation/' (1 file)"]),
     ({"validation/a.txt": "x", "b.txt": "y"}, ["no training split (nothing is named so)"]),
-    ({"train/a.parquet": "x", "validation/a.txt": "x"}, ["no training split (no text in 'train/')", "1 '.parquet'"]),
-    ({"train/a.txt": "x", "validation/a.jsonl.zst": "x"}, ["no held-out split (no text in 'validation/')", ".zst"]),
-    ({"train/a.txt": "x", "validation/.a.txt": "x"}, ["no held-out split", "1 hidden files or directories"]),
-    ({"en/train/a.txt": "", "en/dev/a.txt": "x"}, ["no training split (no text in 'en/train/')", "'en/dev/'"]),
-    ({"train.parquet": "x", "validation.jsonl": "{}"}, ["no training split (no text in 'train.parquet')"]),
-    ({"train/a.parquet": "x", "README.txt": "about"}, ["no training split (no text in 'train/')", "1 others"]),
+    ({"train/a.parquet": "x", "validation/a.txt": "x"},
+     ["no training split (no text in 'train/')", "1 '.parquet'"]),
+    ({"train/a.txt": "x", "validation/a.jsonl.zst": "x"},
+     ["no held-out split (no text in 'validation/')", ".zst"]),
+    ({"train/a.txt": "x", "validation/.a.txt": "x"},
+     ["no held-out split", "1 hidden files or directories"]),
+    ({"en/train/a.txt": "", "en/dev/a.txt": "x"},
+     ["no training split (no text in 'en/train/')", "'en/dev/'"]),
+    ({"train.parquet": "x", "validation.jsonl": "{}"},
+     ["no training split (no text in 'train.parquet')"]),
+    ({"train/a.parquet": "x", "README.txt": "about"},
+     ["no training split (no text in 'train/')", "1 others"]),
     ({"validation/a.parquet": "x", "train/a.txt": "x", "test/a.txt": "y"}, ["no held-out split"]),
-    ({"a.parquet": "x", "b.PARQUET": "x", "c.md": ""}, ["no .txt or .jsonl file", "'.parquet'", "'.md'"]),
+    ({"a.parquet": "x", "b.PARQUET": "x", "c.md": ""},
+     ["no .txt or .jsonl file", "'.parquet'", "'.md'"]),
 ])  # fmt: skip
 def test_a_split_that_is_empty_while_the_other_is_not(files, said, tmp_path):
     write(tmp_path, files)
@@ -159,7 +171,7 @@ def test_a_script_of_the_name_of_a_split_is_none(tmp_path):
     assert words_by_split(tmp_path)["train"] == {"SEEN"}
 
 
-# ---------------------------------------------------------------------------------------------------- links
+# ------------------------------------------------------------ links
 def test_links_to_directories_and_files_are_followed(tmp_path):
     write(tmp_path / "elsewhere", {"a.jsonl": lines("SEEN"), "b.jsonl": lines("HELDOUT")})
     (tmp_path / "set").mkdir()
@@ -200,8 +212,8 @@ def test_text_that_is_held_out_under_one_name_is_not_trained_on_under_another(li
 
 def test_everything_that_is_not_read_is_counted(tmp_path):
     write(tmp_path, {
-        "a.txt": "x", ".hidden.txt": "x", ".cache/b.txt": "x", "c.parquet": "", "d.parquet": "", "e.jsonl.zst": "",
-        "LICENSE": "", "metadata.json": "[]",
+        "a.txt": "x", ".hidden.txt": "x", ".cache/b.txt": "x", "c.parquet": "", "d.parquet": "",
+        "e.jsonl.zst": "", "LICENSE": "", "metadata.json": "[]",
     })  # fmt: skip
     (tmp_path / "gone.txt").symlink_to("nowhere")
     os.mkfifo(tmp_path / "pipe.txt")

@@ -1,4 +1,4 @@
-"""Preparing text: what is in the streams, what decides their identity, and what is said when there is too little."""
+"""Preparing text: the streams, what decides their identity, and what is said of too little text."""
 
 import dataclasses
 

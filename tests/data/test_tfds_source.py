@@ -1,4 +1,4 @@
-"""TFDS as a source: prepared directories, data sets by name, and which of their splits and features are read."""
+"""TFDS as a source: prepared directories, data sets by name, their splits and features."""
 
 import dataclasses
 import json
@@ -83,7 +83,8 @@ def test_a_data_set_with_another_text_feature(config, tmp_path):
         )
         with pytest.raises(
             ValueError,
-            match=r"data.text_key: 'pg19/0.1.1' has no text feature 'text'; set it to one of .*'book_text'",
+            match=r"data.text_key: 'pg19/0.1.1' has no text feature 'text'; "
+            r"set it to one of .*'book_text'",
         ):
             open_source("pg19", config)
 
@@ -156,7 +157,10 @@ def empty(path, split):
 def test_a_data_set_of_which_a_split_is_empty(config, tmp_path, splits, emptied):
     path = prepared(tmp_path, splits)
     empty(path, emptied)
-    message = rf"^data\.sources: 'splits/1.0.0' has no documents in its split '{emptied}' \(.*: .*'{emptied}': 0"
+    message = (
+        rf"^data\.sources: 'splits/1.0.0' has no documents in its split '{emptied}' "
+        rf"\(.*: .*'{emptied}': 0"
+    )
     with pytest.raises(BadInput, match=message) as error:
         open_source(path, dataclasses.replace(config, text_key="body"))
     assert "\n" not in str(error.value)

@@ -1,4 +1,4 @@
-"""Windows and batches, on streams that count upwards so that every token tells where it came from."""
+"""Windows and batches of streams that count upwards: every token tells where it came from."""
 
 import dataclasses
 import itertools
@@ -201,7 +201,7 @@ def test_an_unknown_domain_is_refused_at_the_call(counting_corpus):
 
 @pytest.fixture
 def ending_corpus():
-    """A corpus whose stream is documents that end with token 9, one of them empty, in windows of T = 4."""
+    """A corpus with windows of T = 4; its documents end with token 9, and one of them is empty."""
     tokens_N = np.array([9, 1, 2, 9, 9, 3, 4, 5, 6, 7, 8, 9, 1, 9], "<u2")
     stream = Stream("s", tokens_N, 9, 5, "sha256")
     tokenizer = types.SimpleNamespace(eos_id=9)

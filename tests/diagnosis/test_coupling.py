@@ -13,7 +13,10 @@ from tests.tolerance import assert_close, magnitude, within
 
 
 def layers_with_matrices(*matrices):
-    """Router rows are unit vectors and gates diagonal, so that M is the matrix given: |e_i @ diag(m)| = m_i."""
+    """Parameters whose M are the given matrices.
+
+    Router rows are unit vectors and gates are diagonal: |e_i @ diag(m)| = m_i.
+    """
     experts = len(matrices[0])
     router_LED = jnp.stack([jnp.eye(experts)] * len(matrices))
     w_gate_LEDF = jnp.stack(

@@ -1,4 +1,4 @@
-"""The diagnosis of layers, on matrices small enough to work by hand, and against what a run measures of itself."""
+"""The diagnosis of layers: by hand on small matrices, and against what a run measures itself."""
 
 import weakref
 
@@ -15,18 +15,20 @@ from moe_erc.diagnosis.documents import write_diagnosis
 from moe_erc.diagnosis.tables import of_layers, verdict
 from tests.tolerance import assert_close, magnitude
 
-SQUARED = (
-    np.log(36) / 2**11
-)  # how far ten squarings take sigma_max of gates of at most 36 columns; it is not near 0
+# Ten squarings give sigma_max of gates of at most 36 columns to this accuracy, which is not near 0.
+SQUARED = np.log(36) / 2**11
 
 
 def layer_with_matrix(M_EE):
-    """Router rows are unit vectors and gates diagonal, so that M is the matrix given: |e_i @ diag(m)| = m_i."""
+    """Parameters whose M is the given matrix.
+
+    Router rows are unit vectors and gates are diagonal: |e_i @ diag(m)| = m_i.
+    """
     return np.eye(len(M_EE)), np.stack([np.diag(column) for column in np.array(M_EE).T])
 
 
 def diagnose(layers, count=None, **options):
-    """Of layers that are numbered 0, 1, …"""
+    """The diagnosis of layers that are numbered 0, 1, …"""
     return diagnosis.diagnose(layers, range(count or len(layers)), **options)
 
 

@@ -1,4 +1,4 @@
-"""A measure from outside the package: nothing else is touched, and it is everywhere under its one name."""
+"""A measure from outside the package appears everywhere under its one name; no code is touched."""
 
 import json
 

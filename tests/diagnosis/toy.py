@@ -1,4 +1,4 @@
-"""Two measures from outside the package: one of every step, and one of a layer at every evaluation."""
+"""Two measures from outside the package: one of every step, one of a layer at every evaluation."""
 
 import jax.numpy as jnp
 

@@ -1,4 +1,4 @@
-"""A run whose attention stays within documents is measured so: by each document of a validation window alone."""
+"""A run with attention within documents is measured on each document of a window alone."""
 
 import functools
 

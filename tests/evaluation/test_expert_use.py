@@ -1,4 +1,4 @@
-"""Counts of experts met, against the tokens of a known corpus and the load that the validation loss sees."""
+"""Counts of experts met, against the tokens of a known corpus and the load of the validation."""
 
 import functools
 

@@ -1,4 +1,4 @@
-"""Generated text against the model's own logits: any prompts side by side, on any mesh, drawn or greedy."""
+"""Generated text against the model's logits: several prompts, any mesh, drawn and greedy."""
 
 import functools
 
@@ -73,7 +73,10 @@ def jitted_logits(config):
 
 
 def logits_after(config, ids):
-    """Of the next token, without a cache: the model is causal, so one padded shape serves all lengths."""
+    """Logits of the next token, without a cache.
+
+    The model is causal, so one padded shape serves all lengths.
+    """
     tokens_BT = np.zeros((1, LENGTH), np.int32)
     tokens_BT[0, : len(ids)] = ids
     return np.asarray(jitted_logits(config)(weights_of(config).params, tokens_BT)[len(ids) - 1])

@@ -36,7 +36,7 @@ NO_WEIGHTS = Weights({}, {})
 
 
 class StandIn:
-    """Stands in for a Transformer: the token that it expects has probability 1/2, any other 1/512."""
+    """Stands in for a Transformer: its expected token has probability 1/2, any other 1/512."""
 
     def __init__(self, expect):
         self.mesh, self._expect = sharding.make_mesh(1, 1), expect
@@ -280,7 +280,7 @@ def test_no_task_is_no_work():
     assert scores.run(None) == {} and task_metrics({}) == {}
 
 
-# --------------------------------------------------------------------------------------------------------- in training
+# ------------------------------------------------------------ in training
 @pytest.mark.slow
 def test_training_writes_what_is_reached_beside_the_validation(text_directory, tmp_path):
     arguments = [

@@ -71,7 +71,11 @@ def direct(config, context, continuation):
 
 
 def make_requests(config):
-    """Of all lengths, with shared contexts, more answers than fit a row, and what the model would write itself."""
+    """Requests of all lengths.
+
+    Some share a context, some have more answers than fit a row, and some ask for what the model
+    itself would write.
+    """
     rng = np.random.default_rng(0)
 
     def draw(count):
@@ -140,7 +144,8 @@ IN_TWO_PROCESSES = """
     config.model.init_std = 0.3
     model = Transformer(ModelConfig.of(config), sharding.make_mesh(1, 2))
     everywhere = sharding.replicate(model.mesh)
-    weights = jax.jit(functools.partial(init_weights, model), out_shardings=everywhere)(jax.random.key(0))
+    draw_weights = jax.jit(functools.partial(init_weights, model), out_shardings=everywhere)
+    weights = draw_weights(jax.random.key(0))
     print(json.dumps(Scorer(model, (7, 16)).run(weights, json.load(open(REQUESTS)))))
 """
 
@@ -192,8 +197,10 @@ def test_continuations_of_one_context_share_a_tree():
     trees = grow([([1, 2], [3]), ([1], [2, 3]), ([1, 2], [4, 5, 6]), ([9, 8, 7], [6, 5])], 4)
     # beside 4 5 6, two tokens of context fit; 9 8 7 6 are four
     assert trees == [
-        Tree((1, 2), [[3], [4, 5, 6]], [0, 2]), Tree((1,), [[2, 3]], [1]), Tree((9, 8, 7), [[6, 5]], [3]),
-    ]  # fmt: skip
+        Tree((1, 2), [[3], [4, 5, 6]], [0, 2]),
+        Tree((1,), [[2, 3]], [1]),
+        Tree((9, 8, 7), [[6, 5]], [3]),
+    ]
     assert [(tree.read, tree.scored) for tree in trees] == [(4, 4), (2, 2), (4, 2)]
 
 

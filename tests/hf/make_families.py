@@ -1,10 +1,11 @@
-"""Writes tests/hf/families: of every family a small random model as transformers saves it, and its coupling matrices.
+"""Writes tests/hf/families: a small random model of every family, and its coupling matrices.
 
     pip install -e ".[hf]" && python -m tests.hf.make_families
 
-Needed again only when a family is added or transformers changes what it writes. coupling.npz holds M[i, j] =
-|router_i @ w_gate_j| by layer, in float64: where the experts have an activation to listen to, from what the model's own
-code hands to it when the router's rows are the tokens.
+transformers saves the models. Run this again when a family is added, or when transformers changes
+what it writes. coupling.npz holds M[i, j] = |router_i @ w_gate_j| by layer, in float64. Where the
+experts have an activation module, M is taken from what the model's own code hands to that module
+when the router's rows are the tokens.
 """
 
 import pathlib
@@ -64,7 +65,7 @@ OPTIONS = {  # of `save`; the others are float32 in one file, in the layout of t
 
 
 def save(family, directory, dtype=torch.float32, **options):
-    """A model of weights of any size, as after training, saved by transformers, and coupling.npz beside it."""
+    """Saves a model by transformers, with weights as large as after training, and coupling.npz."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(
         AutoConfig.for_model(family, **MODEL | FAMILIES[family])

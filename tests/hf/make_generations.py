@@ -1,11 +1,14 @@
-"""Writes tests/hf/generations: small random OLMoE models, and what transformers computes and generates with them.
+"""Writes tests/hf/generations: small random OLMoEs, and what transformers generates with them.
 
     pip install -e ".[hf]" && python -m tests.hf.make_generations
 
-Needed again only when a variant is added. Of each one file: "weights/…", named and laid out as our
-parameters; "tokens" with, beside them, "left" and "right" (attention masks) and "packed"
-(positions); "logits/left" and so on; and "greedy", what follows the tokens that "left" leaves, to
-the first end-of-text token or as long as the longest.
+Run this again when a variant is added. It writes one file per variant, which holds:
+
+- "weights/…": the weights, named and laid out as our parameters;
+- "tokens", with the attention masks "left" and "right" and the positions "packed";
+- "logits/left", "logits/right", "logits/packed": the logits under each of them;
+- "greedy": the tokens that follow those of "left". Each row ends at its first end-of-text token
+  or with the longest row.
 """
 
 import pathlib

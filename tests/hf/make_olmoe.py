@@ -1,12 +1,14 @@
-"""Writes tests/hf/olmoe: small random OLMoEs as transformers saves them, and what its code computes with them.
+"""Writes tests/hf/olmoe: small random OLMoEs, and what transformers computes with them.
 
     pip install -e ".[hf]" && python -m tests.hf.make_olmoe
 
-Needed again only when a variant is added or transformers changes what it writes or computes.
-golden.npz holds ids (B, T), and of the saved weights in float32: logits (B, T, V), loss
-(cross-entropy of the next token, alone), and the balance loss twice: `pooled` over layers as
-transformers has it, K when balanced, and `by_layer`, the mean over layers of what its own function
-makes of each, over K: 1 when balanced.
+transformers saves the models. Run this again when a variant is added, or when transformers changes
+what it writes or computes. golden.npz holds ids (B, T), and from the saved weights in float32:
+
+- logits (B, T, V);
+- loss: the cross-entropy of the next token alone;
+- pooled: the balance loss over all layers together, as transformers computes it; K when balanced;
+- by_layer: the mean over layers of transformers' balance loss of each, over K; 1 when balanced.
 """
 
 import pathlib
@@ -41,7 +43,7 @@ OPTIONS = {  # of `save`; the others are float32 in one file, an expert a tensor
 
 
 def save(variant, directory, dtype=torch.float32, **options):
-    """A model whose routers choose and whose heads look far from evenly, saved by transformers, and golden.npz."""
+    """Saves a model by transformers, with uneven routing and uneven attention, and golden.npz."""
     torch.manual_seed(0)
     model = OlmoeForCausalLM(OlmoeConfig(**OLMOE | VARIANTS[variant])).to(dtype)
     with torch.no_grad():

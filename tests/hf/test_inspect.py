@@ -231,11 +231,16 @@ def test_a_config_that_is_not_the_shards(changes, words, tmp_path):
     ("mlp.gate.weight", None, ["layers 1,", "router"]),
     ("mlp.gate.weight", np.zeros((4, 17), np.float32), ["mlp.gate.weight", "(4, 17)", "(4, 16)"]),
     ("mlp.gate.weight", np.zeros((4, 16), np.uint8), ["mlp.gate.weight", "BF16/F16/F32"]),
-    ("mlp.experts.2.gate_proj.weight", None, ["model.layers.1.mlp.experts.2.gate_proj.weight", "gate_up_proj"]),
-    ("mlp.experts.2.gate_proj.weight", np.zeros((16, 12), np.float32), ["experts.2.", "(16, 12)", "(12, 16)"]),
-    ("mlp.experts.2.gate_proj.weight", np.zeros((12, 16), np.uint8), ["experts.2.", "BF16/F16/F32", "F8_E4M3"]),
-    ("mlp.experts.gate_up_proj", np.zeros((4, 24, 16), np.float32), ["experts.0.gate_proj", "gate_up_proj", "both"]),
-    ("mlp.experts.4.gate_proj.weight", np.zeros((12, 16), np.float32), ["4 experts", "experts.4.gate_proj.weight"]),
+    ("mlp.experts.2.gate_proj.weight", None,
+     ["model.layers.1.mlp.experts.2.gate_proj.weight", "gate_up_proj"]),
+    ("mlp.experts.2.gate_proj.weight", np.zeros((16, 12), np.float32),
+     ["experts.2.", "(16, 12)", "(12, 16)"]),
+    ("mlp.experts.2.gate_proj.weight", np.zeros((12, 16), np.uint8),
+     ["experts.2.", "BF16/F16/F32", "F8_E4M3"]),
+    ("mlp.experts.gate_up_proj", np.zeros((4, 24, 16), np.float32),
+     ["experts.0.gate_proj", "gate_up_proj", "both"]),
+    ("mlp.experts.4.gate_proj.weight", np.zeros((12, 16), np.float32),
+     ["4 experts", "experts.4.gate_proj.weight"]),
 ])  # fmt: skip
 def test_tensors_that_are_not_the_config_s(name, array, words, tmp_path):
     config, tensors = checkpoint.load("olmoe")

@@ -1,4 +1,4 @@
-"""OLMoEs of transformers compute here what they compute there, and ours there what they compute here."""
+"""OLMoEs compute the same in transformers and here, whichever of the two has written them."""
 
 import dataclasses
 import json
@@ -81,7 +81,7 @@ def contents(directory):
     return {path.name: path.read_bytes() for path in directory.iterdir()}
 
 
-# ------------------------------------------------------------------------------------------------ what transformers has
+# ------------------------------------------------------------ what transformers has
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -133,7 +133,7 @@ def test_every_device_has_its_share(load, variant):
         np.testing.assert_array_equal(found, expected)
 
 
-# ------------------------------------------------------------------------------------------------------------- export
+# ------------------------------------------------------------ export
 
 
 @pytest.mark.parametrize("variant", ["plain", "tied"])
@@ -254,7 +254,7 @@ def test_a_directory_is_there_whole_or_not_at_all(trained, tmp_path):
     ) == before
 
 
-# -------------------------------------------------------------------------------------------------------- transformers
+# ------------------------------------------------------------ transformers
 
 
 @pytest.mark.parametrize("changes", [
@@ -300,7 +300,7 @@ def test_transformers_reads_bytes_as_we_do(tmp_path):
     assert tokenizer.decode(tokenizer(EVERYTHING)["input_ids"]) == EVERYTHING
 
 
-# ----------------------------------------------------------------------------------------------------------- tokenizer
+# ------------------------------------------------------------ tokenizer
 
 EVERYTHING = "".join(map(chr, range(1, 0x800))) + " 漢 \U0001f600  \n\n don't  stop"
 
@@ -329,7 +329,7 @@ def test_the_tokenizer_of_a_checkpoint_stands_in_for_bytes(tmp_path):
     )
 
 
-# ------------------------------------------------------------------------------------------------- what is not imported
+# ------------------------------------------------------------ what is not imported
 
 
 @pytest.mark.parametrize("change, words", [
@@ -339,7 +339,8 @@ def test_the_tokenizer_of_a_checkpoint_stands_in_for_bytes(tmp_path):
     ({"attention_bias": True}, ["attention_bias", "True", "False"]),
     ({"sliding_window": 8}, ["sliding_window", "8"]),
     ({"quantization_config": {"bits": 4}}, ["quantization_config", "bits"]),
-    ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}}, ["rope_parameters", "'yarn'"]),
+    ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}},
+     ["rope_parameters", "'yarn'"]),
     ({"rope_scaling": {"type": "linear", "factor": 2.0}}, ["rope_scaling", "'linear'"]),
     ({"rope_scaling": "linear"}, ["rope_scaling", "'linear'"]),
     ({"rope_theta": 5e5}, ["rope_theta", "500000.0", "10000.0"]),
@@ -358,7 +359,8 @@ def test_a_config_that_is_no_olmoe(change, words):
 
 @pytest.mark.parametrize("config", [
     {"rope_theta": 50.0}, {"rope_theta": 50}, {"rope_parameters": {"rope_theta": 50.0}},
-    {"rope_theta": 50.0, "rope_scaling": {"type": "default"}, "rope_parameters": {"rope_theta": 50.0}},
+    {"rope_theta": 50.0, "rope_scaling": {"type": "default"},
+     "rope_parameters": {"rope_theta": 50.0}},
 ], ids=str)  # fmt: skip
 def test_a_release_may_leave_out_what_has_a_default(config):
     sizes = json.loads((HERE / "plain" / "config.json").read_text())
@@ -413,16 +415,22 @@ def add(name, like):
 
 @pytest.mark.parametrize("variant, change, words", [
     ("plain", drop("lm_head.weight"), ["'lm_head.weight'", "no tensor"]),
-    ("plain", drop("model.layers.1.mlp.experts.3.up_proj.weight"), ["layers.1.mlp.experts.3.up_proj", "no tensor"]),
-    ("plain", add("model.layers.2.mlp.gate.weight", "model.norm.weight"), ["layers.2.mlp.gate", "1 in all"]),
-    ("plain", add("model.layers.0.self_attn.q_proj.bias", "model.norm.weight"), ["q_proj.bias", "1 in all"]),
+    ("plain", drop("model.layers.1.mlp.experts.3.up_proj.weight"),
+     ["layers.1.mlp.experts.3.up_proj", "no tensor"]),
+    ("plain", add("model.layers.2.mlp.gate.weight", "model.norm.weight"),
+     ["layers.2.mlp.gate", "1 in all"]),
+    ("plain", add("model.layers.0.self_attn.q_proj.bias", "model.norm.weight"),
+     ["q_proj.bias", "1 in all"]),
     ("tied", add("lm_head.weight", "model.embed_tokens.weight"), ["lm_head", "1 in all"]),
-    ("plain", reshape("model.layers.0.mlp.experts.0.down_proj.weight"), ["0.down_proj", "(12, 16)", "(16, 12)"]),
+    ("plain", reshape("model.layers.0.mlp.experts.0.down_proj.weight"),
+     ["0.down_proj", "(12, 16)", "(16, 12)"]),
     ("plain", convert("model.norm.weight"), ["model.norm", "U8", "BF16"]),
     ("plain", add(PACKED, "model.norm.weight"), [PACKED, "1 in all"]),
     ("grouped", drop(PACKED), ["layers.0.mlp.experts.0.gate_proj", "no tensor"]),
-    ("grouped", add("model.layers.0.mlp.experts.1.up_proj.weight", "model.norm.weight"), [PACKED, "both"]),
-    ("grouped", reshape("model.layers.1.mlp.experts.down_proj"), ["layers.1.mlp.experts.0.down_proj", "no tensor"]),
+    ("grouped", add("model.layers.0.mlp.experts.1.up_proj.weight", "model.norm.weight"),
+     [PACKED, "both"]),
+    ("grouped", reshape("model.layers.1.mlp.experts.down_proj"),
+     ["layers.1.mlp.experts.0.down_proj", "no tensor"]),
 ], ids=lambda value: value[0] if isinstance(value, list) else None)  # fmt: skip
 def test_tensors_that_are_not_what_config_json_announces(load, variant, change, words, tmp_path):
     config, tensors = checkpoint.load(HERE / variant)

@@ -106,7 +106,8 @@ def test_a_truncated_shard(tmp_path):
 
 
 @pytest.mark.parametrize("name", [
-    "../shard.safetensors", "/tmp/shard.safetensors", "sub/shard.safetensors", "shard.bin", "..", "",
+    "../shard.safetensors", "/tmp/shard.safetensors", "sub/shard.safetensors",
+    "shard.bin", "..", "",
 ])  # fmt: skip
 def test_an_index_names_safetensors_beside_it_and_nothing_else(name, tmp_path):
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": name}}))

@@ -93,7 +93,8 @@ def test_it_is_refused(argument, words, files, monkeypatch):
     (["--config={key.py}:debug"], ["config.model.widht", "config.model.width"]),
     (["--flagfile=/no/flags"], ["/no/flags"]),
     (["--config.train.steps"], ["config.train.steps"]),
-    (["--noconfig.routers.aoe.renormalise"], ["config.routers.aoe.renormalise", "config.routers.aoe.renormalize"]),
+    (["--noconfig.routers.aoe.renormalise"],
+     ["config.routers.aoe.renormalise", "config.routers.aoe.renormalize"]),
     (["--config.train.steps=3", "--config=configs/erc.py"], ["--config.train.steps=3", "--config"]),
     (["--config.losses.erc={'weight': 3}"], ["config.losses.erc", "config.losses.erc."]),
 ])  # fmt: skip

@@ -1,4 +1,4 @@
-"""`--help` of each script: exit code 0, on standard output, every flag of its own with an example."""
+"""`--help` of each script prints every flag of its own with an example, and exits with code 0."""
 
 import importlib
 import re
@@ -11,8 +11,16 @@ from tests import script
 
 TRAIN = ("config", "workdir")
 EVALUATE = (
-    "checkpoint", "figures", "limit", "num_fewshot", "output", "task_dir", "tasks", "windows", "workdir",
-)  # fmt: skip
+    "checkpoint",
+    "figures",
+    "limit",
+    "num_fewshot",
+    "output",
+    "task_dir",
+    "tasks",
+    "windows",
+    "workdir",
+)
 
 
 def asked(name, flag, tmp_path):
@@ -49,7 +57,7 @@ def test_commands_of_the_package_name_their_flags(name, says, names, tmp_path):
 
 
 def test_commands_of_the_package_are_installed_under_their_names():
-    """As `setup.py` says: each entry is a function without arguments."""
+    """Each entry of `setup.py` names a function without arguments."""
     text = (script.ROOT / "setup.py").read_text()
     found = re.findall(r'"moe_erc-(\w+) = moe_erc\.(\w+):main"', text)
     assert {"diagnose", "export", "generate"} <= {module for _, module in found}

@@ -86,7 +86,7 @@ def test_another_program_goes_on_as_it_is(monkeypatch, tmp_path):
 
 
 def test_only_training_asks_for_them():
-    """Evaluation allocates little that it gives back: a second start would cost more than it spares."""
+    """Evaluation gives little memory back: a second start would take longer than it saves."""
     asking = [path.name for path in script.ROOT.glob("*.py") if "huge_pages" in path.read_text()]
     package = script.ROOT / "moe_erc"
     asking += [path.name for path in package.rglob("*.py") if "huge_pages" in path.read_text()]

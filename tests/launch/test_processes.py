@@ -1,4 +1,4 @@
-"""Two and four local processes train the curve of one, stop together, and hand over to another number of processes."""
+"""Two and four processes train the curve of one, stop together, and hand over to other numbers."""
 
 import itertools
 import os
@@ -68,12 +68,13 @@ def assert_same_curve(found, expected):
 
 
 def within_drift(name, found, expected):
-    """Whether a metric is the same but for sums in another order, which steps carry on and the optimizer amplifies.
+    """Whether a metric differs only by sums in another order, which the optimizer amplifies.
 
-    On several instruction sets 8e-7 of a loss was seen, and 1e-7 of cosines, which are differences
-    of numbers of 1: ten times as much is allowed. A token whose two best experts tie but for
-    rounding is moved to the other, which a load of 1,024 tokens with two experts each shows as E /
-    2,048 = 4 / 2,048 of a mean share: two such are allowed.
+    Several instruction sets gave a difference of 8e-7 of a loss, and of 1e-7 in cosines, which are
+    differences of numbers of about 1. Ten times as much is allowed. Rounding may also decide
+    between two experts whose scores are almost equal, and so move a token. In a load of 1,024
+    tokens with two experts each, one such token is E / 2,048 = 4 / 2,048 of a mean share. Two such
+    tokens are allowed.
     """
     moved = 2 * 4 / 2048 if name.startswith("router/") else 0
     return bool(
@@ -107,7 +108,7 @@ def terminate_one(members, workdir, name, count):
 
 @pytest.fixture(scope="module")
 def stopped(train, tmp_path_factory):
-    """The workdir of a run of four processes that saves every few steps, of which the last was sent SIGTERM."""
+    """The workdir of four processes that save every few steps; the last one was sent SIGTERM."""
     workdir = tmp_path_factory.mktemp("stopped")
     mesh = "--config.mesh.data=2", "--config.mesh.expert=2"
     members = train(4, workdir, *mesh, f"--config.checkpoint.every={FEW}")

@@ -1,4 +1,4 @@
-"""ERC against float64 NumPy: the golden files, hand-computed cases, and a naive reference for every option."""
+"""ERC against float64 NumPy: golden files, cases by hand, and a reference for every option."""
 
 import pathlib
 
@@ -68,7 +68,7 @@ def random_params(E=5, D=8, F=6, layers=None, seed=0):
     }
 
 
-# ---------------------------------------------------------------------------------------------------- golden files
+# ------------------------------------------------------------ golden files
 @pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.stem)
 def test_golden_values_and_gradients(path):
     golden = np.load(path, allow_pickle=False)
@@ -112,7 +112,7 @@ def test_golden_files_are_all_here():
     assert len(GOLDEN) == 10
 
 
-# ---------------------------------------------------------------------------------------------------- by hand
+# ------------------------------------------------------------ by hand
 def test_penalty_by_hand():
     # diagonal (2, 4, 1); alpha 0.5 -> bars (1, 2, 0.5); off-diagonal entries M01 = 3, M12 = 1, M20
     # = 2, others 0 M01: over bar 0 by 2, over bar 1 by 1;  M12: over 1 by 0, over 2 by 0.5;  M20:
@@ -144,7 +144,7 @@ def test_noise_bound_of_close_rows_keeps_its_digits():
     assert noise_bound(router_ED)[0] == pytest.approx(2**-13 / (2 * 3**0.5), rel=1e-6)
 
 
-# ---------------------------------------------------------------------------------------------------- perturbation
+# ------------------------------------------------------------ perturbation
 def test_perturb_draws_uniformly_inside_the_bound_and_is_constant_to_the_gradient():
     router_ED, key = jnp.float32(random_params()["router"]), jax.random.key(7)
     bound_E1 = np.asarray(noise_bound(router_ED))[:, None]
@@ -163,7 +163,7 @@ def test_proxies_stay_in_their_own_cluster():
         assert (np.argmin(distance_EE, axis=1) == np.arange(9)).all()
 
 
-# ---------------------------------------------------------------------------------------------------- options
+# ------------------------------------------------------------ options
 @pytest.mark.parametrize("activation", ["gate", "up", "silu_gate", "swiglu", "output"])
 def test_every_activation_matches_the_definition(activation):
     params, key, alpha = random_params(), jax.random.key(3), 0.7
@@ -175,7 +175,8 @@ def test_every_activation_matches_the_definition(activation):
 
 @pytest.mark.parametrize("options", [
     {"activation": "gate"}, {"activation": "swiglu"}, {"activation": "output"},
-    {"noise": "expected"}, {"normalize": True}, {"normalize": True, "noise": "expected"}, {"noise": "none"},
+    {"noise": "expected"}, {"noise": "none"},
+    {"normalize": True}, {"normalize": True, "noise": "expected"},
 ], ids=str)  # fmt: skip
 def test_gradients_match_finite_differences(options):
     params, key = random_params(), jax.random.key(3)
@@ -214,7 +215,10 @@ def test_gradients_match_finite_differences(options):
 
 
 def reference_response(params, noise_ED, bound_E1, options):
-    """What hinges compare, (E, E) in float64: M of noisy, expected or clean proxies, relative if that is asked for."""
+    """What the hinges compare, (E, E) in float64.
+
+    It is M of the noisy, expected or clean proxies, and relative where `normalize` is set.
+    """
     M_EE = reference_matrix(params["router"] * noise_ED, params, options.get("activation", "gate"))
     squares_ED = (bound_E1 * params["router"]) ** 2 / 3
     M_EE = np.sqrt(M_EE**2 + squares_ED @ np.sum(params["w_gate"] ** 2, axis=-1).T)
@@ -314,7 +318,7 @@ def test_an_alpha_that_is_no_share_is_refused(alpha):
         moe_erc.erc_loss(random_params(), None, alpha=alpha, noise="none")
 
 
-# ---------------------------------------------------------------------------------------------------- edges
+# ------------------------------------------------------------ edges
 @pytest.mark.parametrize(
     "case", ["one expert", "twin rows", "zero row", "zero router", "zero gate"]
 )
@@ -353,7 +357,7 @@ def test_bfloat16_weights_are_summed_in_float32():
     )
 
 
-# ---------------------------------------------------------------------------------------------------- cost
+# ------------------------------------------------------------ cost
 def test_an_expert_with_no_active_hinge_gets_exactly_no_gradient_and_its_backward_is_a_branch():
     # Orthogonal rows, and each gate sees its own row alone, so nothing is foreign; expert 3 also
     # answers to row 0.

@@ -1,4 +1,4 @@
-"""ERC over a mesh: the same loss and gradients, and what the compiled program computes and sends on 8 devices."""
+"""ERC over a mesh: loss, gradients, and what the program computes and sends on 8 devices."""
 
 import functools
 
@@ -118,7 +118,7 @@ def test_alpha_may_be_traced(params):
 
 @functools.cache
 def program(loss, shape, sizes=(L, E, D, F)):
-    """Compiled for parameters that lie as the trainer keeps them, its gradients where the parameters are."""
+    """The program for parameters placed as the trainer places them; gradients lie as they do."""
     mesh, (layers, experts, width, hidden) = sharding.make_mesh(*shape), sizes
     shapes = {"router": (layers, experts, width), "w_gate": (layers, experts, width, hidden)}
     leaves = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}

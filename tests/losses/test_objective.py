@@ -195,8 +195,10 @@ def test_decoupling_subtracts_weight_times_gradient_from_the_router_alone(model)
     ({"simbal": {"weight": 1.0, "scale": 2.0}}, ["losses.simbal.scale", "none"]),
     ({"erc": ERC | {"noise": "gauss"}}, ["losses.erc.noise", "gauss"]),
     ({"erc": ERC | {"alpha": -0.5}}, ["losses.erc.alpha", "-0.5"]),
-    ({"erc": ERC | {"precision": "higher"}}, ["losses.erc.precision", "higher", "auto, default, high, highest"]),
-    ({"erc": ERC | {"activation": "swiglu", "normalize": True}}, ["losses.erc.normalize", "swiglu"]),
+    ({"erc": ERC | {"precision": "higher"}},
+     ["losses.erc.precision", "higher", "auto, default, high, highest"]),
+    ({"erc": ERC | {"activation": "swiglu", "normalize": True}},
+     ["losses.erc.normalize", "swiglu"]),
     ({"load_balance": {"weight": 1.0, "scope": "epoch"}}, ["losses.load_balance.scope", "epoch"]),
 ])  # fmt: skip
 def test_what_means_nothing_is_refused_at_once(losses, words, model):
@@ -211,8 +213,10 @@ FACTORISED = {"aoe": {"rank": 8}, "routing_free": {"rank": 8}}
 
 @pytest.mark.parametrize("loss, routers, reason", [
     ("erc", ("aoe", "routing_free"), "couples router rows with experts"),
-    ("router_orthogonality", ("xmoe", "aoe", "routing_free"), "one router row of the model's width for every expert"),
-    ("simbal", ("xmoe", "aoe", "routing_free"), "one router row of the model's width for every expert"),
+    ("router_orthogonality", ("xmoe", "aoe", "routing_free"),
+     "one router row of the model's width for every expert"),
+    ("simbal", ("xmoe", "aoe", "routing_free"),
+     "one router row of the model's width for every expert"),
     ("routing_entropy", ("routing_free",), "probabilities"),
     ("path_coupling", ("routing_free",), "probabilities"),
     ("routing_variance", ("routing_free",), "probabilities"),

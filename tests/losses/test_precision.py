@@ -1,4 +1,4 @@
-"""Which precision the program asks for, and what "auto" is at published sizes and by what a program computes."""
+"""Which precision the program asks for, and what "auto" means at published sizes."""
 
 import re
 
@@ -22,7 +22,7 @@ PARAMS = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in SHAP
 
 
 def asked_for(function, *arguments):
-    """The precisions of all matmuls of the program that is handed to the compiler, of both operands."""
+    """The precisions, of both operands, of all matmuls that the compiler is given."""
     text = jax.jit(function).lower(*arguments).as_text()
     matmuls = [line for line in text.splitlines() if "dot_general" in line]
     assert matmuls

@@ -1,4 +1,4 @@
-"""Counts against the parameters that exist, against numbers worked by hand, and against the published models."""
+"""Counts against the parameters that exist, against numbers by hand, and published models."""
 
 import dataclasses
 
@@ -144,8 +144,13 @@ UNKNOWN = "no such option"
     ({"router": "competition", "bias_rate": 1e-3}, ["routers.competition.bias_rate", UNKNOWN]),
     (FREE | {"init": "orthogonal"}, ["routers.routing_free.init", UNKNOWN]),
     ({"router": "xmoe", "init": "orthogonal"}, ["routers.xmoe.init", UNKNOWN]),
-    *(({"router": "xmoe", "experts": few, "experts_per_token": 1}, [f"model.experts: {few}", "xmoe", "at least 4"])
-      for few in (1, 2, 3)),
+    *(
+        (
+            {"router": "xmoe", "experts": few, "experts_per_token": 1},
+            [f"model.experts: {few}", "xmoe", "at least 4"],
+        )
+        for few in (1, 2, 3)
+    ),
     ({"top_p": 0.0}, ["top_p", "0.0", "above 0"]),
     ({"top_p": 1.1}, ["top_p", "1.1", "at most 1"]),
     ({"bias_rate": -1e-3}, ["bias_rate", "-0.001", "at least 0"]),
@@ -154,7 +159,8 @@ UNKNOWN = "no such option"
     ({"router": "competition", "rate": 1.5}, ["routers.competition.rate", "1.5", "0 to 1"]),
     ({"router": "competition", "max_layers": 0}, ["routers.competition.max_layers", "0"]),
     (FREE | {"theta": 0.0}, ["routers.routing_free.theta", "0.0", "positive"]),
-    (FREE | {"controller_rate": -0.1}, ["routers.routing_free.controller_rate", "-0.1", "at least 0"]),
+    (FREE | {"controller_rate": -0.1},
+     ["routers.routing_free.controller_rate", "-0.1", "at least 0"]),
     ({"clip_qkv": -8.0}, ["clip_qkv", "-8.0", "at least 0"]),
 ])  # fmt: skip
 def test_a_model_that_cannot_be_built_is_refused(model_config, changes, words):

@@ -1,4 +1,4 @@
-"""Packed, padded and cached tokens against the plain sequence, which attends to all that came before."""
+"""Packed, padded and cached tokens against the plain sequence, which attends to all before."""
 
 import functools
 
@@ -153,7 +153,10 @@ def test_padding_changes_no_sequence(model_and_weights, tokens_BT, side):
 
 
 def through_a_cache(model, weights, tokens_BT, prompt):
-    """Logits: the first `prompt` tokens at once, the others one by one, each row from its FIRST_B on."""
+    """Logits through a cache, each row from its FIRST_B on.
+
+    The first `prompt` tokens are read at once, the others one by one.
+    """
     cache, parts = empty_cache(model.config, ROWS, SLOTS), []
     for slot, length in [(0, prompt), *((slot, 1) for slot in range(prompt, LENGTH))]:
         context = cached(cache, jnp.asarray(FIRST_B), jnp.int32(slot), length)

@@ -53,7 +53,7 @@ def test_chunks_without_rows_are_not_computed(monkeypatch):
 
 @pytest.mark.parametrize("rows", [3, 8, 1000])
 def test_chunks_change_nothing(monkeypatch, rows):
-    """Values and gradients of one chunk, of a few and of many are those of every expert on every token."""
+    """Values and gradients, in any number of chunks, are those of every expert on every token."""
     monkeypatch.setattr(grouped, "CHUNK_BYTES", rows * 12 * 4)
     rng = np.random.default_rng(0)
     weights_NK = rng.uniform(size=(20, 2)).astype(np.float32)

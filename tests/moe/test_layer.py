@@ -1,4 +1,4 @@
-"""The layer as a whole: what is added to the routed experts, who competes, what is observed, where gradients go."""
+"""The layer as a whole: experts beside the routed ones, competition, observations, gradients."""
 
 import functools
 

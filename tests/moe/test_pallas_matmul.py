@@ -1,4 +1,4 @@
-"""What a GPU is given: programs lowered for CUDA, without one, hold the kernels and nothing dense over experts."""
+"""Programs lowered for CUDA, without a GPU, hold the kernels and nothing dense over experts."""
 
 import re
 from functools import partial

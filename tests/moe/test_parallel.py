@@ -1,4 +1,7 @@
-"""The experts of a mesh compute what one device computes: outputs and every gradient, also when all meet one expert."""
+"""Experts on a mesh compute what one device computes: outputs and every gradient.
+
+This holds also where all tokens meet one expert.
+"""
 
 from functools import cache, partial
 

@@ -1,4 +1,4 @@
-"""Routing at the edges, by properties: order, sums and ties of any probabilities, and no NaN that is routed."""
+"""Routing at the edges: order, sums and ties of any probabilities, and no NaN is routed."""
 
 import jax
 import jax.numpy as jnp
@@ -15,14 +15,19 @@ from tests.tolerance import assert_close, within
 T, E, K, D = 2, 6, 3, 8
 repeatable = settings(deadline=None, max_examples=30, derandomize=True)
 # Few levels, so that ties are common, and logits far enough apart for probabilities of exactly 0.
-logits = st.lists(st.sampled_from([0.0, 1.0, 1.5, -200.0, 1e30]) | st.floats(-9, 9, width=32), min_size=T * E,
-                  max_size=T * E).map(lambda numbers: np.float32(numbers).reshape(1, T, E))  # fmt: skip
+logit = st.sampled_from([0.0, 1.0, 1.5, -200.0, 1e30]) | st.floats(-9, 9, width=32)
+logits = st.lists(logit, min_size=T * E, max_size=T * E).map(
+    lambda numbers: np.float32(numbers).reshape(1, T, E)
+)
 biases = st.lists(st.sampled_from([0.0, 0.5, -0.5, 100.0]), min_size=E, max_size=E).map(np.float32)
 
 
 @pytest.fixture(scope="module")
 def choose(model_config):
-    """Routing of logits, the probabilities, and the gradient of a sum of the weights, compiled once for each config."""
+    """Routes logits: the routing, the probabilities, and the gradient of a sum of the weights.
+
+    Each config is compiled once.
+    """
     compiled = {}
 
     def make(**changes):
@@ -67,8 +72,10 @@ def test_renormalized_weights_sum_to_one_or_are_all_zero(choose, logits_BTE, bia
 def test_chosen_probabilities_that_almost_vanish_are_weighed_as_others_are(choose):
     # e^-80 : e^-81 : e^-82 is 1 : e^-1 : e^-2, whatever the others have; so is the gradient.
     bias_E = np.float32([0, 0, 0, 100, 100, 100])
-    outcomes = [choose(renormalize=True)(np.float32([[[0, 0, 0, -80, -81, -82]] * T]), bias_E),
-                choose(renormalize=True)(np.float32([[[0, 0, 0, 2, 1, 0]] * T]), bias_E)]  # fmt: skip
+    outcomes = [
+        choose(renormalize=True)(np.float32([[[0, 0, 0, -80, -81, -82]] * T]), bias_E),
+        choose(renormalize=True)(np.float32([[[0, 0, 0, 2, 1, 0]] * T]), bias_E),
+    ]
     (_, (routing, _)), gradient = outcomes[0]
     powers = np.exp([0.0, -1.0, -2.0])
     # An exponent of 82 is known to half a unit of 64 and its power so much, 32 units of 1; of the
@@ -117,7 +124,7 @@ def unit_and_gradient(x_TD):
     return unit(x_TD), jax.grad(lambda x_TD: jnp.sum(unit(x_TD) * jnp.arange(D)))(x_TD)
 
 
-# ---------------------------------------------------------------------------------------------------- NaN
+# ------------------------------------------------------------ NaN
 @pytest.mark.parametrize(
     "top_p, renormalize", [(1.0, False), (1.0, True), (0.5, False), (0.5, True)]
 )

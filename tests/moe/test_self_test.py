@@ -1,4 +1,4 @@
-"""The question asked at start-up: right matmuls pass, each way of being wrong is refused, and what follows."""
+"""The self-test at start-up: right matmuls pass, each kind of wrong ones is refused."""
 
 import logging
 

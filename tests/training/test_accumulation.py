@@ -1,4 +1,4 @@
-"""Micro-batches of different numbers of unmasked tokens and of assignments: the step is that of the whole batch."""
+"""Micro-batches with uneven numbers of tokens and assignments make the step of the whole batch."""
 
 import functools
 
@@ -61,7 +61,10 @@ def uneven_batch(token_batch):
 
 @pytest.fixture(scope="module")
 def taker(model_config):
-    """Makes (model, state, {micro-batches: gradients of a step}) for a router and {loss: changes of its options}."""
+    """Makes (model, state, {micro-batches: gradients of a step}).
+
+    It takes a router and {loss: changes of its options}.
+    """
 
     @functools.cache
     def make(router, weights):
@@ -129,7 +132,10 @@ def test_balance_over_the_step_reads_the_counts_so_far(router, taker, uneven_bat
     micro_batches = split(uneven_batch, PARTS)
 
     def expected(params):
-        """The definition: E sum_e load mean_prob by layer, the load of this micro-batch and those before it."""
+        """The definition: E sum_e load mean_prob by layer.
+
+        The load is that of this micro-batch and of those before it.
+        """
         total, counts_LE = 0, 0
         for part in range(PARTS):
             batch = jax.tree.map(lambda leaf: leaf[part], micro_batches)  # noqa: B023

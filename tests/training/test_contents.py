@@ -1,4 +1,4 @@
-"""A checkpoint counts once it can be restored: whatever the directory is called, whatever its digests say."""
+"""A checkpoint counts if it can be restored, whatever its directory's name or its digests say."""
 
 import json
 import shutil
@@ -100,7 +100,7 @@ def remove_the_merged_index(step):
 
 
 def lose_a_chunk(step):
-    """One of eight shares of the matrix is in no index, as if one process's part had not been merged."""
+    """Removes one of eight shares of the matrix from the index, as if it had not been merged."""
     index = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{step / 'state'}/"}}
     tensorstore.KvStore.open(index).result().delete_range(
         tensorstore.KvStore.KeyRange("w/0.0", "w/0.00")

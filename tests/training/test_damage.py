@@ -1,4 +1,4 @@
-"""Checkpoints that were damaged on purpose: the newest intact one is used, the others are named, none is a refusal."""
+"""Damaged checkpoints are named and passed over: the newest intact one is used."""
 
 import os
 import shutil
@@ -91,8 +91,8 @@ def remove_the_digests(step):
 
 
 DAMAGES = (
-    truncate, empty_a_file, flip, remove_a_file, remove_the_metadata, remove_an_item, empty_the_directory,
-    replace_a_file_by_a_directory, spoil_the_digests, remove_the_digests,
+    truncate, empty_a_file, flip, remove_a_file, remove_the_metadata, remove_an_item,
+    empty_the_directory, replace_a_file_by_a_directory, spoil_the_digests, remove_the_digests,
 )  # fmt: skip
 
 
@@ -222,7 +222,7 @@ FULL_DISK = """
 
 @pytest.fixture(params=["full disk", "largest file"])
 def small_disk(request, tmp_path):
-    """(directory, limit of a file): a file system of 1 MB, where mounting is allowed, or no large files."""
+    """(directory, limit of a file): a file system of 1 MB, if allowed to mount, or small files."""
     if request.param == "largest file":
         yield tmp_path, 1 << 20
         return
@@ -267,7 +267,10 @@ def test_one_writer_at_a_time_and_a_killed_one_is_none(directory):
         assert holder.stdout.readline() == "held\n"
         try:
             torn.mkdir()  # what the other one is writing
-            refused = rf"a run is writing to .* \(process {holder.pid} on .*\): wait for it or use another --workdir"
+            refused = (
+                rf"a run is writing to .* \(process {holder.pid} on .*\): "
+                "wait for it or use another --workdir"
+            )
             with pytest.raises(ValueError, match=refused):
                 prepare_directory(directory)
             assert torn.exists()

@@ -137,7 +137,10 @@ def test_a_killed_writer_has_lost_nothing(tmp_path):
 
 
 def tensorboard_scalars(directory):
-    """{(tag, step): value} of an event file: records of length (8 bytes), checksum (4), payload, checksum (4)."""
+    """{(tag, step): value} of an event file.
+
+    A record is its length (8 bytes), a checksum (4), the payload, and its checksum (4).
+    """
     scalars = {}
     for path in sorted((directory / "tensorboard").iterdir()):
         data = path.read_bytes()

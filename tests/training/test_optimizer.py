@@ -67,8 +67,10 @@ def first_update(config, grads, params):
     return jax.jit(optimizer.update)(grads, optimizer.init(params), params)[0]
 
 
-# Peak 1, warm-up 4 of 20 steps, end at 0.1. Warm-up is (t + 1) / 5; 16 steps remain, so t = 12 is half way:
-#   cosine  0.1 + 0.9 * (1 + cos(pi / 2)) / 2 = 0.55      and a quarter way 0.1 + 0.9 * (1 + cos(pi / 4)) / 2
+# Peak 1, warm-up 4 of 20 steps, end at 0.1. Warm-up is (t + 1) / 5.
+# 16 steps remain, so t = 12 is half way:
+#   cosine  0.1 + 0.9 * (1 + cos(pi / 2)) / 2 = 0.55
+#           and a quarter of the way 0.1 + 0.9 * (1 + cos(pi / 4)) / 2
 #   linear  1 - 0.9 * 8 / 16 = 0.55
 #   wsd     the last 0.2 * 20 = 4 steps fall: flat until 16, half way at 18
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""What routing carries from step to step: moved by hand-checked rules, in real steps, and restored bit for bit."""
+"""What routing carries from step to step: its rules by hand, real steps, and exact restoring."""
 
 import functools
 
@@ -238,8 +238,9 @@ def test_a_run_goes_on_where_it_was_saved_bit_for_bit(name, trainer, token_batch
 
 
 @pytest.mark.parametrize("numbers, sign", [
-    ([0, 0], 0), ([1, -1], 0), ([2**31 - 1] * 24, 1), ([-(2**31)] * 24, -1), ([2**31 - 1, -(2**31), 1], 0),
-    ([2**31 - 1, 2**31 - 1, -(2**31), -(2**31), 3], 1), ([-1, 0], -1), ([-(2**15), 2**15 - 1], -1),
+    ([0, 0], 0), ([1, -1], 0), ([2**31 - 1] * 24, 1), ([-(2**31)] * 24, -1),
+    ([2**31 - 1, -(2**31), 1], 0), ([2**31 - 1, 2**31 - 1, -(2**31), -(2**31), 3], 1),
+    ([-1, 0], -1), ([-(2**15), 2**15 - 1], -1),
 ])  # fmt: skip
 def test_the_sign_of_a_sum_that_an_int32_does_not_hold(numbers, sign):
     assert np.sign(sum(numbers)) == sign

@@ -1,4 +1,4 @@
-"""One step: what it adds up, what it draws, and that neither micro-batches nor the mesh change it."""
+"""One step: what it sums, what it draws; neither micro-batches nor the mesh change it."""
 
 import functools
 
@@ -30,7 +30,10 @@ SEED = 5
 
 @pytest.fixture(scope="module")
 def initial_state(model_config):
-    """A state of sizes, placed: drawn by one program for all meshes, on which it is the same (see the last test)."""
+    """A placed state of these sizes, drawn by one program for all meshes.
+
+    The last test shows that it is the same on all of them.
+    """
 
     @functools.cache
     def on_host(**sizes):
@@ -166,7 +169,10 @@ def test_balance_over_the_step_differs_from_balance_by_micro_batch(trainer, toke
 
 
 def route_to(experts, state):
-    """The state with every token routed to the first so many experts: other rows oppose what all tokens share."""
+    """The state with every token routed to the first `experts` experts.
+
+    The other rows of the router oppose what all tokens share.
+    """
     params = jax.tree.map(jnp.copy, state.params)
     params["embed"] += 2.0
     router_LED = params["layers"]["moe"]["router"]

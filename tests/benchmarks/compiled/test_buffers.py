@@ -26,8 +26,10 @@ TEXT = """ENTRY %main (x.1: f32[32,32]) -> f32[] {
 def test_largest_by_hand():
     # the dot lies where the sine did; arguments are no temporaries
     assert buffers.largest(ACCOUNT, TEXT, 3) == [
-        (1000, "f32[250]", "jit(f)/sin"), (800, "f32[200]", "while.3"), (700, "bf16[350]", "jit(f)/add"),
-    ]  # fmt: skip
+        (1000, "f32[250]", "jit(f)/sin"),
+        (800, "f32[200]", "while.3"),
+        (700, "bf16[350]", "jit(f)/add"),
+    ]
     assert len(buffers.largest(ACCOUNT, TEXT, 2)) == 2
     assert buffers.largest("", TEXT, 3) == []
 

@@ -82,7 +82,8 @@ def test_of_a_conditional_the_dearest_branch_counts():
     (lambda x: lax.psum_scatter(x, "b", tiled=True), "reduce-scatter", 512, 4, 3 / 4 * 512),
     (lambda x: lax.psum_scatter(x, "a", tiled=True), "reduce-scatter", 512, 2, 1 / 2 * 512),
     (lambda x: lax.all_to_all(x, "b", 0, 0, tiled=True), "all-to-all", 512, 4, 3 / 4 * 512),
-    (lambda x: lax.ppermute(x, "b", [(0, 1), (1, 2), (2, 3), (3, 0)]), "collective-permute", 512, 8, 512),
+    (lambda x: lax.ppermute(x, "b", [(0, 1), (1, 2), (2, 3), (3, 0)]), "collective-permute", 512, 8,
+     512),
 ], ids=lambda value: value if isinstance(value, str) else "")  # fmt: skip
 def test_collectives(on_mesh, function, kind, size, group, sent):
     (found,) = on_mesh(function, (8, 16)).collectives
@@ -111,7 +112,10 @@ def test_memory_is_of_one_device_and_knows_of_donation():
 
 
 def test_what_only_tpu_programs_hold():
-    """Cut from programs of libtpu 0.0.42: loops without a trip count, dots as convolutions, collectives in fusions."""
+    """The text is cut from programs of libtpu 0.0.42.
+
+    Its loops have no trip count, its dots are convolutions, and its collectives stand in fusions.
+    """
     cost = costs.cost((PROGRAMS / "tpu.hlo").read_text())
     assert cost.flops == 12 * 2 * 16 * 64 * 32  # a batch of 12, written as a window
     assert cost.grouped_flops == 2 * 192 * 64 * 32

@@ -1,4 +1,4 @@
-"""Experts that score for themselves: by hand, and through the layer against experts with whole gates."""
+"""Experts that score for themselves: by hand, and in the layer against experts with whole gates."""
 
 import jax
 import jax.numpy as jnp

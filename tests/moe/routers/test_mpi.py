@@ -1,4 +1,4 @@
-"""One power step by hand, what it keeps, what it does not depend on, and whom its gradient reaches."""
+"""One power step by hand: what it keeps, what it ignores, where its gradient goes."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Experts that decide for themselves: gates, threshold and theta by hand, and a token that nobody takes."""
+"""Experts that decide for themselves: gates, threshold, theta, and a token that nobody takes."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""The cosine router: by hand, blind to lengths, balanced at one temperature, and its rows in token space."""
+"""The cosine router: by hand, independent of lengths, balanced, and its rows in token space."""
 
 import jax
 import jax.numpy as jnp

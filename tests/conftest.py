@@ -27,9 +27,8 @@ import jax  # noqa: E402
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_disable_most_optimizations", True)
-jax.config.update(
-    "jax_enable_compilation_cache", False
-)  # of this process; programs out of a cache tell less
+# Of this process; programs out of a cache tell less.
+jax.config.update("jax_enable_compilation_cache", False)
 
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402

@@ -18,10 +18,11 @@ ROOT = pathlib.Path(__file__).parents[1]
 # The server imports these once, before any backend exists, and forks for every script.
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["tests.script", "moe_erc.runs", "moe_erc.diagnosis.tables"])
+# To compile.
 FAST = {
     "JAX_DISABLE_MOST_OPTIMIZATIONS": True,
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": 0,
-}  # to compile
+}
 AS_FOR_USERS = {
     "JAX_DISABLE_MOST_OPTIMIZATIONS": False,
     "JAX_ENABLE_COMPILATION_CACHE": False,
@@ -42,9 +43,8 @@ def start(name, arguments, output, environment=None):
 
     None takes an option of jax back.
     """
-    environment = (
-        dict(os.environ) | FAST | (environment or {})
-    )  # the server's is as old as the server
+    # The server's is as old as the server.
+    environment = dict(os.environ) | FAST | (environment or {})
     everything = (str(name), [str(argument) for argument in arguments], str(output), environment)
     process = SERVER.Process(target=_run, args=everything)
     process.start()

@@ -400,11 +400,12 @@ MODULES = {
     "torch",
 }
 CALLS = {"eval", "exec", "compile", "__import__", "yaml.load", "yaml.unsafe_load"}
+# And what alone they may be.
 OPTIONS = {
     "trust_remote_code": False,
     "allow_pickle": False,
     "weights_only": True,
-}  # and what alone they may be
+}
 SOURCES = [
     *(ROOT / "moe_erc").rglob("*.py"),
     *(ROOT / "configs").rglob("*.py"),

@@ -39,12 +39,13 @@ def test_expert_groups_stay_within_a_slice():
         for index in range(8)
     ]
     slices_DE = [[device.slice_index for device in row] for row in sharding.lay_out(devices, 4, 2)]
+    # Data crosses the slow network once, experts never.
     assert slices_DE == [
         [0, 0],
         [0, 0],
         [1, 1],
         [1, 1],
-    ]  # data crosses the slow network once, experts never
+    ]
     with pytest.raises(ValueError, match=r"mesh.data: 1 .* 2 slices"):
         sharding.lay_out(devices, 1, 8)
 

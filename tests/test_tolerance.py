@@ -66,9 +66,8 @@ def test_terms_that_would_hide_a_fault_are_refused():
 def test_a_change_is_known_to_its_own_size():
     start, step = np.float32([1.0, 2.0]), np.float32([1e-2, -2e-2])
     assert_same_change(start, start + step, np.float64(start) + step, terms=100)
-    assert_close(
-        start + 1.001 * step, start + step, terms=400
-    )  # compared themselves, they would hide it
+    # Compared themselves, they would hide it.
+    assert_close(start + 1.001 * step, start + step, terms=400)
     with pytest.raises(AssertionError):
         assert_same_change(
             start, start + np.float32(1.001) * step, np.float64(start) + step, terms=100

@@ -25,9 +25,8 @@ def test_what_configs_derive_from_sizes_is_derived_from_the_benchmarks():
     assert model_config("top_p").experts_per_token == 8
     assert model_config("shared_experts").experts_per_token == 3
     assert configure("vanilla", methods.model_of("debug")).model.width == 32
-    assert (
-        configure("vanilla", methods.model_of("peer")).model.scan_unroll == 4
-    )  # all else is of tiny
+    # All else is of tiny.
+    assert configure("vanilla", methods.model_of("peer")).model.scan_unroll == 4
 
 
 def test_aoe_extra_is_what_it_does_more_than_vanilla():

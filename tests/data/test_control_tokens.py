@@ -149,9 +149,8 @@ def test_a_model_whose_words_are_control_tokens_makes_none(make, tmp_path):
 def test_what_a_vocabulary_does_not_hold_is_the_unknown_token(tmp_path):
     loaded = load(unigram(["</s>", "<unk>", "<pad>"]), tmp_path)
     assert loaded.encode("aЖb").tolist().count(1) == 1
-    assert (
-        loaded.encode("a<unk>").tolist().count(1) == 2
-    )  # u and k, of which the vocabulary holds none
+    # U and k, of which the vocabulary holds none.
+    assert loaded.encode("a<unk>").tolist().count(1) == 2
 
 
 def test_a_control_token_of_one_character_is_dropped(tmp_path):

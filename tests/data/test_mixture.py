@@ -9,10 +9,11 @@ from moe_erc.data.mixture import Mixture, whole_weights
 
 
 def test_weights_become_the_smallest_whole_numbers():
+    # In binary 0.3 is not 3/10; the decimal that was written is.
     assert whole_weights((0.3, 0.7)) == [
         3,
         7,
-    ]  # in binary 0.3 is not 3/10; the decimal that was written is
+    ]
     assert whole_weights((2, 4.0)) == [1, 2]
     assert whole_weights((np.float64(0.5), 0.125)) == [4, 1]
     assert whole_weights(()) == []

@@ -114,9 +114,8 @@ def test_resuming_reads_only_what_it_returns(counting_corpus, monkeypatch):
         Windows, "__getitem__", lambda self, index: read.append(index) or getitem(self, index)
     )
     take(train_batches(counting_corpus, T, 4, seed=3, start_row=4 * 10**9), 1)
-    assert (
-        4 <= len(read) <= 4 * 16
-    )  # the batch and what is prefetched after it, not a thousand million batches before it
+    # The batch and what is prefetched after it, not a thousand million batches before it.
+    assert 4 <= len(read) <= 4 * 16
 
 
 @pytest.mark.parametrize("corpus_name", ["counting_corpus", "weighted_corpus"])
@@ -169,9 +168,8 @@ def test_validation_covers_every_target_once_in_batches_of_one_shape(corpus_of, 
     batches = list(validation_batches(corpus_of(tokens), "a", T, batch_size))
     assert {batch[name].shape for batch in batches for name in batch} == {(batch_size, T)}
     counted = np.concatenate([batch["targets_BT"][batch["mask_BT"]] for batch in batches])
-    assert counted.tolist() == list(
-        range(1, tokens)
-    )  # the first token has nothing to be predicted from
+    # The first token has nothing to be predicted from.
+    assert counted.tolist() == list(range(1, tokens))
     for batch in batches:
         np.testing.assert_array_equal(
             batch["inputs_BT"][batch["mask_BT"]] + 1, batch["targets_BT"][batch["mask_BT"]]

@@ -90,9 +90,8 @@ def test_gates_over_a_mesh_are_measured_the_same():
             largest=max(1, magnitude(expected)),
             label=name,
         )
-    assert all(
-        leaf.is_fully_replicated for leaf in jax.tree.leaves(over_mesh)
-    )  # every process can read them
+    # Every process can read them.
+    assert all(leaf.is_fully_replicated for leaf in jax.tree.leaves(over_mesh))
 
 
 def test_a_dead_expert_never_couples_and_a_coupled_layer_is_all_diagonal():
@@ -121,7 +120,6 @@ def test_a_dead_expert_never_couples_and_a_coupled_layer_is_all_diagonal():
 ])  # fmt: skip
 def test_row_cosine_by_hand(rows, cosine):
     measures = measure_coupling(jnp.array([rows]), jnp.ones((1, len(rows), 2, 3)))
-    assert_close(
-        measures["weights/row_cosine"][0], cosine, terms=8, largest=1
-    )  # cosines that cancel
+    # Cosines that cancel.
+    assert_close(measures["weights/row_cosine"][0], cosine, terms=8, largest=1)
     assert jnp.isfinite(measures["coupling/alignment"][0])

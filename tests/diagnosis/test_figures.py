@@ -76,9 +76,8 @@ def test_maps_share_a_scale_from_0():
     assert [ax.get_title() for ax in panels] == ["layer 3", "layer 7"]
     for ax, M_EE in zip(panels, MATRIX_LEE, strict=True):
         (image,) = ax.images
-        np.testing.assert_array_equal(
-            image.get_array(), M_EE
-        )  # row i is the proxy, column j the expert
+        # Row i is the proxy, column j the expert.
+        np.testing.assert_array_equal(image.get_array(), M_EE)
         assert image.get_clim() == (0, 17)
         assert (ax.get_xlabel(), ax.get_ylabel()) == ("expert", "router row (proxy)")
     assert bar.get_ylabel() == "response (norm units)"

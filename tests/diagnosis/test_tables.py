@@ -132,9 +132,8 @@ def test_without_router_rows_all_but_coupling_is_printed(found, capsys, tmp_path
 @pytest.mark.parametrize("columns", ["", "40", "80", "200"])
 @pytest.mark.parametrize("layers", [2, 12, 24, 48, 64])
 def test_every_number_is_printed_whole_within_80_columns(layers, columns, capsys, monkeypatch):
-    monkeypatch.setenv(
-        "COLUMNS", columns
-    )  # of the terminal: what is redirected does not depend on it
+    # Of the terminal: what is redirected does not depend on it.
+    monkeypatch.setenv("COLUMNS", columns)
     domain = "a_domain_of_a_very_long_name_that_has_no_end_and_goes_on_and_on_for_ever"
     rng = np.random.default_rng(0)
     measures = by_layer(*OF_ROWS, "experts", "router")

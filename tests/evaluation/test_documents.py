@@ -103,9 +103,8 @@ def test_the_loss_is_that_of_the_documents_alone(corpora, found, by_hand, alone)
     [stream] = corpora[0].streams["validation"].values()
     [domain] = corpora[0].streams["validation"]
     tokens = f"validation_tokens/{domain}"
-    assert (
-        within[tokens] == across[tokens] == len(losses_N) == len(stream.tokens_N) - 1
-    )  # the same targets
+    # The same targets.
+    assert within[tokens] == across[tokens] == len(losses_N) == len(stream.tokens_N) - 1
     assert len(alone["mask_BT"]) > stream.documents > 30
     loss = within[f"validation/{domain}"]
     assert loss == pytest.approx(losses_N.mean(), rel=TOLERANCE)
@@ -139,7 +138,6 @@ def test_the_probe_keeps_to_documents(model_and_weights, corpora, found):
             array_BT[place, : of_T.sum()] = batch[name][row, of_T]
     expected = Diagnosis(model, sharding.put_whole_batch(model.mesh, alone)).run(weights)
     of = [measures["experts/output_cosine"] for measures in (within, expected, across)]
-    np.testing.assert_allclose(
-        of[0], of[1], rtol=0, atol=TOLERANCE
-    )  # of cosines, which are at most 1
+    # Of cosines, which are at most 1.
+    np.testing.assert_allclose(of[0], of[1], rtol=0, atol=TOLERANCE)
     assert np.abs(of[2] - of[1]).max() > 10 * TOLERANCE

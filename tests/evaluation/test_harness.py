@@ -189,9 +189,8 @@ def test_every_kind_of_task_by_hand(alone, capsys, tmp_path):
 def test_the_harness_itself_reaches_the_same(monkeypatch):
     from lm_eval import simple_evaluate
 
-    monkeypatch.setattr(
-        "lm_eval.evaluator.add_env_info", lambda found: None
-    )  # it asks the system for many seconds
+    # It asks the system for many seconds.
+    monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda found: None)
     options = {
         "task_manager": harness.TaskManager(DIRECTORY),
         "bootstrap_iters": 10,

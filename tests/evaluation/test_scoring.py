@@ -176,9 +176,8 @@ def test_too_long_a_context_loses_its_beginning(config, caplog):
             (context[:30], continuation),
         ]
         found = scorer(config, (1, 1)).run(weights(config), requests)
-    assert_scores(
-        config, [(context[-30:], continuation), *requests[1:]], found
-    )  # 30 + 3 less the last are 32
+    # 30 + 3 less the last are 32.
+    assert_scores(config, [(context[-30:], continuation), *requests[1:]], found)
     assert [record.getMessage()[:7] for record in caplog.records] == ["1 of 3 "]
 
 
@@ -208,9 +207,8 @@ def test_a_tree_that_is_too_large_becomes_several_of_its_context():
     # read: 1 2, then 3 3 and 4 4 make six; 5 5 would make eight. Scored: 3 + 3, and 3
     parts = split(Tree((1, 2), [[3] * 3, [4] * 3, [5] * 3], [7, 8, 9]), 7)
     assert [(part.context, part.requests) for part in parts] == [((1, 2), [7, 8]), ((1, 2), [9])]
-    single = split(
-        Tree((1, 2), [[3]] * 6, list(range(6))), 4
-    )  # two are read, but no more than four scored
+    # Two are read, but no more than four scored.
+    single = split(Tree((1, 2), [[3]] * 6, list(range(6))), 4)
     assert [part.requests for part in single] == [[0, 1, 2, 3], [4, 5]]
 
 
@@ -228,8 +226,7 @@ def test_rows_are_filled_by_the_largest_first():
 
 def test_rows_are_as_long_as_the_longest_path():
     assert row_length(grow([([1] * 60, [2] * 5)], 4096), 4096) == 64
-    assert (
-        row_length(grow([([1] * 60, [2] * 5), ([1] * 60, [2] * 6)], 4096), 4096) == 128
-    )  # 65 are read
+    # 65 are read.
+    assert row_length(grow([([1] * 60, [2] * 5), ([1] * 60, [2] * 6)], 4096), 4096) == 128
     assert row_length(grow([([1] * 60, [2] * 6)], 100), 100) == 100
     assert row_length([], 4096) == SHORTEST

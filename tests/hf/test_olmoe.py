@@ -104,9 +104,8 @@ def test_its_balance_loss_is_ours_layer_by_layer_and_k_times_that_of_the_mean_la
     model, params = load(HERE / variant)
     routing = compute(model, params, golden["ids"])[1].routing
     load_LE, probability_LE = routing.load_E, routing.probability_E
-    terms = (
-        model.config.layers * 5 * 16 + golden["ids"].size
-    )  # probabilities behind some layers, a mean over tokens
+    # Probabilities behind some layers, a mean over tokens.
+    terms = model.config.layers * 5 * 16 + golden["ids"].size
     assert_close(load_balance(load_LE, probability_LE), np.float32(golden["by_layer"]), terms)
     pooled = load_balance(load_LE.mean(0, keepdims=True), probability_LE.mean(0, keepdims=True))
     assert_close(model.config.experts_per_token * pooled, np.float32(golden["pooled"]), terms)

@@ -59,9 +59,8 @@ def test_a_second_start_compiles_nothing(text_directory, tmp_path):
         sum(name.startswith(("jit_init-", "jit_train_step-", "jit_measure-")) for name in found[0])
         == 3
     )
-    assert (
-        len(found[0]) > 10
-    )  # however small, so what the second start had compiled would lie there as well
+    # However small, so what the second start had compiled would lie there as well.
+    assert len(found[0]) > 10
     assert found[0] == found[1]
     reports = [(tmp_path / name / "report.json").read_bytes() for name in ("first", "second")]
     assert reports[0] == reports[1]

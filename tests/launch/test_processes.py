@@ -133,9 +133,8 @@ def test_four_processes_stop_together_and_one_goes_on(train, alone, stopped, tmp
             sum(np.sum(np.square(leaf, dtype=np.float64)) for leaf in jax.tree.leaves(state.params))
         )
     )
-    steps = [
-        line for line in metrics(tmp_path) if "norm/parameters" in line
-    ]  # the last line may be a validation's
+    # The last line may be a validation's.
+    steps = [line for line in metrics(tmp_path) if "norm/parameters" in line]
     # Of the 512 * 32 squares of the largest matrix: random roundings add up to the root of so many,
     # 128.
     assert steps[-1]["norm/parameters"] == pytest.approx(norm, rel=within(128))

@@ -49,9 +49,8 @@ def test_overlap_by_hand():
 def test_overlap_matches_the_definition():
     output_BTKD, chosen_BTK = random_outputs()
     found = overlap(output_BTKD, chosen_BTK)
-    assert_close(
-        found, reference_overlap(output_BTKD, chosen_BTK), terms=2 * 3 * 4 * 4 + 5
-    )  # pairs, of 5 coordinates
+    # Pairs, of 5 coordinates.
+    assert_close(found, reference_overlap(output_BTKD, chosen_BTK), terms=2 * 3 * 4 * 4 + 5)
     found = overlap(output_BTKD, chosen_BTK, eps=0.5)
     assert_close(
         found, reference_overlap(output_BTKD, chosen_BTK, eps=0.5), terms=2 * 3 * 4 * 4 + 5
@@ -96,15 +95,13 @@ def test_bfloat16_outputs_are_summed_in_float32():
     value, gradient_BTKD = overlap_and_gradient(low_BTKD, chosen_BTK)
     assert value.dtype == jnp.float32 and gradient_BTKD.dtype == jnp.bfloat16
     expected = reference_overlap(np.asarray(low_BTKD, np.float32), chosen_BTK)
-    assert_close(
-        value, expected, terms=300 + 2 * 3 * 4 * 4
-    )  # a sum in bfloat16 would be off by 1e-2
+    # A sum in bfloat16 would be off by 1e-2.
+    assert_close(value, expected, terms=300 + 2 * 3 * 4 * 4)
 
 
 def test_nothing_has_k_times_k_times_d_numbers_a_token():
     output = jax.ShapeDtypeStruct((4, 16, 8, 256), jnp.float32)
     chosen = jax.ShapeDtypeStruct((4, 16, 8), bool)
     program = jax.jit(jax.value_and_grad(output_overlap)).lower(output, chosen).compile()
-    assert (
-        program.memory_analysis().temp_size_in_bytes < 4 * output.size * 4
-    )  # such an array is 8 outputs large
+    # Such an array is 8 outputs large.
+    assert program.memory_analysis().temp_size_in_bytes < 4 * output.size * 4

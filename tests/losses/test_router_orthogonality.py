@@ -43,9 +43,8 @@ def test_the_length_of_a_row_changes_nothing():
     length_LE1 = np.float32([[0.1, 1, 3, 1e4, 1e-12]] * 2)[..., None]
     value, gradient_LED = value_and_gradient(ROUTER_LED)
     scaled, gradient_of_scaled_LED = value_and_gradient(ROUTER_LED * length_LE1)
-    terms = (
-        2 * (7 + 5) + 16
-    )  # sums over 7 coordinates and 5 rows, forward and backward, between norms and quotients
+    # Sums over 7 coordinates and 5 rows, forward and backward, between norms and quotients.
+    terms = 2 * (7 + 5) + 16
     assert_close(scaled, value, terms)
     assert_close(gradient_of_scaled_LED * length_LE1, gradient_LED, terms)
     along_LE = jnp.sum(gradient_LED * ROUTER_LED, axis=-1)  # at right angles to the row

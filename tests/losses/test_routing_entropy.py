@@ -32,15 +32,13 @@ def test_gradient_by_hand():
 
 
 def test_scores_that_leave_no_probability_give_finite_gradients():
-    scores_BTE = np.float32(
-        [[[300, 0, -300], [0, 0, 0], [0, 0, -95]]]
-    )  # softmax: 1, 0, 0; even; and a denormal one
+    # Softmax: 1, 0, 0; even; and a denormal one.
+    scores_BTE = np.float32([[[300, 0, -300], [0, 0, 0], [0, 0, -95]]])
     entropy = lambda scores_BTE: routing_entropy(jax.nn.softmax(scores_BTE), np.ones((1, 3), bool))  # noqa: E731
     gradient_BTE = jax.jit(jax.grad(entropy))(scores_BTE)
     assert np.isfinite(gradient_BTE).all()
-    assert_close(
-        gradient_BTE, np.zeros((1, 3, 3)), terms=8, largest=1
-    )  # all three lie where the entropy is level
+    # All three lie where the entropy is level.
+    assert_close(gradient_BTE, np.zeros((1, 3, 3)), terms=8, largest=1)
 
 
 def test_a_masked_batch_costs_nothing():

@@ -24,9 +24,8 @@ def test_gradient_by_hand():
     # r0), halved by L
     _, gradient_LED = value_and_gradient(ROUTER_LED)
     assert_close(gradient_LED[0], [[4.0, 2.0], [-4.0, -2.0]], terms=4)
-    np.testing.assert_array_equal(
-        gradient_LED[1], np.zeros((2, 2))
-    )  # at its minimum the slope of |0| is taken as 0
+    # At its minimum the slope of |0| is taken as 0.
+    np.testing.assert_array_equal(gradient_LED[1], np.zeros((2, 2)))
 
 
 def test_rows_are_not_normalised():
@@ -43,6 +42,5 @@ def test_a_router_of_zeros_costs_e_and_stays():
 
 def test_a_bfloat16_router_is_read_in_float32():
     low_LED = jnp.asarray(np.random.default_rng(0).normal(size=(2, 5, 7)), jnp.bfloat16)
-    assert simbal(low_LED) == simbal(
-        low_LED.astype(jnp.float32)
-    )  # op by op: a compiler may skip a rounding
+    # Op by op: a compiler may skip a rounding.
+    assert simbal(low_LED) == simbal(low_LED.astype(jnp.float32))

@@ -24,9 +24,8 @@ def test_specialization_by_hand():
     # token 0: cosines 3/5, 0 and 8/10, each in both orders;  token 1: -1 in both orders;  token 2
     # has no pair
     expected = 2 * (0.6 + 0 + 0.8 - 1) / 8
-    assert_close(
-        mean_cosine(HIDDEN_BTKF, CHOSEN_BTK), expected, terms=16, largest=1
-    )  # cosines of both signs
+    # Cosines of both signs.
+    assert_close(mean_cosine(HIDDEN_BTKF, CHOSEN_BTK), expected, terms=16, largest=1)
 
 
 def test_specialization_gradient_by_hand():

@@ -20,9 +20,8 @@ def test_divergence_of_domains_by_hand():
     # p = (1, 0), q = (1/2, 1/2), mean (3/4, 1/4): 0.811278 less (0 + 1) / 2
     nested = [[7, 0, 0, 0], [7, 7, 0, 0]]
     load_GLE = np.swapaxes([apart, alike, opposed, nested], 0, 1)
-    assert (
-        np.abs(domain_divergence(load_GLE) - [1, 0, 1 - 0.811278, 0.311278]).max() < 1e-6
-    )  # as many digits
+    # As many digits.
+    assert np.abs(domain_divergence(load_GLE) - [1, 0, 1 - 0.811278, 0.311278]).max() < 1e-6
 
 
 @pytest.mark.parametrize("domains", [1, 3, 8])

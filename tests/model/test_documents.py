@@ -164,9 +164,8 @@ def test_no_document_knows_the_others(model_config, windows):
     }
     before, after = apply(params, windows), apply(params, changed)
     assert (before != after).any(axis=-1)[of_first_BT].all()
-    np.testing.assert_array_equal(
-        before[~of_first_BT], after[~of_first_BT]
-    )  # one program, row by row: to the bit
+    # One program, row by row: to the bit.
+    np.testing.assert_array_equal(before[~of_first_BT], after[~of_first_BT])
 
 
 def gradients(config, mesh_shape, micro_batches, batch):
@@ -233,9 +232,8 @@ def test_no_mask_of_a_whole_row_exists(model_config):
         return jnp.sum(output.x_BTD)
 
     text = jax.jit(jax.grad(loss)).lower(params, tokens_BT).as_text()
-    assert (
-        f"x{T // SLICES}x{T}xi1>" in text and f"x{T // SLICES}x{T}xf32>" in text
-    )  # of the last slice
+    # Of the last slice.
+    assert f"x{T // SLICES}x{T}xi1>" in text and f"x{T // SLICES}x{T}xf32>" in text
     assert f"x{T}x{T}x" not in text
 
 
@@ -270,9 +268,8 @@ def test_cudnn_is_given_the_documents_as_a_mask(model_config, windows, cudnn_is_
         for name in (f"@__cudnn$fmha{kind}(", f"@__cudnn$fmha{kind}Backward("):
             assert text.count(name) == 1, name
     causal = r"mask_type\22: \22CAUSAL\22"
-    assert (
-        within.count(causal) == crossing.count(causal) == 2
-    )  # what lies ahead is left out, not masked
+    # What lies ahead is left out, not masked.
+    assert within.count(causal) == crossing.count(causal) == 2
     B, scores = len(LENGTHS), f"{LENGTH}x{LENGTH}"
     assert f"tensor<{B}x1x{scores}xbf16>" in within and f"{scores}x" not in crossing
 

@@ -50,9 +50,8 @@ def test_a_token_sees_only_what_came_before(model_config, token_batch):
         logits(applied(config)(variables, tokens, batch["mask_BT"], {}))
         for tokens in (batch["inputs_BT"], changed)
     )
-    np.testing.assert_array_equal(
-        before[:, :8], after[:, :8]
-    )  # one program, and nothing of what was changed
+    # One program, and nothing of what was changed.
+    np.testing.assert_array_equal(before[:, :8], after[:, :8])
     assert np.abs(before[:, 8:] - after[:, 8:]).max() > 1e-3
 
 
@@ -66,9 +65,8 @@ def test_statistics_are_by_layer_and_ignore_masked_tokens(model_config, token_ba
     tokens = batch["inputs_BT"].copy()
     tokens[-1, -1] = (tokens[-1, -1] + 7) % 512  # a masked position, which no other sees
     again = applied(config)(variables, tokens, batch["mask_BT"], {}).routing
-    jax.tree.map(
-        np.testing.assert_array_equal, routing, again
-    )  # one program, and nothing of what was changed
+    # One program, and nothing of what was changed.
+    jax.tree.map(np.testing.assert_array_equal, routing, again)
 
 
 def test_recomputation_changes_no_gradient_and_saves_memory(model_config, token_batch):
@@ -117,9 +115,8 @@ def test_bfloat16_computes_in_bfloat16_and_routes_in_float32(model_config, token
     } | counts
     reference = applied(model_config())(variables, batch["inputs_BT"], batch["mask_BT"], {})
     difference = np.linalg.norm(output.x_BTD.astype(jnp.float32) - reference.x_BTD)
-    assert difference < 0.05 * np.linalg.norm(
-        reference.x_BTD
-    )  # 8 bits of mantissa through two layers
+    # 8 bits of mantissa through two layers.
+    assert difference < 0.05 * np.linalg.norm(reference.x_BTD)
 
 
 def test_a_mesh_gives_the_oracles_outputs(model_config, token_batch):

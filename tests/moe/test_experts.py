@@ -144,9 +144,8 @@ def test_bfloat16_stays_near_float32(name):
     found = applied(IMPLEMENTATIONS[name])(low[0], weights_NK, experts_NK, low[1])
     expected = applied(dense)(x_ND, weights_NK, experts_NK, matrices)
     assert found.dtype == jnp.bfloat16
-    assert np.linalg.norm(found.astype(jnp.float32) - expected) < 0.02 * np.linalg.norm(
-        expected
-    )  # 8 bits of mantissa
+    # 8 bits of mantissa.
+    assert np.linalg.norm(found.astype(jnp.float32) - expected) < 0.02 * np.linalg.norm(expected)
 
 
 def test_the_name_auto_is_the_fastest_of_the_platform():

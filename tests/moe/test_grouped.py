@@ -86,9 +86,8 @@ def test_chunks_change_nothing(monkeypatch, rows):
 @pytest.mark.skipif(not HAS_LIBTPU, reason="compiles for TPU, which needs the extra `tpu`")
 def test_a_layer_compiled_for_tpu_multiplies_what_it_must_and_expands_nothing():
     tokens, experts_per_token, experts, width, hidden = 1024, 4, 8, 512, 256
-    rows = (
-        tokens * experts_per_token
-    )  # one chunk; 512 an expert if balanced: one block of the weight gradient each
+    # One chunk; 512 an expert if balanced: one block of the weight gradient each.
+    rows = tokens * experts_per_token
     place = SingleDeviceSharding(chips.described("v5e:2x2", 1, None)[0][0])
 
     def shape(*of, dtype=jnp.bfloat16):

@@ -73,9 +73,8 @@ def test_values_and_gradients_are_those_of_a_loop(name, sizes, dtype):
     )
     expected, pull_back = jax.vjp(lambda *of: by_loop(*of, sizes), x_MD, w_EDF)
     expected = expected, *pull_back(dy_MF.astype(jnp.float32))
-    x_MD = x_MD.at[sum(sizes) :].set(
-        jnp.nan if name != "tokamax" else 0
-    )  # another device's rows are not looked at
+    # Another device's rows are not looked at.
+    x_MD = x_MD.at[sum(sizes) :].set(jnp.nan if name != "tokamax" else 0)
     found = value_and_gradients(name)(x_MD, w_EDF, jnp.array(sizes), dy_MF)
     # Sums over D, F or M in float32; what comes out is rounded once, to the 8 bits of bfloat16.
     terms = D + F + M if dtype == jnp.float32 else 1

@@ -55,9 +55,8 @@ def test_the_gradient_of_the_chosen_does_not_know_the_bias(choose):
     to_probabilities, to_bias = jax.grad(loss, (0, 1))(
         PROBABILITIES_BTE, jnp.array([0.0, -0.2, 0.5])
     )
-    np.testing.assert_array_equal(
-        to_probabilities, [[[5, 0, 3], [5, 0, 3]]]
-    )  # expert 2 comes first, then 0
+    # Expert 2 comes first, then 0.
+    np.testing.assert_array_equal(to_probabilities, [[[5, 0, 3], [5, 0, 3]]])
     assert not to_bias.any()
 
 

@@ -114,9 +114,8 @@ def test_a_unit_vector_has_a_gradient_at_any_length(seed, exponent):
         assert_close(found_TD, direction_TD, terms=D + 8)
         # The direction ignores the scale, so its gradient goes with 1 / scale.
         found = np.float32(np.float64(found_gradient_TD) * scale)
-        assert_close(
-            found, gradient_TD, terms=4 * (D + 8)
-        )  # differences of two terms that are longer
+        # Differences of two terms that are longer.
+        assert_close(found, gradient_TD, terms=4 * (D + 8))
 
 
 @jax.jit
@@ -173,7 +172,6 @@ def test_a_nan_in_tokens_or_parameters_shows_in_the_weights(model_config, name):
 
 
 def test_a_competition_that_nobody_enters_weighs_nobody():
-    routing, share_BTE = competition.winners(
-        jnp.zeros((1, T, E)), K
-    )  # softplus of very negative answers is 0
+    # Softplus of very negative answers is 0.
+    routing, share_BTE = competition.winners(jnp.zeros((1, T, E)), K)
     assert not routing.weights_BTK.any() and np.isfinite(share_BTE).all()

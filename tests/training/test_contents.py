@@ -157,9 +157,8 @@ def test_signed_again_and_unchanged_is_intact(saved, tmp_path):
 
 def test_a_save_that_cannot_be_restored_is_an_error_and_no_checkpoint(tmp_path, monkeypatch):
     save(tmp_path / "checkpoints", 1)
-    monkeypatch.setattr(
-        paths.LiteralPath, "glob", lambda *_: iter(())
-    )  # orbax finds no parts to merge
+    # Orbax finds no parts to merge.
+    monkeypatch.setattr(paths.LiteralPath, "glob", lambda *_: iter(()))
     with Checkpoints(tmp_path / "checkpoints", keep=3) as checkpoints:
         checkpoints.save(2, state(2), {})
         with pytest.raises(

@@ -43,9 +43,8 @@ def test_the_distance_to_earlier_losses_in_standard_deviations():
     # 1/2 2^2) = 1.5.
     scores = [told[ZSCORE.key] for _, told in watch(GuardConfig(window=2), [4, 6, 7, 12])]
     assert scores[:2] == [0, 0]  # nothing to compare with yet
-    assert_close(
-        np.array(scores[2:]), [2.0, 6 / np.sqrt(1.5)], terms=16
-    )  # a mean and a variance of three losses
+    # A mean and a variance of three losses.
+    assert_close(np.array(scores[2:]), [2.0, 6 / np.sqrt(1.5)], terms=16)
 
 
 def test_a_spike_is_reported_or_skipped_and_a_skipped_one_moves_no_mean():
@@ -171,9 +170,8 @@ def test_where_it_began_is_named(trainer, token_batch):
 def test_of_several_the_deepest_is_named_and_of_finite_ones_the_largest():
     one = np.float32(1)
     for bad in (np.nan, np.inf, -np.inf):
-        by_layer = np.float32(
-            [[0, bad], [bad, -2], [1, 1]]
-        )  # the largest of the last of three layers is 1
+        # The largest of the last of three layers is 1.
+        by_layer = np.float32([[0, bad], [bad, -2], [1, 1]])
         tree = {"embed": np.float32([[bad]]), "layers": {"router": by_layer, "w_up": by_layer}}
         sizes = jax.device_get(jax.tree_util.tree_map_with_path(failure._largest, tree))
         np.testing.assert_array_equal(sizes["layers"]["router"], [np.inf, np.inf, 1])

@@ -123,9 +123,8 @@ def test_adamw_is_the_adamw_of_optax():
     reference = optax.adamw(1.0, b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.1, mask=decay_mask)
     expected, _ = reference.update(grads, reference.init(params), params)
     update = first_update(changed(weight_decay=0.1), grads, params)
-    assert_close(
-        update, expected, terms=16
-    )  # moments, a root and a quotient of every element alone
+    # Moments, a root and a quotient of every element alone.
+    assert_close(update, expected, terms=16)
 
 
 def test_clipping_bounds_the_norm_of_all_gradients_together():

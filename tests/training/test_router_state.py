@@ -248,10 +248,11 @@ def test_the_sign_of_a_sum_that_an_int32_does_not_hold(numbers, sign):
 
 
 def test_more_assignments_than_are_counted_are_refused(model_config):
+    # K is 2; routing-free may run all 4.
     top, free = (
         model_config(),
         model_config(**CHANGES["routing_free"]),
-    )  # K is 2; routing-free may run all 4
+    )
     top.check_assignments(2**17, 2**12)  # the last that fit: 2^30 of 2^31 - 1
     for config, batch_size, most in ((top, 2**18, 262143), (free, 2**17, 131071)):
         config.check_assignments(most, 2**12)

@@ -119,9 +119,8 @@ def test_a_step_draws_from_its_own_key(trainer, token_batch):
 
 
 def test_micro_batches_add_up_to_the_whole_batch(trainer, token_batch):
-    batch = token_batch(
-        BATCH, LENGTH
-    )  # its mask is uneven: micro-batches have different numbers of tokens
+    # Its mask is uneven: micro-batches have different numbers of tokens.
+    batch = token_batch(BATCH, LENGTH)
     # Without the balance loss, which as a product of two means is not the mean of its parts.
     (start, step), (again, by_parts) = trainer(balance=0.0), trainer(micro_batches=4, balance=0.0)
     before = jax.device_get(start.params)
@@ -176,9 +175,8 @@ def route_to(experts, state):
     params = jax.tree.map(jnp.copy, state.params)
     params["embed"] += 2.0
     router_LED = params["layers"]["moe"]["router"]
-    router_LED -= jnp.mean(
-        router_LED, axis=-1, keepdims=True
-    )  # so that the rows left see how tokens differ
+    # So that the rows left see how tokens differ.
+    router_LED -= jnp.mean(router_LED, axis=-1, keepdims=True)
     params["layers"]["moe"]["router"] = router_LED.at[:, experts:].add(-1.0)
     return state.replace(params=params)
 
@@ -237,9 +235,10 @@ def test_a_mesh_draws_the_state_of_one_device_and_it_lies_where_the_table_says(
         np.testing.assert_array_equal, jax.device_get(drawn.params), jax.device_get(expected.params)
     )
     gate = drawn.params["layers"]["moe"]["w_gate"]
+    # (L, E / expert, D, F / data).
     assert gate.addressable_shards[0].data.shape == (
         2,
         4 // expert,
         32,
         16 // data,
-    )  # (L, E / expert, D, F / data)
+    )

@@ -54,9 +54,8 @@ def test_scores_by_hand(config):
     assert_close(scores.low_BTEr, [[[[3, 4], [0, 0], [0, 4]]]], terms=4)
     assert_close(scores.logits_BTE, [[[5, 0, 4]]], terms=8)
     powers = np.exp([5, 0, 4])
-    assert_close(
-        scores.probabilities_BTE, [[powers / powers.sum()]], terms=16, largest=5
-    )  # exponents of up to 5
+    # Exponents of up to 5.
+    assert_close(scores.probabilities_BTE, [[powers / powers.sum()]], terms=16, largest=5)
     np.testing.assert_array_equal(scores.balance_BTE, scores.probabilities_BTE)
 
 

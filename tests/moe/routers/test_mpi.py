@@ -49,9 +49,8 @@ def test_a_gate_that_answers_to_all_directions_alike_keeps_the_rows_direction(co
     w_gate_EDF = jnp.array([3.0, 0.5])[:, None, None] * jnp.eye(4, 6)
     found_ED = rows(config, {"router": router_ED, "w_gate": w_gate_EDF})
     expected_ED = 4 / np.sqrt(2) * router_ED / np.linalg.norm(router_ED, axis=-1, keepdims=True)
-    assert_close(
-        found_ED, expected_ED, terms=6 + 4 + 16
-    )  # a power step over 6 and 4, norms and quotients
+    # A power step over 6 and 4, norms and quotients.
+    assert_close(found_ED, expected_ED, terms=6 + 4 + 16)
 
 
 def test_scaling_router_or_gates_changes_nothing(config):

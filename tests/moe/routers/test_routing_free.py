@@ -65,9 +65,8 @@ def test_a_token_that_nobody_takes_gets_nothing_and_passes_finite_gradients(conf
         for key, (name, of) in zip(keys, shapes.items(), strict=True)
     }
     params |= {"w_low": W_LOW_EDR, "threshold": jnp.array([3.0, 1.0, 0.75])}
-    x_BTD = jnp.array(
-        [[[1.0, 2.0], [0.1, 0.2], [0.0, 0.0]]]
-    )  # lengths of the second: 0.5, 0 and 0.1
+    # Lengths of the second: 0.5, 0 and 0.1.
+    x_BTD = jnp.array([[[1.0, 2.0], [0.1, 0.2], [0.0, 0.0]]])
 
     def loss(params, x_BTD):
         y_BTD, stats, _ = MoE(config).apply({"params": params}, x_BTD, jnp.ones((1, 3), bool), {})
@@ -77,10 +76,11 @@ def test_a_token_that_nobody_takes_gets_nothing_and_passes_finite_gradients(conf
         params, x_BTD
     )
     assert not y_BTD[0, 1:].any()
+    # The first token's experts, what they go on from, their gates.
     low = {
         0: ([3, 4], 2),
         2: ([0.6, 0.8], 0.25),
-    }  # the first token's experts, what they go on from, their gates
+    }
 
     def expert(number):
         hidden_F = jax.nn.silu(jnp.array(low[number][0]) @ params["w_high"][number]) * (
@@ -89,9 +89,8 @@ def test_a_token_that_nobody_takes_gets_nothing_and_passes_finite_gradients(conf
         return low[number][1] * hidden_F @ params["w_down"][number]
 
     assert_close(y_BTD[0, 0], expert(0) + expert(2), terms=16)
-    assert stats.active == pytest.approx(
-        2 / 3
-    )  # two experts of the first token, none of the others
+    # Two experts of the first token, none of the others.
+    assert stats.active == pytest.approx(2 / 3)
     assert_close(stats.load_E, [1 / 2, 0, 1 / 2], terms=4)
     assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(gradients))
     assert (

@@ -36,9 +36,8 @@ def test_cosines_by_hand():
     powers = np.exp([1.2, 1.6, -1.2, 2.0])
     assert_close(scores.probabilities_BTE, [[powers / powers.sum()]], terms=8)
     powers = np.exp(np.array([0.6, 0.8, -0.6, 1.0]) / 0.3)
-    assert_close(
-        scores.balance_BTE, [[powers / powers.sum()]], terms=16
-    )  # a cosine, a quotient, an exponential
+    # A cosine, a quotient, an exponential.
+    assert_close(scores.balance_BTE, [[powers / powers.sum()]], terms=16)
 
 
 def test_lengths_of_tokens_and_embeddings_do_not_matter():
@@ -75,9 +74,8 @@ def test_gradients_reach_every_parameter_and_are_finite_at_zero():
     gradients = jax.jit(gradients)
     found, zero = gradients(parameters()), jax.tree.map(jnp.zeros_like, parameters())
     assert all(leaf.any() and jnp.isfinite(leaf).all() for leaf in found.values())
-    assert all(
-        jnp.isfinite(leaf).all() for leaf in gradients(zero).values()
-    )  # nor does a temperature of 0 divide
+    # Nor does a temperature of 0 divide.
+    assert all(jnp.isfinite(leaf).all() for leaf in gradients(zero).values())
 
 
 def test_a_projection_has_half_as_many_dimensions_as_there_are_experts(model_config):

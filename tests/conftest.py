@@ -27,7 +27,7 @@ import jax  # noqa: E402
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_disable_most_optimizations", True)
-# Of this process; programs out of a cache tell less.
+# The cache of this process is off: programs that are read from a cache report less.
 jax.config.update("jax_enable_compilation_cache", False)
 
 import numpy as np  # noqa: E402
@@ -36,8 +36,8 @@ import pytest  # noqa: E402
 from configs import base  # noqa: E402
 from moe_erc.model.config import ModelConfig  # noqa: E402
 
-# The longest first, so that the workers end together: a long file that starts last has a worker to
-# itself.
+# The longest files come first. A long file that starts last would run when the other workers are
+# done.
 FIRST = (
     "test_configs.py",
     "launch/test_processes.py",

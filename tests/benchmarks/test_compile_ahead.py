@@ -23,8 +23,7 @@ def compile_ahead(arguments, directory, environment=None):
 
 def test_a_step_compiled_for_virtual_devices(tmp_path, model_config):
     arguments = ["--config=configs/erc.py:debug", "--devices=cpu:8", "--difference", *MESH]
-    # Out of a cache a program tells less. Its machine code, for which users wait, is nothing that
-    # is told.
+    # A program that is read from a cache reports less, so the cache is off.
     code, printed, found = compile_ahead(
         arguments, tmp_path, {"JAX_ENABLE_COMPILATION_CACHE": False}
     )
@@ -32,19 +31,19 @@ def test_a_step_compiled_for_virtual_devices(tmp_path, model_config):
     facts, (step, alone, without) = found["facts"], found["programs"].values()
     assert facts["mesh"] == {"data": 2, "expert": 4} and facts["tokens"] == 8 * 32 / 8
     assert facts["model_flops"] == 3 * 32 * model_config().flops_per_token(32)
-    # All but the experts, whose loops have no fixed length: attention, router and head, of 32
-    # tokens.
+    # Attention, router and head of 32 tokens are counted. The experts are not: their loops have no
+    # fixed length.
     assert step["cost"]["flops"] > facts["model_flops"] - 3 * 32 * 2 * 2 * 3 * 2 * 32 * 16
     assert any("moe" in origin for origin in step["cost"]["open_loops"])
-    # Tokens of an expert group, four sequences of 32: gathered and summed once a layer, forward and
-    # backward.
+    # The tokens of an expert group, four sequences of 32, are gathered and summed once per layer,
+    # forward and backward.
     gathers = [one for one in step["cost"]["collectives"] if one["shapes"] == ["f32[4,32,32]"]]
     assert {one["kind"] for one in gathers} == {"all-gather"} and {
         one["group"] for one in gathers
     } == {4}
     assert sum(one["times"] for one in gathers) == 2 * 2
-    # ERC of 2 layers: M forward, again backward, and its two gradients; more than that on one of 8
-    # devices is waste.
+    # ERC of 2 layers computes M forward, M again backward, and two gradients. One of 8 devices must
+    # not do more than that.
     assert 0 < alone["cost"]["flops"] <= 4 * 2 * 2 * 4**2 * 32 * 16
     assert step["cost"]["flops"] - without["cost"]["flops"] == alone["cost"]["flops"]
     assert 0 < alone["memory"]["temporaries"] < step["memory"]["temporaries"]
@@ -87,7 +86,7 @@ def test_a_step_compiled_for_tpus(tmp_path):
     assert code == 0, printed
     cost = found["programs"]["step"]["cost"]
     assert cost["flops"] > 0 and cost["grouped_flops"] > 0 and not cost["kernels"]
-    # The weight gradients of three matrices, which walk the rows of each expert: how many depends
-    # on the routing.
+    # The weight gradients of three matrices loop over the rows of each expert. The number of rows
+    # depends on the routing.
     assert len(cost["open_loops"]) == 3
     assert all("transpose" in origin and "layers/moe" in origin for origin in cost["open_loops"])

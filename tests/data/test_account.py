@@ -39,8 +39,7 @@ def divided(tmp_path):
 
 def test_documents_tokens_and_epochs_are_said(config, divided):
     corpus = prepare(dataclasses.replace(config, sources=(divided,)))
-    # 4 + 1 and 5 + 1 tokens are 11, in which there are 2 windows of 4 predictions: 5 windows are
-    # 2.5 epochs.
+    # 4 + 1 and 5 + 1 tokens are 11, which hold 2 windows of 4 predictions. 5 windows are 2.5 epochs.
     assert list(describe(corpus, 4, 5)) == [
         f"data {divided!r}: train 2 documents of 11 tokens, validation 1 documents of 4 tokens; "
         "2.5 epochs of train in this run",
@@ -59,8 +58,9 @@ def test_a_run_that_reads_the_cache_says_the_same(config, divided, monkeypatch):
 
 @pytest.mark.parametrize(("weights", "epochs"), [((), [2.0, 2.0]), ((3, 1), [4.5, 0.75])])
 def test_epochs_of_several_sources(config, tmp_path, weights, epochs):
-    # 8 bytes and an end are 2 windows of 4; 16 are 4. Without weights 12 windows read all 6 of them
-    # twice; with (3, 1) 9 windows are of the first and 3 of the second.
+    # 8 bytes and an end are 2 windows of 4; 16 bytes and an end are 4 windows. Without weights, 12
+    # windows read all 6 of them twice. With (3, 1), 9 windows are of the first source and 3 of the
+    # second.
     names = [
         write(tmp_path / name, {"train.txt": "x" * size, "val.txt": "y"})
         for name, size in (("a", 8), ("b", 16))

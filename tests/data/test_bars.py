@@ -1,4 +1,4 @@
-"""Long work in a log: lines, none of them written over."""
+"""Progress of long work in a log: separate lines, none of them overwritten."""
 
 import pytest
 

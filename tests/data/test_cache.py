@@ -1,4 +1,4 @@
-"""The cache: what is derived once appears complete or not at all, whoever else is deriving it."""
+"""The cache: an entry appears complete or not at all, also where several processes derive it."""
 
 import dataclasses
 import json

@@ -149,7 +149,7 @@ def test_a_model_whose_words_are_control_tokens_makes_none(make, tmp_path):
 def test_what_a_vocabulary_does_not_hold_is_the_unknown_token(tmp_path):
     loaded = load(unigram(["</s>", "<unk>", "<pad>"]), tmp_path)
     assert loaded.encode("aЖb").tolist().count(1) == 1
-    # U and k, of which the vocabulary holds none.
+    # The vocabulary holds neither u nor k.
     assert loaded.encode("a<unk>").tolist().count(1) == 2
 
 

@@ -9,11 +9,8 @@ from moe_erc.data.mixture import Mixture, whole_weights
 
 
 def test_weights_become_the_smallest_whole_numbers():
-    # In binary 0.3 is not 3/10; the decimal that was written is.
-    assert whole_weights((0.3, 0.7)) == [
-        3,
-        7,
-    ]
+    # The binary number 0.3 is not 3/10, but the decimal that was written is.
+    assert whole_weights((0.3, 0.7)) == [3, 7]
     assert whole_weights((2, 4.0)) == [1, 2]
     assert whole_weights((np.float64(0.5), 0.125)) == [4, 1]
     assert whole_weights(()) == []
@@ -29,8 +26,8 @@ def test_weights_that_are_no_decimals_are_refused():
 
 def test_one_period_by_hand():
     mixture = Mixture([1, 3], batch_size=4, rows=range(4))
-    # The first source has its turn at time 1/2, the second at 1/6, 3/6, 5/6; at 1/2 the first
-    # source goes first.
+    # The first source is drawn at time 1/2, the second at 1/6, 3/6 and 5/6. At 1/2 the first source
+    # comes first.
     assert [mixture[row] for row in range(8)] == [
         (1, 0),
         (0, 0),

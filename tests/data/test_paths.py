@@ -56,7 +56,7 @@ def test_the_home_directory_and_the_current_one(home):
     for read in (paths.absolute, paths.local):
         assert str(read("~/run")) == str(home / "run")
         assert str(read("run/")) == str(home.parent / "run")
-        # Beside where a link leads to.
+        # Where run is a link, this lies beside its target.
         assert str(read("../run")) == str(home.parent / ".." / "run")
         assert str(read("./~")) == str(home.parent / "~")
     assert str(paths.absolute("gs://bucket/run")) == "gs://bucket/run"

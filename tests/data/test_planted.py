@@ -6,7 +6,7 @@ import pytest
 from moe_erc.checks import BadInput
 from moe_erc.data import planted
 
-# After a comes a in 9 of 10 cases, after b comes b in 4 of 5: two thirds of all letters are a.
+# a follows a in 9 of 10 cases, and b follows b in 4 of 5. Two thirds of all letters are a.
 STICKY = np.array([[0.9, 0.1], [0.2, 0.8]])
 
 
@@ -35,8 +35,8 @@ def test_the_entropy_rate_is_that_of_a_long_sample():
             for text in planted.sample(chain_AA, 20, letters // 20, np.random.default_rng(0))
         )
         cost = -np.sum(counts * np.log(np.where(counts > 0, chain_AA, 1))) / counts.sum()
-        # The deviation of a mean of so many dependent letters, whose costs deviate by about one
-        # nat, with room.
+        # The costs of single letters deviate by about one nat. Letters are dependent, so their mean
+        # is allowed ten times the standard deviation of independent ones.
         assert cost == pytest.approx(planted.entropy_rate(chain_AA), abs=10 / np.sqrt(letters))
 
 

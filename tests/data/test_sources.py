@@ -53,8 +53,8 @@ def test_documents_are_divided_by_hash(config, tmp_path):
 
 def test_nothing_is_held_out_at_fraction_zero_and_the_hash_is_pinned():
     assert split_by_hash(b"anything", 0.0) == "train"
-    # sha256(b"abc") begins ba7816bf8f01cfea; read as little-endian that is 0xeacf018fbf1678ba /
-    # 2**64 = 0.9172...
+    # sha256(b"abc") begins with ba7816bf8f01cfea. Read as little-endian, this is
+    # 0xeacf018fbf1678ba / 2**64 = 0.9172...
     assert [split_by_hash(b"abc", fraction) for fraction in (0.917, 0.918)] == [
         "train",
         "validation",

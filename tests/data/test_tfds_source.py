@@ -38,7 +38,7 @@ class Splits(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         yield from ((number, {"body": text, "number": number}) for number, text in enumerate(texts))
 
 
-# Where TFDS would look for checksums of downloads: there are none, and looking takes a package.
+# TFDS would look here for checksums of downloads. There are none, and looking needs a package.
 Splits.code_path = None
 
 
@@ -138,7 +138,7 @@ def test_splits_that_are_not_read_are_counted(config, tmp_path):
 
 
 def empty(path, split):
-    """Makes the metadata say that a split has no documents, which TFDS does not write itself."""
+    """Makes the metadata say that a split has no documents. TFDS itself does not write this."""
     info = Path(path) / "dataset_info.json"
     content = json.loads(info.read_text())
     for entry in content["splits"]:
@@ -189,6 +189,6 @@ def test_the_feature_and_the_files_belong_to_the_identity(config, tmp_path):
     first = open_source(path, config)
     assert open_source(path, config).identity == first.identity
     (record,) = Path(path).glob("*train*.array_record*")
-    # the same number of documents and bytes, and perhaps another text
+    # The numbers of documents and bytes stay; the text might have changed.
     record.write_bytes(record.read_bytes())
     assert open_source(path, config).identity != first.identity

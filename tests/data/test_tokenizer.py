@@ -37,7 +37,7 @@ def test_bytes_are_their_own_ids():
 
 
 def test_bytes_decode_anything():
-    # An incomplete character is replaced; the end of a document and the padding of a vocabulary of
+    # An incomplete character is replaced. The end of a document and the padding of a vocabulary of
     # 512 are dropped.
     assert tokenizer.load("bytes").decode(np.array([0xC3, 256, 97, 511], np.int32)) == "\ufffda"
 

@@ -60,8 +60,8 @@ def test_a_batch_predicts_the_next_token(counting_corpus):
 
 
 def test_every_epoch_is_another_permutation_of_all_windows(counting_corpus):
-    # 10 windows of "a" and 5 of "b"; "short" has none. Three epochs in batches that do not divide
-    # an epoch.
+    # "a" has 10 windows and "b" has 5; "short" has none. Three epochs are read in batches that do
+    # not divide an epoch.
     drawn = starts(take(train_batches(counting_corpus, T, 9, seed=1), 5))
     epochs = [drawn[:15], drawn[15:30], drawn[30:]]
     everything = sorted([*range(0, 40, T), *range(1000, 1020, T)])
@@ -77,8 +77,8 @@ def test_the_seed_decides_the_order(counting_corpus):
 
 
 def test_weights_are_honoured_exactly_and_sources_keep_their_own_epochs(weighted_corpus):
-    # 1 : 3 over 5 batches of 8 is 10 rows of "one" (an epoch of its 10 windows) and 30 of "two" (6
-    # epochs of its 5).
+    # 1 : 3 over 5 batches of 8 gives 10 rows of "one", an epoch of its 10 windows, and 30 rows of
+    # "two", 6 epochs of its 5 windows.
     drawn = starts(take(train_batches(weighted_corpus, T, 8, seed=0), 5))
     one, two = (
         [token for token in drawn if token < 1000],
@@ -114,7 +114,7 @@ def test_resuming_reads_only_what_it_returns(counting_corpus, monkeypatch):
         Windows, "__getitem__", lambda self, index: read.append(index) or getitem(self, index)
     )
     take(train_batches(counting_corpus, T, 4, seed=3, start_row=4 * 10**9), 1)
-    # The batch and what is prefetched after it, not a thousand million batches before it.
+    # The batch and the prefetched ones after it are read, not the 10**9 batches before it.
     assert 4 <= len(read) <= 4 * 16
 
 
@@ -133,8 +133,8 @@ def test_processes_read_the_rows_of_one_batch_without_overlap(request, corpus_na
 @pytest.mark.parametrize("corpus_name", ["counting_corpus", "weighted_corpus"])
 @pytest.mark.parametrize("sizes", [(8, 4), (4, 8), (6, 5, 7, 1, 3), (1, 9)])
 def test_batches_of_any_size_go_on_where_the_last_one_stopped(request, corpus_name, sizes):
-    # Two batches of each size in turn, over several epochs of the 15 windows: no row twice, none
-    # left out.
+    # Batch sizes alternate after every two batches, over several epochs of the 15 windows. No row
+    # is read twice, and none is left out.
     corpus = request.getfixturevalue(corpus_name)
     read, drawn = 0, []
     for size in (*sizes, *sizes):
@@ -168,7 +168,7 @@ def test_validation_covers_every_target_once_in_batches_of_one_shape(corpus_of, 
     batches = list(validation_batches(corpus_of(tokens), "a", T, batch_size))
     assert {batch[name].shape for batch in batches for name in batch} == {(batch_size, T)}
     counted = np.concatenate([batch["targets_BT"][batch["mask_BT"]] for batch in batches])
-    # The first token has nothing to be predicted from.
+    # Nothing precedes the first token, so it is not a target.
     assert counted.tolist() == list(range(1, tokens))
     for batch in batches:
         np.testing.assert_array_equal(
@@ -178,8 +178,8 @@ def test_validation_covers_every_target_once_in_batches_of_one_shape(corpus_of, 
 
 
 def test_a_limit_spreads_windows_evenly(corpus_of):
-    # 25 targets: windows start at 0, 4, …, 24, the last with one target. Three of seven: numbers 0,
-    # 7 // 3, 14 // 3.
+    # The windows of 25 targets start at 0, 4, …, 24; the last has one target. Three of these seven
+    # windows are number 0, 7 // 3 and 14 // 3.
     batches = list(validation_batches(corpus_of(26), "a", T, 2, limit=3))
     assert [batch["inputs_BT"][:, 0].tolist() for batch in batches] == [[0, 8], [16, 0]]
     assert [batch["mask_BT"].sum() for batch in batches] == [8, 4]
@@ -221,7 +221,7 @@ def test_documents_of_a_window_are_numbered_and_end_with_their_end(ending_corpus
     ]  # fmt: skip
     for batch in (first, second, third, last):
         assert batch["segments_BT"].dtype == np.int32
-        # The last window is 1 and the end, and padding behind.
+        # The last window holds 1, the end of the document, and padding.
         expected = (
             SEGMENTS[tuple(batch["inputs_BT"][0, :2].tolist())]
             if batch is not last
@@ -229,8 +229,8 @@ def test_documents_of_a_window_are_numbered_and_end_with_their_end(ending_corpus
         )
         assert batch["segments_BT"][0].tolist() == expected
     assert last["mask_BT"][0].tolist() == [True, False, False, False]  # 1, before the last end
-    # The end predicts what comes next, and is counted: the targets are those of attention across
-    # documents.
+    # The end of a document predicts the next token and is counted, so the targets are those of
+    # attention across documents.
     across = validation_batches(
         dataclasses.replace(ending_corpus, attend_across_documents=True), "a", T, 1
     )
@@ -253,9 +253,11 @@ def test_training_batches_number_documents_too_in_whatever_rows_are_read(ending_
 
 
 def test_documents_of_a_window_on_average(ending_corpus, weighted_corpus):
-    # 5 ends in 14 tokens, of which the first 3 of a window begin another document in it
+    # 14 tokens have 5 ends. An end among the first 3 tokens of a window begins another document in
+    # that window.
     assert documents_per_window(ending_corpus, T) == pytest.approx(1 + 3 * 5 / 14)
-    # 2 streams of "one" hold 45 tokens and 2 documents, "two" 21 and 1; drawn 1 : 3
+    # The 2 streams of "one" hold 45 tokens and 2 documents, that of "two" 21 tokens and 1 document.
+    # They are drawn 1 : 3.
     assert documents_per_window(weighted_corpus, T) == pytest.approx(
         1 + 3 * (2 / 45 / 4 + 1 / 21 * 3 / 4)
     )

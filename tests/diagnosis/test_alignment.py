@@ -21,11 +21,11 @@ def test_the_largest_singular_value_of_random_of_low_rank_and_of_zero_matrices(r
     random = rng.normal(size=(4, rows, columns))
     low_rank = rng.normal(size=(2, rows, 3)) @ rng.normal(size=(2, 3, columns))
     tied = np.eye(rows, columns)[None]  # all singular values are the largest
-    # Squares of 1e-25 are below float32's range, those of 1e25 above it.
+    # Squares of 1e-25 lie below float32's range, squares of 1e25 above it.
     w_EDF = np.concatenate([random, low_rank, tied, 1e-25 * tied, 1e25 * tied, 0 * tied])
     found_E = largest_singular_value(jnp.asarray(w_EDF, jnp.float32))
-    # After 10 squarings sigma_max is known to log(min(D, F)) / 2,048, which is 2e-3 at most; no
-    # number is near 0.
+    # After 10 squarings the error of sigma_max is at most log(min(D, F)) / 2,048, which is at most
+    # 2e-3. No number is near 0.
     converged = np.log(min(rows, columns)) / 2**11
     np.testing.assert_allclose(
         found_E, np.linalg.svd(w_EDF, compute_uv=False)[:, 0], rtol=converged
@@ -34,13 +34,16 @@ def test_the_largest_singular_value_of_random_of_low_rank_and_of_zero_matrices(r
 
 
 def test_alignment_by_hand():
-    # r @ diag(3, 4), sigma_max 4: of (1, 1), |(3, 4)| / (sqrt(2) 4) = 5 / (4 sqrt(2)); of (0, 2), 8
-    # / (2 * 4) = 1; of (-1, 0), 3 / 4. A zero row and a zero gate have 0.
+    # r @ diag(3, 4) with sigma_max 4:
+    # (1, 1) has |(3, 4)| / (sqrt(2) 4) = 5 / (4 sqrt(2))
+    # (0, 2) has 8 / (2 * 4) = 1
+    # (-1, 0) has 3 / 4
+    # A zero row and a zero gate have 0.
     router_ED = jnp.array([[1.0, 1.0], [0.0, 2.0], [-1.0, 0.0], [0.0, 0.0], [1.0, 0.0]])
     gates_EDF = jnp.stack([jnp.diag(jnp.array([3.0, 4.0]))] * 4 + [jnp.zeros((2, 2))])
     expected_E = [5 / (4 * 2**0.5), 1, 3 / 4, 0, 0]
     assert_close(alignment(router_ED[None], gates_EDF[None]), [expected_E], terms=8)
-    # It has no scale, and layers are their own.
+    # The alignment does not depend on scales, and each layer is measured alone.
     layers = (
         jnp.stack([1e-12 * router_ED, router_ED[:, ::-1]]),
         jnp.stack([1e12 * gates_EDF, gates_EDF]),
@@ -60,11 +63,11 @@ def test_over_a_mesh_it_is_the_same_and_gathers_one_layer_at_a_time(width, hidde
         jax.device_put(w_gate_LEDF, NamedSharding(mesh, GATE)),
     )
     program = jax.jit(lambda *arrays: alignment(*arrays, mesh)).lower(*placed).compile()
-    # Sums over D and F of the response and of the Gram matrix, whose powers converge to what it is
-    # for both.
+    # The response and the Gram matrix are sums over D and F. The powers of the Gram matrix converge
+    # to the same on both sides.
     assert_close(program(*placed), alignment(router_LED, w_gate_LEDF), terms=10 * (width + hidden))
     gathers = [one for one in costs.cost(program.as_text()).collectives if one.kind == "all-gather"]
-    # a device's 8 / 4 experts of a layer, whole along F, as float32; once a layer
+    # A device's 8 / 4 experts of a layer are gathered along F, as float32, once per layer.
     assert [(one.bytes, one.group, one.times) for one in gathers] == [
         (2 * width * hidden * 4, 2, 3)
     ]

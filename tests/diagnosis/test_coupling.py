@@ -26,20 +26,21 @@ def layers_with_matrices(*matrices):
 
 
 def by_alpha(measures):
-    """ERC, (L, A)."""
+    """The ERC loss by layer and alpha, (L, A)."""
     return np.stack([measures[f"erc/alpha_{alpha:g}"] for alpha in ALPHAS], axis=1)
 
 
 def test_measures_by_hand():
-    # M01 = 3 over diagonals 2 and 4: ratios 1.5 and 0.75; M20 = 2 over 1 and 2: 2 and 1; M12 = 1
-    # over 4 and 1: 1
+    # M01 = 3 over the diagonals 2 and 4: ratios 1.5 and 0.75
+    # M20 = 2 over 1 and 2: ratios 2 and 1
+    # M12 = 1 over 4 and 1: the larger ratio is 1
     M = [[2.0, 3.0, 0.5], [0.5, 4.0, 1.0], [2.0, 0.5, 1.0]]
     measures = measure_coupling(*layers_with_matrices(M))
     assert measures["erc/vanishing_alpha"][0] == pytest.approx(2.0)
     assert measures["coupling/diagonal_rows"][0] == pytest.approx(1 / 3)  # row 1 alone
     assert measures["coupling/diagonal_columns"][0] == pytest.approx(1.0)  # 2 >= 2, 4 >= 3, 1 >= 1
-    # alpha 1: bars (2, 4, 1): M01 exceeds bar 0 by 1, M20 exceeds bar 2 by 1: 2 / 9; alpha 2 and
-    # above: 0
+    # alpha 1 has the bars (2, 4, 1). M01 exceeds bar 0 by 1, M20 exceeds bar 2 by 1: 2 / 9.
+    # alpha 2 and above: 0
     assert_close(by_alpha(measures)[0], [2 / 9, 0, 0, 0, 0], terms=8)
     assert (
         measures["weights/router_norm"][0] == pytest.approx(1.0)
@@ -80,8 +81,8 @@ def test_gates_over_a_mesh_are_measured_the_same():
         measure_coupling(router_LED, w_gate_LEDF),
         measure_coupling(router_LED, w_gate_LEDF, mesh),
     )
-    # Sums over D and F, and over pairs; spreads and the cosine of all rows are small differences of
-    # numbers of about 1.
+    # Measures are sums over D and F, and over pairs. Spreads and the cosine of all rows are small
+    # differences of numbers of about 1.
     for name, expected in alone.items():
         assert_close(
             over_mesh[name],
@@ -100,11 +101,11 @@ def test_a_dead_expert_never_couples_and_a_coupled_layer_is_all_diagonal():
     assert measures["erc/vanishing_alpha"][0] == jnp.inf
     assert measures["erc/vanishing_alpha"][1] == pytest.approx(0.25)
     assert_close(measures["coupling/diagonal_rows"], [0.5, 1], terms=4)
-    # layer 0 at alpha 1: both 0.5 exceed the dead expert's bar by 0.5, M01 as column, M10 as row:
-    # (0.5 + 0.5) / 4
+    # Layer 0 at alpha 1: both entries of 0.5 exceed the dead expert's bar by 0.5, one in its column
+    # and one in its row: (0.5 + 0.5) / 4.
     assert_close(measures["erc/alpha_1"], [0.25, 0], terms=4)
-    # gates diag(1, 0.5) and diag(0.5, 0), the second row along its zero: 1 and 0; coupled: 2 / 2
-    # both
+    # Gates are diag(1, 0.5) and diag(0.5, 0), and the second row lies along the zero: 1 and 0.
+    # In the coupled layer both are 2 / 2.
     assert_close(measures["coupling/alignment"], [0.5, 1], terms=8)
     keys = [measure.key for measure in (*reading("matrix"), *reading("weights"))]
     assert {key: vector.shape for key, vector in measures.items()} == dict.fromkeys(
@@ -120,6 +121,6 @@ def test_a_dead_expert_never_couples_and_a_coupled_layer_is_all_diagonal():
 ])  # fmt: skip
 def test_row_cosine_by_hand(rows, cosine):
     measures = measure_coupling(jnp.array([rows]), jnp.ones((1, len(rows), 2, 3)))
-    # Cosines that cancel.
+    # The mean is a sum of cosines that cancel.
     assert_close(measures["weights/row_cosine"][0], cosine, terms=8, largest=1)
     assert jnp.isfinite(measures["coupling/alignment"][0])

@@ -11,7 +11,7 @@ from moe_erc.diagnosis.gate_map import gate_map
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """So few points are soonest done by one, above all on a busy machine."""
+    """One thread is fastest for so few points, above all on a busy machine."""
     import sklearn.manifold  # noqa: F401, a library's threads can be limited once it is loaded
 
     with threadpool_limits(1):
@@ -23,10 +23,10 @@ def test_columns_of_one_expert_lie_together():
     w_gate_EDF = centre_ED[..., None] + np.random.default_rng(0).normal(size=(4, 3, 16))
     points_N2, owner_N = gate_map(w_gate_EDF, (3, 0, 2), 8, seed=0)
     assert points_N2.shape == (48, 2) and owner_N.tolist() == [3] * 16 + [0] * 16 + [2] * 16
-    # Where a single point ends up depends on every rounding of a thousand steps, and a stray one
-    # proves nothing. Of experts whose columns lie five times as far apart as an expert's own, the
-    # medians tell: points without a map are as far from others' as from their own, on maps that
-    # roundings led elsewhere it was at least ten times.
+    # Where a single point ends up depends on every rounding of a thousand steps, so a stray point
+    # proves nothing. Medians are compared instead. The columns of different experts lie five times
+    # as far apart as the columns of one expert. Points that are not a map have a ratio of 1. Maps
+    # with different roundings had a ratio of at least ten.
     distance_NN = np.linalg.norm(points_N2[:, None] - points_N2[None], axis=-1)
     alike_NN = owner_N[:, None] == owner_N
     own = np.median(distance_NN[alike_NN & ~np.eye(48, dtype=bool)])

@@ -47,7 +47,8 @@ def test_texts_are_shown_as_written():
     document = page(NASTY, sections)
     reader = Reader(document)
     assert not reader.open and "script" not in [tag for tag, _ in reader.tags]
-    # title and h1; h2, paragraph; head, cell and caption of the table; caption of the picture
+    # The text stands in: title and h1; h2 and paragraph; head, cell and caption of the table;
+    # caption of the picture.
     assert reader.text.count(NASTY) == 8 and {"second", "5"} <= set(reader.text)
     assert [attributes["alt"] for tag, attributes in reader.tags if tag == "img"] == [NASTY]
     assert [tag for tag, _ in reader.tags].count("p") == 2

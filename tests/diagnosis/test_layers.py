@@ -33,7 +33,8 @@ def diagnose(layers, count=None, **options):
 
 
 def test_the_best_matching_and_what_it_gains_by_hand():
-    # trace 1 + 1 + 2 = 4; rows 0 and 1 exchanged: 3 + 2 + 2 = 7, three quarters more; row 2 stays
+    # The trace is 1 + 1 + 2 = 4. With rows 0 and 1 exchanged it is 3 + 2 + 2 = 7, three quarters
+    # more. Row 2 stays.
     swapped = layer_with_matrix([[1.0, 3.0, 0.0], [2.0, 1.0, 0.0], [0.0, 1.0, 2.0]])
     coupled = layer_with_matrix([[2.0, 0.5, 1.0], [0.5, 2.0, 0.0], [1.0, 0.0, 2.0]])
     dead = layer_with_matrix([[0.0, 1.0], [1.0, 0.0]])
@@ -41,7 +42,8 @@ def test_the_best_matching_and_what_it_gains_by_hand():
     assert_close(measures["coupling/displaced_rows"], [2 / 3, 0], terms=4)
     assert_close(measures["coupling/matching_gain"], [3 / 4, 0], terms=8)
     assert_close(matrices["raw"][0], [[1, 3, 0], [2, 1, 0], [0, 1, 2]], terms=8)
-    # sqrt(D) M / (|e_i| |column j|): columns of swapped are of length sqrt(5), sqrt(11), 2
+    # The relative matrix is sqrt(D) M / (|e_i| |column j|).
+    # The columns of `swapped` have the lengths sqrt(5), sqrt(11) and 2.
     lengths_E = np.sqrt([5, 11, 4])
     assert_close(matrices["normalized"][0], 3**0.5 * matrices["raw"][0] / lengths_E, terms=8)
     assert np.isinf(diagnose([dead]).measures["coupling/matching_gain"][0])
@@ -63,8 +65,8 @@ def test_it_agrees_with_what_a_run_measures_of_itself():
             name == "coupling/alignment"
         ):  # sigma_max by other roads, here by Lanczos steps and there by squarings
             np.testing.assert_allclose(measures[name], value_L, rtol=SQUARED)
-        # sums over width and hidden, over 25 pairs, and spreads, which are small differences of
-        # norms
+        # Other measures are sums over width and hidden and over 25 pairs; spreads are small
+        # differences of norms.
         else:
             assert_close(np.float32(measures[name]), value_L, terms=40 + 36 + 25, label=name)
 
@@ -91,9 +93,9 @@ def test_noise_is_drawn_by_seed_and_averaged():
     assert (noisy == same.measures["erc/noisy"]).all() and (
         noisy != other.measures["erc/noisy"]
     ).any()
-    # The clean matrix is what the noise, of mean 1, scatters about; a penalty is convex, so noise
-    # adds to it. The mean of eight draws of 40 coordinates each, uniform within a bound of at most
-    # 1: 1 / sqrt(3 * 8 * 40) is 0.03.
+    # The noise has mean 1, so the noisy matrix scatters about the clean one. A penalty is convex,
+    # so noise adds to it. The mean of eight draws of 40 coordinates, uniform within a bound of at
+    # most 1, deviates by 1 / sqrt(3 * 8 * 40) = 0.03.
     np.testing.assert_allclose(matrices["noisy"], matrices["raw"], rtol=0.2)
     assert (matrices["noisy"] != matrices["raw"]).all()
     assert noisy[0] > float(coupling_penalty(matrices["noisy"][0], 1.0))
@@ -138,7 +140,8 @@ def test_low_precision_is_computed_in_float32():
 
 
 def test_the_verdict_and_the_tables_say_what_was_measured(tmp_path):
-    # ERC at alpha 1 of the second: M01 = 3 over bars 2 and 2, as row and as column: 2 / 4
+    # ERC at alpha 1 of the second layer: M01 = 3 exceeds the bars 2 and 2 of its row and its
+    # column by 1 each: 2 / 4.
     layers = (
         layer_with_matrix([[2.0, 1.0], [0.0, 2.0]]),
         layer_with_matrix([[2.0, 3.0], [0.0, 2.0]]),

@@ -1,4 +1,4 @@
-"""Which figures come of which data."""
+"""Which figures are drawn from which data."""
 
 import numpy as np
 import pytest

@@ -102,8 +102,8 @@ def test_every_measure_by_layer_stands_in_the_table_of_its_group(found, capsys):
 def test_load_by_layer(found, capsys):
     load = printed(found, capsys)[0]["Routing"]
     assert load["highest load"] == ["2.000", "4.000"] and load["lowest load"] == ["0.000", "0.000"]
-    # shares 1/2, 1/4, 1/4, 0: (1/2 * 1 + 2 * 1/4 * 2) / log2(4) bits = 1.5 / 2; all on one expert:
-    # 0
+    # Shares 1/2, 1/4, 1/4, 0 have (1/2 * 1 + 2 * 1/4 * 2) / log2(4) bits = 1.5 / 2.
+    # All on one expert: 0.
     assert load["load entropy"] == ["0.750", "0.000"]
     assert load["MaxVio"] == ["1.000", "3.000"]  # 1/2 * 4 - 1, 1 * 4 - 1
     assert load["dead experts"] == ["0.250", "0.750"]
@@ -132,7 +132,7 @@ def test_without_router_rows_all_but_coupling_is_printed(found, capsys, tmp_path
 @pytest.mark.parametrize("columns", ["", "40", "80", "200"])
 @pytest.mark.parametrize("layers", [2, 12, 24, 48, 64])
 def test_every_number_is_printed_whole_within_80_columns(layers, columns, capsys, monkeypatch):
-    # Of the terminal: what is redirected does not depend on it.
+    # COLUMNS is the width of the terminal. Redirected output does not depend on it.
     monkeypatch.setenv("COLUMNS", columns)
     domain = "a_domain_of_a_very_long_name_that_has_no_end_and_goes_on_and_on_for_ever"
     rng = np.random.default_rng(0)

@@ -78,7 +78,7 @@ def found(corpora, model_and_weights):
 
 @pytest.fixture(scope="module")
 def by_hand(model_and_weights, alone):
-    """Losses and experts of the tokens of documents alone, by the plain program."""
+    """Losses and experts of the tokens of each document alone, by the plain program."""
     model, weights = model_and_weights
     observed = model.clone(observers=(("experts", lambda layer: layer.routing.experts_BTK, ()),))
 
@@ -103,7 +103,7 @@ def test_the_loss_is_that_of_the_documents_alone(corpora, found, by_hand, alone)
     [stream] = corpora[0].streams["validation"].values()
     [domain] = corpora[0].streams["validation"]
     tokens = f"validation_tokens/{domain}"
-    # The same targets.
+    # The targets are the same.
     assert within[tokens] == across[tokens] == len(losses_N) == len(stream.tokens_N) - 1
     assert len(alone["mask_BT"]) > stream.documents > 30
     loss = within[f"validation/{domain}"]
@@ -115,8 +115,8 @@ def test_experts_met_are_those_of_the_documents_alone(found, by_hand):
     (_, within, _), (_, across, _) = found
     _, experts_LNK = by_hand
     counts_LE = np.stack([np.bincount(experts.ravel(), minlength=4) for experts in experts_LNK])
-    # A token whose second and third expert are nearly as probable may choose otherwise: one of a
-    # thousand.
+    # One token of a thousand may choose otherwise, where its second and third expert are almost
+    # equally probable.
     assert np.abs(within["counts_LVE"].sum(axis=1) - counts_LE).max() <= 1
     assert np.abs(across["counts_LVE"].sum(axis=1) - counts_LE).max() > 10
 
@@ -138,6 +138,6 @@ def test_the_probe_keeps_to_documents(model_and_weights, corpora, found):
             array_BT[place, : of_T.sum()] = batch[name][row, of_T]
     expected = Diagnosis(model, sharding.put_whole_batch(model.mesh, alone)).run(weights)
     of = [measures["experts/output_cosine"] for measures in (within, expected, across)]
-    # Of cosines, which are at most 1.
+    # The tolerance is absolute: cosines are at most 1.
     np.testing.assert_allclose(of[0], of[1], rtol=0, atol=TOLERANCE)
     assert np.abs(of[2] - of[1]).max() > 10 * TOLERANCE

@@ -50,5 +50,5 @@ def test_every_token_counts_once_at_each_of_its_experts(changes, corpus, model_c
     assert_close(
         use["load_GLE"][0], of_expert_LE / of_expert_LE.sum(axis=1, keepdims=True), terms=4
     )
-    # Counts of assignments, divided once.
+    # Both are counts of assignments, divided once.
     np.testing.assert_array_equal(use["load_GLE"][0], load_LE)

@@ -86,7 +86,7 @@ def greedy(config, prompt, new_tokens=20):
     ids, written = list(Latin().encode(prompt)) or [Latin.eos_id], []
     while len(written) < new_tokens:
         logits_V = logits_after(config, ids + written)
-        # Or a mesh might write another text: sums of two layers over 32.
+        # If rounding could decide, a mesh might write another text. Two layers have sums over 32.
         assert_decided(logits_V, terms=2 * 5 * 32)
         if (token := int(logits_V.argmax())) == Latin.eos_id:
             break

@@ -51,7 +51,7 @@ def next_letter(tokens_BT, positions_BT):
 
 
 def number_read(tokens_BT, positions_BT):
-    """How many tokens there are so far: tells from how much context a token was predicted."""
+    """The number of tokens so far. It shows from how much context a token was predicted."""
     return 1 + positions_BT
 
 
@@ -77,7 +77,7 @@ class Sampling(NamedTuple):
 
 
 class AlphabetGenerator:
-    """Stands in for the generator, as the alphabet goes on; keeps what it was asked."""
+    """Stands in for the generator: it continues the alphabet, and keeps its requests."""
 
     asked: list  # of a test
 
@@ -95,7 +95,7 @@ class AlphabetGenerator:
 
 @pytest.fixture(autouse=True)
 def alone(monkeypatch, tmp_path):
-    """No network, no index of the harness's own tasks.
+    """Runs without a network and without the index of the harness's own tasks.
 
     Data sets are prepared in a directory of the test.
     """
@@ -133,15 +133,15 @@ def test_strings_become_the_tokens_that_are_scored():
     found = language_model(next_letter).loglikelihood(
         [ask("loglikelihood", *pair) for pair in pairs]
     )
-    # the space goes with what follows it, and the end of text precedes what follows nothing:
-    # neither is expected
+    # A space belongs to the text after it, and the end of text precedes an empty context. The
+    # stand-in expects neither.
     assert_close(np.float32(bits(score for score, _ in found)), [2, 18, 18, 9, 10], terms=16)
     assert [greedy for _, greedy in found] == [True, False, False, False, False]
 
 
 def test_a_rolling_score_counts_every_token_once_with_all_the_context_that_fits():
-    # Rows of 16: from the end of text 1 to 16, from the sixteenth again 1 to 16, and four more
-    # after twelve of context.
+    # Rows have 16 tokens. The first predicts 1 to 16 from the end of text, the second predicts 1 to
+    # 16 from the sixteenth token, and the third predicts four more after twelve of context.
     texts = ["".join(map(chr, [*range(1, 17), *range(1, 17), *range(13, 17)])), "\1\2", "\2\2", ""]
     found = language_model(number_read).loglikelihood_rolling(
         [ask("loglikelihood_rolling", text) for text in texts]
@@ -152,19 +152,21 @@ def test_a_rolling_score_counts_every_token_once_with_all_the_context_that_fits(
 def test_every_kind_of_task_by_hand(alone, capsys, tmp_path):
     found = reached(ALPHABET)
     metrics = task_metrics(found)
-    # bits of an answer: 1 for a byte that is next, 9 for another. After tuv: v 9, wxyy 1 + 1 + 1 +
-    # 9 = 12, wz 1 + 9; so v is chosen, and by length, 12 / 4 = 3 against 9 and 5, wxyy
+    # An answer has 1 bit for each byte that comes next in the alphabet, and 9 for any other.
+    # After tuv: v has 9, wxyy has 1 + 1 + 1 + 9 = 12, wz has 1 + 9. So v is chosen.
+    # Per byte, wxyy has 12 / 4 = 3 against 9 and 5. So wxyy is chosen by length.
     assert metrics["tasks/alphabet_choice/acc"] == pytest.approx(1 / 3)
     assert metrics["tasks/alphabet_choice/acc_norm"] == pytest.approx(2 / 3)
-    # cdef after ab 4 bits, op after mn 2, sa after qr 1 + 9, which is not what it would have
-    # written
+    # cdef after ab has 4 bits, op after mn has 2, sa after qr has 1 + 9. The stand-in would not
+    # have written the last.
     assert metrics["tasks/alphabet_cloze/acc"] == pytest.approx(2 / 3)
     assert metrics["tasks/alphabet_cloze/perplexity"] == pytest.approx(
         2 ** (16 / 3), rel=tolerance.within(64)
     )
-    # Sums of 32 logarithms in float32; a power of two multiplies their error by its exponent. a
-    # after the end of text 9 bits, 25 letters 1 each, in two windows; x 9, y z 2, a 9, b c 2: 56 in
-    # 32 bytes
+    # These are sums of 32 logarithms in float32; a power of two multiplies their error by its
+    # exponent. The first text, in two windows: a after the end of text has 9 bits, 25 letters have
+    # 1 each. The second text: x has 9, y z have 2, a has 9, b c have 2. Together 56 bits in 32
+    # bytes.
     assert metrics["tasks/alphabet_text/bits_per_byte"] == pytest.approx(
         56 / 32, rel=tolerance.within(32)
     )
@@ -174,7 +176,8 @@ def test_every_kind_of_task_by_hand(alone, capsys, tmp_path):
     assert metrics["tasks/alphabet_text/word_perplexity"] == pytest.approx(
         2**28, rel=tolerance.within(32 * 28)
     )
-    # cdefgh after ab; ij after gh, cut before k; opqrst after mn is wrong; tuvwxy after rs
+    # cdefgh follows ab. ij follows gh and is cut before k. opqrst after mn is wrong. tuvwxy follows
+    # rs.
     assert metrics["tasks/alphabet_writing/exact_match"] == pytest.approx(3 / 4)
     assert len(metrics) == 8 and alone.indexed == [False]
     print_tasks(found)
@@ -189,7 +192,7 @@ def test_every_kind_of_task_by_hand(alone, capsys, tmp_path):
 def test_the_harness_itself_reaches_the_same(monkeypatch):
     from lm_eval import simple_evaluate
 
-    # It asks the system for many seconds.
+    # This function queries the system for many seconds.
     monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda found: None)
     options = {
         "task_manager": harness.TaskManager(DIRECTORY),
@@ -303,5 +306,5 @@ def test_training_writes_what_is_reached_beside_the_validation(text_directory, t
     (evaluation,) = [line for line in lines if "validation/mean" in line]
     found = {name: value for name, value in evaluation.items() if name.startswith("tasks/")}
     assert {name.split("/")[1] for name in found} == {"alphabet_choice", "alphabet_text"}
-    # a byte is a token of about log2(512) bits: little is learned in three steps
+    # A byte is a token of about log2(512) bits: three steps teach little.
     assert found["tasks/alphabet_text/bits_per_byte"] == pytest.approx(9, abs=0.5)

@@ -71,8 +71,8 @@ def test_loss_is_the_mean_over_every_validation_token(corpus, model_and_weights)
         log_probs = jax.nn.log_softmax(logits_of(model, weights, window[:-1]))
         total -= float(log_probs[np.arange(len(window) - 1), window[1:]].sum())
     assert found[f"validation_tokens/{domain}"] == len(tokens_N) - 1
-    # losses of one sign, each known to two layers of five sums over at most 32, and the head;
-    # batches of 4 * 32 tokens
+    # Losses have one sign. Each is the result of two layers with five sums over at most 32, and of
+    # the head. Batches sum 4 * LENGTH tokens.
     terms = 2 * 5 * 32 + 32 + 4 * LENGTH
     assert_close(np.float32(found[f"validation/{domain}"]), total / (len(tokens_N) - 1), terms)
     assert_close(

@@ -16,12 +16,12 @@ LOGITS_BV = jnp.log(jnp.array([[0.1, 0.4, 0.2, 0.3], [0.7, 0.1, 0.1, 0.1]]))
     (2, 1.0, [[0, 1, 0, 1], [1, 1, 1, 1]]),  # three share the second place
     (9, 1.0, [[1, 1, 1, 1], [1, 1, 1, 1]]),
     (0, 0.6, [[0, 1, 0, 1], [1, 0, 0, 0]]),  # 0.4 is not enough, 0.4 + 0.3 is; 0.7 is
-    # 0.4 + 0.3 is not enough; neither is 0.7, and three are next
+    # 0.4 + 0.3 is not enough. Neither is 0.7, and three tokens share the next place.
     (0, 0.75, [[0, 1, 1, 1], [1, 1, 1, 1]]),
     (0, 1e-6, [[0, 1, 0, 0], [1, 0, 0, 0]]),  # one is always kept
-    # of the two, 0.4 is 0.4 / 0.7 = 0.57; 0.7 is 0.7 / 0.8
+    # Of the two best, 0.4 has 0.4 / 0.7 = 0.57, and 0.7 has 0.7 / 0.8.
     (2, 0.55, [[0, 1, 0, 0], [1, 0, 0, 0]]),
-    # of the three, 0.4 + 0.3 are 0.7 / 0.9 = 0.78, as is the 0.7
+    # Of the three best, 0.4 + 0.3 have 0.7 / 0.9 = 0.78, and so has 0.7.
     (3, 0.8, [[0, 1, 1, 1], [1, 1, 1, 1]]),
 ])  # fmt: skip
 def test_likely_by_hand(top_k, top_p, expected):
@@ -43,12 +43,12 @@ def frequencies(temperature, top_k=0, top_p=1.0, draws=4000):
     (0.5, 0, 1.0, [1 / 30, 16 / 30, 4 / 30, 9 / 30]),  # squares
     (1.0, 2, 1.0, [0, 4 / 7, 0, 3 / 7]),
     (1.0, 0, 0.75, [0, 4 / 9, 2 / 9, 3 / 9]),
-    # 16 thirtieths are enough, 0.4 would not be: the temperature comes first
+    # The temperature comes first: 16 / 30 is enough, and 0.4 would not be.
     (0.5, 0, 0.5, [0, 1, 0, 0]),
 ])  # fmt: skip
 def test_tokens_are_drawn_as_often_as_they_should(temperature, top_k, top_p, expected):
-    # 4000 draws from keys that are the same everywhere: a standard deviation is at most 0.5 /
-    # sqrt(4000) = 0.008
+    # The 4000 keys are the same on every machine. A standard deviation is at most
+    # 0.5 / sqrt(4000) = 0.008.
     assert np.abs(frequencies(temperature, top_k, top_p) - expected).max() < 0.03
 
 

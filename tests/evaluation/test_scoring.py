@@ -31,7 +31,7 @@ LIMIT, VOCABULARY = 32, 512
 
 @functools.cache
 def weights(config):
-    """On the host, for any mesh."""
+    """Weights on the host, for any mesh."""
     model = Transformer(config, sharding.make_mesh(1, 1))
     return jax.device_get(jax.jit(functools.partial(init_weights, model))(jax.random.key(0)))
 
@@ -56,7 +56,7 @@ def jitted_logits(config):
 
 
 def logits_after(config, ids):
-    """(len(ids), V); the row is filled up, the model being causal."""
+    """Logits (len(ids), V). The row may be padded, since the model is causal."""
     filled_1T = np.zeros((1, LIMIT), np.int32)
     filled_1T[0, : len(ids)] = ids
     return np.asarray(jitted_logits(config)(weights(config), filled_1T), np.float64)[: len(ids)]
@@ -98,8 +98,8 @@ def make_requests(config):
 
 def assert_scores(config, requests, found):
     expected = [direct(config, *request) for request in requests]
-    # two layers with five sums over widths of at most 32 each, the head, and sums of at most 32
-    # log-probabilities
+    # Roundings: two layers with five sums over widths of at most 32 each, the head, and sums of at
+    # most 32 log-probabilities.
     scores, right = (np.float32([score for score, _ in each]) for each in (found, expected))
     assert_close(scores, right, terms=2 * 5 * 32 + 64)
     assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
@@ -127,7 +127,7 @@ def test_order_and_company_do_not_matter(config):
     assert score.run(weights(config), []) == []
 
 
-# A process has one of the two devices, and an eighth row of a batch of seven is idle.
+# Each process has one of the two devices. The eighth row of a batch of seven is idle.
 IN_TWO_PROCESSES = """
     import functools, json
     import jax
@@ -176,7 +176,7 @@ def test_too_long_a_context_loses_its_beginning(config, caplog):
             (context[:30], continuation),
         ]
         found = scorer(config, (1, 1)).run(weights(config), requests)
-    # 30 + 3 less the last are 32.
+    # 30 + 3 tokens without the last are 32.
     assert_scores(config, [(context[-30:], continuation), *requests[1:]], found)
     assert [record.getMessage()[:7] for record in caplog.records] == ["1 of 3 "]
 
@@ -194,7 +194,7 @@ def test_a_request_without_a_context_is_refused():
 
 def test_continuations_of_one_context_share_a_tree():
     trees = grow([([1, 2], [3]), ([1], [2, 3]), ([1, 2], [4, 5, 6]), ([9, 8, 7], [6, 5])], 4)
-    # beside 4 5 6, two tokens of context fit; 9 8 7 6 are four
+    # Two tokens of context fit beside 4 5 6. The context 9 8 7 and the first token 6 are four.
     assert trees == [
         Tree((1, 2), [[3], [4, 5, 6]], [0, 2]),
         Tree((1,), [[2, 3]], [1]),
@@ -204,17 +204,17 @@ def test_continuations_of_one_context_share_a_tree():
 
 
 def test_a_tree_that_is_too_large_becomes_several_of_its_context():
-    # read: 1 2, then 3 3 and 4 4 make six; 5 5 would make eight. Scored: 3 + 3, and 3
+    # Read are 1 2, then 3 3 and 4 4: six. With 5 5 they would be eight. Scored are 3 + 3, and 3.
     parts = split(Tree((1, 2), [[3] * 3, [4] * 3, [5] * 3], [7, 8, 9]), 7)
     assert [(part.context, part.requests) for part in parts] == [((1, 2), [7, 8]), ((1, 2), [9])]
-    # Two are read, but no more than four scored.
+    # Only two tokens are read, but at most four are scored.
     single = split(Tree((1, 2), [[3]] * 6, list(range(6))), 4)
     assert [part.requests for part in single] == [[0, 1, 2, 3], [4, 5]]
 
 
 def test_rows_are_filled_by_the_largest_first():
     trees = [Tree((1,) * size, [[2]], [size]) for size in (3, 9, 5, 7, 2, 1)]
-    # rows of 10: 9 1, 7 3, 5 2
+    # Rows of 10 hold trees of 9 and 1, 7 and 3, 5 and 2 tokens.
     assert [[len(tree.context) for tree in row] for row in fill_rows(trees, 10)] == [
         [9, 1],
         [7, 3],
@@ -226,7 +226,7 @@ def test_rows_are_filled_by_the_largest_first():
 
 def test_rows_are_as_long_as_the_longest_path():
     assert row_length(grow([([1] * 60, [2] * 5)], 4096), 4096) == 64
-    # 65 are read.
+    # 65 tokens are read.
     assert row_length(grow([([1] * 60, [2] * 5), ([1] * 60, [2] * 6)], 4096), 4096) == 128
     assert row_length(grow([([1] * 60, [2] * 6)], 100), 100) == 100
     assert row_length([], 4096) == SHORTEST

@@ -1,4 +1,4 @@
-"""Checkpoints for tests: the committed ones, read whole, changed and written again."""
+"""Checkpoints for tests: the committed ones are read as a whole, changed and written again."""
 
 import json
 import pathlib
@@ -18,7 +18,7 @@ def load(family):
 
 
 def write(directory, config, tensors):
-    """The directory, a checkpoint of one shard now."""
+    """Writes a checkpoint of one shard into the directory, which it returns."""
     directory.mkdir(exist_ok=True)
     (directory / "config.json").write_text(json.dumps(config))
     write_shard(directory / "model.safetensors", tensors)
@@ -26,7 +26,7 @@ def write(directory, config, tensors):
 
 
 def write_shard(path, tensors):
-    """Each tensor's bytes in a row, behind a header that says where."""
+    """Writes a shard: a header that says where each tensor lies, then the bytes of the tensors."""
     names = {dtype: name for name, dtype in DTYPES.items()}
     header, end = {"__metadata__": {"format": "pt"}}, 0
     for name, array in tensors.items():
@@ -40,5 +40,5 @@ def write_shard(path, tensors):
 
 
 def write_raw(path, header, numbers=b""):
-    """A shard with that text for a header."""
+    """Writes a shard whose header is this text."""
     path.write_bytes(len(header.encode()).to_bytes(8, "little") + header.encode() + numbers)

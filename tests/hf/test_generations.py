@@ -1,7 +1,7 @@
 """Logits of padded and packed sequences, and greedy continuations, against transformers' OLMoE.
 
-The files of `generations` were written by `make_generations.py`; where the library is installed, it
-is asked itself.
+`make_generations.py` wrote the files of `generations`. Where transformers is installed, the tests
+also compare with the library itself.
 """
 
 import pathlib
@@ -74,8 +74,8 @@ def assert_transformers_is_met(config, golden):
     }
     for name, (segments_BT, inside_BT) in segments.items():
         found, expected = logits(segments_BT)[inside_BT], golden[f"logits/{name}"][inside_BT]
-        # layers with five sums over widths of at most 16 each, attention over the tokens, and the
-        # head
+        # Roundings: layers with five sums over widths of at most 16 each, attention over the
+        # tokens, and the head.
         assert_close(
             found, expected, terms=config.layers * (5 * 16 + expected.shape[-2]) + 16, label=name
         )

@@ -1,6 +1,6 @@
-"""Routers and gates of every family as transformers and releases lay them out.
+"""Routers and gates of every family, as transformers and releases lay them out.
 
-What does not fit is one line.
+A misfit is reported in one line.
 """
 
 import gc
@@ -116,9 +116,9 @@ def test_granite_as_it_was_released(tmp_path):
 
 
 def test_gpt_oss_as_it_was_released(tmp_path):
-    # Expert 1: row 2 of gate is row 4 of gate and up. Its second block's third byte 0x2C holds
-    # columns 36 and 37: C is -2 and 2 is 1, both times 2^(129 - 127) = 4. Row 5 of gate and up is
-    # row 2 of up, which is not read.
+    # Expert 1: row 2 of gate is row 4 of gate and up. The third byte of its second block, 0x2C,
+    # holds columns 36 and 37: C is -2 and 2 is 1, both times 2^(129 - 127) = 4. Row 5 of gate and
+    # up is row 2 of up, which is not read.
     blocks, scales = np.zeros((2, 6, 2, 16), np.uint8), np.full((2, 6, 2), 129, np.uint8)
     blocks[1, 4, 1, 2], blocks[1, 5, 1, 2] = 0x2C, 0xFF
     config = {"model_type": "gpt_oss", "num_hidden_layers": 1, "num_local_experts": 2} | {
@@ -140,7 +140,7 @@ def test_gpt_oss_as_it_was_released(tmp_path):
 
 
 def test_deepseek_v3_as_it_was_released(tmp_path):
-    # float8, with one scale for all of these small gates; layer 3 predicts a token further on.
+    # The small gates are float8 with one scale each. Layer 3 predicts the token after the next.
     config, tensors = checkpoint.load("deepseek_v3")
     [(router_ED, w_gate_EDF)] = open_moe(checkpoint.FAMILIES / "deepseek_v3")
     for expert in range(4):

@@ -51,7 +51,7 @@ def load(model_config):
 
 @pytest.fixture(scope="module")
 def trained(model_config):
-    """(model, params) of any size, as after training."""
+    """(model, params), with parameters as large as after training."""
 
     def make(**changes):
         model = Transformer(model_config(**changes), sharding.make_mesh(2, 1))
@@ -89,7 +89,8 @@ def test_a_model_of_transformers_computes_the_same_here(load, variant):
     golden = np.load(HERE / variant / "golden.npz")
     model, params = load(HERE / variant)
     logits_BTV, output = compute(model, params, golden["ids"])
-    # layers with five sums over widths of at most 16 each, attention over the tokens, and the head
+    # Roundings: layers with five sums over widths of at most 16 each, attention over the tokens,
+    # and the head.
     terms = model.config.layers * (5 * 16 + golden["ids"].shape[1]) + 16
     assert_close(logits_BTV, golden["logits"], terms)
     losses_BT = token_losses(output.x_BTD[:, :-1], output.head_VD, golden["ids"][:, 1:], chunk=1024)
@@ -104,7 +105,7 @@ def test_its_balance_loss_is_ours_layer_by_layer_and_k_times_that_of_the_mean_la
     model, params = load(HERE / variant)
     routing = compute(model, params, golden["ids"])[1].routing
     load_LE, probability_LE = routing.load_E, routing.probability_E
-    # Probabilities behind some layers, a mean over tokens.
+    # Roundings: the layers before the probabilities, and a mean over tokens.
     terms = model.config.layers * 5 * 16 + golden["ids"].size
     assert_close(load_balance(load_LE, probability_LE), np.float32(golden["by_layer"]), terms)
     pooled = load_balance(load_LE.mean(0, keepdims=True), probability_LE.mean(0, keepdims=True))
@@ -194,8 +195,8 @@ def test_rows_of_power_iteration_are_written_out(trained, load, tmp_path):
     ids = np.random.default_rng(1).integers(0, 512, (2, 16), np.int32)
     model, params = trained(router="mpi")
     export_olmoe(tmp_path / "out", model, params)
-    # two layers with five sums over widths of at most 32 each, attention over 16 tokens, the head,
-    # and the power step
+    # Roundings: two layers with five sums over widths of at most 32 each, attention over 16
+    # tokens, the head, and the power step.
     found, expected = (
         compute(*load(tmp_path / "out", mesh=(2, 1)), ids)[0],
         compute(model, params, ids)[0],
@@ -284,8 +285,8 @@ def test_transformers_computes_the_same_with_what_we_export(
     with torch.no_grad():
         expected = theirs.eval()(torch.tensor(ids)).logits.numpy()
     float32 = Transformer(dataclasses.replace(model.config, dtype="float32"), model.mesh)
-    # two layers with five sums over widths of at most 32 each, attention over 16 tokens, the head,
-    # and the power step
+    # Roundings: two layers with five sums over widths of at most 32 each, attention over 16
+    # tokens, the head, and the power step.
     assert_close(compute(float32, params, ids)[0], expected, terms=2 * (5 * 32 + 16) + 32 + 48)
 
 

@@ -7,8 +7,9 @@ from moe_erc.hf.quantized import dequantize_float8, dequantize_mxfp4
 
 
 def test_mxfp4_has_two_numbers_a_byte_and_a_power_of_two_a_block():
-    # 0x21: the low half 1 is 0.5, the high half 2 is 1.0. 0xF7: 7 is 6, F is -6. 0x08: 8 is -0, 0
-    # is 0.
+    # 0x21: the low half 1 is 0.5, the high half 2 is 1.0.
+    # 0xF7: 7 is 6, F is -6.
+    # 0x08: 8 is -0, 0 is 0.
     blocks = np.zeros((1, 2, 16), np.uint8)
     blocks[0, 0, :3] = 0x21, 0xF7, 0x08
     blocks[0, 1, 15] = 0x5C  # C is -2, 5 is 3
@@ -20,7 +21,7 @@ def test_mxfp4_has_two_numbers_a_byte_and_a_power_of_two_a_block():
 
 
 def test_every_mxfp4_number():
-    # sign, two bits of exponent, one of mantissa: 0 and 1/2, then 2^(e - 1) (1 + m / 2)
+    # A sign, two bits of exponent and one of mantissa: 0 and 1/2, then 2^(e - 1) (1 + m / 2).
     blocks = np.array([low | (low + 8) << 4 for low in range(8)] * 2, np.uint8).reshape(1, 1, 16)
     numbers = dequantize_mxfp4(blocks, np.array([[127]], np.uint8))[0, :16]
     np.testing.assert_array_equal(numbers[::2], [0, 0.5, 1, 1.5, 2, 3, 4, 6])
@@ -28,7 +29,7 @@ def test_every_mxfp4_number():
 
 
 def test_float8_has_a_scale_for_each_128_by_128():
-    # 130 x 257 is 2 x 3 blocks, the last ones of 2 rows and of 1 column.
+    # 130 x 257 has 2 x 3 blocks. The last ones have 2 rows and 1 column.
     weight_FD = np.full((130, 257), 0.5, ml_dtypes.float8_e4m3fn)
     weight_FD[129, 256] = -448  # the largest of the format
     scales = np.array([[1, 2, 3], [4, 5, 6]], np.float32)

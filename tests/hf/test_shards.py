@@ -1,6 +1,6 @@
 """Where tensors lie in safetensors.
 
-A directory that is not what it says is refused before a number is read.
+A directory whose files contradict each other is refused before a number is read.
 """
 
 import json

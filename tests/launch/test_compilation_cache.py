@@ -1,4 +1,4 @@
-"""A second start compiles nothing; where programs are kept is left to whoever has told jax."""
+"""A second start compiles nothing. A cache directory that jax was told before stays in use."""
 
 import os
 import pathlib
@@ -59,7 +59,7 @@ def test_a_second_start_compiles_nothing(text_directory, tmp_path):
         sum(name.startswith(("jit_init-", "jit_train_step-", "jit_measure-")) for name in found[0])
         == 3
     )
-    # However small, so what the second start had compiled would lie there as well.
+    # Even small programs are kept, so programs that the second start compiled would lie there too.
     assert len(found[0]) > 10
     assert found[0] == found[1]
     reports = [(tmp_path / name / "report.json").read_bytes() for name in ("first", "second")]

@@ -1,4 +1,4 @@
-"""A program starts itself anew with huge pages, once, and only where it is a program of its own."""
+"""A program restarts itself with huge pages, once, and only where it is a program of its own."""
 
 import os
 import subprocess
@@ -22,9 +22,9 @@ print(os.environ.get("GLIBC_TUNABLES"), sys.argv[3:])
 
 @pytest.fixture
 def said(tmp_path):
-    """Runs the program in a system of a mode, "" for none.
+    """Runs the program in a system of this mode, "" for none.
 
-    (what it printed, how often it was started).
+    Returns (what it printed, how often it was started).
     """
 
     def run(mode, as_module, given=None):

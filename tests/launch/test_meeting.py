@@ -1,4 +1,4 @@
-"""Processes that should come together: they do, or each says in one line why not."""
+"""Processes of one run find each other, or each says in one line why not."""
 
 import socket
 import textwrap

@@ -18,7 +18,7 @@ from tests.written import metrics, saved_state
 
 STEPS, FEW = 80, 5
 EVALUATED = 4 * FEW  # steps between evaluations, which each process of a run would compile
-# seconds until what hangs is given up; what works is quick unless the machine has other work
+# Seconds until a process that hangs is given up. Others are quick unless the machine is busy.
 LIMIT = 240
 
 
@@ -34,9 +34,9 @@ def train(text_directory, tmp_path_factory):
             f"--config.data.cache_dir={cache}",
             "--config.data.validation_fraction=0.1",
             f"--config.train.steps={STEPS}",
-            # a tenth of the size's: sums in another order grow apart slowly
+            # A tenth of the size's rate: runs with sums in another order diverge slowly.
             "--config.optimizer.learning_rate=3e-4",
-            # jax looks for a SIGTERM once a second, so steps must not be too quick
+            # jax looks for a SIGTERM once per second, so steps must not be too quick.
             "--config.train.batch_size=32",
             "--config.checkpoint.every=1000",
             f"--config.eval.every={EVALUATED}",
@@ -56,7 +56,7 @@ def printed(workdir):
 
 
 def assert_same_curve(found, expected):
-    """Every metric of every step, to what rounding makes of 80 steps: see `within_drift`."""
+    """Every metric of every step is the same but for the rounding of 80 steps: `within_drift`."""
     assert [line["step"] for line in found] == [line["step"] for line in expected]
     for mine, theirs in zip(found, expected, strict=True):
         assert mine.keys() == theirs.keys()
@@ -133,22 +133,22 @@ def test_four_processes_stop_together_and_one_goes_on(train, alone, stopped, tmp
             sum(np.sum(np.square(leaf, dtype=np.float64)) for leaf in jax.tree.leaves(state.params))
         )
     )
-    # The last line may be a validation's.
+    # The last line may be that of a validation.
     steps = [line for line in metrics(tmp_path) if "norm/parameters" in line]
-    # Of the 512 * 32 squares of the largest matrix: random roundings add up to the root of so many,
+    # The largest matrix has 512 * 32 squares. Random roundings add up to the root of their number,
     # 128.
     assert steps[-1]["norm/parameters"] == pytest.approx(norm, rel=within(128))
 
-    # To the end on one process with another mesh: that of the undisturbed run, whose programs are
-    # there.
+    # One process goes on to the end with another mesh, that of the undisturbed run, whose programs
+    # are compiled.
     members = train(1, tmp_path, JAX_NUM_CPU_DEVICES=2)
     assert script.join(members, LIMIT) == [0], printed(tmp_path)
     assert_same_curve(metrics(tmp_path), metrics(alone))
     _, final = saved_state(tmp_path, STEPS)
     _, expected = saved_state(alone, STEPS)
-    # Adam moves a parameter by up to the rate, 3e-4, each step, also one whose gradient is but
-    # rounding: of 80 steps a difference of one is allowed to single parameters, and a tenth of it
-    # to the whole.
+    # Adam moves a parameter by up to the rate, 3e-4, in each step, even where its gradient is only
+    # rounding. A single parameter may differ by one of the 80 steps, and the root mean square of
+    # all by a tenth of a step.
     for one, other in zip(
         jax.tree.leaves(final.params), jax.tree.leaves(expected.params), strict=True
     ):
@@ -179,8 +179,8 @@ def test_two_processes_go_on_before_a_damaged_checkpoint_and_stop_together(
     assert_same_curve(found, metrics(alone)[: len(found)])
 
 
-# Jax looks for a SIGTERM once a second, and this one comes before the first step of a run resumed
-# at step 100.
+# jax looks for a SIGTERM once per second. This one comes before the first step of a run that is
+# resumed at step 100.
 INTERRUPTED_BEFORE_THE_FIRST_STEP = """
     import os, signal, time
     import jax
@@ -205,7 +205,7 @@ def test_ctrl_c_before_the_first_step_of_a_resumed_run_is_not_lost(tmp_path):
     assert all("left after 101\n" in (tmp_path / f"out{number}").read_text() for number in range(2))
 
 
-# Two processes of two devices each, in a mesh that takes them in turn.
+# Two processes of two devices each. The mesh takes devices from the processes in turn.
 PLACES_AND_AGREEMENT = """
     import sys
     import jax, numpy as np

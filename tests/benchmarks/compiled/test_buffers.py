@@ -24,7 +24,7 @@ TEXT = """ENTRY %main (x.1: f32[32,32]) -> f32[] {
 
 
 def test_largest_by_hand():
-    # the dot lies where the sine did; arguments are no temporaries
+    # The dot reuses the memory of the sine. Arguments are not temporaries.
     assert buffers.largest(ACCOUNT, TEXT, 3) == [
         (1000, "f32[250]", "jit(f)/sin"),
         (800, "f32[200]", "while.3"),
@@ -36,7 +36,7 @@ def test_largest_by_hand():
 
 def test_largest_of_a_program():
     def loss(x_ND):
-        # What is sorted has to lie somewhere, whatever a compiler makes one kernel of.
+        # The input of a sort lies in a buffer, whichever operations a compiler fuses.
         return jnp.sum(jnp.sort(x_ND @ x_ND.T, axis=0)[0])
 
     executable, account = buffers.compile_with_account(jax.jit(loss).lower(jnp.ones((512, 64))))

@@ -53,8 +53,8 @@ def test_flops_in_nested_loops_are_multiplied_out():
 
     program = jax.jit(repeated(inner, 5)).lower(jax.ShapeDtypeStruct((64, 64), FLOAT)).compile()
     assert costs.cost(program.as_text()).flops == 5 * 3 * 2 * 64**3
-    # Why this reader exists. If it fails, XLA has learned to count loops: do away with the reader's
-    # FLOPs.
+    # This is why the reader exists: XLA counts a loop's body once. If this assertion fails, XLA has
+    # learned to count loops, and the reader's FLOPs can be removed.
     assert program.cost_analysis()["flops"] < 2 * 2 * 64**3
 
 
@@ -75,7 +75,7 @@ def test_of_a_conditional_the_dearest_branch_counts():
 
 
 @pytest.mark.parametrize("function, kind, size, group, sent", [
-    # 8 x 16 floats are 512 bytes; of 4 devices each keeps a quarter and sends three
+    # 8 x 16 floats are 512 bytes. Each of 4 devices keeps a quarter and sends three quarters.
     (lambda x: lax.psum(x, "b"), "all-reduce", 512, 4, 2 * 3 / 4 * 512),
     (lambda x: lax.psum(x, ("a", "b")), "all-reduce", 512, 8, 2 * 7 / 8 * 512),
     (lambda x: lax.all_gather(x, "b"), "all-gather", 4 * 512, 4, 3 * 512),
@@ -131,7 +131,7 @@ def test_what_only_tpu_programs_hold():
 
 
 def test_asynchronous_collectives_count_once():
-    """In the forms of GPU programs, which CPU programs do not have."""
+    """GPU programs have these forms of collectives; CPU programs do not."""
     found = [
         (one.kind, one.shapes, one.bytes, one.group, one.asynchronous)
         for one in costs.cost((PROGRAMS / "asynchronous.hlo").read_text()).collectives

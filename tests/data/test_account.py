@@ -39,7 +39,8 @@ def divided(tmp_path):
 
 def test_documents_tokens_and_epochs_are_said(config, divided):
     corpus = prepare(dataclasses.replace(config, sources=(divided,)))
-    # 4 + 1 and 5 + 1 tokens are 11, which hold 2 windows of 4 predictions. 5 windows are 2.5 epochs.
+    # 4 + 1 and 5 + 1 tokens are 11, which hold 2 windows of 4 predictions.
+    # 5 windows are 2.5 epochs.
     assert list(describe(corpus, 4, 5)) == [
         f"data {divided!r}: train 2 documents of 11 tokens, validation 1 documents of 4 tokens; "
         "2.5 epochs of train in this run",

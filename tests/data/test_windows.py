@@ -133,8 +133,8 @@ def test_processes_read_the_rows_of_one_batch_without_overlap(request, corpus_na
 @pytest.mark.parametrize("corpus_name", ["counting_corpus", "weighted_corpus"])
 @pytest.mark.parametrize("sizes", [(8, 4), (4, 8), (6, 5, 7, 1, 3), (1, 9)])
 def test_batches_of_any_size_go_on_where_the_last_one_stopped(request, corpus_name, sizes):
-    # Batch sizes alternate after every two batches, over several epochs of the 15 windows. No row
-    # is read twice, and none is left out.
+    # Two batches of each size are read in turn, over several epochs of the 15 windows. No row is
+    # read twice, and none is left out.
     corpus = request.getfixturevalue(corpus_name)
     read, drawn = 0, []
     for size in (*sizes, *sizes):

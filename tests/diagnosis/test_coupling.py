@@ -33,7 +33,7 @@ def by_alpha(measures):
 def test_measures_by_hand():
     # M01 = 3 over the diagonals 2 and 4: ratios 1.5 and 0.75
     # M20 = 2 over 1 and 2: ratios 2 and 1
-    # M12 = 1 over 4 and 1: the larger ratio is 1
+    # M12 = 1 over 4 and 1: ratios 0.25 and 1
     M = [[2.0, 3.0, 0.5], [0.5, 4.0, 1.0], [2.0, 0.5, 1.0]]
     measures = measure_coupling(*layers_with_matrices(M))
     assert measures["erc/vanishing_alpha"][0] == pytest.approx(2.0)

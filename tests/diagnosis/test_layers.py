@@ -61,9 +61,8 @@ def test_it_agrees_with_what_a_run_measures_of_itself():
     layers = random_layers()
     measures = diagnose(layers).measures
     for name, value_L in measure_coupling(*map(jnp.stack, zip(*layers, strict=True))).items():
-        if (
-            name == "coupling/alignment"
-        ):  # sigma_max by other roads, here by Lanczos steps and there by squarings
+        # sigma_max comes from Lanczos steps here, and from squarings there.
+        if name == "coupling/alignment":
             np.testing.assert_allclose(measures[name], value_L, rtol=SQUARED)
         # Other measures are sums over width and hidden and over 25 pairs; spreads are small
         # differences of norms.

@@ -64,7 +64,8 @@ def assert_same_curve(found, expected):
             assert within_drift(name, mine[name], value), (theirs["step"], name, mine[name], value)
     losses = [line["loss/lm"] for line in expected if "loss/lm" in line]
     apart = [not within_drift("loss/lm", one, other) for one, other in itertools.pairwise(losses)]
-    assert np.mean(apart) > 0.9  # a step too many or too few, or another batch, would be seen
+    # So a step too many or too few, or another batch, would show.
+    assert np.mean(apart) > 0.9
 
 
 def within_drift(name, found, expected):

@@ -11,10 +11,9 @@ import moe_erc
 from tests.tolerance import assert_close
 
 GOLDEN = sorted((pathlib.Path(__file__).parent / "golden").glob("erc_*.npz"))
-# Of random_params: sums over D and F, forward and backward, and over the pairs of experts.
+# Roundings with random_params: sums over D and F, forward and backward, and over pairs of experts.
 TERMS = 2 * (8 + 6) + 5**2
-# As programs: called as they are, they would be compiled one operation at a time, which takes ten
-# times as long.
+# These are compiled as whole programs. One operation at a time would take ten times as long.
 coupling_matrix, coupling_penalty, noise_bound, perturb = map(
     jax.jit,
     (moe_erc.coupling_matrix, moe_erc.coupling_penalty, moe_erc.noise_bound, moe_erc.perturb),
@@ -79,8 +78,8 @@ def test_golden_values_and_gradients(path):
 
     def check(suffix, loss_of):
         loss, gradients = jax.value_and_grad(loss_of, argnums=(0, 1))(router, w_gate)
-        # A mean of differences of responses: known to a few units of the largest, and to a sum over
-        # D of its own size.
+        # The loss is a mean of differences of responses. Its error is a few units of the largest
+        # response, and that of a sum over D of its own size.
         largest = (
             golden[f"coupling_matrix{suffix}"].max() / (width + hidden) + golden[f"loss{suffix}"]
         )
@@ -114,32 +113,34 @@ def test_golden_files_are_all_here():
 
 # ------------------------------------------------------------ by hand
 def test_penalty_by_hand():
-    # diagonal (2, 4, 1); alpha 0.5 -> bars (1, 2, 0.5); off-diagonal entries M01 = 3, M12 = 1, M20
-    # = 2, others 0 M01: over bar 0 by 2, over bar 1 by 1;  M12: over 1 by 0, over 2 by 0.5;  M20:
-    # over 2 by 1.5, over 0 by 1
+    # The diagonal is (2, 4, 1). alpha 0.5 gives the bars (1, 2, 0.5).
+    # Off the diagonal, M01 = 3, M12 = 1, M20 = 2; other entries are 0.
+    # M01 exceeds bar 0 by 2 and bar 1 by 1
+    # M12 exceeds bar 1 by 0 and bar 2 by 0.5
+    # M20 exceeds bar 2 by 1.5 and bar 0 by 1
     M_EE = jnp.array([[2.0, 3.0, 0.0], [0.0, 4.0, 1.0], [2.0, 0.0, 1.0]])
     assert coupling_penalty(M_EE, 0.5) == pytest.approx((2 + 1 + 0 + 0.5 + 1.5 + 1) / 9)
-    # alpha 1 -> bars (2, 4, 1): M01 by 1 and 0, M12 by 0 and 0, M20 by 1 and 0
+    # alpha 1 gives the bars (2, 4, 1): M01 exceeds by 1 and 0, M12 by 0 and 0, M20 by 1 and 0.
     assert coupling_penalty(M_EE, 1.0) == pytest.approx(2 / 9)
     assert coupling_penalty(M_EE, 3.0) == 0.0
 
 
 def test_noise_bound_by_hand():
-    # |r0 - r1| = sqrt 2, |r0 - r2| = 2, |r1 - r2| = sqrt 10;  lengths 1, 1, 3
+    # Distances |r0 - r1| = sqrt 2, |r0 - r2| = 2, |r1 - r2| = sqrt 10; lengths 1, 1, 3.
     router_ED = jnp.array([[1.0, 0.0], [0.0, 1.0], [3.0, 0.0]])
     assert_close(noise_bound(router_ED), [2**0.5 / 2, 2**0.5 / 2, 2 / (2 * 3)], terms=8)
 
 
 def test_coupling_matrix_by_hand():
-    # row (1, 2) through [[3, 0], [0, 2]] is (3, 4), norm 5; through the identity sqrt 5. row (2,
-    # 0): (6, 0) and (2, 0)
+    # Row (1, 2) through [[3, 0], [0, 2]] is (3, 4) of norm 5, through the identity it has sqrt 5.
+    # Row (2, 0) gives (6, 0) and (2, 0).
     w_gate_EDF = jnp.array([[[3.0, 0.0], [0.0, 2.0]], [[1.0, 0.0], [0.0, 1.0]]])
     M_EE = coupling_matrix(jnp.array([[1.0, 2.0], [2.0, 0.0]]), w_gate_EDF)
     assert_close(M_EE, [[5.0, 5**0.5], [6.0, 2.0]], terms=8)
 
 
 def test_noise_bound_of_close_rows_keeps_its_digits():
-    # A Gram matrix in float32 would see a distance of 0 or of several times 1e-4.
+    # A Gram matrix in float32 would give a distance of 0 or of several times 1e-4.
     router_ED = jnp.array([[1.0, 1.0, 1.0], [1.0 + 2**-13, 1.0, 1.0], [-1.0, 0.0, 0.0]])
     assert noise_bound(router_ED)[0] == pytest.approx(2**-13 / (2 * 3**0.5), rel=1e-6)
 
@@ -184,8 +185,8 @@ def test_gradients_match_finite_differences(options):
         lambda params: erc_loss(params, key, alpha=0.7, **options)
     )(params)
     exact = {name: np.float64(leaf) for name, leaf in params.items()}
-    # Noise is constant to the gradient: proxies are a fixed multiple of the router, and so is what
-    # is added to squares.
+    # The gradient takes noise as constant. Proxies are a fixed multiple of the router, and so is
+    # what expected noise adds to squares.
     noise_ED = (
         np.float64(perturb(params["router"], key)) / exact["router"]
         if "noise" not in options
@@ -239,8 +240,8 @@ def test_expected_square_is_the_mean_over_draws():
     added_EE = (bound_E1**2 / 3 * params["router"] ** 2) @ np.sum(
         np.float64(params["w_gate"]) ** 2, axis=-1
     ).T
-    # 20,000 draws from keys that are the same everywhere: 1 % at 2 sigma of squares, none of which
-    # is near 0
+    # The keys of the 20,000 draws are the same on every machine. Two sigma of the mean squares are
+    # 1 %, and no square is near 0.
     np.testing.assert_allclose(np.mean(draws, axis=0), clean_EE + added_EE, rtol=0.02)
 
 
@@ -273,8 +274,8 @@ def test_normalized_loss_ignores_scale_and_the_plain_one_is_of_degree_one(name, 
 
 
 def test_normalized_response_of_an_isotropic_gate_is_one():
-    # |r I| sqrt(D) / (|r| |I|_F) = 1 for all pairs: at alpha 0 the loss is 2 (E^2 - E) / E^2 = 2 *
-    # 6 / 9
+    # |r I| sqrt(D) / (|r| |I|_F) = 1 for all pairs.
+    # At alpha 0 the loss is 2 (E^2 - E) / E^2 = 2 * 6 / 9.
     params = {
         "router": random_params(E=3, D=4)["router"],
         "w_gate": 7 * np.stack([np.eye(4, dtype=np.float32)] * 3),
@@ -349,7 +350,7 @@ def test_bfloat16_weights_are_summed_in_float32():
     params = random_params(E=8, D=64, F=48)
     low = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.bfloat16), params)
     rounded = jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), low)
-    # sums over D, F and pairs; in bfloat16 they would be off by 2^-9
+    # These are sums over D, F and pairs. In bfloat16 their error would be 2^-9.
     assert_close(
         erc_loss(low, None, noise="none"),
         erc_loss(rounded, None, noise="none"),
@@ -359,8 +360,8 @@ def test_bfloat16_weights_are_summed_in_float32():
 
 # ------------------------------------------------------------ cost
 def test_an_expert_with_no_active_hinge_gets_exactly_no_gradient_and_its_backward_is_a_branch():
-    # Orthogonal rows, and each gate sees its own row alone, so nothing is foreign; expert 3 also
-    # answers to row 0.
+    # Rows are orthogonal, and each gate responds to its own row alone, so no hinge is active. Only
+    # expert 3 also responds to row 0.
     router_ED = np.eye(4, 6, dtype=np.float32)
     w_gate_EDF = np.zeros((4, 6, 3), np.float32)
     for expert in range(4):
@@ -368,8 +369,8 @@ def test_an_expert_with_no_active_hinge_gets_exactly_no_gradient_and_its_backwar
     w_gate_EDF[3, 0] = 2.0
     gradient = jax.jit(jax.grad(lambda params: erc_loss(params, None, noise="none")))
     found = gradient({"router": router_ED, "w_gate": w_gate_EDF})["w_gate"]
-    # Row 0 exceeds both diagonals at expert 3, which therefore is pulled down there and up at its
-    # own row; expert 0 is lifted as the bar of row 0; experts 1 and 2 are idle.
+    # Row 0 exceeds both diagonals at expert 3. Its gradient lowers expert 3 at row 0, raises expert
+    # 3 at its own row, and raises expert 0 at row 0. Experts 1 and 2 get none.
     assert found[3].any() and found[0].any()
     assert not found[1].any() and not found[2].any()
     program = gradient.lower({"router": router_ED, "w_gate": w_gate_EDF}).compile().as_text()
@@ -396,10 +397,10 @@ def test_at_initialization_m_and_the_bound_are_those_of_random_vectors():
         std * jax.random.normal(keys[1], (E, D, F)),
     )
     M_EE = coupling_matrix(router_ED, w_gate_EDF)
-    # E |r W|^2 = F std^2 |r|^2 and |r|^2 = D std^2: M is std^2 sqrt(D F), 0.434 at the paper's
-    # sizes. Lengths of 32 rows differ by 1 / sqrt(2 D) each, so their mean by 0.6 %; the draws are
-    # the same everywhere.
+    # E |r W|^2 = F std^2 |r|^2 and |r|^2 = D std^2, so M is std^2 sqrt(D F), 0.434 at the paper's
+    # sizes. The length of a row deviates by 1 / sqrt(2 D), so the mean of 32 rows by 0.6 %. The
+    # draws are the same on every machine.
     assert jnp.mean(M_EE) == pytest.approx(std**2 * (D * F) ** 0.5, rel=0.02)
-    # Rows of equal length at right angles are sqrt(2) apart: bound sqrt(2) / 2, a little less for
-    # the nearest of many.
+    # Orthogonal rows of equal length are sqrt(2) lengths apart, so the bound is sqrt(2) / 2. It is
+    # a little less for the nearest of many rows.
     assert 0.60 < float(jnp.mean(noise_bound(router_ED))) < 2**0.5 / 2

@@ -36,13 +36,13 @@ def is_finite(tree):
 
 
 def drawing(uniform_ED):
-    """While this is being traced, `jax.random.uniform` gives these numbers."""
+    """Makes `jax.random.uniform` return these numbers in what is traced inside."""
     return mock.patch("jax.random.uniform", lambda *_: uniform_ED)
 
 
 @pytest.fixture(scope="module")
 def value_and_grad():
-    """Of the loss with some options, compiled once for every shape and dtype."""
+    """Value and gradient of the loss with some options, compiled once per shape and dtype."""
     compiled = {}
 
     def make(**options):
@@ -85,7 +85,7 @@ def assert_in_own_cluster(router_ED, uniform_ED):
 @repeatable
 @given(whole, draws, st.sampled_from([-26, -20, 0, 15, 30]), smaller)
 def test_no_draw_leaves_its_cluster(numbers, uniform_ED, exponent, apart):
-    # Small whole numbers: rows in line with each other, zero rows and twins are common.
+    # The numbers are small and whole, so that parallel rows, zero rows and twins are common.
     router_ED = (
         np.float32(numbers).reshape(E, D)
         * np.float32(10.0) ** (exponent - np.float32(apart))[:, None]
@@ -105,10 +105,10 @@ def test_no_draw_leaves_the_cluster_of_a_row_that_differs_in_its_last_bits(
 
 
 def test_the_ends_of_the_interval_are_reached_but_for_a_rounding():
-    # Rows 1 and 0 are 1 apart: half of it is the bound of row 1, which draws 0 and almost 1 take to
-    # 0.5 and 1.5.
+    # The first two rows are 1 apart, so the bound of the first row is 0.5. Draws of 0 and of almost
+    # 1 take it to 0.5 and 1.5.
     router_ED = np.float32([[1, 0, 0], [0, 0, 0], [9, 0, 0], [0, 9, 0]])
-    # The bound is taken 2^-21 smaller, four units, and so is what is drawn.
+    # The code takes a bound that is smaller by 2^-21, four units. So are the ends.
     for number, end in ((0.0, 0.5), (LAST, 1.5)):
         assert proxies(router_ED, np.full((E, D), np.float32(number)))[0, 0] == pytest.approx(
             end, abs=within(16)
@@ -138,8 +138,8 @@ def test_what_is_finite_stays_finite(
     value_and_grad, options, seed, defect, router_scale, gate_scale, uniform_ED
 ):
     params = random_params(seed)
-    # M, of degree one in router and gate, is to stay below 1e18; router and up-projection meet in
-    # the other two.
+    # M is linear in the router and in the gate, and has to stay below 1e18. The nonlinear
+    # activations also multiply the router by the up-projection.
     gate_scale = min(gate_scale, 14 - router_scale)
     if options not in LINEAR:
         router_scale, gate_scale = min(router_scale, 6), min(gate_scale, 2)
@@ -199,8 +199,8 @@ def test_the_order_of_experts_does_not_matter(value_and_grad, options, seed, ord
     loss, gradients = value_and_grad(**options)(params, uniform_ED)
     moved = jax.tree.map(lambda leaf: leaf[order], params)
     found, found_gradients = value_and_grad(**options)(moved, uniform_ED[order])
-    # Sums of E^2 numbers in another order, which are differences of responses of the size of the
-    # largest gradient.
+    # Permutations change the order of sums of E^2 numbers. The numbers are differences of responses
+    # as large as the largest gradient.
     largest = max(1.0, *(magnitude(gradient) for gradient in gradients.values()))
     expected = jax.tree.map(lambda gradient: gradient[order], gradients)
     assert_close(

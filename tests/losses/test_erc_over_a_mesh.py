@@ -111,7 +111,7 @@ def test_alpha_may_be_traced(params):
         return jax.jit(jax.grad(lambda alpha: loss(params, jax.random.key(1), alpha=alpha)))(0.5)
 
     over_mesh = functools.partial(erc_loss, mesh=sharding.make_mesh(2, 4))
-    # A sum over pairs, of one sign.
+    # The slope is a sum over pairs, of one sign.
     assert_close(slope(over_mesh), slope(erc_loss), terms=D + F + E * E)
 
 
@@ -153,7 +153,7 @@ def test_what_crosses_devices_is_e_squared_over_ep_and_the_router_gradient(shape
         collective.times for collective in costs.cost(program(both, shape).as_text()).collectives
     } == {1}
     over_data = [(L * E * (E // expert), data)]  # S, one sum for all layers
-    # Bounds, bars of the hinge and their gradient; the loss.
+    # The bounds, the bars of the hinge and their gradient are sent, and the loss.
     over_expert = [(L * E, expert)] * 3 + [(L, expert)]
     everywhere = [(L * E * D, 8)]  # the gradient of the router
     expected = over_data * (data > 1) + over_expert * (expert > 1) + everywhere
@@ -168,7 +168,7 @@ def floats(shape):
 
 @pytest.mark.parametrize("shape", MESHES[1:], ids=str)
 def test_flops_are_divided_by_both_axes(shape):
-    # Recomputed, and two gradients.
+    # The backward pass recomputes M and has two gradients.
     forward, backward = (
         2 * L * E**2 * D * F // 8,
         3 * 2 * L * E**2 * D * F // 8,
@@ -178,10 +178,10 @@ def test_flops_are_divided_by_both_axes(shape):
 
 
 def test_xla_counts_the_same_where_its_count_has_no_loop():
-    # One layer whose local experts make one group: XLA's own count, of all operations, is the
-    # matmul and a little more.
+    # The local experts of the one layer make one group. XLA counts all operations: the matmul and a
+    # little more.
     experts, width, hidden = 16, 512, 64
     matmul = 2 * experts**2 * width * hidden / 8
     counted = program(value, (2, 4), (1, experts, width, hidden)).cost_analysis()["flops"]
-    # The draw of the noise is most of the rest, 50 / 256 of it.
+    # Most of the rest is the draw of the noise, 50 / 256 of the matmul.
     assert matmul <= counted <= 1.3 * matmul

@@ -1,4 +1,4 @@
-"""Cross-entropy by hand, and that slicing time changes memory alone."""
+"""Cross-entropy by hand; slicing time changes nothing but memory."""
 
 import jax
 import jax.numpy as jnp
@@ -37,8 +37,8 @@ def test_slices_give_the_same_losses_and_gradients(chunk):
     whole, sliced = (
         jax.value_and_grad(loss, argnums=(0, 1))(x_BTD, head_VD, size) for size in (10, chunk)
     )
-    # logits are sums over 8, their exponentials over 16; gradients over 20 positions as well; the
-    # sum of sines over 20
+    # Logits are sums over 8, and their exponentials are summed over 16. Gradients also sum over 20
+    # positions, and so does the sum of sines.
     assert_close(sliced, whole, terms=2 * (8 + 16) + 20, largest=magnitude(whole[1][0]))
 
 
@@ -53,8 +53,8 @@ def test_all_logits_never_exist_at_once():
         return jnp.mean(token_losses(x_BTD, head_VD, targets_BT, 64))
 
     compiled = jax.jit(jax.value_and_grad(loss, argnums=(0, 1))).lower(*shapes).compile()
-    # 412 MB of logits; a slice of 64 has 26 MB, and a handful of buffers of that size are alive in
-    # its backward pass.
+    # All logits take 412 MB, a slice of 64 takes 26 MB. The backward pass keeps a few buffers of
+    # that size.
     assert compiled.memory_analysis().temp_size_in_bytes < B * T * V * 4 / 2
 
 

@@ -1,4 +1,4 @@
-"""Names, weights and sums."""
+"""The objective: names, weights and sums of losses."""
 
 import dataclasses
 import types
@@ -62,8 +62,11 @@ def test_terms_are_unweighted_and_the_total_is_weighted(model):
         "path_coupling": {"weight": 8.0},
     }
     terms = Objective(losses, model()).of_batch(output(), BATCH, None)
-    # uniform over 4 tokens: ln 4;  2 * (0.5 * 0.75 + 0.5 * 0.25) = 1;  3;  mean of two layers;  -
-    # 0.5 * 0.5, one token
+    # lm: uniform over 4 tokens, ln 4
+    # load_balance: 2 * (0.5 * 0.75 + 0.5 * 0.25) = 1
+    # router_z: 3
+    # routing_variance: a mean of two layers
+    # path_coupling: -0.5 * 0.5 of one token
     assert {name: float(value) for name, value in terms.items()} == pytest.approx(
         {
             "lm": 1.386294,
@@ -92,8 +95,8 @@ def test_scales_multiply_the_weights_of_their_terms_alone(model):
 
 def test_balance_over_the_step_counts_earlier_micro_batches(model):
     losses = {"load_balance": {"weight": 1.0, "scope": "step"}}
-    # earlier counts (10, 2) and ours (2, 2) are (12, 4) together: 2 * (12/16 * 0.75 + 4/16 * 0.25)
-    # = 1.25; a mean of shares would be (2/3, 1/3)
+    # Earlier counts (10, 2) and these (2, 2) are (12, 4) together:
+    # 2 * (12/16 * 0.75 + 4/16 * 0.25) = 1.25. A mean of shares would be (2/3, 1/3).
     terms = Objective(losses, model()).of_batch(output(), BATCH, jnp.array([[10, 2]]))
     assert terms["load_balance"] == pytest.approx(1.25)
 
@@ -143,7 +146,7 @@ def test_erc_of_mpi_is_that_of_the_turned_rows(model):
         moe
     )
     key = named(rng, "losses.erc")
-    # sums over 8 and 4, in the power step twice, and over the 16 pairs
+    # Roundings: sums over 8 and 4, which the power step has twice, and over the 16 pairs.
     assert_close(found, erc_loss(moe | {"router": turned_LED}, key), terms=3 * (8 + 4) + 16)
     assert abs(found - erc_loss(moe, key)) > 0.1  # not that of the rows as they are
 
@@ -164,7 +167,7 @@ def test_a_decoupled_loss_is_logged_but_no_part_of_total_and_gradient(model):
     for decoupled in (True, False):
         goal = Objective(orthogonality(decoupled), model())
         terms, gradients = parameter_only(goal, params, None, {})
-        # cosine 1/sqrt 2 twice: 2 * 1/2 / 2^2
+        # The cosine 1/sqrt 2 occurs twice: 2 * 1/2 / 2^2.
         assert terms["router_orthogonality"] == pytest.approx(0.25)
         assert goal.total(terms, {}) == pytest.approx(0.0 if decoupled else 0.125)
         assert all((leaf == 0).all() for leaf in jax.tree.leaves(gradients)) == decoupled
@@ -172,10 +175,11 @@ def test_a_decoupled_loss_is_logged_but_no_part_of_total_and_gradient(model):
 
 def test_decoupling_subtracts_weight_times_gradient_from_the_router_alone(model):
     params = two_rows()
-    # loss = 2 c^2 / 4 with c = a.b / |a||b|, a = (2, 0), b = (1, 1): dloss/dc = c = 1/sqrt 2 dc/da
-    # = (b^ - c a^) / |a| = ((1/sqrt 2, 1/sqrt 2) - (1/sqrt 2, 0)) / 2 = (0, 1/sqrt 8):
-    # gradient (0, 1/4) dc/db = (a^ - c b^) / |b| = ((1, 0) - (1/2, 1/2)) / sqrt 2 = (1/sqrt 8,
-    # -1/sqrt 8):       gradient (1/4, -1/4)
+    # loss = 2 c^2 / 4 with c = a.b / |a||b|, a = (2, 0), b = (1, 1)
+    # dloss/dc = c = 1/sqrt 2
+    # dc/da = (b^ - c a^) / |a| = ((1/sqrt 2, 1/sqrt 2) - (1/sqrt 2, 0)) / 2 = (0, 1/sqrt 8)
+    # dc/db = (a^ - c b^) / |b| = ((1, 0) - (1/2, 1/2)) / sqrt 2 = (1/sqrt 8, -1/sqrt 8)
+    # gradients: (0, 1/4) of a and (1/4, -1/4) of b
     found = Objective(orthogonality(True), model()).decouple(params)
     router_LED = found["layers"]["moe"].pop("router")
     assert_close(router_LED, [[[2, -0.125], [0.875, 1.125]]], terms=8)

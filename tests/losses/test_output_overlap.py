@@ -1,4 +1,4 @@
-"""Output overlap by hand and against float64 loops, and the routes of its gradient."""
+"""Output overlap by hand and against float64 loops, and the inputs that its gradient reaches."""
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ from tests.tolerance import assert_close, magnitude
 
 overlap, overlap_and_gradient = jax.jit(output_overlap), jax.jit(jax.value_and_grad(output_overlap))
 
-# token 0 chose three, token 1 two, token 2 one
+# Token 0 chose three experts, token 1 two, token 2 one.
 OUTPUT_BTKD = np.float32(
     [[[[2, 0], [3, 4], [0, 1]], [[1, 1], [1, 0], [9, 9]], [[5, 5], [6, 6], [7, 7]]]]
 )
@@ -40,16 +40,18 @@ def random_outputs(seed=0, B=2, T=3, K=4, D=5):
 
 
 def test_overlap_by_hand():
-    # o_j on o_k is <o_j, o_k>^2 / |o_k|^2. Token 0, o = (2, 0), (3, 4), (0, 1): <0, 1> = 6, <0, 2>
-    # = 0, <1, 2> = 4, squared lengths 4, 25, 1: 36/25 + 36/4 + 0 + 0 + 16/1 + 16/25 = 27.08 token
-    # 1, (1, 1) and (1, 0): 1/1 + 1/2;  token 2 has no pair;  8 pairs
+    # o_j on o_k is <o_j, o_k>^2 / |o_k|^2; there are 8 pairs
+    # token 0: o = (2, 0), (3, 4), (0, 1), so <0, 1> = 6, <0, 2> = 0, <1, 2> = 4
+    #          squared lengths 4, 25, 1: 36/25 + 36/4 + 0 + 0 + 16/1 + 16/25 = 27.08
+    # token 1: (1, 1) and (1, 0), so 1/1 + 1/2
+    # token 2 has no pair
     assert overlap(OUTPUT_BTKD, CHOSEN_BTK) == pytest.approx((27.08 + 1.5) / 8, rel=1e-6)
 
 
 def test_overlap_matches_the_definition():
     output_BTKD, chosen_BTK = random_outputs()
     found = overlap(output_BTKD, chosen_BTK)
-    # Pairs, of 5 coordinates.
+    # Roundings: sums over pairs, of 5 coordinates.
     assert_close(found, reference_overlap(output_BTKD, chosen_BTK), terms=2 * 3 * 4 * 4 + 5)
     found = overlap(output_BTKD, chosen_BTK, eps=0.5)
     assert_close(
@@ -68,8 +70,8 @@ def test_overlap_trains_the_chosen_alone():
         ahead, behind = (
             reference_overlap(output_BTKD + sign * change, chosen_BTK) for sign in (1, -1)
         )
-        # sums over 4 partners and 5 coordinates, to the size of the largest; the differences are of
-        # float64
+        # Gradients sum over 4 partners and 5 coordinates, relative to the largest. The differences
+        # are exact to float64.
         slope = (ahead - behind) / (2 * step)
         assert_close(gradient_BTKD[index], slope, terms=4 * 5, largest=magnitude(gradient_BTKD))
 
@@ -95,7 +97,7 @@ def test_bfloat16_outputs_are_summed_in_float32():
     value, gradient_BTKD = overlap_and_gradient(low_BTKD, chosen_BTK)
     assert value.dtype == jnp.float32 and gradient_BTKD.dtype == jnp.bfloat16
     expected = reference_overlap(np.asarray(low_BTKD, np.float32), chosen_BTK)
-    # A sum in bfloat16 would be off by 1e-2.
+    # A sum in bfloat16 would have an error of 1e-2.
     assert_close(value, expected, terms=300 + 2 * 3 * 4 * 4)
 
 
@@ -103,5 +105,5 @@ def test_nothing_has_k_times_k_times_d_numbers_a_token():
     output = jax.ShapeDtypeStruct((4, 16, 8, 256), jnp.float32)
     chosen = jax.ShapeDtypeStruct((4, 16, 8), bool)
     program = jax.jit(jax.value_and_grad(output_overlap)).lower(output, chosen).compile()
-    # Such an array is 8 outputs large.
+    # An array of all pairs would be as large as 8 outputs.
     assert program.memory_analysis().temp_size_in_bytes < 4 * output.size * 4

@@ -12,7 +12,7 @@ coupling_and_gradient = jax.jit(jax.value_and_grad(path_coupling))
 
 
 def test_chosen_probability_by_hand():
-    # 0.5 + 0.2; 0.3 and an empty slot; nothing
+    # The tokens have chosen 0.5 + 0.2; 0.3 and an empty slot; nothing.
     p_BTE = np.float32([[[0.5, 0.3, 0.2]] * 3])
     experts_BTK = np.array([[[0, 2], [1, 3], [4, 3]]])
     found_BT, pull_back = jax.vjp(lambda p_BTE: chosen_probability(p_BTE, experts_BTK), p_BTE)
@@ -26,8 +26,10 @@ MASK_BT = np.array([[True, True, False]])
 
 
 def test_path_coupling_by_hand():
-    # token 0: 0.5 * 0.4 and 0.4 * 0.1;  token 1: 0.8 * 0.5 and 0.5 * 1;  token 2 is masked;  2
-    # tokens, 2 pairs
+    # 2 tokens and 2 pairs of layers:
+    # token 0: 0.5 * 0.4 and 0.4 * 0.1
+    # token 1: 0.8 * 0.5 and 0.5 * 1
+    # token 2 is masked
     assert coupling(CHOSEN_LBT, MASK_BT) == pytest.approx(-(0.2 + 0.04 + 0.4 + 0.5) / 4, rel=1e-6)
 
 

@@ -82,9 +82,9 @@ def published(size):
 
 
 def test_auto_is_high_where_that_is_less_than_a_two_thousandth_of_a_step():
-    # E^2 / (3 K N) of the experts' forward: at 3b 64^2 / (3 8 3.1M) = 5.4e-5, at 15b 256^2 of the
-    # same 8.7e-4. Three passes of it, four products for the step's three, and the experts about
-    # half of the model.
+    # ERC takes E^2 / (3 K N) of the experts' forward pass. At 3b this is
+    # 64^2 / (3 8 3.1M) = 5.4e-5, at 15b 256^2 / (3 8 3.1M) = 8.7e-4. "high" has three passes, ERC
+    # has four products where the step has three, and the experts are about half of the model.
     chosen = {
         size: resolve("auto", *of_size(size)) for size in ("debug", "olmoe_1b_7b", "3b", "15b")
     }
@@ -96,7 +96,7 @@ def test_auto_is_high_where_that_is_less_than_a_two_thousandth_of_a_step():
         resolve("high", config, "gate", shape_BT) == "high"
         and resolve("auto", config, "gate", None) == "high"
     )
-    # as much as the experts that the activation reads have matrices
+    # The share grows with the number of the experts' matrices that the activation reads.
     assert erc_share(config, "output", shape_BT) == pytest.approx(
         3 * erc_share(config, "gate", shape_BT)
     )

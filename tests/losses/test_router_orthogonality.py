@@ -1,4 +1,4 @@
-"""Router orthogonality by hand, its gradient, and routers that have no rows to speak of."""
+"""Router orthogonality by hand, its gradient, and routers whose rows are zero."""
 
 import jax
 import jax.numpy as jnp
@@ -18,16 +18,17 @@ ROUTER_LED = np.random.default_rng(0).normal(size=(2, 5, 7)).astype(np.float32)
 
 
 def test_value_by_hand():
-    # layer 0: two entries of 0.6, so 2 * 0.36 / 2^2 = 0.18;  layer 1 is orthogonal;  mean 0.09
+    # Layer 0 has two entries of 0.6: 2 * 0.36 / 2^2 = 0.18. Layer 1 is orthogonal. The mean is 0.09.
     router_LED = np.stack([ROUTER_ED, np.diag([2.0, 7.0])])
     assert loss(router_LED) == pytest.approx(0.09, rel=1e-6)
-    # all E = 4 rows alike: E^2 - E entries of 1
+    # All E = 4 rows are equal: E^2 - E entries are 1.
     assert loss(np.ones((1, 4, 3))) == pytest.approx(12 / 16, rel=1e-6)
 
 
 def test_gradient_by_hand():
-    # c = 0.6, loss c^2 / 2. To row 0 of length 1: c (b^ - c a^) = 0.6 * (0, 0.8); to row 1 of
-    # length 5: c (a^ - c b^) / 5 = 0.6 * (0.64, -0.48) / 5. The two layers halve it.
+    # c = 0.6 and the loss is c^2 / 2. The mean over two layers halves the gradient.
+    # row 0 of length 1: c (b^ - c a^) = 0.6 * (0, 0.8)
+    # row 1 of length 5: c (a^ - c b^) / 5 = 0.6 * (0.64, -0.48) / 5
     _, gradient_LED = value_and_gradient(np.stack([ROUTER_ED, np.eye(2, dtype=np.float32)]))
     assert_close(gradient_LED[0], np.array([[0, 0.48], [0.0768, -0.0576]]) / 2, terms=16)
     np.testing.assert_array_equal(gradient_LED[1], np.zeros((2, 2)))
@@ -43,7 +44,7 @@ def test_the_length_of_a_row_changes_nothing():
     length_LE1 = np.float32([[0.1, 1, 3, 1e4, 1e-12]] * 2)[..., None]
     value, gradient_LED = value_and_gradient(ROUTER_LED)
     scaled, gradient_of_scaled_LED = value_and_gradient(ROUTER_LED * length_LE1)
-    # Sums over 7 coordinates and 5 rows, forward and backward, between norms and quotients.
+    # Roundings: sums over 7 coordinates and 5 rows, forward and backward, norms and quotients.
     terms = 2 * (7 + 5) + 16
     assert_close(scaled, value, terms)
     assert_close(gradient_of_scaled_LED * length_LE1, gradient_LED, terms)
@@ -54,7 +55,7 @@ def test_the_length_of_a_row_changes_nothing():
 
 
 def test_a_zero_row_costs_its_diagonal_and_has_no_gradient():
-    # cosines [[1, 0.6, 0], [0.6, 1, 0], [0, 0, 0]]: 2 * 0.36 + 1 over 3^2
+    # The cosines are [[1, 0.6, 0], [0.6, 1, 0], [0, 0, 0]]: (2 * 0.36 + 1) / 3^2.
     router_LED = np.concatenate([ROUTER_ED, np.zeros((1, 2), np.float32)])[None]
     value, gradient_LED = value_and_gradient(router_LED)
     assert value == pytest.approx(1.72 / 9, rel=1e-6)

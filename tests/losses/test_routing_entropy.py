@@ -17,7 +17,9 @@ MASK_BT = np.array([[True, True, False]])
 
 
 def test_value_by_hand():
-    # log 2; 2 * 0.25 log 4 + 0.5 log 2 = 1.5 log 2;  the third token is masked
+    # token 0: log 2
+    # token 1: 2 * 0.25 log 4 + 0.5 log 2 = 1.5 log 2
+    # token 2 is masked
     assert loss(P_BTE, MASK_BT) == pytest.approx(1.25 * math.log(2), rel=1e-6)
     assert loss(P_BTE[:, 2:], np.array([[True]])) == pytest.approx(math.log(3), rel=1e-6)
     assert loss(np.float32([[[0, 1, 0]]]), np.array([[True]])) == 0
@@ -32,12 +34,12 @@ def test_gradient_by_hand():
 
 
 def test_scores_that_leave_no_probability_give_finite_gradients():
-    # Softmax: 1, 0, 0; even; and a denormal one.
+    # The probabilities are 1, 0, 0; even; and with a denormal number.
     scores_BTE = np.float32([[[300, 0, -300], [0, 0, 0], [0, 0, -95]]])
     entropy = lambda scores_BTE: routing_entropy(jax.nn.softmax(scores_BTE), np.ones((1, 3), bool))  # noqa: E731
     gradient_BTE = jax.jit(jax.grad(entropy))(scores_BTE)
     assert np.isfinite(gradient_BTE).all()
-    # All three lie where the entropy is level.
+    # The entropy is level at all three.
     assert_close(gradient_BTE, np.zeros((1, 3, 3)), terms=8, largest=1)
 
 
@@ -49,7 +51,7 @@ def test_a_masked_batch_costs_nothing():
 
 def test_bfloat16_is_read_in_float32():
     low_BTE = jnp.asarray(P_BTE, jnp.bfloat16)
-    # op by op: a compiler may skip a rounding
+    # Operations run one by one, since a compiler may skip a rounding.
     assert routing_entropy(low_BTE, MASK_BT) == routing_entropy(
         low_BTE.astype(jnp.float32), MASK_BT
     )

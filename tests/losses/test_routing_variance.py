@@ -1,4 +1,4 @@
-"""Routing variance by hand, and the routes of its gradient."""
+"""Routing variance by hand, and the inputs that its gradient reaches."""
 
 import jax
 import numpy as np
@@ -16,16 +16,16 @@ MASK_BT = np.array([[True, True, False]])
 
 
 def test_variance_by_hand():
-    # scores (0.75, 0.25, 0) and (0, 0.25, 0.75), mean (0.375, 0.25, 0.375): each is 0.375 from it
-    # in two coordinates, 4 * 0.140625 over N E = 2 * 3; the third token is masked
+    # The scores are (0.75, 0.25, 0) and (0, 0.25, 0.75), their mean is (0.375, 0.25, 0.375). Each
+    # deviates by 0.375 in two coordinates: 4 * 0.140625 over N E = 2 * 3. The third token is masked.
     assert variance(PROBABILITY_BTE, EXPERTS_BTK, MASK_BT) == pytest.approx(
         -4 * 0.140625 / 6, rel=1e-6
     )
 
 
 def test_an_empty_slot_is_left_out():
-    # scores (1, 0, 0) and (0, 0.25, 0.75), mean (0.5, 0.125, 0.375): 0.25 + 0.015625 + 0.140625
-    # each
+    # The scores are (1, 0, 0) and (0, 0.25, 0.75), their mean is (0.5, 0.125, 0.375). Each has
+    # 0.25 + 0.015625 + 0.140625.
     experts_BTK = np.array([[[0, 3], [2, 1], [1, 0]]])
     assert variance(PROBABILITY_BTE, experts_BTK, MASK_BT) == pytest.approx(
         -2 * 0.40625 / 6, rel=1e-6
@@ -36,18 +36,18 @@ def test_variance_reaches_the_chosen_of_unmasked_tokens_alone():
     _, gradient_BTE = variance_and_gradient(PROBABILITY_BTE, EXPERTS_BTK, MASK_BT)
     assert not gradient_BTE[0, 0, 2] and not gradient_BTE[0, 1, 0]
     np.testing.assert_array_equal(gradient_BTE[0, 2], np.zeros(3))
-    # Token 0: dL/ds = -2 (s - mean) / 6 = (-0.125, 0, 0.125), of which the chosen p = (0.6, 0.2) of
-    # sum 0.8 get (dL/ds_e - <s, dL/ds>) / 0.8 = (-0.125 + 0.09375, 0.09375) / 0.8
+    # Token 0: dL/ds = -2 (s - mean) / 6 = (-0.125, 0, 0.125). The chosen p = (0.6, 0.2) have the
+    # sum 0.8 and get (dL/ds_e - <s, dL/ds>) / 0.8 = (-0.125 + 0.09375, 0.09375) / 0.8.
     assert_close(gradient_BTE[0, 0], [-0.0390625, 0.1171875, 0], terms=8)
 
 
 def test_a_small_variance_keeps_its_digits():
-    # scores 0.5 +- 2^-14: the squares 2^-28 are less than half a unit in the last place of the mean
-    # square, 0.25
+    # The scores are 0.5 +- 2^-14. The squares 2^-28 are less than half a unit in the last place of
+    # the mean square, 0.25.
     probability_BTE = 0.5 + np.float32([[[2**-14, -(2**-14)], [-(2**-14), 2**-14]]])
     found = variance(probability_BTE, np.array([[[0, 1], [0, 1]]]), np.ones((1, 2), bool))
-    # A score of 0.5 is known to half of 2^-24, 2^-11 of its deviation 2^-14; squared, to twice as
-    # much.
+    # The rounding of a score of 0.5 is half of 2^-24, which is 2^-11 of its deviation 2^-14. The
+    # square has twice that error.
     assert found == pytest.approx(-(2.0**-28), rel=2.0**-9)
 
 
@@ -71,5 +71,5 @@ def test_nothing_to_tell_apart_is_zero_and_finite(case):
         probability_BTE = np.zeros((1, 3, 3), np.float32)
     value, gradient_BTE = variance_and_gradient(probability_BTE, experts_BTK, mask_BT)
     assert value == 0
-    # A rounding of 1 / 3 is left where a mean over three tokens is not multiplied out in one go.
+    # A mean over three tokens may leave a rounding of 1 / 3.
     assert_close(gradient_BTE, np.zeros((1, 3, 3)), terms=4, largest=1)

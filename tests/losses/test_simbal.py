@@ -14,23 +14,24 @@ ROUTER_LED = np.array([[[1.0, 2.0], [-3.0, 0.0]], [[1.0, 0.0], [0.0, 1.0]]], np.
 
 
 def test_value_by_hand():
-    # layer 0: R R^T - I = [[5 - 1, -3], [-3, 9 - 1]], entries 4 + 3 + 3 + 8 = 18;  layer 1 is the
-    # identity;  mean 9
+    # layer 0: R R^T - I = [[5 - 1, -3], [-3, 9 - 1]] with entries 4 + 3 + 3 + 8 = 18
+    # layer 1 is the identity
+    # mean 9
     assert loss(ROUTER_LED) == pytest.approx(9.0)
 
 
 def test_gradient_by_hand():
-    # d sum |G - I| / dR = 2 S R with the signs S = [[1, -1], [-1, 1]]: rows 2 (r0 - r1) and 2 (r1 -
-    # r0), halved by L
+    # d sum |G - I| / dR = 2 S R with the signs S = [[1, -1], [-1, 1]].
+    # The rows are 2 (r0 - r1) and 2 (r1 - r0), halved by L.
     _, gradient_LED = value_and_gradient(ROUTER_LED)
     assert_close(gradient_LED[0], [[4.0, 2.0], [-4.0, -2.0]], terms=4)
-    # At its minimum the slope of |0| is taken as 0.
+    # The slope of |x| at 0, its minimum, is taken as 0.
     np.testing.assert_array_equal(gradient_LED[1], np.zeros((2, 2)))
 
 
 def test_rows_are_not_normalised():
-    # row i of length a_i at right angles to the others: sum |a_i^2 - 1| = 0 + 3 + 0.75 over one
-    # layer
+    # Row i has the length a_i and is orthogonal to the others:
+    # sum |a_i^2 - 1| = 0 + 3 + 0.75 over one layer.
     assert loss(np.diag(np.float32([1.0, 2.0, 0.5]))[None]) == pytest.approx(3.75)
 
 
@@ -42,5 +43,5 @@ def test_a_router_of_zeros_costs_e_and_stays():
 
 def test_a_bfloat16_router_is_read_in_float32():
     low_LED = jnp.asarray(np.random.default_rng(0).normal(size=(2, 5, 7)), jnp.bfloat16)
-    # Op by op: a compiler may skip a rounding.
+    # Operations run one by one, since a compiler may skip a rounding.
     assert simbal(low_LED) == simbal(low_LED.astype(jnp.float32))

@@ -13,7 +13,7 @@ mean_cosine, mean_cosine_and_gradient = (
     jax.jit(jax.value_and_grad(specialization)),
 )
 
-# token 0 chose three, token 1 two, token 2 one
+# Token 0 chose three experts, token 1 two, token 2 one.
 HIDDEN_BTKF = np.float32(
     [[[[1, 0], [3, 4], [0, 2]], [[1, 1], [-2, -2], [9, 9]], [[5, 5], [6, 6], [7, 7]]]]
 )
@@ -21,16 +21,18 @@ CHOSEN_BTK = np.array([[[True, True, True], [True, True, False], [False, True, F
 
 
 def test_specialization_by_hand():
-    # token 0: cosines 3/5, 0 and 8/10, each in both orders;  token 1: -1 in both orders;  token 2
-    # has no pair
+    # token 0: cosines 3/5, 0 and 8/10, each in both orders
+    # token 1: -1 in both orders
+    # token 2 has no pair
     expected = 2 * (0.6 + 0 + 0.8 - 1) / 8
-    # Cosines of both signs.
+    # The mean is a sum of cosines of both signs.
     assert_close(mean_cosine(HIDDEN_BTKF, CHOSEN_BTK), expected, terms=16, largest=1)
 
 
 def test_specialization_gradient_by_hand():
-    # Two vectors a = (1, 0) and b = (3, 4), c = 0.6, both orders over two pairs: the loss is c
-    # itself. To a: (b^ - c a^) / |a| = (0, 0.8); to b: (a^ - c b^) / |b| = (0.64, -0.48) / 5
+    # a = (1, 0) and b = (3, 4) have c = 0.6. Two pairs have both orders, so the loss is c itself.
+    # gradient to a: (b^ - c a^) / |a| = (0, 0.8)
+    # gradient to b: (a^ - c b^) / |b| = (0.64, -0.48) / 5
     chosen_BTK = np.array([[[True, True, False]]])
     _, gradient_BTKF = mean_cosine_and_gradient(HIDDEN_BTKF[:, :1], chosen_BTK)
     assert_close(gradient_BTKF[0, 0, :2], [[0, 0.8], [0.128, -0.096]], terms=16)
@@ -66,5 +68,5 @@ def test_bfloat16_hidden_is_summed_in_float32():
     unit_TKF = np.asarray(low_BTKF[0], np.float64)
     unit_TKF /= np.linalg.norm(unit_TKF, axis=-1, keepdims=True)
     cosine_TKK = unit_TKF @ unit_TKF.swapaxes(1, 2)
-    # less the six cosines of 1 on diagonals, of which a sum over 500 remains
+    # The diagonals have six cosines of 1. The rest is a sum over 500.
     assert_close(value, (cosine_TKK.sum() - 6) / 12, terms=12, largest=1)

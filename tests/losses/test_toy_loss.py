@@ -91,11 +91,12 @@ def test_toy_losses_of_every_kind_train_two_steps(registered, model_config, toke
 
     names = {name for name in found[0] if name.startswith("loss/")}
     assert names == {"loss/norm_distance", "loss/largest_probability", "loss/total"}
-    # Scales start at 1. Descent on 2 (s - 3)^2 / 2 takes 2 RATE of the distance: 2 becomes 1.6.
+    # Scales start at 1. Descent on 2 (s - 3)^2 / 2 shortens the distance by a share of 2 RATE: 2
+    # becomes 1.6.
     width = state.params["final_norm"].size
     assert_close(found[0]["loss/norm_distance"], width * 2.0**2 / 2, terms=width)
     assert_close(found[1]["loss/norm_distance"], width * 1.6**2 / 2, terms=width)
-    # The largest of four probabilities, which descent brings down.
+    # Descent lowers the largest of four probabilities.
     assert 0.25 < found[1]["loss/largest_probability"] < found[0]["loss/largest_probability"] < 1
     for metrics in found:
         total = 2 * metrics["loss/norm_distance"] + metrics["loss/largest_probability"]

@@ -14,13 +14,13 @@ from tests.tolerance import assert_close
 
 def test_divergence_of_domains_by_hand():
     apart, alike = [[6, 2, 0, 0], [0, 0, 5, 5]], [[1, 2, 3, 4], [10, 20, 30, 40]]
-    # p = (3/4, 1/4), q = (1/4, 3/4), mean (1/2, 1/2): 1 bit less H(1/4) = 1/4 * 2 + 3/4 * log2(4/3)
-    # = 0.811278
+    # p = (3/4, 1/4), q = (1/4, 3/4), mean (1/2, 1/2):
+    # 1 bit less H(1/4) = 1/4 * 2 + 3/4 * log2(4/3) = 0.811278
     opposed = [[3, 1, 0, 0], [1, 3, 0, 0]]
     # p = (1, 0), q = (1/2, 1/2), mean (3/4, 1/4): 0.811278 less (0 + 1) / 2
     nested = [[7, 0, 0, 0], [7, 7, 0, 0]]
     load_GLE = np.swapaxes([apart, alike, opposed, nested], 0, 1)
-    # As many digits.
+    # The numbers above have as many digits.
     assert np.abs(domain_divergence(load_GLE) - [1, 0, 1 - 0.811278, 0.311278]).max() < 1e-6
 
 
@@ -36,8 +36,9 @@ def test_a_domain_without_load_in_a_layer_has_no_divergence_there():
 
 
 def test_token_specialization_by_hand():
-    # Two experts a token. Id 0 occurs 4 times, 3 of them at expert 0; id 1 twice, at experts 1 and
-    # 2; id 2 never: (3 + 2) / 6, where a mean over ids would be (3/4 + 1) / 2.
+    # Each token has two experts. Id 0 occurs 4 times, 3 of them at expert 0. Id 1 occurs twice, at
+    # experts 1 and 2. Id 2 never occurs. This gives (3 + 2) / 6; a mean over ids would be
+    # (3/4 + 1) / 2.
     counts_VE = [[3, 2, 2, 1], [0, 2, 2, 0], [0, 0, 0, 0]]
     # Even use: K / E = 2 / 4.
     even_VE = [[2, 2, 2, 2], [1, 1, 1, 1], [0, 0, 0, 0]]

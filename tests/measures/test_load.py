@@ -17,8 +17,8 @@ def check(load_LE, **expected):
 
 
 def test_measures_by_hand():
-    # mean share 1/4: even; two experts take everything, log 2 / log 4; one does; shares 1/2, 1/4,
-    # 1/8, 1/8 of entropy (1/2 + 2/4 + 3/8 + 3/8) log 2 = 1.75 log 2
+    # The mean share is 1/4. The layers are: even; two experts take everything, log 2 / log 4; one
+    # expert does; shares 1/2, 1/4, 1/8, 1/8 of entropy (1/2 + 2/4 + 3/8 + 3/8) log 2 = 1.75 log 2.
     share_LE = np.array(
         [[0.25, 0.25, 0.25, 0.25], [0.5, 0.5, 0, 0], [0, 0, 1, 0], [0.5, 0.25, 0.125, 0.125]]
     )
@@ -28,8 +28,8 @@ def test_measures_by_hand():
         "load_entropy": [1, 0.5, 0, 0.875],
         "max_violation": [0, 1, 3, 1],
         "dead_experts": [0, 0.5, 0.75, 0],
-        # times the mean, in order: 1 1 1 1; 0 0 2 2; 0 0 0 4; 0.5 0.5 1 2
-        # The quantile q is at place 3 q of these: 0.15, 1.5, 2.85.
+        # Sorted multiples of the mean: 1 1 1 1; 0 0 2 2; 0 0 0 4; 0.5 0.5 1 2.
+        # The quantile q lies at place 3 q of these: 0.15, 1.5, 2.85.
         "load_p5": [1, 0, 0, 0.5],
         "load_p50": [1, 1, 0, 0.75],
         "load_p95": [1, 2, 0.85 * 4, 1 + 0.85],
@@ -50,7 +50,7 @@ def test_a_layer_without_load_is_even_and_so_is_one_expert():
 
 
 def test_counts_are_divided_once_by_their_total():
-    # 3.1 million tokens with 8 of 64 experts each: float32 holds each count, their total is an
-    # integer
+    # 3.1 million tokens have 8 of 64 experts each. float32 holds each count; their total is summed
+    # as an integer.
     counts_LE = jnp.full((1, 64), 3_145_728 * 8 // 64, jnp.int32)
     np.testing.assert_array_equal(of_load(counts_LE)["router/max_load"], [1])

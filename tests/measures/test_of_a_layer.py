@@ -28,14 +28,15 @@ def observed(probabilities_BTE=None, chosen_BTK=None):
 
 
 def test_entropy_of_router_probabilities():
-    # 1 of log 4: even; log 2 / log 4; certain; the masked token counts nowhere: (1 + 1/2 + 0) / 3
+    # The tokens are even, log 4 / log 4; between two experts, log 2 / log 4; certain; and masked.
+    # The masked one counts nowhere: (1 + 1/2 + 0) / 3.
     probabilities_BTE = jnp.array([[[0.25] * 4, [0.5, 0, 0.5, 0], [0, 0, 1, 0], [0.25] * 4]])
     assert_close(PROBABILITY_ENTROPY.compute(observed(probabilities_BTE)), 0.5, terms=16)
     assert PROBABILITY_ENTROPY.compute(observed(jnp.ones((1, 4, 1)))) == 0
 
 
 def test_tokens_without_an_expert():
-    # the second token has one expert, the third none; the masked one counts nowhere
+    # The second token has one expert, the third none. The masked one counts nowhere.
     chosen_BTK = jnp.array([[[True, True], [False, True], [False, False], [False, False]]])
     assert_close(DROPPED_TOKENS.compute(observed(chosen_BTK=chosen_BTK)), 1 / 3, terms=4)
 
@@ -45,7 +46,7 @@ def test_tokens_without_an_expert():
     (routing_free, "router/dropped_tokens"),
 ])  # fmt: skip
 def test_a_router_has_the_one_or_the_other(method, key):
-    """Measured of a model at its start: by layer, and nothing of the other."""
+    """A model at its start has its router's measure by layer, and not the other one."""
     model = Transformer(ModelConfig.of(method.get_config("debug")), sharding.make_mesh(1, 1))
     probe = {"inputs_BT": jnp.arange(32).reshape(2, 16), "mask_BT": jnp.ones((2, 16), bool)}
     found = Diagnosis(model, probe).run(init_weights(model, jax.random.key(0)))

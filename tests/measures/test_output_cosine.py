@@ -32,7 +32,7 @@ def test_cosines_by_hand(vectors, cosine):
 
 
 def test_a_mean_over_unmasked_tokens():
-    # Two experts; tokens of cosine 1, 0 and, masked, nothing finite: (1 + 0) / 2.
+    # Two experts. The tokens have cosine 1, cosine 0 and, masked, no finite one: (1 + 0) / 2.
     sums_BTD = jnp.concatenate(
         [unit_sum((1, 0), (1, 0)), unit_sum((1, 0), (0, 1)), jnp.full((1, 1, 2), jnp.nan)], 1
     )
@@ -41,7 +41,7 @@ def test_a_mean_over_unmasked_tokens():
 
 
 def test_sums_in_half_precision_are_squared_in_float32():
-    # 256 experts that agree, as bfloat16: |256|^2 + 1 needs 17 bits, bfloat16 has 8; (65,537 - 256)
-    # / (256 * 255)
+    # 256 experts agree, as bfloat16. |256|^2 + 1 needs 17 bits, and bfloat16 has 8.
+    # The cosine is (65,537 - 256) / (256 * 255).
     sums_BTD = jnp.array([[[256.0, 1.0]]], jnp.bfloat16)
     assert pairwise_cosine(sums_BTD, 256, EVERY) == pytest.approx(65281 / 65280, rel=within(1))

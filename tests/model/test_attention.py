@@ -20,7 +20,7 @@ def test_rms_norm_by_hand():
 
 
 def test_rope_by_hand():
-    # width 4: coordinates (0, 2) turn by t, (1, 3) by t / sqrt(theta); theta 100 -> t / 10
+    # Of width 4, coordinates (0, 2) turn by t and (1, 3) by t / sqrt(theta), with theta 100 t / 10.
     x_BTHD = jnp.tile(jnp.array([1.0, 2.0, 3.0, 4.0]), (1, 3, 1, 1))
     t = 2.0
     expected = [
@@ -64,7 +64,8 @@ def test_attention_is_the_definition(model_config, kv_heads):
                 expected[b, t, h] = weights / weights.sum() @ value[b, : t + 1, shared]
     expected = expected.reshape(B, T, D) @ params["output"]
     found_BTD, cache = module.apply({"params": params}, x_BTD)
-    # two projections of D, scores of a head's width with an exponential, a sum over T: D for each
+    # Roundings, D for each: two projections over D, scores over a head's width with an exponential,
+    # and a sum over T.
     assert_close(found_BTD, expected, terms=4 * D)
     assert cache is None
 
@@ -87,8 +88,8 @@ def test_slices_of_queries_make_no_difference(monkeypatch, time):
         lambda *of: jax.nn.dot_product_attention(*of, is_causal=True, implementation="xla")
     )
     blocked_BTS = np.tri(time, dtype=bool)[None] & (np.arange(time) != 2) | np.eye(time, dtype=bool)
-    # sums over `time` and over 8 coordinates, forward and backward; the loss adds 4 * 8 * time
-    # sines
+    # Roundings: sums over `time` and over 8 coordinates, forward and backward. The loss adds
+    # 4 * 8 * time sines.
     assert_close(gradients(attend), expected, terms=32 * time)
     masked = jax.nn.dot_product_attention(
         query, key, value, mask=blocked_BTS[:, None], implementation="xla"

@@ -47,35 +47,39 @@ def test_parameters_are_counted_exactly(model_config, changes):
 
 
 def test_counts_by_hand(model_config):
-    # D 32, F 16, E 4, K 2, L 2, V 512, two heads of width 16 sharing one key/value head embeddings
-    # 2 * 512 * 32 = 32768; layer: query and output 2 * 1024, key and value 2 * 512, their norms 32
-    # + 16, router 128, experts 4 * 1536, norms 64: 3120 + 128 + 6144 + 64 = 9456; final norm 32
+    # D 32, F 16, E 4, K 2, L 2, V 512; two heads of width 16 share one key/value head
+    # embeddings 2 * 512 * 32 = 32768
+    # layer: query and output 2 * 1024, key and value 2 * 512, their norms 32 + 16,
+    #        router 128, experts 4 * 1536, norms 64: 3120 + 128 + 6144 + 64 = 9456
+    # final norm 32
     assert model_config().parameters() == 32_768 + 2 * 9_456 + 32
     assert model_config().active_parameters() == 51_712 - 2 * 2 * 1536
-    # a token, T = 7: projections 3072, scores and values 2 * 32 * 4, router 128, experts 2 * 1536;
+    # a token at T = 7:
+    # layer: projections 3072, scores and values 2 * 32 * 4, router 128, experts 2 * 1536
     # head 512 * 32
     assert model_config().flops_per_token(7) == 2 * (2 * (3072 + 256 + 128 + 3072) + 16384)
 
 
 def test_counts_of_each_router_by_hand(model_config):
-    # D 8, F 6, E 4, K 2, V 16, one layer; T = 3 embeddings 2 * 16 * 8 = 256, attention 4 * 64 + 2 *
-    # 8 = 272, norms 2 * 8 + 8 = 24: 552 outside the MoE an expert 3 * 8 * 6 = 144; of rank 3, 2 *
-    # 48 + 3 * (8 + 6) = 138 a token outside the MoE: 256 of projections, 2 * 8 * 2 of scores and
-    # values, head 128: 416
+    # D 8, F 6, E 4, K 2, V 16, one layer, T = 3
+    # outside the MoE: embeddings 2 * 16 * 8 = 256, attention 4 * 64 + 2 * 8 = 272,
+    #                  norms 2 * 8 + 8 = 24: 552
+    # an expert: 3 * 8 * 6 = 144; of rank 3: 2 * 48 + 3 * (8 + 6) = 138
+    # a token outside the MoE: projections 256, scores and values 2 * 8 * 2, head 128: 416
     outside, work = 552, 416
     expected = {  # parameters, those a token meets, multiply-adds a token
         # rows 4 * 8
         "softmax": (32 + 4 * 144, 32 + 2 * 144, 32 + 2 * 144),
-        # the power step is of parameters alone
+        # The power step is computed on parameters alone, not per token.
         "mpi": (32 + 4 * 144, 32 + 2 * 144, 32 + 2 * 144),
-        # no rows; of an expert not chosen a token meets the first factor, 8 * 3, which is counted
-        # with the chosen
+        # There are no rows. A token meets the first factor, 8 * 3, of every expert, also of those
+        # that are not chosen.
         "aoe": (4 * 138, 2 * (138 - 24) + 4 * 24, 4 * 24 + 2 * (3 * 6 + 2 * 48)),
-        # one threshold an expert
+        # Each expert has one threshold.
         "routing_free": (4 * 138 + 4, 2 * (138 - 24) + 4 * 24 + 4, 4 * 24 + 2 * (3 * 6 + 2 * 48)),
         # projection 8 * 2, embeddings 4 * 2, temperature
         "xmoe": (25 + 4 * 144, 25 + 2 * 144, 16 + 8 + 2 * 144),
-        # the layer competes on a quarter of the steps: all experts, besides
+        # The layer competes in a quarter of the steps, and then also computes all experts.
         "competition": (32 + 4 * 144, 32 + 2 * 144, 32 + 2 * 144 + 0.25 * 4 * 144),
     }
     for router, (parameters, active, multiplied) in expected.items():
@@ -88,7 +92,7 @@ def test_counts_of_each_router_by_hand(model_config):
         assert config.parameters() == outside + parameters, router
         assert config.active_parameters() == outside + active, router
         assert config.flops_per_token(3) == 2 * (work + multiplied), router
-    # 2 always on, 144 each, and 1 of 4
+    # 2 experts of 144 are always on, and 1 of 4 is chosen.
     shared = model_config(**TINY | {"experts_per_token": 1}, shared_experts=2)
     assert (
         shared.parameters() == outside + 32 + 6 * 144
@@ -98,8 +102,8 @@ def test_counts_of_each_router_by_hand(model_config):
 
 
 def test_the_work_of_competition_counts_its_limit_of_layers(model_config):
-    # 3 layers, each competing with 1/2, at most 1: a step without has 1/8, so 7/8 of a layer's 4 *
-    # 144 competes
+    # Each of 3 layers competes with probability 1/2, at most 1 at a time. No layer competes with
+    # probability 1/8, so the 4 * 144 of one layer are computed with probability 7/8.
     tiny = TINY | {"layers": 3}
     competing = model_config(**tiny, router="competition", rate=0.5, max_layers=1)
     more = competing.flops_per_token(3) - model_config(**tiny).flops_per_token(3)
@@ -112,7 +116,7 @@ def test_the_work_of_competition_counts_its_limit_of_layers(model_config):
 )
 def test_published_sizes(size, total, active):
     config = ModelConfig.of(base.get_config(size))
-    # counts of integers, against what papers print with three digits and two
+    # The counts are exact. The papers print two or three digits.
     assert config.parameters() == pytest.approx(total, rel=0.002)
     assert config.active_parameters() == pytest.approx(active, rel=0.01)
 

@@ -66,8 +66,8 @@ def applier(model):
 
 
 def assert_close(found, expected):
-    # two layers: in each sums over at most 16 slots and over widths of 32, 32, 16 and 32 again,
-    # then the head's 32
+    # Roundings: two layers, each with sums over at most 16 slots and over widths of 32, 32, 16 and
+    # 32, and the head's sum over 32.
     tolerance.assert_close(found, expected, terms=2 * (16 + 4 * 32) + 32)
 
 
@@ -170,7 +170,7 @@ def assert_a_cache_changes_nothing(model, weights, tokens_BT, prompt):
     expected, _ = applier(model)(weights, tokens_BT, packed(jnp.asarray(inside_BT)))
     found = through_a_cache(model, weights, tokens_BT, prompt)
     assert_close(found[inside_BT], np.asarray(expected)[inside_BT])
-    # The token that is most probable in the one is so in the other, but for a tie.
+    # Both have the same most probable token, unless two tokens tie.
     best, chosen = np.max(expected, axis=-1), found.argmax(axis=-1)[..., None]
     assert_close(
         np.take_along_axis(np.asarray(expected), chosen, axis=-1)[..., 0][inside_BT],
@@ -208,6 +208,6 @@ def test_queries_keys_and_values_are_clipped(model_and_weights, tokens_BT):
         for one in (model, clipped)
     )
     assert np.abs(within.value_BSHD).max() == 0.5 < np.abs(cache.value_BSHD).max()
-    # RoPE turns pairs of what was clipped before: no key is longer than the diagonal.
+    # Clipping comes before RoPE, which turns pairs. So no pair is longer than the diagonal.
     diagonal = 0.5 * 2**0.5 * (1 + tolerance.within(4))
     assert 0.5 < np.abs(within.key_BSHD).max() <= diagonal < np.abs(cache.key_BSHD).max()

@@ -1,4 +1,4 @@
-"""Attention within documents: a window of several against each of them in a row of its own.
+"""Attention within documents: a window of several documents against each of them in its own row.
 
 Windows hold what a corpus may bring: documents of one token, ends in a row, a window that begins
 with an end, one that is a single document, and documents that neither begin nor end in their
@@ -39,8 +39,8 @@ LENGTHS = (  # of the documents of every window, with their ends; the last goes 
     (128, 32),
 )
 ALL = {"experts": 4, "experts_per_token": 4}  # no tie of the router that rounding could decide
-# A float32 sum over the tokens of the batch in another order, relative to the largest element of
-# its tensor.
+# The error of a float32 sum over the tokens of the batch in another order, relative to the largest
+# element of its tensor.
 TOLERANCE = len(LENGTHS) * LENGTH * 2.0**-24
 
 
@@ -77,7 +77,7 @@ def documents(windows):
 
 
 def assert_close(found, expected, tolerance=TOLERANCE):
-    """Leaf by leaf, relative to the largest element."""
+    """Compares leaf by leaf, relative to the largest element."""
 
     def compare(found, expected):
         largest = np.abs(expected).max()
@@ -99,7 +99,7 @@ def applier(model):
 
 @functools.cache
 def parameters(config):
-    """Far from those at the start: attention is sharp, and a token more or less in it shows."""
+    """Large parameters: attention is so sharp that one token more or less in it shows."""
     tokens_BT, rng = jnp.zeros((1, 2), jnp.int32), np.random.default_rng(0)
     shapes = jax.eval_shape(
         Transformer(config).init, jax.random.key(0), tokens_BT, tokens_BT > -1, {}
@@ -144,9 +144,9 @@ def test_bfloat16_too(model_config, windows, documents):
         for model, batch in ((rounded, windows), (rounded, alone), (exact, alone))
     )
     together = np.concatenate([found[row, first : first + length] for row, first, length in places])
-    # XLA leaves out roundings between fused operations, which are others in the two programs: both
-    # are about as far from float32, on either side, and a token that attends to another document is
-    # ten times as far.
+    # XLA leaves out roundings between fused operations, and the two programs fuse different ones.
+    # Both are about equally far from float32. Attention to another document would make ten times
+    # that difference.
     rounding = np.linalg.norm((expected - in_float32)[alone["mask_BT"]])
     assert (
         np.linalg.norm(together - expected[alone["mask_BT"]])
@@ -164,7 +164,7 @@ def test_no_document_knows_the_others(model_config, windows):
     }
     before, after = apply(params, windows), apply(params, changed)
     assert (before != after).any(axis=-1)[of_first_BT].all()
-    # One program, row by row: to the bit.
+    # It is one program that computes row by row, so the others are equal to the bit.
     np.testing.assert_array_equal(before[~of_first_BT], after[~of_first_BT])
 
 
@@ -232,14 +232,14 @@ def test_no_mask_of_a_whole_row_exists(model_config):
         return jnp.sum(output.x_BTD)
 
     text = jax.jit(jax.grad(loss)).lower(params, tokens_BT).as_text()
-    # Of the last slice.
+    # These are the shapes of the last slice.
     assert f"x{T // SLICES}x{T}xi1>" in text and f"x{T // SLICES}x{T}xf32>" in text
     assert f"x{T}x{T}x" not in text
 
 
 @pytest.fixture
 def cudnn_is_there(monkeypatch):
-    """Described to jax, so that a program can be lowered for it."""
+    """Tells jax that cuDNN is there, so that a program can be lowered for it."""
     monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91000)
 
 
@@ -268,7 +268,7 @@ def test_cudnn_is_given_the_documents_as_a_mask(model_config, windows, cudnn_is_
         for name in (f"@__cudnn$fmha{kind}(", f"@__cudnn$fmha{kind}Backward("):
             assert text.count(name) == 1, name
     causal = r"mask_type\22: \22CAUSAL\22"
-    # What lies ahead is left out, not masked.
+    # Later positions are left out of the program, not masked.
     assert within.count(causal) == crossing.count(causal) == 2
     B, scores = len(LENGTHS), f"{LENGTH}x{LENGTH}"
     assert f"tensor<{B}x1x{scores}xbf16>" in within and f"{scores}x" not in crossing
@@ -318,8 +318,8 @@ def test_positions_restart_by_hand():
 
 
 def test_attention_turns_by_positions_that_restart(monkeypatch, model_config):
-    # Scores depend on differences of positions alone: where they start shows in queries and keys,
-    # not in the output.
+    # Scores depend only on differences of positions. The first position changes queries and keys,
+    # not the output.
     turned = {}
 
     def keep(query_BTHD, key_BTGD, *_):
@@ -337,7 +337,7 @@ def test_attention_turns_by_positions_that_restart(monkeypatch, model_config):
 
     found = of(x_BTD, packed(jnp.array([[0, 0, 0, 1, 1]])))
     for start, end in ((0, 3), (3, 5)):
-        # A dot product over D of 32 in another order
+        # Roundings: a dot product over D of 32 in another order.
         assert_close(
             [leaf[:, start:end] for leaf in found], list(of(x_BTD[:, start:end])), 32 * 2.0**-24
         )

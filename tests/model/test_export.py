@@ -1,4 +1,4 @@
-"""An exported model computes what the trained one did, and only what can be exported is."""
+"""An exported model computes what the trained one computes. Other models are refused."""
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ from tests.tolerance import assert_close
 
 
 def trained(model, batch):
-    """Parameters of any size, as after training: rows and gates are far from those at the start."""
+    """Parameters as large as after training: rows and gates are far from those at the start."""
     shapes = jax.eval_shape(
         model.init, jax.random.key(0), batch["inputs_BT"], batch["mask_BT"], {}
     )["params"]
@@ -44,8 +44,8 @@ def test_power_iteration_is_an_ordinary_router_of_the_turned_rows(model_config, 
     run = runner(ordinary, batch)
     expected, found = runner(model, batch)(params), run(exported)
     np.testing.assert_array_equal(found[1].experts_BTK, expected[1].experts_BTK)
-    # two layers with five sums over widths of at most 32 each, and the power step of the rows over
-    # 16 and 32
+    # Roundings: two layers with five sums over widths of at most 32 each, and the power step of the
+    # rows over 16 and 32.
     assert_close(found[1].weights_BTK, expected[1].weights_BTK, terms=2 * 5 * 32 + 48)
     assert_close(found[0], expected[0], terms=2 * 5 * 32 + 48)
     unturned = run(params)  # the rows as they were trained are another model

@@ -1,4 +1,4 @@
-"""The stack: causal, the same with recomputation and on any mesh, with statistics by layer."""
+"""The stack is causal, and the same with recomputation and on any mesh; statistics are by layer."""
 
 import functools
 
@@ -24,7 +24,7 @@ def setup(config):
 
 @functools.cache
 def applied(config):
-    """`model.apply` as one program: an operation at a time takes ten times as long to compile."""
+    """`model.apply` as one program. One operation at a time takes ten times as long to compile."""
     return jax.jit(setup(config)[0].apply)
 
 
@@ -50,7 +50,7 @@ def test_a_token_sees_only_what_came_before(model_config, token_batch):
         logits(applied(config)(variables, tokens, batch["mask_BT"], {}))
         for tokens in (batch["inputs_BT"], changed)
     )
-    # One program, and nothing of what was changed.
+    # The program is the same, and these outputs do not depend on the change.
     np.testing.assert_array_equal(before[:, :8], after[:, :8])
     assert np.abs(before[:, 8:] - after[:, 8:]).max() > 1e-3
 
@@ -65,7 +65,7 @@ def test_statistics_are_by_layer_and_ignore_masked_tokens(model_config, token_ba
     tokens = batch["inputs_BT"].copy()
     tokens[-1, -1] = (tokens[-1, -1] + 7) % 512  # a masked position, which no other sees
     again = applied(config)(variables, tokens, batch["mask_BT"], {}).routing
-    # One program, and nothing of what was changed.
+    # The program is the same, and these outputs do not depend on the change.
     jax.tree.map(np.testing.assert_array_equal, routing, again)
 
 
@@ -85,8 +85,8 @@ def test_recomputation_changes_no_gradient_and_saves_memory(model_config, token_
         return jax.jit(jax.grad(loss)).lower(variables).compile()
 
     kept, recomputed = compiled("none"), compiled("block")
-    # six layers, forward and backward, with sums over widths of at most 32 and over 64 tokens; the
-    # head sums 256 tokens
+    # Roundings: six layers, forward and backward, with sums over widths of at most 32 and over 64
+    # tokens. The head sums 256 tokens.
     assert_close(kept(variables), recomputed(variables), terms=2 * 6 * (3 * 32 + 64) + 256)
     assert (
         recomputed.memory_analysis().temp_size_in_bytes
@@ -115,7 +115,7 @@ def test_bfloat16_computes_in_bfloat16_and_routes_in_float32(model_config, token
     } | counts
     reference = applied(model_config())(variables, batch["inputs_BT"], batch["mask_BT"], {})
     difference = np.linalg.norm(output.x_BTD.astype(jnp.float32) - reference.x_BTD)
-    # 8 bits of mantissa through two layers.
+    # Two layers compute with 8 bits of mantissa.
     assert difference < 0.05 * np.linalg.norm(reference.x_BTD)
 
 
@@ -126,6 +126,6 @@ def test_a_mesh_gives_the_oracles_outputs(model_config, token_batch):
     expected = applied(config)(variables, batch["inputs_BT"], batch["mask_BT"], {})
     model = Transformer(model_config(), sharding.make_mesh(2, 4))
     found = jax.jit(model.apply)(variables, batch["inputs_BT"], batch["mask_BT"], {})
-    # two layers with five sums over widths of at most 32 each; loads and probabilities are sums
-    # over 93 tokens
+    # Roundings: two layers with five sums over widths of at most 32 each. Loads and probabilities
+    # are sums over 93 tokens.
     assert_close(jax.device_get(found), expected, terms=2 * 5 * 32 + 93)

@@ -15,10 +15,10 @@ import sys
 import jax
 
 ROOT = pathlib.Path(__file__).parents[1]
-# The server imports these once, before any backend exists, and forks for every script.
+# The server imports these modules once, before any backend exists, and forks for every script.
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["tests.script", "moe_erc.runs", "moe_erc.diagnosis.tables"])
-# To compile.
+# These options shorten compilation.
 FAST = {
     "JAX_DISABLE_MOST_OPTIMIZATIONS": True,
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": 0,
@@ -39,11 +39,11 @@ OPTIONS = (
 
 
 def start(name, arguments, output, environment=None):
-    """A running script; what it prints goes to the file `output`.
+    """Starts a script, whose output goes to the file `output`.
 
-    None takes an option of jax back.
+    A value of None in `environment` removes an option of jax.
     """
-    # The server's is as old as the server.
+    # The environment of the server is as old as the server, so the present one is passed on.
     environment = dict(os.environ) | FAST | (environment or {})
     everything = (str(name), [str(argument) for argument in arguments], str(output), environment)
     process = SERVER.Process(target=_run, args=everything)
@@ -60,7 +60,7 @@ def run(name, arguments, output, timeout=300, environment=None):
 
 
 def start_many(count, name, arguments, directory, **environment):
-    """So many processes of one run; what they print goes to out0, out1, … of the directory."""
+    """Starts `count` processes of one run; they print to out0, out1, … of the directory."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         address = f"127.0.0.1:{free.getsockname()[1]}"
     environment = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": count} | environment
@@ -71,7 +71,7 @@ def start_many(count, name, arguments, directory, **environment):
 
 
 def join(processes, timeout):
-    """Their exit codes, None for one that had to be killed."""
+    """Waits for processes and returns their exit codes, None for one that had to be killed."""
     codes = []
     for process in processes:
         process.join(timeout)

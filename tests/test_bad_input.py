@@ -9,7 +9,7 @@ from tests import script
 SOURCE = "--config.data.sources=('{%s}',)"
 OLMOE = script.ROOT / "tests" / "hf" / "olmoe" / "plain"  # a checkpoint without a tokenizer.json
 TRAINING = [
-    # keys, types, words
+    # unknown keys, wrong types, unknown words
     (["--config.model.widht=3"], ["config.model.widht", "config.model.width"]),
     (["--config.losses.erc.alfa=3"], ["config.losses.erc.alfa", "config.losses.erc.alpha"]),
     (["--config.model=3"], ["config.model", "config.model.width"]),
@@ -133,7 +133,7 @@ TRAINING = [
         ["--config.eval.tasks=('sciq',)", "--config.eval.task_dir=/no/tasks"],
         ["task_dir", "/no/tasks"],
     ),
-    # what is of another kind, or beyond what devices hold
+    # values of another kind, and sizes that devices do not hold
     (["--config.data.sources=3"], ["data.sources", "3", "quotes"]),
     (["--config.data.sources=(None,)"], ["data.sources", "None"]),
     (["--config.data.sources=('embedded',1)"], ["data.sources", "1", "quotes"]),
@@ -166,7 +166,7 @@ TRAINING = [
 
 @pytest.fixture(scope="module")
 def places(tmp_path_factory):
-    """Files and directories that are wrong in one way each, by name."""
+    """Files and directories, each wrong in one way, by name."""
     root, texts = tmp_path_factory.mktemp("wrong"), {
         "blank": {"a.txt": "", "b.txt": ""},
         "short": {"a.txt": "a short text"},
@@ -196,7 +196,7 @@ def test_training_refuses(arguments, words, places, text_directory, tmp_path):
     )
     defaults = {
         "--config": "configs/erc.py:debug",
-        # given twice, the library would take both
+        # These are flags unless the test gives them itself: the library would take both.
         "--config.data.sources": f"('{text_directory}',)",
         "--config.data.validation_fraction": "0.1",
         "--config.data.cache_dir": tmp_path / "cache",

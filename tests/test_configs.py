@@ -101,7 +101,10 @@ def test_no_size_is_tiny_and_an_unknown_one_is_refused():
 
 @functools.cache
 def initial_state(model_config):
-    """On the host, under gradient descent; one program for all configs of the same model."""
+    """The initial state on the host, under gradient descent.
+
+    All configs of the same model share one program.
+    """
     mesh = sharding.make_mesh(1, 1)
     init = initializer(Transformer(model_config, mesh), optax.sgd(1.0), 0)
     state = create_state(init, where_it_lies(model_config, (1, 1)))
@@ -110,7 +113,7 @@ def initial_state(model_config):
 
 @functools.cache
 def where_it_lies(model_config, mesh_shape):
-    """Shapes and places of the state; traced once for all configs of the same model."""
+    """Shapes and placement of the state, traced once for all configs of the same model."""
     mesh = sharding.make_mesh(*mesh_shape)
     model = Transformer(model_config, mesh)
     return abstract_state(initializer(model, optax.sgd(1.0), 0), model)
@@ -137,7 +140,7 @@ def take_steps(config, mesh_shape, batch, steps, micro_batches=2):
 
 
 def debug_config(name):
-    """At :debug, with experts that compete wherever they may."""
+    """The config at :debug. Where experts can compete, they compete in every step."""
     config = get_config(name, "debug")
     config.routers.competition.rate = 1.0
     if config.model.router == "competition":
@@ -147,7 +150,7 @@ def debug_config(name):
 
 @functools.cache
 def two_steps(name, mesh_shape, token_batch):
-    """Of a config, with a row for each of 8 devices and 2 micro-batches."""
+    """Two steps of a config, with a row for each of 8 devices and 2 micro-batches."""
     config = debug_config(name)
     return take_steps(config, mesh_shape, token_batch(16, config.data.sequence_length), 2)
 

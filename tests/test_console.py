@@ -27,9 +27,9 @@ opened.write("done")
 
 
 def run(mark, redirection="", **environment):
-    """The finished process, started by a shell with this redirection.
+    """Runs a process in a shell with this redirection.
 
-    What it has written into the file `mark`.
+    Returns the finished process, and what it has written into the file `mark`.
     """
     command = [sys.executable, "-c", PROGRAM, str(mark)]
     shell = ["sh", "-c", f'exec "$@" {redirection}', "sh", *command]

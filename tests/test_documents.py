@@ -13,7 +13,7 @@ LENGTH = 32
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """The block of a configuration: 600 lines as documents, several in a window."""
+    """The data block of a configuration: 600 documents of one line, several per window."""
     directory = tmp_path_factory.mktemp("lines")
     lines = (f'{{"text": "{"the router " * (number % 4)}{number}"}}\n' for number in range(600))
     (directory / "lines.jsonl").write_text("".join(lines))
@@ -53,7 +53,7 @@ def test_eval_keeps_to_documents_as_the_run_did(run):
         json.loads((workdir / name).read_text())["measures"]
         for name in ("report.json", "eval.json")
     )
-    # 2^9 tokens of validation, whose sum another mesh takes in another order: 2^9 x 2^-24
+    # Another mesh sums the 2^9 validation tokens in another order: 2^9 x 2^-24.
     assert found["validation/mean"] == pytest.approx(trained["validation/mean"], rel=1e-4)
 
 

@@ -1,6 +1,6 @@
-"""A run that changes its machine thrice has the losses of one that never did.
+"""A run that changes its machine three times has the losses of one that never does.
 
-Launch/test_processes.py is shorter.
+launch/test_processes.py is a shorter test of this.
 """
 
 import json
@@ -16,7 +16,7 @@ STEPS = 12
 
 @pytest.fixture(scope="module")
 def train(text_directory, tmp_path_factory):
-    """Runs a workdir up to a step, on so many processes of so many devices and a mesh."""
+    """Trains a workdir up to a step, on processes of some devices each, and on a mesh."""
     cache, said = tmp_path_factory.mktemp("cache"), tmp_path_factory.mktemp("said")
 
     def run(workdir, steps, processes=1, devices=1, mesh=(1, 1)):
@@ -27,7 +27,7 @@ def train(text_directory, tmp_path_factory):
             "--config.data.validation_fraction=0.1",
             f"--config.train.steps={steps}",
             "--config.optimizer.schedule=constant",  # which does not depend on the last step
-            # a tenth of the size's: sums in another order grow apart slowly
+            # A tenth of the size's rate: runs with sums in another order diverge slowly.
             "--config.optimizer.learning_rate=3e-4",
             f"--config.mesh.data={mesh[0]}",
             f"--config.mesh.expert={mesh[1]}",

@@ -28,7 +28,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 
 class Payload:
-    """Unpickled, it makes a directory."""
+    """Makes a directory when it is unpickled."""
 
     def __init__(self, path):
         self.path = path
@@ -39,7 +39,7 @@ class Payload:
 
 @pytest.fixture
 def payload(tmp_path):
-    """A pickle that leaves a mark where it is opened; it must not have at the end of the test."""
+    """A pickle that leaves a mark when it is loaded. There must be none after the test."""
     mark = tmp_path / "mark"
     pickled = pickle.dumps(Payload(mark))
     pickle.loads(pickled)
@@ -70,7 +70,7 @@ def directory(tmp_path):
 
 
 def refuses(call, *arguments, words=()):
-    """One line that has these words; and no file appears, here or beside."""
+    """Asserts that the error is one line with these words, and that no file appears."""
     root = next(
         (place.parent for place in arguments if isinstance(place, pathlib.Path) and place.is_dir()),
         None,
@@ -194,8 +194,8 @@ def test_a_tokenizer_that_is_none(content, directory):
 
 
 def test_files_that_a_tokenizer_names_are_not_opened(directory, tmp_path):
-    # transformers reads tokenizer_config.json, which may name any file; here tokenizer.json alone
-    # is read.
+    # transformers reads tokenizer_config.json, which may name any file. This project reads
+    # tokenizer.json alone.
     (tmp_path / "secret.json").write_text(tokenizer_files.BYTE_LEVEL)
     (directory / "tokenizer_config.json").write_text(
         json.dumps({"tokenizer_file": "../secret.json"})
@@ -302,7 +302,7 @@ def saved(tmp_path):
 
 
 def forge(step, path, content):
-    """Another file in a checkpoint, and digests that agree."""
+    """Replaces a file of a checkpoint, and writes digests that agree."""
     path.write_bytes(content)
     digests.DigestHandler().finalize(step / digests.ITEM)
 
@@ -320,9 +320,8 @@ def test_a_pickle_in_a_checkpoint_is_not_opened(saved, payload):
             for read in (checkpoints.read_meta, lambda: checkpoints.restore({"w": jnp.zeros(4)})):
                 try:
                     read()
-                except (
-                    Exception
-                ) as error:  # which one is orbax's choice; that nothing is run is ours
+                # orbax chooses the exception. The test asks only that nothing is run.
+                except Exception as error:
                     assert not isinstance(error, MemoryError)
         forge(saved / "1", path, before)
     gc.collect()  # what orbax's threads left, here and not in the next test
@@ -382,7 +381,8 @@ def test_one_line_of_20_megabytes(name, around, directory):
     tracemalloc.start()
     with soon(times=1000):
         assert len(tokens(directory)) == size + 1
-    # The line and its text, a byte each; tokens, with their end and as bytes, at two.
+    # The line and its text take a byte per letter. The tokens, with their end and as bytes, take
+    # two.
     assert tracemalloc.get_traced_memory()[1] < 10 * size
     tracemalloc.stop()
 
@@ -400,12 +400,8 @@ MODULES = {
     "torch",
 }
 CALLS = {"eval", "exec", "compile", "__import__", "yaml.load", "yaml.unsafe_load"}
-# And what alone they may be.
-OPTIONS = {
-    "trust_remote_code": False,
-    "allow_pickle": False,
-    "weights_only": True,
-}
+# Options that must have these values wherever they are given.
+OPTIONS = {"trust_remote_code": False, "allow_pickle": False, "weights_only": True}
 SOURCES = [
     *(ROOT / "moe_erc").rglob("*.py"),
     *(ROOT / "configs").rglob("*.py"),
@@ -415,7 +411,7 @@ SOURCES = [
 
 
 def dangers(source):
-    """What in a piece of code could run what a file holds."""
+    """The places in a piece of code that could run the contents of a file."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names if alias.name.split(".")[0] in MODULES)
@@ -438,7 +434,7 @@ def dangers(source):
 
 
 def called(function):
-    """The name, of a function or of a module's."""
+    """The name of the called function, after that of its module if there is one."""
     if isinstance(function, ast.Attribute):
         return f"{getattr(function.value, 'id', '')}.{function.attr}"
     return getattr(function, "id", "")

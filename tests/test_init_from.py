@@ -26,7 +26,7 @@ def flags(text_directory, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def exported(flags, tmp_path_factory):
-    """(workdir of a run, what was exported of it)."""
+    """(workdir of a run, directory of its export)."""
     workdir = tmp_path_factory.mktemp("run")
     code, printed = script.run("train.py", [*flags, f"--workdir={workdir}"], workdir / "out")
     assert code == 0, printed
@@ -37,7 +37,7 @@ def exported(flags, tmp_path_factory):
 
 
 def vanilla(flags):
-    """An exported model has a softmax router, whichever it was trained with."""
+    """The config of an exported model: its router is softmax, whichever it was trained with."""
     return [flag.replace("combinations/erc_mpi", "vanilla") for flag in flags]
 
 
@@ -118,8 +118,8 @@ def test_a_run_goes_on_from_an_export(flags, exported, tmp_path):
         json.loads((place / "report.json").read_text()) for place in (workdir, tmp_path / "run")
     ]
     before, after = (report["measures"] for report in reports)
-    # two layers of five sums over widths of at most 32 and attention over as many, the head, and
-    # the power step
+    # Roundings: two layers with five sums over widths of at most 32 and attention over as many
+    # tokens, the head, and the power step.
     terms = 2 * (5 * 32 + 32) + 32 + 48
     assert after["validation/mean"] == pytest.approx(before["validation/mean"], rel=within(terms))
     (source / "model.safetensors").unlink()  # a resumed run has its own weights

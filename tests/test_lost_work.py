@@ -17,7 +17,7 @@ from tests import script
 from tests.written import metrics, saved_state
 
 STEPS = 4
-# Programs that become train.py. At step 2 all of them save and evaluate, and at step 4.
+# These programs become train.py. All of them save and evaluate at steps 2 and 4.
 UNICODE_AT_THE_FIRST_SAMPLE = """
     import runpy
     from moe_erc.evaluation.generate import Generator
@@ -103,7 +103,7 @@ def arguments(text_directory, tmp_path_factory):
     return [
         "--config=configs/erc.py:debug",
         f"--config.data.sources=('{text_directory}',)",
-        # a pattern that nothing else matches
+        # The name is a glob pattern that does not match itself.
         f"--config.data.cache_dir={tmp_path_factory.mktemp('cache[1]')}",
         "--config.data.validation_fraction=0.1",
         f"--config.train.steps={STEPS}",
@@ -124,7 +124,10 @@ def whole(arguments, tmp_path_factory):
 
 @pytest.fixture
 def run_in(arguments, tmp_path):
-    """Runs such a program, or train.py itself, on one workdir; (exit code, what it printed)."""
+    """Runs such a program, or train.py itself, on one workdir.
+
+    Returns (exit code, what it printed).
+    """
     workdir = tmp_path / "run"
 
     def run(program, *changes):
@@ -161,7 +164,8 @@ def test_what_fails_at_a_step_has_its_checkpoint_behind_it(run_in, whole):
     assert code == 1 and "UnicodeEncodeError" in printed, printed
     assert newest(run_in.workdir) == 2
 
-    # A board ends nothing, so that the last step is reached; the metrics file is missed there.
+    # A failing board does not end the run, so it reaches the last step. There it fails at the
+    # metrics file.
     code, printed = run_in(WRITERS_FAIL, "--config.log.every=2")
     assert "TensorBoard is switched off (of a board)" in printed, printed
     assert code == 1 and "error: mine; the last good checkpoint is of step 4" in printed, printed
@@ -177,12 +181,12 @@ def test_what_fails_at_a_step_has_its_checkpoint_behind_it(run_in, whole):
 
 
 def test_terminated_and_killed_it_ends_where_the_undisturbed_run_ends(run_in, whole):
-    # Told to stop at a step that is evaluated it saves and leaves.
+    # A run that is told to stop at a step with an evaluation saves, and leaves without evaluating.
     code, printed = run_in(TERMINATED_AT_STEP_2)
     assert code == 128 + signal.SIGTERM and "step 2: validation" not in printed, printed
     assert newest(run_in.workdir) == 2
 
-    # The evaluation is made up for, and step 3, whose metrics are on the disk, is lost.
+    # The next start makes up for the evaluation. Step 3, whose metrics are on the disk, is lost.
     code, printed = run_in(KILLED_AT_STEP_3)
     assert code == -signal.SIGKILL and printed.count("step 2: validation") == 1, printed
     assert newest(run_in.workdir) == 2

@@ -59,8 +59,8 @@ def test_a_notebook_begins_with_its_question_and_a_badge(path):
     (badge,) = [line for line in rest if line.startswith("[![Open In Colab](")]
     opened = COLAB.fullmatch(badge.rpartition("](")[2])
     assert opened and (ROOT / opened["path"]).samefile(path), f"the badge opens {badge}"
-    # Whoever the owner is: what is opened is what is installed, and one repository for all
-    # notebooks and pages.
+    # The badge opens the repository that is installed. All notebooks and pages name the same one,
+    # whoever owns it.
     assert {opened["repository"]} == repositories(), f"{opened['repository']} and {repositories()}"
 
 
@@ -118,8 +118,7 @@ def environment(text_directory, tmp_path_factory):
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
         "JAX_PLATFORMS": "cpu",
-        # A script that does not find this starts itself anew, and imports everything twice:
-        # test_huge_pages.py.
+        # Without this, a script restarts itself and imports everything twice: test_huge_pages.py.
         "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
         "PYTHONPATH": str(ROOT),
         "IPYTHONDIR": str(
@@ -130,9 +129,9 @@ def environment(text_directory, tmp_path_factory):
 
 
 def execute(notebook, directory, environment):
-    """Runs it in a kernel of this very interpreter, whatever kernels are installed.
+    """Runs a notebook in a kernel of this interpreter, whatever kernels are installed.
 
-    Fails where a cell does.
+    It fails where a cell fails.
     """
     manager = AsyncKernelManager(kernel_spec_manager=KernelSpecManager(kernel_dirs=[]))
     client = NotebookClient(notebook, km=manager, timeout=300, allow_errors=False)

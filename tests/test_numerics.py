@@ -1,4 +1,4 @@
-"""Values and gradients at 0, and NaN where NaN went in."""
+"""Values and gradients at 0; NaN comes out where NaN goes in, and nowhere else."""
 
 import jax
 import jax.numpy as jnp

@@ -1,6 +1,7 @@
-"""Every optional package that the README names, as it is installed: nothing here stands in for one.
+"""Every optional package that the README names, as it is installed: nothing stands in for one.
 
-Each in a process of its own: other tests register stores of theirs, and packages start threads.
+Each package has its own process, since other tests register their stores and packages start
+threads.
 """
 
 import http.server
@@ -21,7 +22,7 @@ PLAIN = {"PYTHONPATH": str(script.ROOT), "JAX_NUM_CPU_DEVICES": "1", "XLA_FLAGS"
 
 
 def run(program, *arguments, **environment):
-    """What a program prints that ends with 0."""
+    """Runs a program, which must exit with 0, and returns what it prints."""
     everything = os.environ | PLAIN | environment
     command = [sys.executable, "-c", textwrap.dedent(program), *map(str, arguments)]
     done = subprocess.run(command, env=everything, timeout=300, capture_output=True, text=True)
@@ -62,9 +63,9 @@ def test_wandb_that_cannot_begin_is_switched_off(tmp_path):
 
 
 class Bucket(http.server.BaseHTTPRequestHandler):
-    """As much of Cloud Storage's JSON interface as files need, in memory.
+    """The part of Cloud Storage's JSON interface that files need, in memory.
 
-    `objects` is the server's.
+    The server holds `objects`.
     """
 
     protocol_version = "HTTP/1.1"
@@ -109,7 +110,7 @@ class Bucket(http.server.BaseHTTPRequestHandler):
         self._answer({}, 404 if found is None else 204)
 
     def log_message(self, *_):
-        """Nothing is printed."""
+        """Prints nothing."""
 
     def _read(self):
         self.body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
@@ -184,7 +185,8 @@ GCSFS = """
 
 
 def test_gcsfs_keeps_metrics_and_reports_in_a_bucket(bucket):
-    # It would ask Google, with credentials, which kind of bucket this is.
+    # Without the last variable, gcsfs would ask Google with credentials which kind of bucket this
+    # is.
     run(GCSFS, STORAGE_EMULATOR_HOST=bucket.address, GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT="false")
     kept = {name: content for name, content in bucket.objects.items() if not name.endswith("/")}
     assert {name.rpartition("/")[2] for name in kept} == {"metrics.jsonl", "report.json"}

@@ -1,4 +1,4 @@
-"""Whole runs whose output goes to an odd place: nothing printed ends them, and a log has lines."""
+"""Whole runs whose output goes to an odd place: no output ends a run, and a log has lines."""
 
 import json
 import re
@@ -8,7 +8,7 @@ import pytest
 
 from tests import script
 
-# What is done to a process before it becomes train.py.
+# Each of these is done to a process before it becomes train.py.
 ASCII = 'sys.stdout.reconfigure(encoding="ascii", errors="strict")'
 NO_READER = "reader, writer = os.pipe(); os.close(reader); os.dup2(writer, 1)"
 CLOSED = "os.close(1); sys.stdout = None"
@@ -53,7 +53,7 @@ def steps_of_metrics(directory):
 
 @pytest.mark.parametrize("prepare", [NO_READER, CLOSED, FULL], ids=["no reader", "closed", "full"])
 def test_a_console_that_takes_nothing_ends_no_run_and_changes_no_file(prepare, train, tmp_path):
-    # The sample, which is printed where the tables are, is the next test's.
+    # No sample is drawn. The next test prints one.
     code, printed = train(prepare, "--config.eval.prompt=")
     assert code == 0 and "Traceback" not in printed, printed
     assert steps_saved(tmp_path / "run") == [3, 6]
@@ -73,7 +73,7 @@ def test_a_console_in_ascii_ends_no_run_and_a_log_has_a_line_every_so_many_steps
         " lm " in line and " tokens_per_s " in line and line.endswith(" left") for line in lines
     )
     assert re.search(r"^Tokenising \w+: \d+ documents in ", printed, re.MULTILINE)
-    # a line on standard error stands where it was printed, between those on standard output
+    # A line on standard error stands where it was printed, between lines on standard output.
     assert (
         printed.index("step 6/6")
         < printed.index("step 6: validation")

@@ -20,7 +20,7 @@ def text(page: Path) -> str:
 
 
 def anchors(page: Path) -> set[str]:
-    """What GitHub calls the headings of a page: lower case, hyphens for spaces, no punctuation."""
+    """GitHub's anchors of a page's headings: lower case, hyphens for spaces, no punctuation."""
     found = set()
     for heading in HEADING.findall(text(page)):
         kept = re.sub(r"[^\w\- ]", "", heading.lower())

@@ -1,4 +1,4 @@
-"""No key is used twice: by what is drawn while a state is made and steps are taken."""
+"""No random key is used twice while a state is made and steps are taken."""
 
 import functools
 import itertools
@@ -51,13 +51,14 @@ def test_no_two_uses_of_a_run_draw_from_the_same_key(drawn, model_config, token_
     model = Transformer(config, sharding.make_mesh(1, 1))
     state = jax.jit(initializer(model, optax.sgd(1.0), 0))()
     jax.effects_barrier()
-    # embedding and head, and of every layer four of attention, the router and three of the experts
+    # The embedding and the head, and in every layer four matrices of attention, the router and
+    # three matrices of the experts.
     assert len(drawn) == 2 + 8 * LAYERS
     gradients_of = jax.jit(step_gradients(model, Objective(losses, model), 1))
     for step in range(2):
         gradients_of(state.replace(step=np.int32(step)), token_batch(4, 16))
     jax.effects_barrier()
-    # of every step which layers compete, and the noise of every layer
+    # Every step draws which layers compete, and the noise of every layer.
     assert len(drawn) == 2 + 8 * LAYERS + 2 * (1 + LAYERS)
     keys = [*drawn, tuple(np.asarray(jax.random.key_data(state.rng)).tolist())]
     assert len(set(keys)) == len(keys)
@@ -79,7 +80,7 @@ def test_a_name_is_not_a_number_that_a_split_counts_to():
         for name in names
     ]
     counted = {tuple(key) for key in np.asarray(data(jax.random.split(rng, 1024))).tolist()}
-    # what makes the difference: by number the two are one
+    # A fold by number equals a key of a split. Names do not.
     assert tuple(np.asarray(jax.random.key_data(jax.random.fold_in(rng, 0))).tolist()) in counted
     assert len(set(named)) == len(names) and not counted.intersection(named)
     for one, other in itertools.permutations(names, 2):
@@ -88,7 +89,7 @@ def test_a_name_is_not_a_number_that_a_split_counts_to():
 
 
 def test_the_key_of_a_name_is_the_same_in_every_process():
-    # SHA-256 of "steps" begins with these 32 bits
+    # SHA-256 of "steps" begins with these 32 bits.
     expected = jax.random.fold_in(jax.random.key(7), 0xB7595E2A)
     found = random_keys.named(jax.random.key(7), "steps")
     np.testing.assert_array_equal(jax.random.key_data(found), jax.random.key_data(expected))

@@ -17,8 +17,8 @@ from tests.written import metrics, saved_state
 STEPS = 160
 EVALUATED = 80  # steps between evaluations
 SAVED = 15  # steps between checkpoints
-# Steps whose loss is a spike are skipped, so that what is remembered of earlier losses takes part
-# in every comparison.
+# Steps whose loss is a spike are skipped, so that every comparison includes the guard's memory of
+# earlier losses.
 SKIPPING = [
     "--config.guard.spike=skip",
     "--config.guard.zscore=0.1",  # not much of a spike: there are some
@@ -29,7 +29,7 @@ SKIPPING = [
 
 @pytest.fixture(scope="module")
 def arguments(text_directory, tmp_path_factory):
-    """A run of a few seconds, long enough to be hit."""
+    """Arguments of a run of a few seconds, long enough to be interrupted."""
     return [
         "--config=configs/erc.py:debug",
         f"--config.data.sources=('{text_directory}',)",
@@ -38,7 +38,7 @@ def arguments(text_directory, tmp_path_factory):
         f"--config.train.steps={STEPS}",
         f"--config.checkpoint.every={SAVED}",
         f"--config.eval.every={EVALUATED}",
-        # past every interruption, and its third step past the end
+        # This is after every interruption, and its third step would be after the end.
         f"--config.train.profile_step={STEPS - 1}",
         "--config.log.tensorboard=False",
     ]
@@ -87,8 +87,9 @@ def refuse_a_second(first, everything, workdir, output):
 def test_killed_terminated_and_interrupted_while_spikes_are_skipped(
     arguments, undisturbed, tmp_path
 ):
-    # The samples of the undisturbed run leave no trace in it, nor does a second run that is
-    # refused. Under the default guard, and killed once it was resumed: test_lost_work.py.
+    # This run draws no samples, unlike the undisturbed one, and a second run in its directory is
+    # refused. Neither changes the result. test_lost_work.py has the default guard, and a kill after
+    # a resumption.
     everything = [*arguments, *SKIPPING, "--config.eval.prompt=", f"--workdir={tmp_path}"]
     for step, number, code in (
         (30, signal.SIGKILL, -signal.SIGKILL),
@@ -135,7 +136,8 @@ def test_eval_reads_the_run(undisturbed):
         json.loads((undisturbed / name).read_text()) for name in ("report.json", "eval.json")
     )
     assert found.pop("step") == STEPS
-    # two programs of the same sums: of layers, as in test_init_from.py, but without a power step
+    # Roundings: two programs of the same sums in layers, as in test_init_from.py, but without a
+    # power step.
     terms = 2 * (5 * 32 + 32) + 32
     found, expected = found["measures"], report["measures"]
     assert found.keys() == expected.keys()
@@ -176,7 +178,7 @@ def test_a_run_is_diagnosed(undisturbed, tmp_path):
     report, found = (json.loads(path.read_text())["measures"] for path in (
         undisturbed / "report.json", tmp_path / "diagnosis.json"
     ))  # fmt: skip
-    # sums over D = 32 and F = 16 and over 16 pairs, by two programs
+    # Roundings: sums over D = 32, F = 16 and 16 pairs, by two programs.
     for key in (f"erc/alpha_{alpha}" for alpha in range(1, 6)):
         assert_close(np.float32(found[key]), np.float32(report[key]), terms=32 + 16 + 16)
     shown = (tmp_path / "diagnosis.md").read_text().splitlines()
@@ -232,8 +234,8 @@ def test_another_models_directory_is_refused(arguments, undisturbed):
 def test_losses_that_are_not_finite_are_skipped_until_the_run_stops_with_its_last_good_checkpoint(
     arguments, tmp_path
 ):
-    # Where none is skipped: test_resumed_changes.py. A learning rate under which a few steps are
-    # enough to overflow the squares of float32, but not the first.
+    # test_resumed_changes.py has a run that skips no step.
+    # With this learning rate a few steps, though not the first, overflow the squares of float32.
     everything = [
         *arguments,
         f"--workdir={tmp_path}",

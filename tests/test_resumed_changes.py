@@ -1,6 +1,6 @@
-"""A run started again with another configuration or other text: refused, or said.
+"""A run that is started again with another configuration or text: refused, or reported.
 
-Never mixed up in silence.
+Nothing changes in silence.
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ def place(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def arguments(text_directory, place):
-    """A run of the text in a directory of its own, with the cache beside it."""
+    """Arguments of a run on the text in its own directory, with the cache beside it."""
     shutil.copytree(text_directory, place / "text")
     return [
         f"--config.data.sources=('{place / 'text'}',)",
@@ -60,7 +60,7 @@ def finished(arguments, place):
 
 @pytest.fixture
 def going_on(arguments, place, finished, tmp_path):
-    """Starts a copy of the run again under a config, with changes."""
+    """Starts a copy of the finished run again, under a config with changes."""
     workdir = shutil.copytree(finished, tmp_path / "run")
 
     def go_on(*changes, config="erc", source="text", environment=None):
@@ -109,7 +109,7 @@ def test_options_of_a_loss_that_is_not_computed_make_no_difference():
     with_alpha = erc.get_config("debug").to_dict()
     with_alpha["losses"]["erc"]["alpha"] = 0.25
     assert differences(before, with_alpha) == [("losses.erc.alpha", 1.0, 0.25)]
-    # A loss that came with a later version, of weight 0, is none.
+    # A loss of weight 0 that a later version has added is not a difference.
     later = erc.get_config("debug").to_dict()
     later["losses"]["later"] = {"weight": 0.0, "option": 3}
     filled = resume.read({"config": before, "data": {"tokenizer": "bytes"}}, 1, later).config
@@ -216,7 +216,7 @@ def test_another_loss_and_batch_size_are_said_kept_and_go_on_with_the_next_row(g
     change = {"from_step": 7, "key": "losses.erc.weight", "before": 1.0, "after": 0.0}
     assert change in meta["history"] and len(meta["history"]) == 4
 
-    # It is what the run is from now on, and evaluation tells.
+    # The change stays part of the run, and evaluation reports it.
     code, printed, said = start("eval.py", [f"--workdir={going_on.workdir}"], tmp_path)
     assert code == 0 and "from step 7 on: losses.erc.weight 1.0 -> 0.0" in said, printed
     for name in ("eval.json", "report.json"):
@@ -238,9 +238,8 @@ def test_another_loss_and_batch_size_are_said_kept_and_go_on_with_the_next_row(g
 def test_a_step_after_another_batch_size_reads_the_next_rows_and_so_do_its_last_words(
     going_on, place
 ):
-    # 48 rows were read in batches of 8; steps of 5 rows go on with row 48, 53, …, until a number is
-    # not finite: then, since none is to be skipped, the run stops and keeps its last good
-    # checkpoint.
+    # 48 rows were read in batches of 8. Steps of 5 rows go on with row 48, 53, …, until a number is
+    # not finite. No step may be skipped, so the run stops and keeps its last good checkpoint.
     code, printed, _ = going_on(
         "--config.train.steps=40",
         "--config.train.batch_size=5",
@@ -279,7 +278,7 @@ def test_a_step_after_another_batch_size_reads_the_next_rows_and_so_do_its_last_
 def test_an_extended_run_says_what_becomes_of_the_learning_rate_and_logs_it(going_on):
     code, printed, _ = going_on("--config.train.steps=12", "--config.checkpoint.every=100")
     assert code == 0, printed
-    # The cosine of 6 steps, 2 of them warm-up, ends at 0.1 of the peak; of 12 steps it is at 0.69
+    # The cosine of 6 steps, 2 of them warm-up, ends at 0.1 of the peak. That of 12 steps is at 0.69
     # after 6.
     (line,) = [line for line in printed.splitlines() if line.startswith("from step 7 on: ")]
     for words in (
@@ -355,7 +354,7 @@ def test_a_source_that_has_grown(copied):
         "data.sources",
     ]
 
-    # as long as its text is in the cache
+    # The text of the run is still in the cache: evaluation and training use it, and say so.
     code, printed, said = start("eval.py", [f"--workdir={place / 'run'}"], place)
     assert code == 0 and all(words in said for words in grown), printed
     found = json.loads((place / "run" / "eval.json").read_text())
@@ -368,7 +367,7 @@ def test_a_source_that_has_grown(copied):
     code, printed, said = train("--config.train.steps=7")
     assert code == 0 and all(words in said for words in [*grown, "goes on with the text"]), printed
 
-    # once it is gone: refused; the report of a finished run is said all the same
+    # The text is gone: the run is refused. The report of a finished run is still printed.
     shutil.rmtree(place / "cache" / "tokens")
     code, printed, said = train("--config.train.steps=8")
     last = printed.splitlines()[-1]
@@ -381,7 +380,7 @@ def test_a_source_that_has_grown(copied):
     code, printed, said = start("moe_erc.generate", [place / "run", "the"], place)
     assert code == 0, printed  # which needs no text
 
-    # meant: it goes on with the other text, and the run's record says so
+    # The change is allowed: the run goes on with the other text, and its record says so.
     code, printed, said = train("--config.train.steps=8", "--config.resume.allow=('data',)")
     assert code == 0 and "from step 8 on: data.sources text " in said, printed
     history = read_meta(place / "run")["history"]
@@ -397,9 +396,9 @@ def test_a_source_that_has_grown(copied):
 
 @pytest.fixture
 def movable(place):
-    """The directory of the shared run's text.
+    """The directory of the shared run's text, which may be moved.
 
-    Afterwards the text is where it was, file for file.
+    The test puts every file of the text back.
     """
     yield place
     for name in ("moved", "again"):

@@ -1,4 +1,4 @@
-"""The mesh, the table of specs, and what cannot be split."""
+"""The mesh, the table of specs, and sizes that cannot be split."""
 
 import types
 
@@ -39,7 +39,7 @@ def test_expert_groups_stay_within_a_slice():
         for index in range(8)
     ]
     slices_DE = [[device.slice_index for device in row] for row in sharding.lay_out(devices, 4, 2)]
-    # Data crosses the slow network once, experts never.
+    # The data axis crosses the slow network once, the expert axis never.
     assert slices_DE == [
         [0, 0],
         [0, 0],
@@ -77,8 +77,8 @@ def test_the_plan_counts_what_a_device_holds(model_config, capsys):
     count = jax.ShapeDtypeStruct((), jnp.int32)
     state = TrainState(count, params, (params, params), count, {}, {}, {})
     abstract = sharding.shard_state(mesh, state, router_parameters(model_config()))
-    # 3 layers x 1 of 4 experts x 8 x 4 of 8 hidden units, and 3 x 4 x 8 router weights, of which 4
-    # columns by moments
+    # A device holds 3 layers x 1 of 4 experts x 8 x 4 of 8 hidden units, and 3 x 4 x 8 router
+    # weights. The moments of the router have 4 of its columns.
     assert sharding.bytes_per_device(abstract.params) == 4 * (96 + 96)
     assert sharding.bytes_per_device(abstract.opt_state) == 2 * 4 * (96 + 48)
     sharding.print_plan(abstract)

@@ -1,4 +1,4 @@
-"""Tables that fit: on a terminal of any width, and redirected."""
+"""Tables fit a terminal of any width, and are whole where output is redirected."""
 
 import os
 import pathlib

@@ -11,7 +11,7 @@ N = 256
 
 @pytest.fixture
 def products():
-    """(64, N) float32, whose sums along N are of about 16 and, by chance, near 0."""
+    """(64, N) float32, whose sums along N are about 16 or, by chance, near 0."""
     rng = np.random.default_rng(0)
     return (rng.normal(size=(64, N)) * rng.normal(size=(64, N))).astype(np.float32)
 
@@ -66,7 +66,7 @@ def test_terms_that_would_hide_a_fault_are_refused():
 def test_a_change_is_known_to_its_own_size():
     start, step = np.float32([1.0, 2.0]), np.float32([1e-2, -2e-2])
     assert_same_change(start, start + step, np.float64(start) + step, terms=100)
-    # Compared themselves, they would hide it.
+    # A comparison of the parameters themselves would hide the fault.
     assert_close(start + 1.001 * step, start + step, terms=400)
     with pytest.raises(AssertionError):
         assert_same_change(

@@ -22,7 +22,7 @@ by hand, which are sums of few terms.
 import jax
 import numpy as np
 
-FAULT = 1e-3  # what a test has to see: a formula that is wrong by this much of the largest element
+FAULT = 1e-3  # A test has to see a formula that is wrong by this share of the largest element.
 
 
 def assert_close(actual, expected, terms, largest=None, label=""):
@@ -49,7 +49,7 @@ def assert_close(actual, expected, terms, largest=None, label=""):
 
 
 def _is_list(node):
-    """Numbers written out are one array."""
+    """Whether a leaf is a list of numbers, which is one array."""
     return isinstance(node, list)
 
 
@@ -89,12 +89,12 @@ def assert_decided(scores, count=1, terms=1000):
 
 
 def within(terms, dtype=np.float32):
-    """Half the width of an interval about a sum of magnitude 1: so many units in the last place."""
+    """Half the width of an interval about a sum of magnitude 1: `terms` units in the last place."""
     return terms * _eps(np.dtype(dtype))
 
 
 def magnitude(array):
-    """Of the largest finite element; 0 without one."""
+    """The magnitude of the largest finite element, 0 if there is none."""
     sizes = np.abs(np.float64(array))
     return float(np.max(sizes[np.isfinite(sizes)], initial=0.0))
 
@@ -106,7 +106,7 @@ def _as_array(value):
 
 
 def _eps(dtype):
-    """Of a floating-point dtype, bfloat16 and the like among them; 0 of any other."""
+    """The eps of a floating-point dtype, including bfloat16 and its like; 0 of any other dtype."""
     return (
         float(jax.numpy.finfo(dtype).eps)
         if jax.numpy.issubdtype(dtype, jax.numpy.floating)

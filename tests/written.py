@@ -1,4 +1,4 @@
-"""What a run has written into its work directory, read back to be compared."""
+"""Reads back what a run has written into its work directory."""
 
 import json
 import pathlib
@@ -11,7 +11,7 @@ from moe_erc.training.checkpoint import Checkpoints
 
 
 def metrics(workdir: pathlib.Path) -> list[dict]:
-    """Every line of the metrics file without what the clock says."""
+    """Every line of the metrics file, without what depends on the clock."""
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     return [
         {name: value for name, value in line.items() if not name.startswith("speed/")}
@@ -20,9 +20,10 @@ def metrics(workdir: pathlib.Path) -> list[dict]:
 
 
 def saved_state(workdir: pathlib.Path, steps: int, mesh_shape=(1, 1)):
-    """(step, state) of the newest checkpoint of a run of configs/erc.py:debug over so many steps.
+    """(step, state) of the newest checkpoint of a run of configs/erc.py:debug with so many steps.
 
-    The state is read onto a mesh of this process and fetched, its key as numbers.
+    The state is restored on a mesh of this process and fetched to the host. Its key becomes
+    numbers.
     """
     config = erc.get_config("debug")
     config.train.steps = steps

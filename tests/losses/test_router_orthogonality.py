@@ -1,4 +1,4 @@
-"""Router orthogonality by hand, its gradient, and routers whose rows are zero."""
+"""Router orthogonality by hand, its gradient, and routers of zeros or of one expert."""
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,9 @@ ROUTER_LED = np.random.default_rng(0).normal(size=(2, 5, 7)).astype(np.float32)
 
 
 def test_value_by_hand():
-    # Layer 0 has two entries of 0.6: 2 * 0.36 / 2^2 = 0.18. Layer 1 is orthogonal. The mean is 0.09.
+    # layer 0: two entries of 0.6, so 2 * 0.36 / 2^2 = 0.18
+    # layer 1 is orthogonal
+    # mean 0.09
     router_LED = np.stack([ROUTER_ED, np.diag([2.0, 7.0])])
     assert loss(router_LED) == pytest.approx(0.09, rel=1e-6)
     # All E = 4 rows are equal: E^2 - E entries are 1.

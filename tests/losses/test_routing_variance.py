@@ -17,7 +17,8 @@ MASK_BT = np.array([[True, True, False]])
 
 def test_variance_by_hand():
     # The scores are (0.75, 0.25, 0) and (0, 0.25, 0.75), their mean is (0.375, 0.25, 0.375). Each
-    # deviates by 0.375 in two coordinates: 4 * 0.140625 over N E = 2 * 3. The third token is masked.
+    # deviates by 0.375 in two coordinates: 4 * 0.140625 over N E = 2 * 3.
+    # The third token is masked.
     assert variance(PROBABILITY_BTE, EXPERTS_BTK, MASK_BT) == pytest.approx(
         -4 * 0.140625 / 6, rel=1e-6
     )

@@ -68,5 +68,5 @@ def test_bfloat16_hidden_is_summed_in_float32():
     unit_TKF = np.asarray(low_BTKF[0], np.float64)
     unit_TKF /= np.linalg.norm(unit_TKF, axis=-1, keepdims=True)
     cosine_TKK = unit_TKF @ unit_TKF.swapaxes(1, 2)
-    # The diagonals have six cosines of 1. The rest is a sum over 500.
+    # The six cosines of 1 on the diagonals are subtracted. Cosines are sums over 500.
     assert_close(value, (cosine_TKK.sum() - 6) / 12, terms=12, largest=1)

@@ -1,6 +1,6 @@
-"""What happens to a row, by every implementation, against the formulas on gathered matrices.
+"""What experts compute per row, by every implementation, against formulas on gathered matrices.
 
-Where gradients stop.
+The tests also show where gradients stop.
 """
 
 from functools import cache, partial
@@ -20,7 +20,7 @@ EVERY_WAY = pytest.mark.parametrize("name", sorted(set(IMPLEMENTATIONS) - {"toka
 
 @cache
 def inputs(gate, every=False):
-    """x, what is assigned, ids (-1 another device's, E an empty slot) and matrices."""
+    """x, what is assigned, ids (-1: another device's expert, E: an empty slot) and matrices."""
     keys = iter(jax.random.split(jax.random.key(0), 8))
     x_ND = jax.random.normal(next(keys), (N, D))
     experts_NK = lax.top_k(jax.random.normal(next(keys), (N, E + 2)), K)[1] - 1
@@ -90,13 +90,13 @@ def value_and_gradients(run, arguments):
 
 @cache
 def expected_of(formula, gate, every=False):
-    """Computed once for all implementations."""
+    """The expected results, computed once for all implementations."""
     return value_and_gradients(formula, inputs(gate, every))
 
 
 def assert_equal(expected, found):
-    # Gradients of matrices are sums over up to N K rows, of what sums over D, F and D are, forward
-    # and backward.
+    # Gradients of matrices are sums over at most N K rows. Their terms are sums over D, F and D,
+    # forward and backward.
     assert_close(found, expected, terms=N * K + 2 * (2 * D + F))
 
 

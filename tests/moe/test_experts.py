@@ -1,6 +1,6 @@
-"""Every implementation against the dense oracle, values and gradients, however tokens spread.
+"""Values and gradients of every implementation against the dense oracle, for any spread of tokens.
 
-The oracle by hand.
+The oracle itself is checked by hand.
 """
 
 from functools import cache, partial
@@ -81,13 +81,13 @@ def test_memory_of_the_block_loop_is_that_of_its_outputs():
 
     gradient = jax.jit(jax.grad(loss, argnums=(0, 1, 3)))
     compiled = gradient.lower(x, weights, ids, dict(zip(GATED, of_experts, strict=True))).compile()
-    # y, dy and dx are 4.2 MB each; one (N K, F) buffer alone would be 16.8 MB, one (N K, D) 33.6 MB
+    # y, dy and dx have 4.2 MB each. An (N K, F) buffer would have 16.8 MB, an (N K, D) one 33.6 MB.
     assert compiled.memory_analysis().temp_size_in_bytes < 4 * tokens * D * 4
 
 
 def test_the_oracle_by_hand():
-    # one token x = 2, D = F = 1: expert 0 is silu(2 * 1) * (2 * 3) * 1, expert 1 silu(2 * -1) * (2
-    # * 1) * 2
+    # One token x = 2 with D = F = 1.
+    # expert 0 is silu(2 * 1) * (2 * 3) * 1, expert 1 is silu(2 * -1) * (2 * 1) * 2
     values = {"w_gate": [1.0, -1.0], "w_up": [3.0, 1.0], "w_down": [1.0, 2.0]}
     matrices = {name: jnp.array(of_experts).reshape(2, 1, 1) for name, of_experts in values.items()}
     silu = lambda x: x / (1 + np.exp(-x))  # noqa: E731
@@ -107,8 +107,8 @@ def test_values_and_gradients_equal_the_oracles(name, routing):
         value_and_gradients(dense, routing),
         value_and_gradients(IMPLEMENTATIONS[name], routing),
     )
-    # Gradients of matrices are sums over up to N K rows, of what sums over D, F and D are, forward
-    # and backward.
+    # Gradients of matrices are sums over at most N K rows. Their terms are sums over D, F and D,
+    # forward and backward.
     assert_close(found, expected, terms=N * K + 2 * (2 * D + F))
 
 
@@ -144,7 +144,7 @@ def test_bfloat16_stays_near_float32(name):
     found = applied(IMPLEMENTATIONS[name])(low[0], weights_NK, experts_NK, low[1])
     expected = applied(dense)(x_ND, weights_NK, experts_NK, matrices)
     assert found.dtype == jnp.bfloat16
-    # 8 bits of mantissa.
+    # bfloat16 has 8 bits of mantissa.
     assert np.linalg.norm(found.astype(jnp.float32) - expected) < 0.02 * np.linalg.norm(expected)
 
 

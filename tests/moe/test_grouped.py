@@ -1,4 +1,4 @@
-"""Chunks of rows: their bounds, and what a TPU is given of the layer, compiled without one."""
+"""Chunks of rows: their bounds, and the layer's program for a TPU, compiled without one."""
 
 import importlib.util
 import math
@@ -19,8 +19,8 @@ HAS_LIBTPU = importlib.util.find_spec("libtpu") is not None
 
 
 def test_places_by_hand(monkeypatch):
-    # Rows of 3 floats, at most 4 a chunk, so 10 assignments are three chunks; two of them are
-    # nobody's.
+    # A chunk has at most 4 rows of 3 floats, so 10 assignments are three chunks. Two of the
+    # assignments belong to no expert.
     monkeypatch.setattr(grouped, "CHUNK_BYTES", 4 * 3 * 4)
     matrices = {"w_down": jnp.zeros((2, 3, 2))}
     experts_NK = jnp.array([[1, 0], [0, 2], [0, 1], [-1, 0], [1, 0]])
@@ -86,7 +86,7 @@ def test_chunks_change_nothing(monkeypatch, rows):
 @pytest.mark.skipif(not HAS_LIBTPU, reason="compiles for TPU, which needs the extra `tpu`")
 def test_a_layer_compiled_for_tpu_multiplies_what_it_must_and_expands_nothing():
     tokens, experts_per_token, experts, width, hidden = 1024, 4, 8, 512, 256
-    # One chunk; 512 an expert if balanced: one block of the weight gradient each.
+    # The rows are one chunk. A balanced expert has 512, which is one block of the weight gradient.
     rows = tokens * experts_per_token
     place = SingleDeviceSharding(chips.described("v5e:2x2", 1, None)[0][0])
 
@@ -109,11 +109,10 @@ def test_a_layer_compiled_for_tpu_multiplies_what_it_must_and_expands_nothing():
         gradients.lower(shape(tokens, width), weights_NK, matrices, experts_NK).compile().as_text()
     )
     cost, matmul = costs.cost(text), 2 * rows * width * hidden
-    # Forward 3, the hidden rows again 2, gradients of the rows 3; of the matrices 3, an open loop
-    # counting one turn.
+    # Matmuls: 3 forward, 2 for the recomputed hidden rows, 3 for the gradients of rows. The 3 for
+    # the gradients of matrices are open loops, of which one turn is counted.
     assert cost.grouped_flops == pytest.approx((3 + 2 + 3) * matmul, rel=0.1)
     assert cost.flops == pytest.approx(3 * matmul, rel=0.1) and len(cost.open_loops) == 3
-    # Under a mask for every expert, as XLA would have the weight gradient, there were 8 x 4096 x
-    # 512.
+    # XLA's own weight gradient masks the rows for every expert, which takes 8 x 4096 x 512 numbers.
     largest = max(math.prod(of.sizes) for line in text.splitlines() for of in hlo._shapes(line))
     assert largest == max(rows * width, experts * width * hidden)

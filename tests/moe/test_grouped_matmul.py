@@ -1,6 +1,6 @@
-"""Groups of rows and their matrices, against a loop over the groups.
+"""Groups of rows times their matrices, against a loop over the groups.
 
-Forward, both gradients, and what lies behind.
+Covered are the forward pass, both gradients, and the rows behind the last group.
 """
 
 import importlib.util
@@ -34,7 +34,7 @@ EVERY_MATMUL = pytest.mark.parametrize(
 
 @pytest.fixture
 def small_tiles(monkeypatch):
-    """So that groups have several blocks, whole and partial ones."""
+    """Makes tiles small, so that groups have several blocks, whole and partial ones."""
     flags.FLAGS.mark_as_parsed()  # tokamax has flags, and would read pytest's command line
     monkeypatch.setattr(by_library, "BLOCK", 8)
     monkeypatch.setattr(by_kernel, "ROWS", 16)
@@ -73,10 +73,10 @@ def test_values_and_gradients_are_those_of_a_loop(name, sizes, dtype):
     )
     expected, pull_back = jax.vjp(lambda *of: by_loop(*of, sizes), x_MD, w_EDF)
     expected = expected, *pull_back(dy_MF.astype(jnp.float32))
-    # Another device's rows are not looked at.
+    # The rows of other devices must not be read.
     x_MD = x_MD.at[sum(sizes) :].set(jnp.nan if name != "tokamax" else 0)
     found = value_and_gradients(name)(x_MD, w_EDF, jnp.array(sizes), dy_MF)
-    # Sums over D, F or M in float32; what comes out is rounded once, to the 8 bits of bfloat16.
+    # Sums over D, F or M are in float32. A bfloat16 result is rounded once, to its 8 bits.
     terms = D + F + M if dtype == jnp.float32 else 1
     for right, leaf in zip(expected, found, strict=True):
         assert leaf.dtype == dtype
@@ -87,15 +87,15 @@ def test_values_and_gradients_are_those_of_a_loop(name, sizes, dtype):
 @pytest.mark.parametrize("name", ["ragged", "pallas"])
 def test_rows_of_low_precision_are_summed_in_float32(name, monkeypatch):
     monkeypatch.setattr(by_library, "BLOCK", 64)  # as many rows as the kernel takes at a time
-    # 127 blocks of 1 + 63 / 2^14 are 127.49. Of a block or of their sum, bfloat16's 8 bits would
-    # keep 1 and 127.
+    # 127 blocks of 1 + 63 / 2^14 sum to 127.49. The 8 bits of bfloat16 would keep 1 of a block, and
+    # 127 of the sum.
     x_MD = jnp.full((127, 64), 2**-14, jnp.bfloat16).at[:, 0].set(1).reshape(-1, 1)
     gradient = jax.grad(lambda w_EDF: jnp.sum(MATMULS[name](x_MD, w_EDF, jnp.array([len(x_MD)]))))
     assert gradient(jnp.ones((1, 1, 1), jnp.bfloat16)).item() == 127.5
 
 
 def test_operands_of_two_dtypes_are_multiplied_in_the_wider():
-    # 1 + 2^-12 is not a bfloat16; the projection of a factorised gate comes in float32
+    # bfloat16 does not hold 1 + 2^-12. The projection of a factorised gate is float32.
     x_MD, w_EDF = jnp.full((3, 1), 1 + 2**-12), jnp.ones((1, 1, 1), jnp.bfloat16)
     for name in ("ragged", "pallas"):
         y_MF = MATMULS[name](x_MD, w_EDF, jnp.array([3]))

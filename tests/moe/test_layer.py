@@ -65,7 +65,7 @@ def mixture(params, weights_BTK, experts_BTK):
 
 
 def assert_close(found, expected):
-    # sums over D, F and E; scores, activations and cosines besides
+    # Roundings: sums over D, F and E, and scores, activations and cosines.
     tolerance.assert_close(found, expected, terms=2 * D + F + E + 16)
 
 
@@ -257,7 +257,7 @@ def test_overlap_of_factored_gates_has_the_gradient_of_their_product(tiny):
 
     expected = jax.jit(jax.value_and_grad(overlap))(params["w_low"])
     found = jax.jit(jax.value_and_grad(through_the_layer))(params["w_low"])
-    # sums over D, F and pairs in another order, relative to the largest element
+    # The error of sums over D, F and pairs in another order, relative to the largest element.
     largest = float(jnp.abs(expected[1]).max())
     assert largest > 1e-3
     np.testing.assert_allclose(found[0], expected[0], rtol=1e-5)
@@ -274,7 +274,7 @@ def test_where_experts_compete_balance_reads_how_they_answered(tiny):
         )
         scores, competing = layer
         read_BTE = competing.competitors_BTE if active else scores.probabilities_BTE
-        # a mean over 8 tokens
+        # The probabilities are a mean over 8 tokens.
         np.testing.assert_allclose(stats.probability_E, read_BTE[MASK_BT].mean(axis=0), rtol=1e-5)
         assert (
             abs(stats.probability_E - scores.probabilities_BTE[MASK_BT].mean(axis=0)).max() > 0.01

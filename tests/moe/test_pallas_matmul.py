@@ -17,13 +17,13 @@ KERNEL = re.compile(r"custom_call @(?:__gpu\$xla\.gpu\.triton|triton_kernel_call
 
 
 def described_gpus(data, expert):
-    """A mesh that is not there."""
+    """A mesh of GPUs that are only described, not present."""
     device = jax.sharding.AbstractDevice(device_kind="NVIDIA H200", num_cores=None, platform="gpu")
     return sharding.make_mesh(data, expert).abstract_mesh.update(abstract_device=device)
 
 
 def lowered_for_cuda(mesh, function, *arguments):
-    """The program as text."""
+    """The text of the program that is lowered for CUDA."""
     with jax.sharding.use_abstract_mesh(mesh):
         return jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
 
@@ -40,7 +40,7 @@ def arrays(tokens, experts_per_token, experts, width, hidden):
 
 
 def gradients(mesh):
-    """Of the layer's output, by all that it is made of."""
+    """Gradients of the layer's output by all its inputs."""
 
     def loss(x_BTD, weights_BTK, matrices, routing):
         run = partial(IMPLEMENTATIONS["pallas"], weighed)
@@ -75,18 +75,19 @@ def test_no_array_of_the_layer_is_larger_than_a_chunk(monkeypatch):
         gradients(None),
         *arrays(tokens, experts_per_token, experts, width, hidden),
     )
-    # Forward 3; backward 2 again, for the hidden rows, and 2 for each of the three matmuls.
+    # The forward pass has 3. The backward pass has 2 for the recomputed hidden rows, and 2 for each
+    # of the three matmuls.
     assert len(KERNEL.findall(text)) == 3 + 2 + 6
     assert "stablehlo.dot_general" not in text
     sizes = [
         [int(size) for size in found[:-1].split("x")]
         for found in re.findall(r"tensor<((?:\d+x)+)(?:f32|bf16)>", text)
     ]
-    # 16384 assignments of bfloat16 in 16 chunks of 1024 rows
+    # 16384 bfloat16 assignments are 16 chunks of 1024 rows.
     assert [1024, hidden] in sizes and [1024, width] in sizes
     largest_of_rows = max(rows * columns for rows, columns in (of for of in sizes if len(of) == 2))
     assert largest_of_rows == max(4 * 512 * width, 1024 * hidden)
-    # An expansion over experts would have, of a chunk, E times one of these.
+    # An expansion of a chunk over experts would be E times as large.
     assert max(jnp.prod(jnp.array(of)) for of in sizes if len(of) > 2) == experts * width * hidden
 
 

@@ -20,8 +20,8 @@ from tests.tolerance import assert_close
 
 B, T, K, E, D, F, RANK = 8, 6, 2, 8, 16, 8, 4
 KEEP = ("hidden", "output")
-# Gradients of matrices are sums over all assignments, of what sums over D, F and D are, forward and
-# backward.
+# Gradients of matrices are sums over all assignments. Their terms are sums over D, F and D, forward
+# and backward.
 TERMS = B * T * K + 2 * (2 * D + F)
 
 
@@ -58,7 +58,7 @@ def run(mesh, implementation, spread, names, keep):
 
 @cache
 def gradients_of(mesh, implementation, keep):
-    """As one program for all routings."""
+    """Gradients by one program for all routings."""
 
     def loss(x_BTD, weights_BTK, matrices, w_low_EDr, experts_BTK):
         low_BTEr = (
@@ -104,9 +104,9 @@ def test_memory_is_bounded_by_a_groups_tokens_and_knows_no_routing(shape):
     shapes = {"w_gate": up, "w_up": up, "w_down": down}
     matrices = {name: abstract(of, sharding.PARAMETERS[name]) for name, of in shapes.items()}
     gradients = jax.jit(jax.grad(loss, argnums=(0, 2))).lower(x_BTD, routing, matrices).compile()
-    # Tokens, outputs and their gradients, gathered; the device's experts and their gradients.
-    # Buffers large enough for every token at each of the device's 2 or 4 experts would be so many
-    # times the tokens more.
+    # Gathered tokens, outputs and their gradients, and the device's experts with their gradients.
+    # Buffers with room for every token at each of the device's 2 or 4 experts would take 2 or 4
+    # times the tokens in addition.
     of_group, of_experts = (
         4 * rows * length * width // shape[0],
         4 * 3 * experts * width * hidden // shape[1],
@@ -134,8 +134,8 @@ def test_factorised_gates_empty_slots_and_what_is_kept_on_any_mesh(shape, name):
 
 @pytest.mark.parametrize("spread", ["empty slots", "one expert"])
 def test_interpreted_kernels_on_a_mesh(spread, monkeypatch):
-    # jax interprets no kernel under the replication check; test_pallas_matmul.py lowers them for
-    # GPUs with it on.
+    # jax does not interpret kernels under the replication check. test_pallas_matmul.py lowers them
+    # for GPUs with the check on.
     monkeypatch.setattr(jax, "shard_map", partial(jax.shard_map, check_vma=False))
     expected = oracle(spread, GATED, ())
     found = run(sharding.make_mesh(2, 2), IMPLEMENTATIONS["pallas"], spread, GATED, ())

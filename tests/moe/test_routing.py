@@ -43,7 +43,7 @@ def test_ties_go_to_the_lower_expert(choose):
 
 def test_a_bias_turns_the_choice_and_not_the_weight(choose):
     routing = choose(bias_E=jnp.array([0.0, -0.2, 0.5]))
-    # preferences 0.5, 0.1, 0.7 and 0.1, 0.0, 1.2
+    # The preferences are 0.5, 0.1, 0.7 and 0.1, 0.0, 1.2.
     np.testing.assert_array_equal(routing.experts_BTK, [[[2, 0], [2, 0]]])
     assert_close(routing.weights_BTK, [[[0.2, 0.5], [0.7, 0.1]]], terms=8)
 
@@ -61,8 +61,9 @@ def test_the_gradient_of_the_chosen_does_not_know_the_bias(choose):
 
 
 def test_top_p_keeps_the_smallest_prefix_whose_sum_exceeds_it(choose):
-    # 0.5 and 0.7 exceed 0.49 alone; 0.51 takes 0.5 + 0.3 and still 0.7; 0.81 takes 0.5 + 0.3 + 0.2
-    # and 0.7 + 0.2
+    # Alone, 0.5 and 0.7 exceed 0.49.
+    # To exceed 0.51, the first token needs 0.5 + 0.3, and the second still only 0.7.
+    # To exceed 0.81, they need 0.5 + 0.3 + 0.2 and 0.7 + 0.2.
     for top_p, experts, weights in (
         (0.49, [[0, 3, 3], [2, 3, 3]], [[0.5, 0, 0], [0.7, 0, 0]]),
         (0.51, [[0, 1, 3], [2, 3, 3]], [[0.5, 0.3, 0], [0.7, 0, 0]]),
@@ -120,8 +121,8 @@ def test_balance_reads_what_the_router_says_it_should():
 
 
 def test_loads_are_integers_that_no_number_of_tokens_rounds():
-    # 3.1 million tokens with one expert each, of which all but three have the first: float32 shares
-    # of 1 / N, added one by one, lose 0.3 %.
+    # 3.1 million tokens have one expert each, and all but three have the first. float32 shares of
+    # 1 / N, added one by one, would lose 0.3 %.
     tokens = 3_145_728
     experts_BTK = jnp.zeros((1, tokens, 1), jnp.int32).at[0, 5:8].set(1)
     even_BTE = jnp.full((1, tokens, 2), 0.5)

@@ -14,7 +14,8 @@ from tests.tolerance import assert_close, within
 
 T, E, K, D = 2, 6, 3, 8
 repeatable = settings(deadline=None, max_examples=30, derandomize=True)
-# Few levels, so that ties are common, and logits far enough apart for probabilities of exactly 0.
+# There are few levels, so that ties are common. Some logits are so far apart that probabilities are
+# exactly 0.
 logit = st.sampled_from([0.0, 1.0, 1.5, -200.0, 1e30]) | st.floats(-9, 9, width=32)
 logits = st.lists(logit, min_size=T * E, max_size=T * E).map(
     lambda numbers: np.float32(numbers).reshape(1, T, E)
@@ -70,7 +71,7 @@ def test_renormalized_weights_sum_to_one_or_are_all_zero(choose, logits_BTE, bia
 
 
 def test_chosen_probabilities_that_almost_vanish_are_weighed_as_others_are(choose):
-    # e^-80 : e^-81 : e^-82 is 1 : e^-1 : e^-2, whatever the others have; so is the gradient.
+    # e^-80 : e^-81 : e^-82 is 1 : e^-1 : e^-2, whatever the others have. The gradient follows it.
     bias_E = np.float32([0, 0, 0, 100, 100, 100])
     outcomes = [
         choose(renormalize=True)(np.float32([[[0, 0, 0, -80, -81, -82]] * T]), bias_E),
@@ -78,8 +79,8 @@ def test_chosen_probabilities_that_almost_vanish_are_weighed_as_others_are(choos
     ]
     (_, (routing, _)), gradient = outcomes[0]
     powers = np.exp([0.0, -1.0, -2.0])
-    # An exponent of 82 is known to half a unit of 64 and its power so much, 32 units of 1; of the
-    # others it is less.
+    # The rounding of an exponent of 82 is half a unit of 64. The power has that relative error, 32
+    # units of 1. The other exponents have less.
     assert_close(routing.weights_BTK, [[powers / powers.sum()] * T], terms=2 * 64)
     assert np.abs(gradient).max() > 0.1
     assert_close(gradient, outcomes[1][1], terms=4 * 64)
@@ -110,11 +111,11 @@ def test_a_unit_vector_has_a_gradient_at_any_length(seed, exponent):
     if (
         -35 <= exponent <= 30
     ):  # beyond, float32 has few bits or none for what is small: the vector, or its gradient
-        # a norm over D, a quotient, and a scale that is no power of two
+        # Roundings: a norm over D, a quotient, and a scale that is not a power of two.
         assert_close(found_TD, direction_TD, terms=D + 8)
         # The direction ignores the scale, so its gradient goes with 1 / scale.
         found = np.float32(np.float64(found_gradient_TD) * scale)
-        # Differences of two terms that are longer.
+        # The gradient is a difference of two terms that are longer.
         assert_close(found, gradient_TD, terms=4 * (D + 8))
 
 
@@ -172,6 +173,6 @@ def test_a_nan_in_tokens_or_parameters_shows_in_the_weights(model_config, name):
 
 
 def test_a_competition_that_nobody_enters_weighs_nobody():
-    # Softplus of very negative answers is 0.
+    # Very negative answers have a softplus of 0.
     routing, share_BTE = competition.winners(jnp.zeros((1, T, E)), K)
     assert not routing.weights_BTK.any() and np.isfinite(share_BTE).all()

@@ -1,5 +1,6 @@
-"""A router from outside the package: registered by its name, configured, placed, trained; nothing
-else is touched.
+"""A router from outside the package is registered, configured, placed and trained.
+
+Nothing else is touched.
 """
 
 import dataclasses

@@ -25,15 +25,15 @@ CHANGES = {
     "routing_free": {"router": "routing_free", "rank": 8},
     "competition": {"router": "competition", "rate": 1.0},
 }
-# Of means over tokens in another order: sums over at most 128 tokens and a few hundred products, in
-# units in the last place (6e-8) of the largest element.
+# Means over tokens in another order differ by the roundings of sums over at most 128 tokens and a
+# few hundred products, in units in the last place (6e-8) of the largest element.
 WITHIN = 1e-5
 
 
 def test_micro_batches_weigh_by_their_assignments():
-    # 24 and 4 unmasked tokens with two experts each. Their counts add up to 7, 16, 14, 19, of which
-    # the mean is 14; as shares of 48 and of 8 the second expert has 16/48 and 0, which is 1/6 in
-    # the mean and less than 1/4.
+    # The 24 and 4 unmasked tokens have two experts each. Their counts add up to 7, 16, 14, 19 with
+    # the mean 14. As shares of 48 and of 8, the second expert would have 16/48 and 0. Their mean
+    # is 1/6, which would be less than 1/4.
     counts_MLE = jnp.array([[[4, 16, 12, 16]], [[3, 0, 2, 3]]])
     mask_MBT = np.zeros((2, 1, 24), bool)
     mask_MBT[0], mask_MBT[1, 0, :4] = True, True

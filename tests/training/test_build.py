@@ -1,4 +1,4 @@
-"""One function builds what a configuration says of training."""
+"""One function builds all that training needs from a configuration."""
 
 import jax
 import numpy as np

@@ -31,7 +31,7 @@ NAMES = (
 
 
 def state(step):
-    """A matrix over eight devices, and a key whose algorithm is noted beside its integers."""
+    """A matrix over eight devices, and a key that is stored with the name of its algorithm."""
     mesh = jax.make_mesh((4, 2), ("data", "expert"))
     drawn = {
         "w": jax.random.normal(jax.random.key(step), (16, 4)),
@@ -94,7 +94,7 @@ def test_a_name_under_which_nothing_can_be_saved_is_refused(name, tmp_path):
 
 
 def remove_the_merged_index(step):
-    """What orbax leaves where it does not find the parts of the processes."""
+    """Leaves what orbax leaves where it does not find the parts of the processes."""
     (step / "state" / "manifest.ocdbt").unlink()
     shutil.rmtree(step / "state" / "d")
 
@@ -123,7 +123,7 @@ def spoil_what_the_run_is(step):
 
 
 def sign_again(step):
-    """Digests that fit what is there now."""
+    """Writes digests of the files that are there now."""
     found = [path for item in ("meta", "state") for path in digests._files(step / item)]
     table = {path.relative_to(step).as_posix(): digests.digest(path) for path in found}
     (step / digests.ITEM / digests.FILE).write_text(json.dumps(table))
@@ -157,7 +157,7 @@ def test_signed_again_and_unchanged_is_intact(saved, tmp_path):
 
 def test_a_save_that_cannot_be_restored_is_an_error_and_no_checkpoint(tmp_path, monkeypatch):
     save(tmp_path / "checkpoints", 1)
-    # Orbax finds no parts to merge.
+    # With this, orbax finds no parts to merge.
     monkeypatch.setattr(paths.LiteralPath, "glob", lambda *_: iter(()))
     with Checkpoints(tmp_path / "checkpoints", keep=3) as checkpoints:
         checkpoints.save(2, state(2), {})

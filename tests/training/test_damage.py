@@ -39,7 +39,7 @@ def directory(saved, tmp_path):
 
 
 def files(step):
-    """The files of a checkpoint that hold something of it, the largest first."""
+    """The files of a checkpoint that are not empty, the largest first."""
     inside = [
         path for item in ("state", "meta") for path in (step / item).rglob("*") if path.is_file()
     ]
@@ -200,7 +200,7 @@ def test_a_file_that_may_not_be_read_is_a_damage(saved, nobody, capfd):
     assert "cannot be read: Permission denied" in capfd.readouterr().err
 
 
-# 0.3 MB fit on the disk, or below the limit, and 3 do not.
+# 0.3 MB fit on the disk or below the limit; 3 MB do not.
 FULL_DISK = """
     import resource, signal, sys
     import jax

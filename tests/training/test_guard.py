@@ -1,4 +1,4 @@
-"""A step whose numbers are not to be trusted changes nothing.
+"""A step with numbers that are not finite, or with a spike, changes nothing.
 
 The parameter or gradient at fault is named.
 """
@@ -26,7 +26,7 @@ LENGTH, BATCH = 16, 8
 
 
 def watch(config, losses):
-    """[(whether it counted, what was told)] of steps with these losses."""
+    """[(whether the step was accepted, its measures)] of steps with these losses."""
     state, seen = guard.initial(), []
     for loss in losses:
         counts, state, told = guard.judge(config, state, {"loss/total": jnp.float32(loss)})
@@ -39,11 +39,11 @@ def test_the_defaults_are_those_of_the_configs():
 
 
 def test_the_distance_to_earlier_losses_in_standard_deviations():
-    # Window 2: shares 1, 1/2, 1/2, so mean 4, 5, 6 and variance 0, 1/2 (0 + 1/2 2^2) = 1, 1/2 (1 +
-    # 1/2 2^2) = 1.5.
+    # Window 2 has the shares 1, 1/2, 1/2. The means are 4, 5, 6. The variances are 0,
+    # 1/2 (0 + 1/2 2^2) = 1 and 1/2 (1 + 1/2 2^2) = 1.5.
     scores = [told[ZSCORE.key] for _, told in watch(GuardConfig(window=2), [4, 6, 7, 12])]
     assert scores[:2] == [0, 0]  # nothing to compare with yet
-    # A mean and a variance of three losses.
+    # Roundings: a mean and a variance of three losses.
     assert_close(np.array(scores[2:]), [2.0, 6 / np.sqrt(1.5)], terms=16)
 
 
@@ -95,7 +95,7 @@ def test_a_block_that_cannot_be_is_refused(change, words):
 
 @pytest.fixture(scope="module")
 def trainer(model_config):
-    """(initial state, step, gradients of a step) that skip what is not finite."""
+    """(initial state, step, gradients of a step); steps that are not finite are skipped."""
     losses = base.get_config("debug").losses.to_dict()
     losses["erc"] |= {"weight": 1.0}
     mesh, optimizer = sharding.make_mesh(1, 2), optax.adam(0.01)
@@ -113,7 +113,7 @@ def trainer(model_config):
 
 
 def with_number(state, number, layer):
-    """The state with one number in the up-projection of a layer."""
+    """The state with this number in one place of a layer's up-projection."""
     params = jax.tree.map(jnp.copy, state.params)
     moe = params["layers"]["moe"]
     moe["w_up"] = jax.device_put(moe["w_up"].at[layer, 1, 0, 0].set(number), moe["w_up"].sharding)

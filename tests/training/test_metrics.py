@@ -64,7 +64,7 @@ def test_a_resumed_run_leaves_one_line_a_step(tmp_path):
 
 
 def test_truncation_drops_a_torn_line_even_if_its_json_is_whole(tmp_path):
-    # A number may be cut short and still be a number: only the newline proves that a line is
+    # A number that is cut short may still be a number. Only the newline proves that a line is
     # complete.
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"step": 1}')
@@ -74,7 +74,7 @@ def test_truncation_drops_a_torn_line_even_if_its_json_is_whole(tmp_path):
 
 
 class Bucket(MemoryFileSystem):
-    """What gs:// is for the tests below: a store in memory to which nothing can be appended."""
+    """A store in memory, for gs:// in the tests below, to which nothing can be appended."""
 
     store, pseudo_dirs = {}, [""]
 

@@ -111,7 +111,7 @@ def test_decay_is_decoupled_and_scaled_by_the_learning_rate(name):
     params = random_params(0)
     config = changed(name=name, learning_rate=0.5, weight_decay=0.1)
     update = first_update(config, jax.tree.map(jnp.zeros_like, params), params)
-    # no gradient, no direction: what remains is -0.5 * 0.1 * matrix
+    # Without a gradient there is no direction. Weight decay remains: -0.5 * 0.1 * matrix.
     assert_close(update["layers"]["moe"]["w_up"], -0.05 * params["layers"]["moe"]["w_up"], terms=8)
     assert_close(update["embed"], -0.05 * params["embed"], terms=8)
     np.testing.assert_array_equal(update["final_norm"], 0)
@@ -123,14 +123,14 @@ def test_adamw_is_the_adamw_of_optax():
     reference = optax.adamw(1.0, b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.1, mask=decay_mask)
     expected, _ = reference.update(grads, reference.init(params), params)
     update = first_update(changed(weight_decay=0.1), grads, params)
-    # Moments, a root and a quotient of every element alone.
+    # Roundings: moments, a root and a quotient of every element alone.
     assert_close(update, expected, terms=16)
 
 
 def test_clipping_bounds_the_norm_of_all_gradients_together():
-    # Gradients (3, 0) and (0, 4) have the norm 5, clipped to 1: (0.6, 0) and (0, 0.8). With eps = 1
-    # and no averaging (b1 = b2 = 0) Adam's first direction is g / (|g| + 1): 0.6 / 1.6 = 0.375 and
-    # 0.8 / 1.8 = 0.4444.
+    # Gradients (3, 0) and (0, 4) have the norm 5. Clipped to 1 they are (0.6, 0) and (0, 0.8). With
+    # eps = 1 and no averaging (b1 = b2 = 0), Adam's first direction is g / (|g| + 1):
+    # 0.6 / 1.6 = 0.375 and 0.8 / 1.8 = 0.4444.
     params = {"a": jnp.zeros(2), "b": jnp.zeros(2)}
     grads = {"a": jnp.array([3.0, 0.0]), "b": jnp.array([0.0, 4.0])}
     update = first_update(changed(clip_norm=1.0, eps=1.0, b1=0.0, b2=0.0), grads, params)
@@ -152,7 +152,8 @@ def test_muon_takes_the_hidden_matrices_and_adam_the_rest(model_config):
 
 
 def test_what_other_routers_add_is_taken_by_what_it_is(model_config):
-    # By layer: rows, scalars and vectors of experts are Adam's, and only matrices decay.
+    # Leaves have a layer axis. Adam updates rows, and scalars and vectors of experts. Only matrices
+    # decay.
     shapes = {
         "projection": (L, D, 2),
         "expert_embedding": (L, E, 2),
@@ -175,7 +176,7 @@ def test_what_other_routers_add_is_taken_by_what_it_is(model_config):
 
 def test_muon_orthogonalises_every_expert_of_every_layer_alone():
     params, grads = random_params(0), random_params(1)
-    # A loud expert must not change the direction of a quiet one.
+    # An expert with a large gradient must not change the direction of one with a small gradient.
     grads["layers"]["moe"]["w_gate"] = grads["layers"]["moe"]["w_gate"].at[0, 0].mul(1e3)
     update = first_update(changed(name="muon"), grads, params)["layers"]["moe"]
     for name in ("w_gate", "w_down"):
@@ -183,8 +184,8 @@ def test_muon_orthogonalises_every_expert_of_every_layer_alone():
             alone = {"layers": {"w": params["layers"]["moe"][name][None, layer, expert]}}
             gradient = {"layers": {"w": grads["layers"]["moe"][name][None, layer, expert]}}
             expected = first_update(changed(name="muon"), gradient, alone)["layers"]["w"][0]
-            # Each of five steps of Newton-Schulz makes the smallest singular values 3.4445 times as
-            # large, and with them what the norm and the first product have rounded.
+            # Each of five steps of Newton-Schulz multiplies the smallest singular values by 3.4445,
+            # and with them the roundings of the norm and of the first product.
             assert_close(update[name][layer, expert], expected, terms=2 * 3.4445**5)
 
 
@@ -192,8 +193,8 @@ def test_muon_steps_are_nearly_orthogonal_with_the_rms_of_adam():
     update = first_update(changed(name="muon"), random_params(1), random_params(0))["layers"][
         "moe"
     ]["w_up"]
-    # (8, 4) orthogonal columns times 0.2 sqrt(8); Newton-Schulz leaves the singular values between
-    # 0.6 and 1.3
+    # The update is (8, 4) orthogonal columns times 0.2 sqrt(8). Newton-Schulz leaves their singular
+    # values between 0.6 and 1.3.
     values = jnp.linalg.svd(update, compute_uv=False) / (0.2 * math.sqrt(8))
     assert values.min() > 0.6 and values.max() < 1.3
     assert 0.6 * 0.2 < jnp.sqrt(jnp.mean(update**2)) < 1.3 * 0.2

@@ -1,4 +1,4 @@
-"""What is shown of a step: a bar on a terminal, lines in a log."""
+"""How steps are shown: as a bar on a terminal, as lines in a log."""
 
 import io
 

@@ -86,7 +86,7 @@ def take(step, state, batches):
 
 
 def batches(token_batch, count):
-    """Different ones, of the same shape."""
+    """Different batches of the same shape."""
     batch = token_batch(4, 16)
     return [
         batch | {"inputs_BT": (batch["inputs_BT"] + 17 * number) % 512} for number in range(count)
@@ -97,8 +97,8 @@ def test_a_bias_moves_by_the_sign_of_the_load_of_the_whole_step(trainer, token_b
     model, state, _, step = trainer("loss_free")
     np.testing.assert_array_equal(state.router["bias"], np.zeros((2, 4)))
     assert state.loss_scales == {}
-    # Of two micro-batches one has a single unmasked token: it counts as one of 33, not as much as
-    # the other 32.
+    # One of two micro-batches has a single unmasked token. It counts as one of 33 tokens, not as
+    # much as the other 32 together.
     batch = token_batch(4, 16)
     batch["mask_BT"] = np.array([[True] * 16, [True] + [False] * 15] * 2)
     batch["mask_BT"][3] = False
@@ -120,7 +120,7 @@ def test_a_bias_moves_by_the_sign_of_the_load_of_the_whole_step(trainer, token_b
         assert set(np.abs(change_LE).ravel()) <= {0, RATE}
         np.testing.assert_array_equal(change_LE, RATE * np.sign(66 - 4 * counts_LE))
         assert change_LE.any()
-        # a quotient of integers, in float32
+        # The measure is a quotient of integers, in float32.
         assert_close(metrics["router/max_load"], 4 * counts_LE.max(axis=-1) / 66, terms=8)
 
 
@@ -136,8 +136,8 @@ def test_the_controller_weighs_balance_more_while_too_many_experts_run(model_con
     config = model_config(**CHANGES["routing_free"] | {"controller_rate": 0.5})  # K is 2
     start = config.router.init_state(config)
     assert start == ({}, {"load_balance": 1.0})
-    # of 3 tokens, 6 assignments a layer are 2 each.  18 > 12: times 1.5;  12: as it is;  11 < 12:
-    # over 1.5
+    # With 3 tokens, 6 assignments per layer are 2 each, 12 in both layers.
+    # 18 > 12: times 1.5; 12: unchanged; 11 < 12: divided by 1.5.
     for assignments_LE, expected in (
         ([[3, 3, 0, 0], [3, 3, 3, 3]], 1.5),
         ([[3, 0, 0, 0], [3, 3, 3, 0]], 1.0),
@@ -174,8 +174,8 @@ def test_layers_compete_with_the_probability_but_no_more_than_so_many(
     competing = jax.jit(jax.vmap(functools.partial(config.router.competing_layers, config)))(keys)
     counts = np.sum(competing, axis=1)
     assert counts.max() <= most
-    # Uncut, the count is binomial, and the mean of its minimum with `most` is the share of every
-    # layer alike.
+    # Without the limit the count is binomial. All layers have the same share, the mean of the
+    # minimum of the count and `most`, over the number of layers.
     uncut = np.random.default_rng(0).binomial(layers, rate, 1_000_000)
     share = np.minimum(uncut, most).mean() / layers
     sigma = (share * (1 - share) / draws) ** 0.5
@@ -248,11 +248,9 @@ def test_the_sign_of_a_sum_that_an_int32_does_not_hold(numbers, sign):
 
 
 def test_more_assignments_than_are_counted_are_refused(model_config):
-    # K is 2; routing-free may run all 4.
-    top, free = (
-        model_config(),
-        model_config(**CHANGES["routing_free"]),
-    )
+    # K is 2, and routing-free may run all 4 experts.
+    top = model_config()
+    free = model_config(**CHANGES["routing_free"])
     top.check_assignments(2**17, 2**12)  # the last that fit: 2^30 of 2^31 - 1
     for config, batch_size, most in ((top, 2**18, 262143), (free, 2**17, 131071)):
         config.check_assignments(most, 2**12)

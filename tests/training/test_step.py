@@ -20,11 +20,11 @@ from moe_erc.training.state import abstract_state, create_state, initializer, sh
 from tests.tolerance import assert_close, assert_same_change
 
 LENGTH, BATCH = 16, 16
-# A gradient is a sum over the tokens, of what two layers of five sums over widths of at most 32
-# make of each, forward and backward; scores and weights besides.
+# A gradient is a sum over the tokens. Each term comes from two layers with five sums over widths of
+# at most 32, forward and backward, and from scores and weights.
 TERMS = BATCH * LENGTH + 2 * 2 * 5 * 32
-# of parameters with which tokens spread over the four experts that `route_to` leaves: 3.8 and 4.6
-# of 8
+# With the parameters of this seed, tokens spread over the four experts that `route_to` leaves: 3.8
+# and 4.6 of 8.
 SEED = 5
 
 
@@ -119,9 +119,9 @@ def test_a_step_draws_from_its_own_key(trainer, token_batch):
 
 
 def test_micro_batches_add_up_to_the_whole_batch(trainer, token_batch):
-    # Its mask is uneven: micro-batches have different numbers of tokens.
+    # The mask is uneven: micro-batches have different numbers of tokens.
     batch = token_batch(BATCH, LENGTH)
-    # Without the balance loss, which as a product of two means is not the mean of its parts.
+    # The balance loss is off: it is a product of two means, so it is not the mean of its parts.
     (start, step), (again, by_parts) = trainer(balance=0.0), trainer(micro_batches=4, balance=0.0)
     before = jax.device_get(start.params)
     (whole_state, whole), (parts_state, parts) = step(start, batch), by_parts(again, batch)
@@ -148,12 +148,12 @@ def test_parameter_losses_are_computed_once_however_many_micro_batches(
 
     stand_in = Loss(kind="parameters", compute=counting, options=LOSSES["erc"].options)
     monkeypatch.setitem(LOSSES, "erc", stand_in)
-    # "ragged" is no other test's, so both programs are traced here, with the stand-in
+    # No other test uses "ragged", so both programs are traced here, with the stand-in.
     plain, _ = run(trainer(implementation="ragged"), token_batch(BATCH, LENGTH))
     split, _ = run(trainer(micro_batches=2, implementation="ragged"), token_batch(BATCH, LENGTH))
     assert len(calls) == 2  # once by program: outside the scan
-    # Descent by 0.1 times a gradient of 1, which twice as much would show; the balance loss does
-    # not reach it.
+    # The descent is 0.1 times a gradient of 1, so a doubled gradient would show. The balance loss
+    # does not reach this parameter.
     assert_close(split.params["final_norm"], plain.params["final_norm"], TERMS)
 
 
@@ -175,7 +175,7 @@ def route_to(experts, state):
     params = jax.tree.map(jnp.copy, state.params)
     params["embed"] += 2.0
     router_LED = params["layers"]["moe"]["router"]
-    # So that the rows left see how tokens differ.
+    # The remaining rows then respond to the differences of tokens.
     router_LED -= jnp.mean(router_LED, axis=-1, keepdims=True)
     params["layers"]["moe"]["router"] = router_LED.at[:, experts:].add(-1.0)
     return state.replace(params=params)
@@ -185,7 +185,7 @@ def route_to(experts, state):
 def five_steps(trainer, token_batch):
     """{routing: (metrics, parameters) at the start, after one step, after five} on a mesh.
 
-    8 experts, one a token.
+    There are 8 experts, and each token has one.
     """
 
     @functools.cache
@@ -218,7 +218,7 @@ def test_any_mesh_takes_the_steps_of_the_oracle_on_one_device(five_steps, mesh_s
             assert_close(
                 other[0], one[0], steps * TERMS, label=f"{routing}, metrics after {steps}: "
             )
-            # Descent by 0.1 times the gradient: after one step what has changed is the gradient.
+            # The first change is 0.1 times the gradient, so this compares gradients.
             assert_same_change(
                 start, other[1], one[1], steps * TERMS, steps, f"{routing}, {steps} steps: "
             )
@@ -235,7 +235,7 @@ def test_a_mesh_draws_the_state_of_one_device_and_it_lies_where_the_table_says(
         np.testing.assert_array_equal, jax.device_get(drawn.params), jax.device_get(expected.params)
     )
     gate = drawn.params["layers"]["moe"]["w_gate"]
-    # (L, E / expert, D, F / data).
+    # The shape of a shard is (L, E / expert, D, F / data).
     assert gate.addressable_shards[0].data.shape == (
         2,
         4 // expert,

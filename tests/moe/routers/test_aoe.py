@@ -50,11 +50,11 @@ def test_scores_by_hand(config):
         [[[3.0, 0.0], [0.0, 2.0]], [[0.0, 0.0], [0.0, 0.0]], [[0.0, 4.0], [0.0, 0.0]]]
     )
     scores = config().router.score(config(), None, {"w_low": w_low_EDr}, jnp.array([[[1.0, 2.0]]]))
-    # (1, 2) becomes (3, 4), (0, 0) and (0, 4): of length 5, 0 and 4
+    # (1, 2) becomes (3, 4), (0, 0) and (0, 4), of lengths 5, 0 and 4.
     assert_close(scores.low_BTEr, [[[[3, 4], [0, 0], [0, 4]]]], terms=4)
     assert_close(scores.logits_BTE, [[[5, 0, 4]]], terms=8)
     powers = np.exp([5, 0, 4])
-    # Exponents of up to 5.
+    # The exponents are at most 5.
     assert_close(scores.probabilities_BTE, [[powers / powers.sum()]], terms=16, largest=5)
     np.testing.assert_array_equal(scores.balance_BTE, scores.probabilities_BTE)
 
@@ -88,11 +88,11 @@ def test_a_first_factor_that_keeps_the_token_is_a_whole_gate(config):
     params["w_low"] = scale_E[:, None, None] * jnp.eye(D)
     w_gate_EDF = scale_E[:, None, None] * params["w_high"]
     y_BTD, chosen = apply(config(), params, x_BTD)
-    # lengths |x| times 1, 0.5 and 2: experts 2 and 0 of all tokens
+    # The lengths are |x| times 1, 0.5 and 2, so all tokens choose experts 2 and 0.
     assert (chosen.experts_BTK == jnp.array([2, 0])).all()
     lengths_BTE = jnp.linalg.norm(x_BTD, axis=-1, keepdims=True) * scale_E
     weights_BTK = jax.nn.softmax(lengths_BTE, axis=-1)[..., jnp.array([2, 0])]
-    # exponents of up to twice a length
+    # The exponents are at most twice a length.
     assert_close(chosen.weights_BTK, weights_BTK, terms=D + 16, largest=magnitude(lengths_BTE))
     outputs = [
         swiglu(x_BTD, x_BTD @ w_gate_EDF[e], params["w_up"][e], params["w_down"][e]) for e in (2, 0)

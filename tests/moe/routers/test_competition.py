@@ -12,7 +12,7 @@ def test_the_strongest_answers_win_and_share_the_weight():
     affinity_BTE = jnp.log(jnp.array([[[2.0, 5.0, 3.0, 4.0]]]))
     routing, q_BTE = winners(affinity_BTE, 2)
     np.testing.assert_array_equal(routing.experts_BTK, [[[1, 3]]])
-    # weighed by their affinities, ln 5 and ln 4 of ln 20, not by q: 2, 5, 3 and 4 of 14
+    # The weights are the affinities ln 5 and ln 4 over ln 20, not q, which is 2, 5, 3 and 4 of 14.
     assert_close(routing.weights_BTK, [[[np.log(5) / np.log(20), np.log(4) / np.log(20)]]], terms=8)
     assert_close(q_BTE, [[[2 / 14, 5 / 14, 3 / 14, 4 / 14]]], terms=8)
 

@@ -11,7 +11,8 @@ from tests.tolerance import assert_close
 
 
 def test_one_step_by_hand():
-    # layer 0: mean 2, so expert 0 is short, 1 is at it, 2 above;  layer 1: mean 3, two are short
+    # layer 0: the mean is 2, expert 0 is below it, expert 1 at it, expert 2 above it
+    # layer 1: the mean is 3, two experts are below it
     bias_LE = jnp.array([[0.0, 0.5, 0.0], [1.0, 1.0, 1.0]])
     found = balance_bias(bias_LE, jnp.array([[1, 2, 3], [0, 0, 9]]), 0.1)
     assert_close(found, [[0.1, 0.5, -0.1], [1.1, 1.1, 0.9]], terms=8)
@@ -25,7 +26,7 @@ def test_an_even_load_and_a_rate_of_zero_leave_the_bias():
 
 def test_a_skewed_router_is_balanced():
     experts, chosen, tokens, steps = 8, 2, 4096, 600
-    # Expert 7's score is above expert 0's by 2 on the average, tokens differ by a standard normal.
+    # The mean score of expert 7 is 2 above that of expert 0. Tokens differ by a standard normal.
     scores_NE = np.random.default_rng(0).normal(size=(tokens, experts)) + np.linspace(0, 2, experts)
     probability_NE = jax.nn.softmax(jnp.float32(scores_NE))
 
@@ -50,8 +51,8 @@ def test_a_skewed_router_is_balanced():
 
 
 def test_an_expert_at_exactly_the_mean_count_stands_still():
-    # As shares these are sums of roundings: 7 of 49 over 7 experts, 1 of 3, 2^23 + 1 of 3 (2^23 +
-    # 1) are at the mean.
+    # Each count is at the mean: 7 of 49 over 7 experts, 1 of 3, 2^23 + 1 of 3 (2^23 + 1).
+    # Computed as shares, they would differ from it by roundings.
     for count, experts in ((7, 7), (1, 3), (2**23 + 1, 3), (715_827_882, 3), (8_388_607, 256)):
         at_mean_LE = jnp.full((1, experts), count, jnp.int32)
         np.testing.assert_array_equal(
@@ -66,6 +67,6 @@ def test_an_expert_at_exactly_the_mean_count_stands_still():
 
 
 def test_a_mean_between_whole_numbers_leaves_nobody_at_it():
-    # 11 of 4 experts: the mean is 2.75
+    # 11 assignments to 4 experts have the mean 2.75.
     found_LE = balance_bias(jnp.zeros((1, 4)), jnp.array([[2, 3, 1, 5]]), 1.0)
     np.testing.assert_array_equal(found_LE, [[1, -1, 1, -1]])

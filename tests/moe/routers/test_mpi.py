@@ -34,8 +34,8 @@ def test_a_power_step_by_hand(config):
         "router": jnp.array([[1.0, 0.0], [0.0, 1.0]]),
         "w_gate": jnp.array([[[1.0, 1.0], [0.0, 1.0]], [[2.0, 0.0], [0.0, 3.0]]]),
     }
-    # (1, 0) @ w = (1, 1), @ w.T = (1 + 1, 0 + 1) = (2, 1) of length sqrt 5;  (0, 1) @ w = (0, 3), @
-    # w.T = (0, 9)
+    # (1, 0) @ w = (1, 1), and @ w.T = (1 + 1, 0 + 1) = (2, 1) of length sqrt 5
+    # (0, 1) @ w = (0, 3), and @ w.T = (0, 9)
     length = 4 / np.sqrt(2)
     expected_ED = length * np.array([[2 / np.sqrt(5), 1 / np.sqrt(5)], [0, 1]])
     assert_close(rows(config, parameters), expected_ED, terms=8)
@@ -49,7 +49,7 @@ def test_a_gate_that_answers_to_all_directions_alike_keeps_the_rows_direction(co
     w_gate_EDF = jnp.array([3.0, 0.5])[:, None, None] * jnp.eye(4, 6)
     found_ED = rows(config, {"router": router_ED, "w_gate": w_gate_EDF})
     expected_ED = 4 / np.sqrt(2) * router_ED / np.linalg.norm(router_ED, axis=-1, keepdims=True)
-    # A power step over 6 and 4, norms and quotients.
+    # Roundings: a power step over 6 and 4, norms and quotients.
     assert_close(found_ED, expected_ED, terms=6 + 4 + 16)
 
 

@@ -8,7 +8,7 @@ import pytest
 from moe_erc.moe.layer import MoE
 from tests.tolerance import assert_close
 
-# (1, 2) becomes (3, 4), (0, 0) and (0.6, 0.8): of length 5, 0 and 1
+# (1, 2) becomes (3, 4), (0, 0) and (0.6, 0.8), of lengths 5, 0 and 1.
 W_LOW_EDR = jnp.array(
     [[[3.0, 0.0], [0.0, 2.0]], [[0.0, 0.0], [0.0, 0.0]], [[0.6, 0.0], [0.0, 0.4]]]
 )
@@ -34,10 +34,10 @@ def config(model_config):
 def test_gates_by_hand(config):
     parameters = {"w_low": W_LOW_EDR, "threshold": jnp.array([3.0, 1.0, 0.75])}
     scores = config(0.05).router.score(config(0.05), None, parameters, X_BTD)
-    # 5 - 3, 0 - 1, 1 - 0.75; below its threshold an expert's gate is 0
+    # 5 - 3, 0 - 1, 1 - 0.75. The gate of an expert below its threshold is 0.
     assert_close(scores.logits_BTE, [[[2, -1, 0.25]]], terms=8)
     assert_close(scores.probabilities_BTE, [[[2, 0, 0.25]]], terms=8)
-    # two experts run where K is 1: 2 * 2 / 1, 0, 0.25 * 2 / 1; with theta above 0.25 one of them
+    # Two experts run and K is 1: 2 * 2 / 1, 0, 0.25 * 2 / 1. With theta above 0.25 one expert runs.
     assert_close(scores.balance_BTE, [[[4, 0, 0.5]]], terms=8)
     fewer = config(0.3).router.score(config(0.3), None, parameters, X_BTD)
     assert_close(fewer.balance_BTE, [[[2, 0, 0.25]]], terms=8)
@@ -65,7 +65,7 @@ def test_a_token_that_nobody_takes_gets_nothing_and_passes_finite_gradients(conf
         for key, (name, of) in zip(keys, shapes.items(), strict=True)
     }
     params |= {"w_low": W_LOW_EDR, "threshold": jnp.array([3.0, 1.0, 0.75])}
-    # Lengths of the second: 0.5, 0 and 0.1.
+    # The second token has the lengths 0.5, 0 and 0.1.
     x_BTD = jnp.array([[[1.0, 2.0], [0.1, 0.2], [0.0, 0.0]]])
 
     def loss(params, x_BTD):
@@ -76,11 +76,8 @@ def test_a_token_that_nobody_takes_gets_nothing_and_passes_finite_gradients(conf
         params, x_BTD
     )
     assert not y_BTD[0, 1:].any()
-    # The first token's experts, what they go on from, their gates.
-    low = {
-        0: ([3, 4], 2),
-        2: ([0.6, 0.8], 0.25),
-    }
+    # The experts of the first token: their low-rank vectors and their gates.
+    low = {0: ([3, 4], 2), 2: ([0.6, 0.8], 0.25)}
 
     def expert(number):
         hidden_F = jax.nn.silu(jnp.array(low[number][0]) @ params["w_high"][number]) * (
@@ -89,7 +86,7 @@ def test_a_token_that_nobody_takes_gets_nothing_and_passes_finite_gradients(conf
         return low[number][1] * hidden_F @ params["w_down"][number]
 
     assert_close(y_BTD[0, 0], expert(0) + expert(2), terms=16)
-    # Two experts of the first token, none of the others.
+    # The first token has two experts, the others have none.
     assert stats.active == pytest.approx(2 / 3)
     assert_close(stats.load_E, [1 / 2, 0, 1 / 2], terms=4)
     assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(gradients))
@@ -103,6 +100,6 @@ def test_a_token_that_nobody_takes_gets_nothing_and_passes_finite_gradients(conf
 def test_thresholds_begin_at_the_length_of_a_normalised_token(model_config):
     config = model_config(router="routing_free", rank=8, init_std=0.02)
     threshold = config.router.parameters(config)["threshold"]
-    # 32 coordinates of 1 through weights of 0.02: 8 coordinates of variance 32 * 0.02^2, so a
-    # length of 0.02 sqrt(256)
+    # 32 coordinates of 1 through weights of 0.02 give 8 coordinates of variance 32 * 0.02^2, so a
+    # length of 0.02 sqrt(256).
     assert_close(threshold.initializer(None, threshold.shape), np.full(4, 0.02 * 16), terms=8)

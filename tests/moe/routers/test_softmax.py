@@ -12,7 +12,7 @@ def test_scores_are_dot_products_and_their_softmax():
     scores = Softmax().score(
         None, None, {"router": router_ED}, jnp.array([[[np.log(2), np.log(3)]]])
     )
-    # ln 2, 2 ln 3 = ln 9, ln 2 + ln 3 = ln 6: probabilities 2 : 9 : 6 of 17
+    # ln 2, 2 ln 3 = ln 9 and ln 2 + ln 3 = ln 6 give the probabilities 2 : 9 : 6 of 17.
     assert_close(scores.logits_BTE, np.log([[[2, 9, 6]]]), terms=8)
     assert_close(scores.probabilities_BTE, [[[2 / 17, 9 / 17, 6 / 17]]], terms=8)
     np.testing.assert_array_equal(scores.balance_BTE, scores.probabilities_BTE)

@@ -31,12 +31,12 @@ def test_cosines_by_hand():
         "temperature": jnp.float32(0.5),
     }
     scores = score(None, None, by_hand, jnp.array([[[3.0, 4.0, 7.0]]]))
-    # projected to (3, 4) of length 5: cosines 0.6, 0.8, -0.6 and 1, over 0.5
+    # The projection is (3, 4) of length 5. The cosines are 0.6, 0.8, -0.6 and 1, over 0.5.
     assert_close(scores.logits_BTE, [[[1.2, 1.6, -1.2, 2.0]]], terms=8)
     powers = np.exp([1.2, 1.6, -1.2, 2.0])
     assert_close(scores.probabilities_BTE, [[powers / powers.sum()]], terms=8)
     powers = np.exp(np.array([0.6, 0.8, -0.6, 1.0]) / 0.3)
-    # A cosine, a quotient, an exponential.
+    # Roundings: a cosine, a quotient, an exponential.
     assert_close(scores.balance_BTE, [[powers / powers.sum()]], terms=16)
 
 
@@ -44,7 +44,7 @@ def test_lengths_of_tokens_and_embeddings_do_not_matter():
     of, scale_E1 = parameters(), jnp.array([[0.01], [3.0], [50.0], [1.0]])
     scaled = of | {"expert_embedding": of["expert_embedding"] * scale_E1}
     expected_BTE = score(None, None, of, tokens()).logits_BTE
-    # cosines over the temperature 0.5: of what a sum over 5 and norms and quotients leave
+    # Cosines over the temperature 0.5. Roundings: a sum over 5, norms and quotients.
     assert_close(score(None, None, scaled, 20 * tokens()).logits_BTE, expected_BTE, terms=5 + 16)
 
 
@@ -60,7 +60,7 @@ def test_a_rows_share_of_a_token_is_its_cosine():
     of, x_BTD = parameters(temperature=1.0), tokens()
     length_BT1 = jnp.linalg.norm(x_BTD @ of["projection"], axis=-1, keepdims=True)
     cosine_BTE = score(None, None, of, x_BTD).logits_BTE
-    # A short projection is a difference of longer products: known to their size.
+    # A short projection is a difference of longer products, so its error is relative to these.
     largest = magnitude(x_BTD @ rows(None, of).T) / float(jnp.min(length_BT1))
     assert_close(x_BTD @ rows(None, of).T / length_BT1, cosine_BTE, terms=5 + 16, largest=largest)
 
@@ -74,7 +74,7 @@ def test_gradients_reach_every_parameter_and_are_finite_at_zero():
     gradients = jax.jit(gradients)
     found, zero = gradients(parameters()), jax.tree.map(jnp.zeros_like, parameters())
     assert all(leaf.any() and jnp.isfinite(leaf).all() for leaf in found.values())
-    # Nor does a temperature of 0 divide.
+    # A temperature of 0 does not divide either.
     assert all(jnp.isfinite(leaf).all() for leaf in gradients(zero).values())
 
 

@@ -41,7 +41,7 @@ OPTIONS = (
 def start(name, arguments, output, environment=None):
     """Starts a script, whose output goes to the file `output`.
 
-    A value of None in `environment` removes an option of jax.
+    A value of None in `environment` resets an option of jax.
     """
     # The environment of the server is as old as the server, so the present one is passed on.
     environment = dict(os.environ) | FAST | (environment or {})

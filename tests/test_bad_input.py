@@ -196,7 +196,7 @@ def test_training_refuses(arguments, words, places, text_directory, tmp_path):
     )
     defaults = {
         "--config": "configs/erc.py:debug",
-        # These are flags unless the test gives them itself: the library would take both.
+        # The test's own arguments replace these: of two equal flags the library would take both.
         "--config.data.sources": f"('{text_directory}',)",
         "--config.data.validation_fraction": "0.1",
         "--config.data.cache_dir": tmp_path / "cache",

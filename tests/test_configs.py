@@ -159,7 +159,8 @@ def finite(tree):
     return all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(tree))
 
 
-VARIANTS = ("ablations", "combinations", "erc_", "_decoupled")  # of configs whose steps are taken
+# Names with one of these parts vary a config whose steps are taken.
+VARIANTS = ("ablations", "combinations", "erc_", "_decoupled")
 
 
 @pytest.mark.parametrize("name", [

@@ -26,7 +26,7 @@ def train(text_directory, tmp_path_factory):
             f"--config.data.cache_dir={cache}",
             "--config.data.validation_fraction=0.1",
             f"--config.train.steps={steps}",
-            "--config.optimizer.schedule=constant",  # which does not depend on the last step
+            "--config.optimizer.schedule=constant",  # its rate does not depend on the last step
             # A tenth of the size's rate: runs with sums in another order diverge slowly.
             "--config.optimizer.learning_rate=3e-4",
             f"--config.mesh.data={mesh[0]}",

@@ -43,7 +43,7 @@ def payload(tmp_path):
     mark = tmp_path / "mark"
     pickled = pickle.dumps(Payload(mark))
     pickle.loads(pickled)
-    mark.rmdir()  # so it works
+    mark.rmdir()  # the payload works
     yield pickled
     assert not mark.exists()
 
@@ -324,7 +324,7 @@ def test_a_pickle_in_a_checkpoint_is_not_opened(saved, payload):
                 except Exception as error:
                     assert not isinstance(error, MemoryError)
         forge(saved / "1", path, before)
-    gc.collect()  # what orbax's threads left, here and not in the next test
+    gc.collect()  # collects what orbax's threads left, before the next test
     with Checkpoints(saved) as checkpoints:
         assert checkpoints.read_meta() == {"step": 1}
 

@@ -37,7 +37,7 @@ def exported(flags, tmp_path_factory):
 
 
 def vanilla(flags):
-    """The config of an exported model: its router is softmax, whichever it was trained with."""
+    """The flags with the vanilla config: an exported model always has a softmax router."""
     return [flag.replace("combinations/erc_mpi", "vanilla") for flag in flags]
 
 

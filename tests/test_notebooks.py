@@ -121,9 +121,8 @@ def environment(text_directory, tmp_path_factory):
         # Without this, a script restarts itself and imports everything twice: test_huge_pages.py.
         "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
         "PYTHONPATH": str(ROOT),
-        "IPYTHONDIR": str(
-            tmp_path_factory.mktemp("ipython")
-        ),  # no start-up files and no history of the user
+        # This excludes the user's start-up files and history.
+        "IPYTHONDIR": str(tmp_path_factory.mktemp("ipython")),
         "MPLBACKEND": "module://matplotlib_inline.backend_inline",
     }
 
@@ -135,7 +134,7 @@ def execute(notebook, directory, environment):
     """
     manager = AsyncKernelManager(kernel_spec_manager=KernelSpecManager(kernel_dirs=[]))
     client = NotebookClient(notebook, km=manager, timeout=300, allow_errors=False)
-    client.owns_km = True  # or the kernel would outlive the test
+    client.owns_km = True  # the kernel must not outlive the test
     return client.execute(cwd=str(directory), env=environment)
 
 

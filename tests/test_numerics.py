@@ -1,4 +1,4 @@
-"""Values and gradients at 0; NaN comes out where NaN goes in, and nowhere else."""
+"""Values and gradients at 0, and NaN for NaN."""
 
 import jax
 import jax.numpy as jnp

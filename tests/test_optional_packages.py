@@ -92,7 +92,7 @@ class Bucket(http.server.BaseHTTPRequestHandler):
                 for part in path.partition("/o/")[2].partition("/moveTo/o/")
             )
             return self._store(target, self.server.objects.pop(source))
-        if path == "/upload":  # to where the answer below sent it
+        if path == "/upload":  # the address that the answer below gives
             return self._store(query["name"], self.body)
         name = query.get("name") or json.loads(re.search(rb"\{.*?\}", self.body)[0])["name"]
         if query["uploadType"] == "multipart":

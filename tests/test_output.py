@@ -22,7 +22,7 @@ runpy.run_path("train.py", run_name="__main__")
 
 @pytest.fixture
 def train(text_directory, tmp_path):
-    """Runs train.py after `prepare`; (exit code, what it printed)."""
+    """Runs train.py after `prepare` and returns (exit code, what it printed)."""
 
     def run(prepare, *arguments):
         program = tmp_path / "program.py"

@@ -261,7 +261,7 @@ def test_a_step_after_another_batch_size_reads_the_next_rows_and_so_do_its_last_
     assert counted and all(value is not None for line in counted for value in line.values())
     (path,) = going_on.workdir.glob("batch-*.npz")
     step = int(path.stem.removeprefix("batch-"))
-    assert step > STEPS + 1  # of which the second batch of another size is one
+    assert step > STEPS + 1  # the bad batch is not the first of the other size
     data = base.get_config("debug").data.to_dict()
     data |= {
         "sources": (str(place / "text"),),
@@ -321,7 +321,7 @@ def test_fewer_steps_than_are_done_are_said_in_one_line(going_on):
 
 @pytest.fixture
 def copied(text_directory, tmp_path):
-    """A finished run whose text and cache are its own; starts scripts on it."""
+    """A finished run with its own text and cache, and a function that starts train.py on it."""
     shutil.copytree(text_directory, tmp_path / "words")
     flags = [
         "--config=configs/erc.py:debug",
@@ -398,7 +398,7 @@ def test_a_source_that_has_grown(copied):
 def movable(place):
     """The directory of the shared run's text, which may be moved.
 
-    The test puts every file of the text back.
+    After the test every file of the text is back in its place.
     """
     yield place
     for name in ("moved", "again"):

@@ -115,7 +115,7 @@ def _eps(dtype):
 
 
 def assert_same_change(start, actual, expected, terms, steps=1, label=""):
-    """Asserts that steps have changed `start` alike, rather than that the results are alike.
+    """Asserts that steps change `start` equally, which is more than equal results.
 
     The tolerance is that of the terms of all steps together, and one rounding of the sum per step.
     Parameters are large and steps are small, so a comparison of the parameters themselves would

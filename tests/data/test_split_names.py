@@ -9,7 +9,8 @@ from moe_erc.checks import BadInput
 from moe_erc.data import text_files
 from moe_erc.data.split_names import SplitNames, held_out_name, split_word
 
-TEXTS = 40  # by hash, at a fraction of a half, all on one side once in 2**39 cases
+# Divided in halves by hash, so many texts are all on one side once in 2**39 cases.
+TEXTS = 40
 
 
 def write(directory, files):

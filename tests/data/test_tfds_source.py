@@ -67,9 +67,8 @@ def test_a_prepared_directory_without_validation_is_divided_by_hash(config, tmp_
 
 @pytest.mark.parametrize("name", ["c4/en", "wiki40b/en", "lm1b", "dolma"])
 def test_tfds_names(config, name, tmp_path):
-    with tfds.testing.mock_data(
-        num_examples=5, data_dir=str(tmp_path)
-    ):  # yields str where real data sets yield bytes
+    # The mock yields str where real data sets yield bytes.
+    with tfds.testing.mock_data(num_examples=5, data_dir=str(tmp_path)):
         source = open_source(name, config)
         found = texts(source)
     assert source.label == name.replace("/", "_") and len(found) == source.count == 5

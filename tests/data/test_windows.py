@@ -207,7 +207,7 @@ def ending_corpus():
     return Corpus(tokenizer, streams, {}, "identity", attend_across_documents=False)
 
 
-SEGMENTS = {  # by the first token of a window and the next
+SEGMENTS = {  # by the first two tokens of a window
     (9, 1): [0, 1, 1, 1],
     (9, 3): [0, 1, 1, 1],
     (6, 7): [0, 0, 0, 0],

@@ -16,7 +16,7 @@ NASTY = "<script>a & \"b\"</script> 'c'"
 
 
 class Reader(HTMLParser):
-    """(tag, attributes) in order, tags that were left open, and the text."""
+    """Collects (tag, attributes) in order, the tags that are left open, and the text."""
 
     def __init__(self, document):
         super().__init__()

@@ -77,7 +77,7 @@ def test_alignment_is_that_of_all_singular_values():
     sigma_E = np.linalg.svd(w_gate_EDF, compute_uv=False)[:, 0]
     response_E = np.linalg.norm(np.einsum("ed,edf->ef", router_ED, w_gate_EDF), axis=1)
     expected_E = response_E / (np.linalg.norm(router_ED, axis=1) * np.where(sigma_E, sigma_E, 1))
-    expected_E[1] = 0  # as a float32 norm the response is 0
+    expected_E[1] = 0  # the float32 norm of the response is 0
     found = diagnose([(router_ED, w_gate_EDF)]).measures["coupling/alignment"]
     assert_close(np.float32(found), [expected_E.mean()], terms=40 + 36)
     small = diagnose([(router_ED[:, :8], w_gate_EDF[:, :8, :6])]).measures["coupling/alignment"]

@@ -84,7 +84,7 @@ def _columns(rows):
 
 
 def printed(found, capsys):
-    """(tables, all of it) that is printed."""
+    """(tables, everything printed)."""
     print_found(found)
     text = capsys.readouterr().out
     return tables(text), text
@@ -195,5 +195,5 @@ def test_a_report_is_read_back_with_its_step_alone(tmp_path):
     measures = read_report(path, 3)["measures"]
     assert measures["validation/mean"] == 2.0 and measures["router/max_load"] == [1.0]
     assert np.isnan(measures["erc/alpha_1"]).all()
-    path.write_text('{"step": 3, "validation": {}}')  # of another version
+    path.write_text('{"step": 3, "validation": {}}')  # the form of another version
     assert read_report(path, 3) is None

@@ -42,7 +42,7 @@ def model_and_weights(model_config):
 
 @pytest.fixture(scope="module")
 def alone(corpora):
-    """Every document, or part of one, of the validation windows in a row of its own, padded."""
+    """Every document, or part of one, of the validation windows in its own padded row."""
     within, _ = corpora
     [domain] = within.streams["validation"]
     rows = []

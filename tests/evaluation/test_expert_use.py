@@ -40,9 +40,9 @@ def test_every_token_counts_once_at_each_of_its_experts(changes, corpus, model_c
     of_token_LV, of_expert_LE = use["counts_LVE"].sum(axis=2), use["counts_LVE"].sum(axis=1)
     np.testing.assert_array_equal(np.diagonal(use["pairs_LEE"], axis1=1, axis2=2), of_expert_LE)
     np.testing.assert_array_equal(use["pairs_LEE"], use["pairs_LEE"].swapaxes(1, 2))
-    if changes:  # between one expert and three
+    if changes:  # tokens have one to three experts
         assert (of_token_LV >= seen_V).all() and of_token_LV.sum() < 2 * 3 * seen_V.sum()
-    else:  # each of three experts, beside the two others and itself
+    else:  # tokens have three experts, and each expert pairs with the two others and itself
         np.testing.assert_array_equal(of_token_LV, np.stack([3 * seen_V] * 2))
         np.testing.assert_array_equal(use["pairs_LEE"].sum(axis=2), 3 * of_expert_LE)
     perplexity = Perplexity(model, corpus, functools.partial(token_losses, chunk=16), put, SHAPE)

@@ -19,7 +19,7 @@ LENGTH = 64
 
 
 class Latin(ByteTokenizer):
-    """Every id is a character, so that a text tells its tokens."""
+    """A tokenizer whose ids are characters, so that a text shows its tokens."""
 
     def decode(self, ids):
         return bytes(token for token in ids if token < 256).decode("latin-1")
@@ -110,7 +110,7 @@ def test_a_draw_depends_on_the_seed_and_on_the_row_and_on_nothing_else(run):
     drawn = {"temperature": 1.0, "seed": 3}
     texts = run(PROMPTS, **drawn)
     assert run(PROMPTS, **drawn) == run(PROMPTS, (2, 4), **drawn) == texts
-    assert run(PROMPTS[:2], **drawn) == texts[:2]  # in other buckets, beside other prompts
+    assert run(PROMPTS[:2], **drawn) == texts[:2]  # other buckets, other neighbours
     assert all(a != b for a, b in zip(run(PROMPTS, **drawn | {"seed": 4}), texts, strict=True))
     assert len(set(run([PROMPTS[0]] * 4, **drawn))) == 4
     assert run(PROMPTS, **drawn, top_k=1) == run(PROMPTS)

@@ -79,7 +79,7 @@ class Sampling(NamedTuple):
 class AlphabetGenerator:
     """Stands in for the generator: it continues the alphabet, and keeps its requests."""
 
-    asked: list  # of a test
+    asked: list  # the requests of one test
 
     def __init__(self, model, tokenizer):
         pass
@@ -214,7 +214,7 @@ def test_examples_limits_and_settings_reach_the_model():
     for _ in range(2):
         scores.run(NO_WEIGHTS)
     first, again = AlphabetGenerator.asked[1:]
-    assert first == again  # at every evaluation the same examples
+    assert first == again  # every evaluation takes the same examples
 
 
 def test_prompts_are_grouped_by_settings_cut_and_drawn_apart():
@@ -245,9 +245,8 @@ def test_an_unknown_task_is_refused_with_the_nearest(alone):
     assert alone.indexed == [False, True]
     with pytest.raises(ValueError, match="task_dir: no such directory '/no/tasks'"):
         load_tasks(["alphabet_choice"], "/no/tasks")
-    with pytest.raises(
-        ValueError, match=f"no '{PAPER['paper_3b'][0]}'"
-    ):  # the name stands for the tasks
+    # The name paper_3b stands for a list of tasks.
+    with pytest.raises(ValueError, match=f"no '{PAPER['paper_3b'][0]}'"):
         load_tasks(["paper_3b"], DIRECTORY)
 
 

@@ -54,7 +54,8 @@ FAMILIES = {
     "granitemoe": {"num_local_experts": 4},
     "phimoe": {"num_local_experts": 4},
 }
-OPTIONS = {  # of `save`; the others are float32 in one file, in the layout of the family's release
+# Options of `save`. Other families are float32 in one file, in the layout of their release.
+OPTIONS = {
     "olmoe": {"dtype": torch.bfloat16},
     "mixtral": {"max_shard_size": "10KB"},
     "qwen3_moe": {"save_original_format": False},

@@ -44,7 +44,7 @@ PACKED = (5, 6, 1)  # sequences of every row
 
 
 def record(changes, seed=0):
-    """Everything the file of one variant holds."""
+    """The arrays of one variant's file."""
     torch.manual_seed(seed)
     model = OlmoeForCausalLM(OlmoeConfig(**MODEL | changes)).eval()
     tokens, place = torch.randint(1, 63, (ROWS, LENGTH)), torch.arange(LENGTH)
@@ -57,9 +57,8 @@ def record(changes, seed=0):
         logits = {
             "left": model(tokens, attention_mask=left).logits,
             "right": model(tokens, attention_mask=right).logits,
-            "packed": model(
-                tokens, position_ids=packed, use_cache=False
-            ).logits,  # a cache knows no packing
+            # A cache does not support packing.
+            "packed": model(tokens, position_ids=packed, use_cache=False).logits,
         }
         longer = model.generate(
             tokens, attention_mask=left, max_new_tokens=NEW_TOKENS, do_sample=False
@@ -77,7 +76,7 @@ def record(changes, seed=0):
 
 
 def parameters(model):
-    """Ours, by path."""
+    """The parameters in our layout, by path."""
     inner, layers = model.model, model.model.layers
     found = {"embed": inner.embed_tokens.weight, "final_norm": inner.norm.weight}
     if not model.config.tie_word_embeddings:

@@ -34,7 +34,7 @@ VARIANTS = {
     },
     "clipped": {"clip_qkv": 0.5},
 }
-OPTIONS = {  # of `save`; the others are float32 in one file, an expert a tensor
+OPTIONS = {  # options of `save`; others are float32 in one file, one tensor per expert
     "renormalized": {"dtype": torch.bfloat16},
     "grouped": {"save_original_format": False},
     "tied": {"max_shard_size": "10KB"},
@@ -55,7 +55,7 @@ def save(variant, directory, dtype=torch.float32, **options):
 
 
 def computed(model):
-    """What golden.npz holds."""
+    """The arrays of golden.npz."""
     config, ids = model.config, torch.randint(model.config.vocab_size, (2, 12))
     found = model(ids, labels=ids, output_router_logits=True)
     K, L = config.num_experts_per_tok, config.num_hidden_layers

@@ -39,7 +39,7 @@ SIZES = {
 
 
 class Letters:
-    """64 tokens, each a character; the last ends a text."""
+    """A tokenizer of 64 characters, the last of which ends a text."""
 
     vocab_size, eos_id, identity = 64, 63, "letters"
 

@@ -61,7 +61,7 @@ REFUSED = [
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """{name: path} of all of them."""
+    """{name: path} of all config files."""
     directory = tmp_path_factory.mktemp("configs")
     for name, text in FILES.items():
         (directory / name).write_text(text, encoding="utf-8")

@@ -24,7 +24,7 @@ LIMIT = 240
 
 @pytest.fixture(scope="module")
 def train(text_directory, tmp_path_factory):
-    """Starts so many processes of a run; returns them and its workdir."""
+    """Starts `count` processes of a run and returns them."""
     cache = tmp_path_factory.mktemp("cache")
 
     def start(count, workdir, *arguments, **environment):

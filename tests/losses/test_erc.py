@@ -46,7 +46,7 @@ def reference_matrix(x_ED, params, activation):
 
 
 def reference_penalty(M_EE, alpha):
-    """Equation 3 as the double loop it is."""
+    """Equation 3 as a double loop."""
     experts = len(M_EE)
     total = 0.0
     for i in range(experts):

@@ -23,9 +23,8 @@ def test_mean_counts_unmasked_positions_alone():
     assert language_model(losses_BT, jnp.zeros((1, 3), bool)) == 0.0
 
 
-@pytest.mark.parametrize(
-    "chunk", [1, 4, 5, 7, 10]
-)  # 10 positions: dividing, not dividing, one slice
+# Some slices divide the 10 positions, some do not, and one holds all of them.
+@pytest.mark.parametrize("chunk", [1, 4, 5, 7, 10])
 def test_slices_give_the_same_losses_and_gradients(chunk):
     keys = jax.random.split(jax.random.key(0), 3)
     x_BTD, head_VD = jax.random.normal(keys[0], (2, 10, 8)), jax.random.normal(keys[1], (16, 8))

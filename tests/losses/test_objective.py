@@ -148,7 +148,7 @@ def test_erc_of_mpi_is_that_of_the_turned_rows(model):
     key = named(rng, "losses.erc")
     # Roundings: sums over 8 and 4, which the power step has twice, and over the 16 pairs.
     assert_close(found, erc_loss(moe | {"router": turned_LED}, key), terms=3 * (8 + 4) + 16)
-    assert abs(found - erc_loss(moe, key)) > 0.1  # not that of the rows as they are
+    assert abs(found - erc_loss(moe, key)) > 0.1  # the loss of the unturned rows differs
 
 
 def orthogonality(decoupled):

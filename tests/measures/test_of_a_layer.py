@@ -22,7 +22,7 @@ MASK_BT = jnp.array([[True, True, True, False]])
 
 
 def observed(probabilities_BTE=None, chosen_BTK=None):
-    """What these measures read of an `Observation`."""
+    """The fields of an `Observation` that these measures read."""
     scores = types.SimpleNamespace(probabilities_BTE=probabilities_BTE)
     return types.SimpleNamespace(scores=scores, mask_BT=MASK_BT, chosen_BTK=chosen_BTK)
 

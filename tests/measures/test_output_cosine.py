@@ -11,7 +11,7 @@ EVERY = jnp.ones((1, 1), bool)
 
 
 def unit_sum(*vectors):
-    """(1, 1, D): of one token, for experts that answer in these directions."""
+    """The sum of unit outputs (1, 1, D) of one token; experts answer in these directions."""
     return sum(np.array(vector) / np.linalg.norm(vector) for vector in vectors)[None, None].astype(
         np.float32
     )

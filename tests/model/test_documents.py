@@ -28,7 +28,8 @@ from moe_erc.training.state import abstract_state, create_state, initializer
 from moe_erc.training.step import step_gradients
 
 EOS, LENGTH = 511, 160  # three slices of queries
-LENGTHS = (  # of the documents of every window, with their ends; the last goes on behind the window
+# Lengths of the documents of every window, with their ends. The last document goes on behind it.
+LENGTHS = (
     (70, 1, 1, 40, 48),
     (1, 100, 59),
     (160,),
@@ -50,15 +51,15 @@ def windows():
     window_BT = np.random.default_rng(0).integers(0, EOS, (len(LENGTHS), LENGTH + 1), np.int32)
     for row, lengths in enumerate(LENGTHS):
         window_BT[row, np.cumsum(lengths)[:-1] - 1] = EOS
-    window_BT[-1, LENGTH - 1] = EOS  # what it predicts lies behind the window
+    window_BT[-1, LENGTH - 1] = EOS  # its target lies behind the window
     return _inputs_and_targets(EOS, window_BT)
 
 
 @pytest.fixture(scope="module")
 def documents(windows):
-    """(the batch of the documents alone, a row each, padded.
+    """(batch, places) of the documents alone, each in its own padded row.
 
-    Their (row, first, length) in the windows).
+    A place is the (row, first, length) of a document in the windows.
     """
     places = [
         (row, int(first), length)

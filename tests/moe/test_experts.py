@@ -49,13 +49,13 @@ def apply(implementation, x_ND, weights_NK, experts_NK, matrices):
 
 @cache
 def applied(implementation):
-    """As one program for all routings."""
+    """The outputs of an implementation, by one program for all routings."""
     return jax.jit(partial(apply, implementation))
 
 
 @cache
 def gradients_of(implementation):
-    """As one program for all routings."""
+    """The gradients of an implementation, by one program for all routings."""
 
     def loss(x_ND, weights_NK, matrices, experts_NK):
         y_ND = apply(implementation, x_ND, weights_NK, experts_NK, matrices)

@@ -43,7 +43,7 @@ MASK_BT = jnp.ones((B, T), bool).at[1, 3:].set(False)
 
 
 def apply(config, params, router_state, observe=None):
-    """(y, statistics, what `observe` returns, with everything kept)."""
+    """(y, statistics, observation) of a layer that keeps everything."""
     observers = (("it", observe, ("output", "hidden")),) if observe else ()
     run = jax.jit(MoE(config, observers=observers).apply)
     y_BTD, stats, observed = run({"params": params}, tokens(), MASK_BT, router_state)

@@ -108,9 +108,8 @@ def test_a_unit_vector_has_a_gradient_at_any_length(seed, exponent):
         found_TD, found_gradient_TD = unit_and_gradient(x_TD * scale)
     assert np.isfinite(found_TD).all()
     assert np.isfinite(found_gradient_TD).all() or exponent < -35
-    if (
-        -35 <= exponent <= 30
-    ):  # beyond, float32 has few bits or none for what is small: the vector, or its gradient
+    # At other exponents the vector or its gradient is so small that float32 has few bits or none.
+    if -35 <= exponent <= 30:
         # Roundings: a norm over D, a quotient, and a scale that is not a power of two.
         assert_close(found_TD, direction_TD, terms=D + 8)
         # The direction ignores the scale, so its gradient goes with 1 / scale.

@@ -31,8 +31,9 @@ STEPS = 2
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Distance(TopK):
-    """Experts near to a token: logits = -sharpness |x @ center_map - center|^2, sharper by `growth`
-    with every step.
+    """Routes to the nearest experts: logits = -sharpness |x @ center_map - center|^2.
+
+    The sharpness grows by `growth` with every step.
     """
 
     name: ClassVar[str] = "distance"

@@ -53,7 +53,7 @@ def test_micro_batches_weigh_by_their_assignments():
 
 @pytest.fixture(scope="module")
 def uneven_batch(token_batch):
-    """Micro-batches, every fourth row, of 32, 20, 4 and 0 unmasked tokens."""
+    """Micro-batches of every fourth row, with 32, 20, 4 and 0 unmasked tokens."""
     batch = token_batch(ROWS, LENGTH)
     counted = np.array([16, 16, 4, 0, 16, 4, 0, 0])
     return batch | {"mask_BT": np.arange(LENGTH) < counted[:, None]}
@@ -182,4 +182,6 @@ def test_a_layer_that_does_not_compete_is_no_part_of_the_loss(model_config, toke
         float(errors_L2[:, 0].mean()), rel=1e-6
     )
     one, errors_L2 = found[1]
-    assert errors_L2[:, 1].tolist() == [1, 0] and one == errors_L2[0, 0] > 0  # not half of it
+    assert (
+        errors_L2[:, 1].tolist() == [1, 0] and one == errors_L2[0, 0] > 0
+    )  # the layer that does not compete must not halve it

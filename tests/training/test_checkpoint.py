@@ -27,7 +27,7 @@ class State:
 
 
 def place(tree, mesh_shape, spec):
-    """Matrices split by `spec` over a mesh of this shape, everything else on all of its devices."""
+    """Splits matrices by `spec` over a mesh of this shape, and replicates everything else."""
     mesh = jax.make_mesh(mesh_shape, ("data", "expert"), axis_types=(AxisType.Auto,) * 2)
     return jax.tree.map(lambda leaf: NamedSharding(mesh, spec if leaf.ndim == 2 else P()), tree)
 

@@ -39,7 +39,7 @@ def directory(saved, tmp_path):
 
 
 def files(step):
-    """The files of a checkpoint that are not empty, the largest first."""
+    """The files of a checkpoint's state and meta, the largest first."""
     inside = [
         path for item in ("state", "meta") for path in (step / item).rglob("*") if path.is_file()
     ]
@@ -150,7 +150,7 @@ def test_without_any_intact_one_the_run_does_not_begin_anew(directory):
     flip(directory / "1")
     truncate(directory / "2")
     empty_the_directory(directory / "3")
-    for keep in (None, 3):  # also not when it is asked again: nothing was set aside
+    for keep in (None, 3):  # the second time finds the same, since nothing was set aside
         with Checkpoints(directory, keep) as checkpoints, pytest.raises(ValueError) as error:
             checkpoints.newest_intact()
         line = str(error.value)
@@ -174,7 +174,10 @@ def test_a_half_written_step_is_no_checkpoint(directory, capfd):
 
 @pytest.fixture
 def nobody():
-    """A directory for all; whoever may read everything is nobody in the block."""
+    """(directory that all may read, become nobody, return to the user before).
+
+    A user that may read everything, such as root, becomes nobody.
+    """
     directory = Path(tempfile.mkdtemp())
     directory.chmod(0o777)
     root = os.geteuid() == 0

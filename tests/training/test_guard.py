@@ -162,7 +162,7 @@ def test_where_it_began_is_named(trainer, token_batch):
     found = find_origin(gradients_of, with_number(start(), -jnp.inf, 1), batch, 1)
     assert found == "parameter layers.moe.w_up in layer 1 is not finite"
     params = jax.tree.map(jnp.copy, start().params)
-    params["head"] *= 1e38  # each of them is finite, and no logit
+    params["head"] *= 1e38  # every weight is finite, no logit is
     found = find_origin(gradients_of, start().replace(params=params), batch, 1)
     assert found.startswith("gradient of ") and found.endswith(" is not finite")
 

@@ -6,7 +6,7 @@ launch/test_processes.py is a shorter test of this.
 import json
 
 import pytest
-from tests.test_processes import within_drift
+from tests.launch.test_processes import within_drift
 
 from tests import script
 

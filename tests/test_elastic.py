@@ -6,9 +6,9 @@ launch/test_processes.py is a shorter test of this.
 import json
 
 import pytest
-from tests.launch.test_processes import within_drift
 
 from tests import script
+from tests.launch.test_processes import within_drift
 
 LIMIT = 600  # seconds until what hangs is given up
 STEPS = 12

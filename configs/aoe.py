@@ -8,10 +8,12 @@ F / (D + F), rounded down, has the parameters of whole gates. --config.routers.a
 the weights of the paper's Algorithm 2, softmax over the chosen K.
 """
 
+from ml_collections import ConfigDict
+
 from configs import vanilla
 
 
-def get_config(size=""):
+def get_config(size: str = "") -> ConfigDict:
     """Factorised gates that score for themselves."""
     config = vanilla.get_config(size)
     config.model.router = "aoe"

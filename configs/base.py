@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 from configs import sizes
 
 
-def get_config(size=""):
+def get_config(size: str = "") -> ConfigDict:
     """The base config at a size of `sizes.py` ("" is tiny)."""
     config = ConfigDict()
     config.seed = 0  # parameters, router noise and the order of the data

@@ -7,10 +7,12 @@ Dense in the layers that compete, each with probability 0.07 and at most 3 a ste
 point.
 """
 
+from ml_collections import ConfigDict
+
 from configs import vanilla
 
 
-def get_config(size=""):
+def get_config(size: str = "") -> ConfigDict:
     """Now and then experts compete."""
     config = vanilla.get_config(size)
     config.model.router = "competition"

@@ -7,10 +7,12 @@ Claim of the paper: up to 23.8 % over an auxiliary-loss baseline on its tasks. I
 not public: 1e-3 each.
 """
 
+from ml_collections import ConfigDict
+
 from configs import vanilla
 
 
-def get_config(size=""):
+def get_config(size: str = "") -> ConfigDict:
     """L_o on the experts' outputs, L_v on the router's weights."""
     config = vanilla.get_config(size)
     config.losses.output_overlap.weight = 1e-3

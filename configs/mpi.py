@@ -8,10 +8,12 @@ same parameters as vanilla; with the turned rows exported (`moe_erc/model/export
 ordinary MoE.
 """
 
+from ml_collections import ConfigDict
+
 from configs import vanilla
 
 
-def get_config(size=""):
+def get_config(size: str = "") -> ConfigDict:
     """Rows turned by the gates; C' is 4."""
     config = vanilla.get_config(size)
     config.model.router = "mpi"

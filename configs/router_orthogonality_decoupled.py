@@ -5,10 +5,12 @@
 After the optimizer's update: router -= weight * gradient of the loss there.
 """
 
+from ml_collections import ConfigDict
+
 from configs import router_orthogonality
 
 
-def get_config(size=""):
+def get_config(size: str = "") -> ConfigDict:
     """Outside the optimizer."""
     config = router_orthogonality.get_config(size)
     config.losses.router_orthogonality.decoupled = True

@@ -6,10 +6,12 @@ A controller moves the weight of the balance loss until K experts run on a token
 as in `aoe.py`; one threshold an expert more.
 """
 
+from ml_collections import ConfigDict
+
 from configs import aoe
 
 
-def get_config(size=""):
+def get_config(size: str = "") -> ConfigDict:
     """Gates in place of probabilities."""
     config = aoe.get_config(size)
     config.model.router = "routing_free"

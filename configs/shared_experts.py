@@ -7,10 +7,12 @@ FLOPs are vanilla's, K - 1 routed and 1 shared. Experts have 1 / E more paramete
 so that it divides over a mesh; --config.model.experts=63 for 64 matches them.
 """
 
+from ml_collections import ConfigDict
+
 from configs import vanilla
 
 
-def get_config(size=""):
+def get_config(size: str = "") -> ConfigDict:
     """One shared expert in place of a routed one."""
     config = vanilla.get_config(size)
     config.model.shared_experts = 1

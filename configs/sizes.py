@@ -11,6 +11,8 @@ does not state F and the key/value heads of its 15B: 384 and 4 give both totals.
 tokens in batches of 3M.
 """
 
+from ml_collections import ConfigDict
+
 from moe_erc.checks import one_of
 
 MODELS = {
@@ -51,7 +53,7 @@ CADENCE = {
 LARGE_CADENCE = (10, 1_000, 1_000, 256, 0)
 
 
-def apply(config, size):
+def apply(config: ConfigDict, size: str) -> None:
     """Sets the fields of one size; an unknown one is refused by name."""
     one_of("--config: size", size, MODELS)
     for field, value in zip(MODEL_FIELDS, MODELS[size], strict=True):

@@ -6,10 +6,12 @@ L_sp, the cosine of the chosen experts' hidden activations, and L_cp, the probab
 chosen in adjacent layers, both on top of the balance loss.
 """
 
+from ml_collections import ConfigDict
+
 from configs import vanilla
 
 
-def get_config(size=""):
+def get_config(size: str = "") -> ConfigDict:
     """The published weights."""
     config = vanilla.get_config(size)
     config.losses.specialization.weight = 2e-3

@@ -6,10 +6,12 @@ The smallest prefix of the most probable whose sum exceeds 0.4, of at most 2 K, 
 that keeps it short. FLOPs are counted at 2 K; `router/experts_per_token` says how many ran.
 """
 
+from ml_collections import ConfigDict
+
 from configs import vanilla
 
 
-def get_config(size=""):
+def get_config(size: str = "") -> ConfigDict:
     """Threshold 0.4, entropy loss 1e-4."""
     config = vanilla.get_config(size)
     config.routers.softmax.top_p = 0.4

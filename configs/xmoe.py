@@ -5,10 +5,12 @@
 Its router has E D / 2 + E^2 / 2 + 1 parameters where vanilla has E D; the rest is the same.
 """
 
+from ml_collections import ConfigDict
+
 from configs import vanilla
 
 
-def get_config(size=""):
+def get_config(size: str = "") -> ConfigDict:
     """A cosine router."""
     config = vanilla.get_config(size)
     config.model.router = "xmoe"

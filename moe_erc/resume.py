@@ -7,6 +7,7 @@ said and kept in the run's history.
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 
@@ -112,7 +113,7 @@ def _filled(config: Mapping, defaults: Mapping) -> dict:
     return filled
 
 
-def check_state(earlier: Earlier, model: Transformer, state) -> None:
+def check_state(earlier: Earlier, model: Transformer, state: Any) -> None:
     """Refuses an allowed change after which the arrays of the checkpoint are no state of the run any more."""
     if not any(
         change.key.startswith(("model.", "routers.", "optimizer.")) for change in earlier.changes
@@ -186,7 +187,7 @@ def open_text(
     raise _another_text(asked, mend)
 
 
-def open_tokenizer(earlier: Earlier, config: text.DataConfig, mend: str = TRAIN_ON):
+def open_tokenizer(earlier: Earlier, config: text.DataConfig, mend: str = TRAIN_ON) -> Any:
     """The tokenizer of a run, wherever its file lies now; BadInput where it is another one."""
     tokenizer = load_tokenizer(config.tokenizer)
     if tokenizer.identity != earlier.data["tokenizer"]:

@@ -7,9 +7,12 @@ F, so that sums over F need no gather.
 
 import math
 import os
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
+from typing import Any
 
 import jax
+import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -40,7 +43,7 @@ PARAMETERS = {
 }
 
 
-def use_cpu_cores(*divisible):
+def use_cpu_cores(*divisible: int) -> None:
     """Before any array: a virtual CPU device per core, as many as divide all the sizes given.
 
     XLA runs the loops of a program on one core per device. Several processes share the cores: each
@@ -63,7 +66,7 @@ def use_cpu_cores(*divisible):
     jax.config.update("jax_num_cpu_devices", devices)
 
 
-def make_mesh(data, expert, devices=None):
+def make_mesh(data: int, expert: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """A (data, expert) mesh.
 
     -1, for one of the two, takes what the other leaves of `devices` (all there are).
@@ -93,14 +96,14 @@ def make_mesh(data, expert, devices=None):
     return Mesh(lay_out(chosen, data, expert), (DATA, EXPERT), axis_types=(AxisType.Auto,) * 2)
 
 
-def fit_mesh(model):
+def fit_mesh(model: Any) -> Mesh:
     """A mesh of as many devices as divide the sizes of `model`, for what was trained on another machine."""
     expert = math.gcd(model.experts, jax.device_count())
     data = math.gcd(jax.device_count() // expert, model.width, model.kv_width, model.expert_width)
     return make_mesh(data, expert)
 
 
-def lay_out(devices, data, expert):
+def lay_out(devices: Sequence[jax.Device], data: int, expert: int) -> np.ndarray:
     """(data, expert) array of devices with near ones beside each other; an expert group stays within its slice.
 
     A slice is what the fast network joins: one TPU slice, one GPU node. As `jax.make_mesh`, which
@@ -118,7 +121,9 @@ def lay_out(devices, data, expert):
     return mesh_utils.create_device_mesh((data, expert), devices, allow_split_physical_axes=True)
 
 
-def shard_state(mesh, abstract_state, router_parameters=MappingProxyType({})):
+def shard_state(
+    mesh: Mesh, abstract_state: Any, router_parameters: Mapping = MappingProxyType({})
+) -> Any:
     """The same tree with a sharding for every leaf: moments carry their parameter's name, so a name tells for both.
 
     router_parameters: {name: Parameter} of `moe/routers/base.py`. Every device has all of what
@@ -140,7 +145,7 @@ def shard_state(mesh, abstract_state, router_parameters=MappingProxyType({})):
     return jax.tree_util.tree_map_with_path(place, abstract_state)
 
 
-def print_plan(abstract):
+def print_plan(abstract: Any) -> None:
     """Prints where an abstract state will lie: shape, spec and bytes per device of every parameter, and the totals."""
     leaves = jax.tree_util.tree_leaves_with_path(abstract.params)
     mesh = leaves[0][1].sharding.mesh
@@ -160,7 +165,7 @@ def print_plan(abstract):
     print_table(title, ("parameter", "shape", "spec", "MB a device"), rows, footer)
 
 
-def bytes_per_device(abstract):
+def bytes_per_device(abstract: Any) -> int:
     """What one device holds of a tree of abstract arrays with shardings."""
     leaves = jax.tree.leaves(abstract)
     return sum(
@@ -168,41 +173,43 @@ def bytes_per_device(abstract):
     )
 
 
-def shard_batch(mesh):
+def shard_batch(mesh: Mesh) -> NamedSharding:
     """Sequences are split over every device."""
     return NamedSharding(mesh, P(BATCH))
 
 
-def shard_cache(mesh):
+def shard_cache(mesh: Mesh) -> NamedSharding:
     """Keys and values lie with their sequences, behind the axis of layers."""
     return NamedSharding(mesh, P(None, BATCH))
 
 
-def replicate(mesh):
+def replicate(mesh: Mesh) -> NamedSharding:
     """All of it on every device, so that every process can fetch it."""
     return NamedSharding(mesh, P())
 
 
-def local_rows(mesh, batch_size):
+def local_rows(mesh: Mesh, batch_size: int) -> list[int]:
     """The rows of a batch that lie on this process's devices: no row is on two of them, wherever the devices are."""
     slices = shard_batch(mesh).addressable_devices_indices_map((batch_size,)).values()
     return sorted(row for (share,) in slices for row in range(*share.indices(batch_size)))
 
 
-def put_batch(mesh, batch):
+def put_batch(mesh: Mesh, batch: Any) -> Any:
     """The `local_rows` of a batch, from every process, as global arrays."""
     return jax.tree.map(
         lambda leaf: jax.make_array_from_process_local_data(shard_batch(mesh), leaf), batch
     )
 
 
-def put_whole_batch(mesh, batch):
+def put_whole_batch(mesh: Mesh, batch: Any) -> Any:
     """A batch that every process has all of, as global arrays: each device takes its rows."""
     place = jax.make_array_from_process_local_data
     return jax.tree.map(lambda leaf: place(shard_batch(mesh), leaf, leaf.shape), batch)
 
 
-def check(mesh, model, batch_size, micro_batches, eval_batch_size):
+def check(
+    mesh: Mesh, model: Any, batch_size: int, micro_batches: int, eval_batch_size: int
+) -> None:
     """Refuses sizes that the mesh cannot split evenly, naming both numbers."""
     data = mesh.shape[DATA]
     expert = mesh.shape[EXPERT]

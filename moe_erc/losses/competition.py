@@ -8,6 +8,8 @@ experts are not trained. The loss is a mean over the layers that compete on the 
 does not compete has no error, rather than an error of 0.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -42,7 +44,7 @@ def over_competing_layers(error_and_active_L2: jax.Array, mask_BT: jax.Array) ->
     return masked_mean(error_L, active_L == 1)
 
 
-def compute(options: NoOptions, layer) -> jax.Array:
+def compute(options: NoOptions, layer: Any) -> jax.Array:
     """(error, whether the layer competes) as two numbers; the error is 0 where it does not."""
     active, competitors_BTE = layer.auxiliary
     error = competition(

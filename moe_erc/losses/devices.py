@@ -42,7 +42,9 @@ class Devices:
         """The name of the axis over which experts are split."""
         return None if self.mesh is None else self.mesh.axis_names[1]
 
-    def run(self, function: Callable, out_spec: P, rows_LED: jax.Array, weights: dict, keys: Any):
+    def run(
+        self, function: Callable, out_spec: P, rows_LED: jax.Array, weights: dict, keys: Any
+    ) -> jax.Array:
         """function(rows, weights, keys), on every device with its own slices of the weights.
 
         weights: by name, w_gate and w_up (L, E, D, F), w_down (L, E, F, D). out_spec: how the

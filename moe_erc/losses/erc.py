@@ -17,6 +17,7 @@ device its slices, `_losses_of_layers` computes bounds, proxies, M (`responses.p
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -286,7 +287,13 @@ def _losses_of_layers(options, devices, router_LED, weights, keys_L):
 
 
 # ---------------------------------------------------------------------------- the trainer's record
-def compute(options: ErcOptions, params, rng, model, shape_BT) -> jax.Array:
+def compute(
+    options: ErcOptions,
+    params: Any,
+    rng: jax.Array | None,
+    model: Any,
+    shape_BT: tuple[int, int] | None,
+) -> jax.Array:
     """The loss of all layers of the model, over the mesh on which its parameters lie."""
     of_layers = params["layers"]["moe"] | {"router": model.router_rows(params)}
     chosen = dataclasses.asdict(options)

@@ -6,6 +6,8 @@ Logits of size (B, T, V) never exist at once.
 """
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -93,7 +95,9 @@ def language_model(losses_BT: jax.Array, mask_BT: jax.Array) -> jax.Array:
     return masked_mean(losses_BT, mask_BT)
 
 
-def compute(options: LanguageModelOptions, output, batch, earlier_LE) -> jax.Array:
+def compute(
+    options: LanguageModelOptions, output: Any, batch: Mapping, earlier_LE: jax.Array | None
+) -> jax.Array:
     """The mean loss of a micro-batch's tokens."""
     losses_BT = token_losses(output.x_BTD, output.head_VD, batch["targets_BT"], options.chunk)
     return language_model(losses_BT, batch["mask_BT"])

@@ -15,6 +15,8 @@ alone: the last micro-batch sees all counts, an earlier one those so far.
 """
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -48,7 +50,9 @@ def load_balance(load_LE: jax.Array, probability_LE: jax.Array) -> jax.Array:
     return experts * jnp.mean(jnp.sum(lax.stop_gradient(load_LE) * probability_LE, axis=-1))
 
 
-def compute(options: LoadBalanceOptions, output, batch, earlier_LE) -> jax.Array:
+def compute(
+    options: LoadBalanceOptions, output: Any, batch: Mapping, earlier_LE: jax.Array | None
+) -> jax.Array:
     """The loss of a micro-batch's routing."""
     assignments_LE = output.routing.assignments_E
     if options.scope == "step" and earlier_LE is not None:

@@ -47,7 +47,7 @@ class Objective:
             for name, loss, options in self._active("layer")
         )
 
-    def of_batch(self, output, batch: Mapping, earlier_LE: jax.Array | None) -> dict:
+    def of_batch(self, output: Any, batch: Mapping, earlier_LE: jax.Array | None) -> dict:
         """Terms of one micro-batch, {name: scalar}, not weighted: means over its unmasked tokens.
 
         earlier_LE: assignments of the step's earlier micro-batches; None where it is alone. The
@@ -61,7 +61,7 @@ class Objective:
         return terms
 
     def of_parameters(
-        self, params, rng: jax.Array | None, shape_BT: tuple[int, int] | None = None
+        self, params: Any, rng: jax.Array | None, shape_BT: tuple[int, int] | None = None
     ) -> dict:
         """Terms of the parameters alone, {name: scalar}, not weighted.
 
@@ -85,7 +85,7 @@ class Objective:
                 total += self.losses[name]["weight"] * scales.get(name, 1) * term
         return total
 
-    def decouple(self, params):
+    def decouple(self, params: Any) -> Any:
         """Parameters less weight times gradient of the losses that bypass the optimizer."""
         for name, loss, options in self._decoupled():
             value = functools.partial(_of_params, loss, options, self.model)

@@ -11,6 +11,8 @@ Of several micro-batches each has its own mean of pairs and counts by its share 
 Where every token has K experts, L_o is then that of the whole batch.
 """
 
+from typing import Any
+
 import jax
 
 from moe_erc.losses.base import Loss, NoOptions
@@ -32,7 +34,7 @@ def output_overlap(output_BTKD: jax.Array, chosen_BTK: jax.Array, eps: float = 1
     return mean_over_pairs(share_BTKK**2 * length2_BT1K, chosen_BTK)
 
 
-def compute(options: NoOptions, layer) -> jax.Array:
+def compute(options: NoOptions, layer: Any) -> jax.Array:
     """L_o of what a layer's chosen experts gave."""
     return output_overlap(layer.kept["output"], layer.chosen_BTK)
 

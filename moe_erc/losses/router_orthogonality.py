@@ -7,6 +7,7 @@ length of a row changes nothing, and the gradient is at right angles to the row.
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -38,7 +39,13 @@ def router_orthogonality(router_LED: jax.Array) -> jax.Array:
     return jnp.mean(distance_L) / experts**2
 
 
-def compute(options: RouterOrthogonalityOptions, params, rng, model, shape_BT) -> jax.Array:
+def compute(
+    options: RouterOrthogonalityOptions,
+    params: Any,
+    rng: jax.Array | None,
+    model: Any,
+    shape_BT: tuple[int, int] | None,
+) -> jax.Array:
     """The loss of the router's rows in all layers."""
     return router_orthogonality(params["layers"]["moe"]["router"])
 

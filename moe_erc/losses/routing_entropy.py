@@ -6,6 +6,8 @@ It keeps the number of experts small. Without it a router that takes experts unt
 probabilities exceed p learns flat probabilities, and takes all experts.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -22,7 +24,7 @@ def routing_entropy(probabilities_BTE: jax.Array, mask_BT: jax.Array) -> jax.Arr
     return masked_mean(-jnp.sum(probabilities_BTE * log_BTE, axis=-1), mask_BT)
 
 
-def compute(options: NoOptions, layer) -> jax.Array:
+def compute(options: NoOptions, layer: Any) -> jax.Array:
     """The loss of a layer's probabilities."""
     return routing_entropy(layer.scores.probabilities_BTE, layer.mask_BT)
 

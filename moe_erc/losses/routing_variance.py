@@ -10,6 +10,8 @@ Of several micro-batches each has its own mean score and counts by its share of 
 variance is not additive: the result is not that of the whole batch.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -36,7 +38,7 @@ def routing_variance(
     return -jnp.sum(jnp.mean((score_BTE - mean_E) ** 2, axis=-1) * share_BT)
 
 
-def compute(options: NoOptions, layer) -> jax.Array:
+def compute(options: NoOptions, layer: Any) -> jax.Array:
     """L_v of a layer's routing."""
     probabilities_BTE = layer.score_alone().probabilities_BTE
     return routing_variance(probabilities_BTE, layer.routing.experts_BTK, layer.mask_BT)

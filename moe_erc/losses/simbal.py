@@ -6,6 +6,8 @@ An orthonormal router sends like tokens to like experts; it stands in place of a
 keep their lengths, so the loss holds them at 1. It is not divided by E^2.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -26,7 +28,13 @@ def simbal(router_LED: jax.Array) -> jax.Array:
     return jnp.mean(jnp.sum(size_LEE, axis=(-2, -1)))
 
 
-def compute(options: NoOptions, params, rng, model, shape_BT) -> jax.Array:
+def compute(
+    options: NoOptions,
+    params: Any,
+    rng: jax.Array | None,
+    model: Any,
+    shape_BT: tuple[int, int] | None,
+) -> jax.Array:
     """The loss of the router's rows in all layers."""
     return simbal(params["layers"]["moe"]["router"])
 

@@ -1,5 +1,7 @@
 """Tokens that meet no expert: a token may pass the threshold of none, where experts have them."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -7,12 +9,12 @@ from moe_erc.measures.base import Measure
 from moe_erc.numerics import masked_mean
 
 
-def dropped_tokens(layer) -> jax.Array:
+def dropped_tokens(layer: Any) -> jax.Array:
     """Share of the unmasked tokens of one layer without any expert; 0 without a token."""
     return masked_mean(~jnp.any(layer.chosen_BTK, axis=-1), layer.mask_BT)
 
 
-def may_drop(config) -> bool:
+def may_drop(config: Any) -> bool:
     """Whether a token may be left without an expert; the highest probabilities leave none so."""
     return not config.router.has_probabilities
 

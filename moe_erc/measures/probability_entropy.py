@@ -1,6 +1,7 @@
 """Entropy of a token's router probabilities: 0 when one expert is certain, 1 when all are alike."""
 
 import math
+from typing import Any
 
 import jax
 
@@ -8,7 +9,7 @@ from moe_erc.losses.routing_entropy import routing_entropy
 from moe_erc.measures.base import Measure
 
 
-def probability_entropy(layer) -> jax.Array:
+def probability_entropy(layer: Any) -> jax.Array:
     """Share of log E, mean over the unmasked tokens of one layer; 0 for E = 1."""
     probabilities_BTE = layer.scores.probabilities_BTE
     experts = probabilities_BTE.shape[-1]
@@ -16,7 +17,7 @@ def probability_entropy(layer) -> jax.Array:
     return routing_entropy(probabilities_BTE, layer.mask_BT) / most
 
 
-def has_probabilities(config) -> bool:
+def has_probabilities(config: Any) -> bool:
     """Whether the router makes probabilities of its scores."""
     return config.router.has_probabilities
 

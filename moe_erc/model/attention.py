@@ -8,19 +8,21 @@ import numpy as np
 from flax import linen as nn
 from jax.extend import backend
 
+from moe_erc.model.context import Cache, Context
+
 SLICE = 64
 SLICES = 8  # queries of a slice at least, and slices at most: every one is compiled
 NOTHING = np.finfo(np.float32).min  # as a score
 
 
-def rms_norm(x, scale, eps):
+def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
     """x / rms(x) in float32, cast back, times the scale."""
     x32 = x.astype(jnp.float32)
     normed = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
     return normed.astype(x.dtype) * scale.astype(x.dtype)
 
 
-def rope(x_BTHD, theta, context=None):
+def rope(x_BTHD: jax.Array, theta: float, context: Context | None = None) -> jax.Array:
     """Rotary embedding, half-split: coordinates d and d + D/2 of position t turn by t theta^(-2 d / D)."""
     positions = x_BTHD.shape[1] if context is None else context.slots
     half = x_BTHD.shape[-1] // 2
@@ -37,7 +39,9 @@ def rope(x_BTHD, theta, context=None):
     ).astype(x_BTHD.dtype)
 
 
-def uses_cudnn(implementation, query_BTHD, segments_BT=None):
+def uses_cudnn(
+    implementation: str, query_BTHD: jax.Array, segments_BT: jax.Array | None = None
+) -> bool:
     """Whether cuDNN's fused attention is called: where it was asked for, and by "auto" where it takes what is there."""
     if implementation != "auto" or "cuda" not in backend.get_backend().platform_version:
         return implementation == "cudnn"
@@ -48,12 +52,19 @@ def uses_cudnn(implementation, query_BTHD, segments_BT=None):
     return query_BTHD.dtype in (jnp.bfloat16, jnp.float16) and width % 8 == 0 and width <= 128
 
 
-def same_segment(segments_BT, queries=slice(None), keys=slice(None)):
+def same_segment(
+    segments_BT: jax.Array, queries: slice = slice(None), keys: slice = slice(None)
+) -> jax.Array:
     """(B, T, S) bool, of slices of the row: whether query and key have one number."""
     return segments_BT[:, queries, None] == segments_BT[:, None, keys]
 
 
-def attend_by_cudnn(query_BTHD, key_BTGD, value_BTGD, segments_BT=None):
+def attend_by_cudnn(
+    query_BTHD: jax.Array,
+    key_BTGD: jax.Array,
+    value_BTGD: jax.Array,
+    segments_BT: jax.Array | None = None,
+) -> jax.Array:
     """As `attend`, in cuDNN's fused kernels: what lies ahead is not computed, what lies in another segment is masked.
 
     The mask of every row exists, (T, T) in the dtype of the queries: 34 MB a row at T 4,096 in
@@ -64,7 +75,13 @@ def attend_by_cudnn(query_BTHD, key_BTGD, value_BTGD, segments_BT=None):
     return jax.nn.dot_product_attention(*of, mask=mask, is_causal=True, implementation="cudnn")
 
 
-def attend(query_BTHD, key_BSGD, value_BSGD, attends_BTS=None, segments_BT=None):
+def attend(
+    query_BTHD: jax.Array,
+    key_BSGD: jax.Array,
+    value_BSGD: jax.Array,
+    attends_BTS: jax.Array | None = None,
+    segments_BT: jax.Array | None = None,
+) -> jax.Array:
     """softmax(query @ key.T / sqrt(D)) @ value, (B, T, H, D): heads H / G share keys; float32 scores.
 
     Without `attends_BTS` to all that is not behind, of these with `segments_BT` to those of the
@@ -115,7 +132,9 @@ class Attention(nn.Module):
     config: Any  # ModelConfig
 
     @nn.compact
-    def __call__(self, x_BTD, context=None):
+    def __call__(
+        self, x_BTD: jax.Array, context: Context | None = None
+    ) -> tuple[jax.Array, Cache | None]:
         config = self.config
         init = self.config.initializer
         B, T, D = x_BTD.shape

@@ -1,9 +1,11 @@
 """Models that cannot be built, refused in one line that names the value and the mend."""
 
+from typing import Any
+
 from moe_erc.checks import BadInput, check_fields
 
 
-def check_sizes(config):
+def check_sizes(config: Any) -> None:
     """Refuses fields beyond their limits, and widths that cannot be split."""
     check_fields(config, "model")
     if config.experts_per_token > config.experts:

@@ -60,7 +60,7 @@ class ModelConfig:
         model["router"] = make_router(model["router"], dict(config["routers"]))
         return cls(**model)
 
-    def check_vocabulary(self, tokens):
+    def check_vocabulary(self, tokens: int) -> None:
         """Refuses a tokenizer with more tokens than the embedding has rows."""
         if tokens > self.vocab_size:
             raise BadInput(
@@ -79,19 +79,19 @@ class ModelConfig:
             )
 
     @property
-    def initializer(self):
+    def initializer(self) -> jax.nn.initializers.Initializer:
         """Of every matrix: truncated normal, cut at three sigma."""
         return jax.nn.initializers.truncated_normal(self.init_std, lower=-3.0, upper=3.0)
 
     @property
-    def head_width(self):
+    def head_width(self) -> int:
         return self.width // self.heads
 
     @property
-    def kv_width(self):
+    def kv_width(self) -> int:
         return self.kv_heads * self.head_width
 
-    def parameters(self, experts=None):
+    def parameters(self, experts: int | None = None) -> int:
         """Exact number of parameters; with `experts` experts a layer instead of all of them."""
         attention = (
             2 * self.width * self.width
@@ -113,11 +113,11 @@ class ModelConfig:
             + self.width
         )
 
-    def active_parameters(self):
+    def active_parameters(self) -> int:
         """Those a token meets: all but the experts it is not routed to."""
         return self.parameters(self.experts_per_token)
 
-    def flops_per_token(self, length):
+    def flops_per_token(self, length: int) -> float:
         """Twice the multiply-adds of a token's forward pass: matmuls, and causal attention over `length` tokens."""
         attention = (
             2 * self.width * self.width

@@ -8,6 +8,7 @@
 Nobody attends to nothing: padding attends to padding, and no row of a softmax is empty.
 """
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -38,11 +39,11 @@ class Context(NamedTuple):
     )
 
     @property
-    def slots(self):
+    def slots(self) -> int:
         """S, the keys there are."""
         return (self.segments_BT if self.attends_BTS is None else self.attends_BTS).shape[-1]
 
-    def write(self, key_BTHD, value_BTHD):
+    def write(self, key_BTHD: jax.Array, value_BTHD: jax.Array) -> Cache:
         """The layer's cache with these in their slots."""
         new = Cache(key_BTHD, value_BTHD)
         return jax.tree.map(
@@ -52,7 +53,7 @@ class Context(NamedTuple):
         )
 
 
-def packed(segments_BT):
+def packed(segments_BT: jax.Array) -> Context:
     """Context of sequences side by side: neighbours of one number are a sequence, whose positions start at 0.
 
     `segments_BT` holds integers or bools. A row may begin in the middle of a sequence: its
@@ -66,19 +67,19 @@ def packed(segments_BT):
     return Context(slots_T - first_BT, None, segments_BT=sequence_BT)
 
 
-def of_batch(batch):
+def of_batch(batch: Mapping) -> Context | None:
     """Context of a batch of `data/windows.py`: None, which attends to all before it, unless it numbers documents."""
     return packed(batch["segments_BT"]) if "segments_BT" in batch else None
 
 
-def branched(positions_BT, trees_BT, branches_BT):
+def branched(positions_BT: jax.Array, trees_BT: jax.Array, branches_BT: jax.Array) -> Context:
     """Context of trees side by side: tokens see what is before them in their own branch and in branch 0, the trunk."""
     slots_T = jnp.arange(trees_BT.shape[1])
     seen_BTS = (branches_BT[:, None] == 0) | (branches_BT[..., None] == branches_BT[:, None])
     return Context(positions_BT, _attends(slots_T, trees_BT, trees_BT) & seen_BTS)
 
 
-def cached(cache, first_B, slot, length):
+def cached(cache: Cache, first_B: jax.Array, slot: int | jax.Array, length: int) -> Context:
     """Context of the `length` tokens from `slot` on, in rows whose sequence begins at slot `first_B`."""
     slots_S = jnp.arange(cache.key_BSHD.shape[2])
     slots_T = slot + jnp.arange(length)
@@ -87,7 +88,7 @@ def cached(cache, first_B, slot, length):
     return Context(positions_BT, _attends(slots_T, inside_BT, inside_BS), cache, slot)
 
 
-def empty_cache(config, rows, slots):
+def empty_cache(config: Any, rows: int, slots: int) -> Cache:
     """Of all layers, in the dtype of the model."""
     shape = config.layers, rows, slots, config.kv_heads, config.head_width
     return Cache(*(jnp.zeros(shape, config.dtype) for _ in Cache._fields))

@@ -3,11 +3,12 @@ remains.
 """
 
 import dataclasses
+from collections.abc import Mapping
 
 from moe_erc.model.transformer import Transformer
 
 
-def as_softmax_router(model, params):
+def as_softmax_router(model: Transformer, params: Mapping) -> tuple[Transformer, dict]:
     """(Transformer, params) with router "softmax" and the same outputs; ValueError where no softmax
     router has them.
     """

@@ -6,6 +6,7 @@ Blocks are scanned, so parameters and statistics carry a leading layer axis L an
 compiled.
 """
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -41,7 +42,9 @@ class Block(nn.Module):
     observers: tuple = ()  # of `MoE`
 
     @nn.compact
-    def __call__(self, x_BTD, mask_BT, router_state, context):
+    def __call__(
+        self, x_BTD: jax.Array, mask_BT: jax.Array, router_state: Mapping, context: Context | None
+    ):
         def normalize(name, x):
             return rms_norm(
                 x, self.param(name, nn.initializers.ones, x.shape[-1:]), self.config.norm_eps
@@ -69,7 +72,13 @@ class Transformer(nn.Module):
     observers: tuple = ()  # of `MoE`
 
     @nn.compact
-    def __call__(self, tokens_BT, mask_BT, router_state, context=None):
+    def __call__(
+        self,
+        tokens_BT: jax.Array,
+        mask_BT: jax.Array,
+        router_state: Mapping,
+        context: Context | None = None,
+    ):
         config = self.config
         init = self.config.initializer
         embed_VD = self.param("embed", init, (config.vocab_size, config.width))
@@ -97,7 +106,7 @@ class Transformer(nn.Module):
             rms_norm(x_BTD, final_norm_D, config.norm_eps), head_VD, stats, observed, cache
         )
 
-    def router_rows(self, params):
+    def router_rows(self, params: Mapping) -> jax.Array | None:
         """(L, E, D): for every expert the direction in token space that its router attracts.
 
         None: it has no rows.

@@ -7,7 +7,9 @@ but those asked for. A dynamic trip count has no reverse mode, hence the custom 
 inputs alone and recomputes a block's hidden activations.
 """
 
+from collections.abc import Callable, Mapping
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +22,9 @@ LARGEST = 128  # rows of a block
 MATMUL = partial(jnp.matmul, preferred_element_type=jnp.float32)
 
 
-def block_loop(expert, x_ND, assigned, experts_NK, matrices):
+def block_loop(
+    expert: Callable, x_ND: jax.Array, assigned: Any, experts_NK: jax.Array, matrices: Mapping
+) -> tuple[Any, Any]:
     """(summed by token, kept by assignment) of `expert` on its rows.
 
     See `experts.py` for the contract.

@@ -12,7 +12,9 @@ nothing.
 """
 
 import logging
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +32,7 @@ FACTORIZED = ("w_high", "w_up", "w_down")
 LOG = logging.getLogger(__name__)
 
 
-def hidden(x, assigned, matrices, matmul):
+def hidden(x: jax.Array, assigned: Mapping, matrices: Mapping, matmul: Callable) -> jax.Array:
     """The activations that the down projection reads, not weighed."""
     gate = (
         matmul(assigned["low"], matrices["w_high"])
@@ -40,12 +42,14 @@ def hidden(x, assigned, matrices, matmul):
     return jax.nn.silu(gate) * matmul(x, matrices["w_up"])
 
 
-def output(x, assigned, matrices, matmul):
+def output(x: jax.Array, assigned: Mapping, matrices: Mapping, matmul: Callable) -> jax.Array:
     """What an expert answers, not weighed."""
     return matmul(hidden(x, assigned, matrices, matmul).astype(x.dtype), matrices["w_down"])
 
 
-def weighed(x, assigned, matrices, matmul, keep=()):
+def weighed(
+    x: jax.Array, assigned: Mapping, matrices: Mapping, matmul: Callable, keep: Sequence[str] = ()
+) -> tuple[jax.Array, dict]:
     """The weighed output, summed by token. Weighing the hidden rows spares the backward the down projection.
 
     `keep` may name "hidden", and "output", which is constant in the token: its gradient reaches the
@@ -65,14 +69,14 @@ def weighed(x, assigned, matrices, matmul, keep=()):
     return matmul(hidden_RF.astype(x.dtype), matrices["w_down"]), kept
 
 
-def affinity(x, assigned, matrices, matmul):
+def affinity(x: jax.Array, assigned: Mapping, matrices: Mapping, matmul: Callable) -> tuple:
     """How strongly an expert answers: the mean softplus of its output, by assignment."""
     return (), jnp.mean(
         jax.nn.softplus(output(x, assigned, matrices, matmul).astype(jnp.float32)), axis=-1
     )
 
 
-def unit_output(x, assigned, matrices, matmul):
+def unit_output(x: jax.Array, assigned: Mapping, matrices: Mapping, matmul: Callable) -> tuple:
     """The direction of an expert's output, weighed and summed by token.
 
     0, as its gradient, for an output of 0.
@@ -82,7 +86,9 @@ def unit_output(x, assigned, matrices, matmul):
     ), ()
 
 
-def dense(expert, x_ND, assigned, experts_NK, matrices):
+def dense(
+    expert: Callable, x_ND: jax.Array, assigned: Any, experts_NK: jax.Array, matrices: Mapping
+) -> tuple[Any, Any]:
     """Every expert on every token, weighed by 0 where it was not chosen: E / K times the work, nothing to get wrong."""
 
     def choose(chosen_NK, leaf):
@@ -111,7 +117,7 @@ def _in_dtype_of(x, tree):
     return jax.tree.map(lambda leaf: leaf.astype(x.dtype), tree)
 
 
-def pallas_matmul(x_MD, w_EDF, sizes_E):
+def pallas_matmul(x_MD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array) -> jax.Array:
     """Imported when used: in a jax without Pallas's Triton backend it fails its self-test, and nothing else does."""
     from moe_erc.moe import pallas_matmul as kernels
 
@@ -125,7 +131,7 @@ FASTEST = {"cpu": "block_loop", "gpu": "pallas", "tpu": "ragged"}
 PORTABLE = "block_loop"
 
 
-def implementation(name, platform):
+def implementation(name: str, platform: str) -> Callable:
     """The function called `name`; for "auto" the fastest on `platform` (cpu, gpu or tpu) that is right on its devices.
 
     Which is asked of grouped matmuls. One that was called by its name and is wrong is refused.

@@ -8,8 +8,9 @@ per expert or dropped, and chunks without rows are skipped. The backward keeps t
 recomputes a chunk's hidden activations.
 """
 
+from collections.abc import Callable, Mapping
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -39,7 +40,14 @@ class _Chunk(NamedTuple):
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def grouped(matmul, expert, x_ND, assigned, experts_NK, matrices):
+def grouped(
+    matmul: Callable,
+    expert: Callable,
+    x_ND: jax.Array,
+    assigned: Any,
+    experts_NK: jax.Array,
+    matrices: Mapping,
+) -> tuple[Any, Any]:
     """(summed by token, kept by assignment) of `expert` on its rows; see `experts.py` for the contract.
 
     `matmul(x_MD, w_EDF, sizes_E)` multiplies consecutive groups of rows, each with its matrix.

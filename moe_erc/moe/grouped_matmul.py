@@ -21,7 +21,7 @@ TRANSPOSED = lax.RaggedDotDimensionNumbers(
 
 
 @jax.custom_vjp
-def grouped_matmul(x_MD, w_EDF, sizes_E):
+def grouped_matmul(x_MD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array) -> jax.Array:
     """(M, F) in the dtype of x, accumulated in float32.
 
     Groups follow each other and may be empty.
@@ -45,7 +45,7 @@ grouped_matmul.defvjp(_forward, _backward)
 
 
 @jax.custom_vjp
-def tokamax_matmul(x_MD, w_EDF, sizes_E):
+def tokamax_matmul(x_MD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array) -> jax.Array:
     """The same by the kernels of tokamax, an optional extra."""
     return _inside(sizes_E, _tokamax(x_MD, w_EDF, sizes_E))
 

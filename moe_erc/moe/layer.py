@@ -4,7 +4,7 @@ Of the router it knows the record alone (`routers/base.py`).
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -36,13 +36,13 @@ class Observation:
     run_all: Callable
 
     @property
-    def chosen_BTK(self):
+    def chosen_BTK(self) -> jax.Array:
         """The slots that hold an expert, of unmasked tokens."""
         return routing.full_slots(
             self.routing, self.scores.probabilities_BTE.shape[-1], self.mask_BT
         )
 
-    def unit_sum_BTD(self):
+    def unit_sum_BTD(self) -> jax.Array:
         """For every token the sum of the directions in which all experts answer."""
         return self.run_all(experts.unit_output)[0]
 
@@ -78,7 +78,9 @@ class MoE(nn.Module):
     observers: tuple = ()
 
     @nn.compact
-    def __call__(self, x_BTD, mask_BT, router_state):
+    def __call__(
+        self, x_BTD: jax.Array, mask_BT: jax.Array, router_state: Mapping
+    ) -> tuple[jax.Array, routing.RoutingStats, dict]:
         config = self.config
         mesh = self.mesh
         router = config.router
@@ -130,7 +132,7 @@ class MoE(nn.Module):
         return y_BTD, routing.statistics(scores, chosen, mask_BT), observed
 
 
-def shared_experts(x_BTD, parameters, dtype):
+def shared_experts(x_BTD: jax.Array, parameters: Mapping, dtype: Any) -> jax.Array:
     """S experts that every token meets, unweighed (DeepSeekMoE, arXiv 2401.06066): one SwiGLU of
     width S F.
     """

@@ -29,7 +29,7 @@ COMPILER = triton.CompilerParams(num_warps=8, num_stages=3)
 
 
 @jax.custom_vjp
-def pallas_matmul(x_MD, w_EDF, sizes_E):
+def pallas_matmul(x_MD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array) -> jax.Array:
     """(M, F) in the dtype of x, accumulated in float32.
 
     Groups follow each other and may be empty.

@@ -8,11 +8,16 @@ Statistics and losses are outside `shard_map` and see global arrays, so their me
 say.
 """
 
+from collections.abc import Callable, Mapping
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
+from moe_erc.moe.routing import Routing
 from moe_erc.sharding import BATCH, DATA, EXPERT, PARAMETERS
 
 BY_EXPERT = P(
@@ -20,7 +25,7 @@ BY_EXPERT = P(
 )  # (B, T, E, …): every device has all tokens of its group for its own experts
 
 
-def by_token(function, mesh):
+def by_token(function: Callable, mesh: Mesh | None) -> Callable:
     """`function`, of arrays (B, T, …) token by token, on every device's own: XLA would gather what it cannot cut."""
     return (
         function
@@ -29,7 +34,15 @@ def by_token(function, mesh):
     )
 
 
-def apply(run, mesh, x_BTD, routing, matrices, low_BTEr=None, low_of_constant_BTEr=None):
+def apply(
+    run: Callable,
+    mesh: Mesh | None,
+    x_BTD: jax.Array,
+    routing: Routing,
+    matrices: Mapping,
+    low_BTEr: jax.Array | None = None,
+    low_of_constant_BTEr: jax.Array | None = None,
+) -> tuple[Any, Any]:
     """(summed (B, T, …), kept (B, T, K, …)) of `run`, an implementation of `experts.py` with its expert bound to it.
 
     `low_BTEr` is what `project` made, for experts that go on from there, and `low_of_constant_BTEr`
@@ -59,7 +72,7 @@ def apply(run, mesh, x_BTD, routing, matrices, low_BTEr=None, low_of_constant_BT
     )
 
 
-def project(mesh, x_BTD, w_low_EDr, spec):
+def project(mesh: Mesh | None, x_BTD: jax.Array, w_low_EDr: jax.Array, spec: P) -> jax.Array:
     """x @ w_low of every expert, (B, T, E, r) float32, each expert's where its matrices are.
 
     spec: where w_low lies. Experts are chosen by the result, so that float32 is not rounded to

@@ -100,7 +100,7 @@ def top(
     return Routing(weights_BTK, experts_BTK)
 
 
-def shares(weights_BTK):
+def shares(weights_BTK: jax.Array) -> jax.Array:
     """Weights over their sum; 0 if all are 0, as they may be where a bias chose against the probabilities.
 
     Measured by the largest first: of a sum of 1e-20 the derivative of the quotient is out of
@@ -111,7 +111,7 @@ def shares(weights_BTK):
     return divide(weights_BTK, jnp.sum(weights_BTK, axis=-1, keepdims=True))
 
 
-def full_slots(routing, experts, mask_BT):
+def full_slots(routing: Routing, experts: int, mask_BT: jax.Array) -> jax.Array:
     """The slots that hold an expert, of unmasked tokens, (B, T, K) bool."""
     return (routing.experts_BTK < experts) & mask_BT[..., None]
 

@@ -4,12 +4,14 @@ Row n K + k is the k-th expert of token n. An index out of range is nobody's: re
 writing.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 
-def sort_by_expert(experts_NK, experts):
+def sort_by_expert(experts_NK: jax.Array, experts: int) -> tuple[jax.Array, jax.Array]:
     """(rows ordered by expert, those of nobody here last; how many each expert has)."""
     experts_M = experts_NK.reshape(-1)
     keys_M = jnp.where((experts_M >= 0) & (experts_M < experts), experts_M, experts)
@@ -30,16 +32,16 @@ def _argsort(keys_M, end):
     return (lax.sort(keys_M.astype(jnp.uint32) * count + places_M) % count).astype(jnp.int32)
 
 
-def by_row(of_assignments):
+def by_row(of_assignments: Any) -> Any:
     """(N, K, …) -> (N K, …), every leaf."""
     return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), of_assignments)
 
 
-def take(tree, indices):
+def take(tree: Any, indices: jax.Array) -> Any:
     """These rows of every leaf."""
     return jax.tree.map(lambda leaf: leaf.at[indices].get(mode="fill", fill_value=0), tree)
 
 
-def add(totals, indices, rows):
+def add(totals: Any, indices: jax.Array, rows: Any) -> Any:
     """Every leaf with rows added to these."""
     return jax.tree.map(lambda total, leaf: total.at[indices].add(leaf, mode="drop"), totals, rows)

@@ -5,6 +5,7 @@ gradients must be those of a float32 loop but for rounding, and exactly zero whe
 multiplied.
 """
 
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 
@@ -21,7 +22,7 @@ ROUNDING = 2**-6  # of the largest value; bfloat16 keeps 8 bits
 
 
 @cache
-def refusal(matmul, platform):
+def refusal(matmul: Callable, platform: str) -> str | None:
     """Why `matmul` is not to be used on this process's devices of `platform`; None if it may be.
 
     Where there is no such device, programs are compiled but not run, and nothing can be asked.

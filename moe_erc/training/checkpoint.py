@@ -8,10 +8,12 @@ its last checkpoint intact.
 
 import contextlib
 import sys
+from typing import Any, TextIO
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 from jax.experimental import multihost_utils
 
 from moe_erc.checks import BadInput, Range, in_range
@@ -60,7 +62,7 @@ class Checkpoints:
         """The newest complete step, None before the first."""
         return self._manager.latest_step()
 
-    def newest_intact(self):
+    def newest_intact(self) -> int:
         """The newest step that is what was saved, 0 before the first; damaged ones that are newer are named.
 
         A writer sets those aside, so that their steps can be saved again. ValueError if there are
@@ -101,7 +103,7 @@ class Checkpoints:
             multihost_utils.sync_global_devices(f"step {step} is set aside")
             self._manager.reload()
 
-    def save(self, step, state, meta: dict):
+    def save(self, step: int, state: Any, meta: dict) -> None:
         """Copies `state` to the host, then writes in the background: the caller may donate its buffers at once.
 
         A step that is not newer than the latest is left as it is. A failed write is a SaveError at
@@ -116,7 +118,7 @@ class Checkpoints:
             self._manager.save(step, args=ocp.args.Composite(**items))
         self.newest = max(step, self.newest)
 
-    def restore(self, abstract_state, step=None):
+    def restore(self, abstract_state: Any, step: int | None = None) -> tuple[Any, dict]:
         """(state, meta) of a step, the latest by default.
 
         abstract_state: the state's tree with a `jax.ShapeDtypeStruct` with a sharding for every
@@ -127,23 +129,23 @@ class Checkpoints:
         restored = self._manager.restore(self._existing(step), args=items)
         return restored.state, restored.meta
 
-    def restore_weights(self, abstract, step=None):
+    def restore_weights(self, abstract: Any, step: int | None = None) -> Any:
         """`params` and `router` of a state alone: moments, two thirds of a checkpoint, are not read."""
         wanted = {"params": abstract.params, "router": abstract.router}
         items = ocp.args.Composite(state=_restore_args(wanted, partial_restore=True))
         return abstract.replace(**self._manager.restore(self._existing(step), args=items).state)
 
-    def read_meta(self, step=None) -> dict:
+    def read_meta(self, step: int | None = None) -> dict:
         """The JSON saved with a step, without touching its arrays."""
         items = ocp.args.Composite(meta=ocp.args.JsonRestore())
         return self._manager.restore(self._existing(step), args=items).meta
 
-    def wait(self):
+    def wait(self) -> None:
         """Returns once every save has reached the disk."""
         with self._writing():
             self._manager.wait_until_finished()
 
-    def close(self):
+    def close(self) -> None:
         """Waits for the last save and ends the background threads."""
         with self._writing():
             self._manager.close()
@@ -198,13 +200,13 @@ def _restore_args(abstract, **options):
     )
 
 
-def holds_steps(directory):
+def holds_steps(directory: epath.PathLike) -> bool:
     """Whether there is any checkpoint in a directory, intact or not."""
     directory = absolute(directory)
     return directory.exists() and any(path.name.isdecimal() for path in directory.iterdir())
 
 
-def prepare_directory(directory):
+def prepare_directory(directory: epath.PathLike) -> TextIO | None:
     """Makes `directory` ready for a writer: it can be written to and holds nothing that a killed run was still writing.
 
     Returns the lock by which process 0 is its only writer, to be kept as long as the run.

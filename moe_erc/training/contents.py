@@ -8,10 +8,12 @@ its name, and nothing can be restored. Only indices are read here, no array.
 import collections
 import json
 import math
+from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 import tensorstore
+from etils import epath
 
 from moe_erc.data.paths import is_remote
 
@@ -20,7 +22,7 @@ META = "meta"
 LONGEST = 160  # characters of what a library says
 
 
-def shapes_on_disk(state):
+def shapes_on_disk(state: Any) -> list[tuple[tuple[int, ...], str]]:
     """Sorted [(shape, name of the dtype)] of the leaves of a state.
 
     A typed key lies on the disk as its integers.
@@ -31,7 +33,7 @@ def shapes_on_disk(state):
     )
 
 
-def find_gap(step_directory, expected=None):
+def find_gap(step_directory: epath.Path, expected: list | None = None) -> str:
     """What of a checkpoint cannot be restored, in a few words; "" if all of it can.
 
     expected: what `shapes_on_disk` gave for the state that was saved; None compares with the

@@ -16,6 +16,7 @@ import zlib
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 from jax.experimental import multihost_utils
 
 from moe_erc.training import contents
@@ -36,14 +37,14 @@ class DigestHandler(ocp.CheckpointHandler):
     def __init__(self):
         self._expected = None
 
-    def save(self, directory, args):
+    def save(self, directory: epath.Path, args: "DigestSave") -> None:
         """There is nothing to write yet; of one save at a time it is noted what it must hold."""
         self._expected = args.shapes
 
-    def restore(self, directory, args):
+    def restore(self, directory: epath.Path, args: "DigestSave") -> None:
         """Only `find_fault` reads it."""
 
-    def finalize(self, directory):
+    def finalize(self, directory: epath.Path) -> None:
         """Writes {path: [bytes, CRC-32]} of all files of the other items; orbax still changes its own beside them.
 
         ValueError if what was to be saved cannot be restored from them: the step does not get its
@@ -77,7 +78,7 @@ def _files(directory):
             yield path
 
 
-def digest(path):
+def digest(path: epath.Path) -> list[int]:
     """[bytes, CRC-32] of a file."""
     size = 0
     crc = 0
@@ -88,7 +89,7 @@ def digest(path):
     return [size, crc]
 
 
-def find_fault(step_directory):
+def find_fault(step_directory: epath.Path) -> str:
     """What is wrong with a checkpoint in a few words, "" for an intact one; the same on every process.
 
     Of several processes each reads its share of the files.

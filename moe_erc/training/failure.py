@@ -7,10 +7,13 @@ batch is kept beside the run.
 
 import io
 import sys
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 
 from moe_erc.sharding import put_whole_batch, replicate
 from moe_erc.training.checkpoint import SaveError
@@ -31,7 +34,7 @@ class LastWords:
         self._gradients_of = gradients_of
         self._batches_from = batches_from
 
-    def say(self, error, state, newest):
+    def say(self, error: Exception, state: Any, newest: int) -> int:
         """Prints them in one line and returns the exit code.
 
         `newest` is the step of the last good checkpoint.
@@ -53,14 +56,14 @@ class LastWords:
 EXPECTED = (Stopped, SaveError, OSError)
 
 
-def save_batch(path, batch):
+def save_batch(path: epath.Path, batch: Mapping) -> None:
     """Writes {name: array} for `numpy.load`."""
     file = io.BytesIO()
     np.savez(file, **batch)
     path.write_bytes(file.getvalue())
 
 
-def find_origin(gradients_of, state, batch, step):
+def find_origin(gradients_of: Callable, state: Any, batch: Mapping, step: int) -> str:
     """The parameter, or else the gradient, of the largest number in a step's first half; what is no number is largest.
 
     All that a layer passes on to those below it is then no number either: of several the deepest is
@@ -95,7 +98,7 @@ def _largest(path, leaf):
     return jnp.max(size, axis=tuple(range(int(by_layer), size.ndim)))
 
 
-def deepest(tree):
+def deepest(tree: Any) -> tuple[float, int, str]:
     """(value, layer, name) of the largest; -1 for a tensor without layers, which comes last."""
     return max(
         (

@@ -9,7 +9,9 @@ host, which looks at metrics when they are due, ends the run.
 """
 
 import dataclasses
+from collections.abc import Mapping
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -39,7 +41,7 @@ class GuardConfig:
         check_fields(self, "guard")
 
 
-def initial():
+def initial() -> dict[str, jax.Array]:
     """What the guard carries from step to step, in `TrainState`."""
     return {
         "mean": jnp.float32(0),
@@ -50,7 +52,7 @@ def initial():
     }
 
 
-def judge(config, guard, metrics):
+def judge(config: GuardConfig, guard: Mapping, metrics: Mapping) -> tuple[jax.Array, dict, dict]:
     """(whether the step counts, the guard for the next step, what is told of it) from the step's metrics."""
     finite = jnp.all(jnp.stack([jnp.all(jnp.isfinite(value)) for value in metrics.values()]))
     distance = metrics[TOTAL.key] - guard["mean"]
@@ -79,7 +81,7 @@ def judge(config, guard, metrics):
     )
 
 
-def read(config, step, metrics):
+def read(config: GuardConfig, step: int, metrics: Mapping) -> str:
     """What there is to say of a step, from its metrics on the host; "" for almost all.
 
     Stopped, where they must end.

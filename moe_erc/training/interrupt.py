@@ -28,7 +28,7 @@ class StopRequest:
         self._to_ask = [1]
         self._previous = {}
 
-    def reached(self, step):
+    def reached(self, step: int) -> bool:
         """Whether to leave after `step`, the same on every process; to be asked after each step."""
         if self._several and any(
             map(multihost_utils.reached_preemption_sync_point, [*self._to_ask, step])

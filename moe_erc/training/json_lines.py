@@ -7,6 +7,7 @@ beyond the step it starts from, so the file reads as if the run had never stoppe
 
 import json
 import math
+from collections.abc import Mapping
 
 from etils import epath
 
@@ -19,18 +20,18 @@ class LocalJsonLines:
         self._path = path
         self._file = path.open("a", encoding="utf-8")
 
-    def holds(self, step, name):
+    def holds(self, step: int, name: str) -> bool:
         """Whether a line of that step has that metric."""
         return _holds(self._path.read_text(encoding="utf-8"), step, name)
 
-    def write(self, step, values):
+    def write(self, step: int, values: Mapping) -> None:
         self._file.write(_line(step, values))
         self._file.flush()
 
-    def flush(self):
+    def flush(self) -> None:
         pass  # is done at every write
 
-    def close(self):
+    def close(self) -> None:
         self._file.close()
 
 
@@ -41,21 +42,21 @@ class RemoteJsonLines:
         self._path = path
         self._text = _before(path, first_step) if path.exists() else ""
 
-    def holds(self, step, name):
+    def holds(self, step: int, name: str) -> bool:
         """Whether a line of that step has that metric."""
         return _holds(self._text, step, name)
 
-    def write(self, step, values):
+    def write(self, step: int, values: Mapping) -> None:
         self._text += _line(step, values)
 
-    def flush(self):
+    def flush(self) -> None:
         self._path.write_text(self._text, encoding="utf-8")
 
-    def close(self):
+    def close(self) -> None:
         self.flush()
 
 
-def truncate(path, first_step):
+def truncate(path: epath.PathLike, first_step: int) -> None:
     """Keeps the lines of `path` before `first_step`, in one atomic replacement.
 
     A torn last line goes as well.

@@ -8,6 +8,9 @@ import errno
 import fcntl
 import os
 import socket
+from typing import TextIO
+
+from etils import epath
 
 from moe_erc.checks import BadInput
 from moe_erc.data.paths import is_remote
@@ -15,7 +18,7 @@ from moe_erc.data.paths import is_remote
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
-def lock(directory):
+def lock(directory: epath.Path) -> TextIO | None:
     """The open file that holds the lock of a directory for as long as it is kept; None where there are no locks.
 
     ValueError, naming process and host of the run that has it.

@@ -12,6 +12,7 @@ import re
 import secrets
 import sys
 import time
+from collections.abc import Mapping
 
 import jax
 import numpy as np
@@ -22,7 +23,7 @@ from moe_erc.data.paths import absolute, is_remote
 from moe_erc.training.json_lines import LocalJsonLines, RemoteJsonLines
 
 
-def check_package(wandb_project: str):
+def check_package(wandb_project: str) -> None:
     """ValueError where Weights & Biases is asked for and not installed."""
     if wandb_project and importlib.util.find_spec("wandb") is None:
         raise BadInput(
@@ -58,7 +59,7 @@ class MetricWriter:
             connect = lambda: _WeightsAndBiases(wandb_project, directory, config)  # noqa: E731
             self._copies.append(_Copy("Weights & Biases", connect))
 
-    def write(self, step, metrics):
+    def write(self, step: int, metrics: Mapping) -> None:
         """Writes {name: number or (nested) list of numbers}.
 
         Arrays are fetched from the device here.
@@ -66,21 +67,21 @@ class MetricWriter:
         values = {name: np.asarray(value, np.float64).tolist() for name, value in metrics.items()}
         self._ask_all("write", int(step), values)
 
-    def flush(self):
+    def flush(self) -> None:
         """Before a checkpoint: what a run resumed from it will not write again is then safe, in a bucket too."""
         self._ask_all("flush")
 
-    def close(self):
+    def close(self) -> None:
         """Flushes and closes every sink; raises as `check` does."""
         self._ask_all("close")
         self.check()
 
-    def check(self):
+    def check(self) -> None:
         """Raises what kept metrics.jsonl from being written: to be asked once the step's checkpoint is being saved."""
         if self._error:
             raise self._error
 
-    def holds(self, step, name) -> bool:
+    def holds(self, step: int, name: str) -> bool:
         """Whether metrics.jsonl has that metric of that step; the same on every process."""
         found = self._file is not None and self._file.holds(step, name)
         return bool(multihost_utils.broadcast_one_to_all(np.bool_(found)))
@@ -222,7 +223,7 @@ PEAK_FLOPS = (
 )
 
 
-def peak_flops(device_kind) -> float | None:
+def peak_flops(device_kind: str) -> float | None:
     """The most a device of this `jax.Device.device_kind` can do, for the MFU.
 
     None where not known, as on a CPU.

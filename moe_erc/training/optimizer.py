@@ -13,6 +13,8 @@ so both share one learning rate and one weight decay.
 
 import dataclasses
 import functools
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -49,7 +51,7 @@ class OptimizerConfig:
         check_fields(self, "optimizer")
 
 
-def learning_rate_schedule(config, steps) -> optax.Schedule:
+def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     """The rate of update t = 0 … steps - 1: linear warm-up, then the schedule, which ends at t = steps.
 
     Update 0 already moves, by peak / (warmup_steps + 1); update `warmup_steps` is the first at the
@@ -67,7 +69,7 @@ def learning_rate_schedule(config, steps) -> optax.Schedule:
     )
 
 
-def updates_done(opt_state) -> jax.Array:
+def updates_done(opt_state: Any) -> jax.Array:
     """The updates that the schedule has counted, int32; steps that the guard skipped are not among them.
 
     opt_state: of the chain that `make_optimizer` makes, whose last link is the schedule.
@@ -106,7 +108,7 @@ def _is_matrix(path, leaf):
     return leaf.ndim - ("layers" in _names(path)) >= 2
 
 
-def decay_mask(params, norms=False):
+def decay_mask(params: Any, norms: bool = False) -> Any:
     """True for matrices, False for norm scales and biases, whose size is not a matter of overfitting.
 
     With `norms`, True for norm scales too; thresholds and temperatures of routers are spared still.
@@ -118,7 +120,7 @@ def decay_mask(params, norms=False):
     return jax.tree_util.tree_map_with_path(decays, params)
 
 
-def directions(params, router_parameters):
+def directions(params: Any, router_parameters: Mapping) -> Any:
     """Who turns each gradient into a direction under Muon: "muon" for the hidden matrices, "adam" for the rest.
 
     Rows of a router are no hidden map: they are compared one by one with tokens and experts, so
@@ -150,7 +152,7 @@ def _to_adam_rms(updates, params=None):
     )
 
 
-def make_optimizer(config, steps, model) -> optax.GradientTransformation:
+def make_optimizer(config: OptimizerConfig, steps: int, model: Any) -> optax.GradientTransformation:
     """The chain of the module's equation, all state in the dtype of the parameters.
 
     model: the ModelConfig, whose router says which of its parameters Muon leaves to Adam.

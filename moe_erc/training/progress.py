@@ -10,6 +10,7 @@ before its next checkpoint.
 import contextlib
 import sys
 import time
+from collections.abc import Iterator, Mapping
 
 import jax
 import numpy as np
@@ -46,12 +47,12 @@ class Progress:
         self._since = time.perf_counter()
         self._shown = (_Bar if sys.stderr.isatty() else _Lines)(first, last)
 
-    def add(self, step, metrics):
+    def add(self, step: int, metrics: Mapping) -> None:
         """Takes the metrics of one step as they come from the device, unfetched."""
         self._pending.append((step, metrics))
         self._shown.advance()
 
-    def flush(self):
+    def flush(self) -> None:
         """Fetches, checks and writes what is pending.
 
         `guard.Stopped` names the step from which on none counts.
@@ -85,7 +86,7 @@ class Progress:
         return speed
 
     @contextlib.contextmanager
-    def paused(self):
+    def paused(self) -> Iterator[None]:
         """The time in here is not the training's; lines printed in here do not tear the bar."""
         self._seconds += time.perf_counter() - self._since
         with self._shown.external():

@@ -1,11 +1,14 @@
 """The smallest struct that restores a run; the position in the data is its step."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from flax import struct
 
+from moe_erc.model.transformer import Transformer
 from moe_erc.random_keys import named
 from moe_erc.sharding import shard_state
 from moe_erc.training import guard
@@ -32,12 +35,12 @@ class TrainState(struct.PyTreeNode):
     guard: Any  # what is remembered of earlier losses and skipped steps: `guard.py`
 
     @property
-    def weights(self):
+    def weights(self) -> Weights:
         """What the model is evaluated with."""
         return Weights(self.params, self.router)
 
 
-def init_weights(model, rng):
+def init_weights(model: Transformer, rng: jax.Array) -> Weights:
     """The model's initial parameters, float32, the same on any mesh."""
     tokens_BT = jnp.zeros(
         (model.mesh.size, 1), jnp.int32
@@ -47,7 +50,9 @@ def init_weights(model, rng):
     return Weights(variables["params"], router)
 
 
-def initializer(model, optimizer, seed):
+def initializer(
+    model: Transformer, optimizer: optax.GradientTransformation, seed: int
+) -> Callable[[], TrainState]:
     """() -> TrainState of step 0."""
 
     def init():
@@ -69,18 +74,18 @@ def initializer(model, optimizer, seed):
     return init
 
 
-def abstract_state(init, model):
+def abstract_state(init: Callable, model: Transformer) -> TrainState:
     """Shapes, types and shardings of the state of `model` that `init` makes, without making it."""
     router_parameters = model.config.router.parameters(model.config)
     return shard_state(model.mesh, jax.eval_shape(init), router_parameters)
 
 
-def shardings(abstract):
+def shardings(abstract: Any) -> Any:
     """Where each leaf of an abstract state lies."""
     return jax.tree.map(lambda leaf: leaf.sharding, abstract)
 
 
-def create_state(init, abstract, params=None):
+def create_state(init: Callable, abstract: TrainState, params: Any = None) -> TrainState:
     """The initial state, born on its devices; with `params`, if they are given, for its parameters.
 
     Those that `init` would draw are then no output of its program, which does not draw them:

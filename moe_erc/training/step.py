@@ -6,11 +6,14 @@ per step, outside it. Whatever a step draws, it draws from a key of its own, nam
 """
 
 import functools
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from moe_erc.losses.objective import Objective
 from moe_erc.measures.load import EXPERTS_PER_TOKEN
 from moe_erc.measures.registry import of_load
 from moe_erc.measures.training import (
@@ -22,23 +25,25 @@ from moe_erc.measures.training import (
     TOTAL,
 )
 from moe_erc.model.context import of_batch
+from moe_erc.model.transformer import Transformer
 from moe_erc.moe.routers.base import RouterState
 from moe_erc.moe.routing import StepCounts
 from moe_erc.numerics import divide
 from moe_erc.sharding import replicate, shard_batch
 from moe_erc.training.guard import GuardConfig, judge
 from moe_erc.training.optimizer import updates_done
+from moe_erc.training.state import TrainState
 
 
 def make_train_step(
-    model,
-    objective,
-    optimizer,
-    micro_batches,
-    state_shardings,
-    guard=GuardConfig(),  # noqa: B008
-    schedule=None,
-):
+    model: Transformer,
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
+    micro_batches: int,
+    state_shardings: Any,
+    guard: GuardConfig = GuardConfig(),  # noqa: B008
+    schedule: optax.Schedule | None = None,
+) -> Callable:
     """The jitted (state, batch) -> (state, metrics); the state is donated, the batch holds a step's micro-batches.
 
     schedule: of the learning rate of an optimizer of `make_optimizer`; where it is given, the rate
@@ -87,7 +92,7 @@ def make_train_step(
     )
 
 
-def step_gradients(model, objective, micro_batches):
+def step_gradients(model: Transformer, objective: Objective, micro_batches: int) -> Callable:
     """(state, batch) -> (gradients, terms, StepCounts) of one step, before anything is changed."""
     model = model.clone(observers=objective.observers)
 
@@ -109,7 +114,13 @@ def step_gradients(model, objective, micro_batches):
     return gradients_of
 
 
-def parameter_only(objective, params, rng, scales, shape_BT=None):
+def parameter_only(
+    objective: Objective,
+    params: Any,
+    rng: jax.Array,
+    scales: Mapping,
+    shape_BT: tuple[int, int] | None = None,
+) -> tuple[dict, Any]:
     """(terms, gradients) of the losses on parameters alone, on a step of a batch of that shape."""
 
     def loss(params):
@@ -120,14 +131,14 @@ def parameter_only(objective, params, rng, scales, shape_BT=None):
     return terms, gradients
 
 
-def split(batch, micro_batches):
+def split(batch: Mapping, micro_batches: int) -> Mapping:
     """(B, …) -> (M, B / M, …) with every micro-batch spread over all devices, as the batch is."""
     return jax.tree.map(
         lambda leaf: leaf.reshape(-1, micro_batches, *leaf.shape[1:]).swapaxes(0, 1), batch
     )
 
 
-def batch_gradients(of_batch, micro_batches):
+def batch_gradients(of_batch: Callable, micro_batches: Mapping) -> tuple[Any, dict, StepCounts]:
     """(gradients, terms, StepCounts) over micro-batches: means by their shares of unmasked tokens, counts added up.
 
     So every loss that is a mean over tokens and its gradient are those of the whole batch, whatever
@@ -159,7 +170,14 @@ def batch_gradients(of_batch, micro_batches):
     return gradients, terms, counts
 
 
-def micro_batch_gradients(model, objective, state, router, batch, earlier):
+def micro_batch_gradients(
+    model: Transformer,
+    objective: Objective,
+    state: TrainState,
+    router: Any,
+    batch: Mapping,
+    earlier: StepCounts | None,
+) -> tuple[Any, dict, StepCounts]:
     """(gradients, terms, StepCounts) of one micro-batch."""
 
     def loss(params):

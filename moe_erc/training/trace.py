@@ -14,12 +14,12 @@ class Trace:
         self._directory = str(directory)
         self._steps = (first, min(first + 2, last)) if done < first <= last else (None, None)
 
-    def before(self, step):
+    def before(self, step: int) -> None:
         """Starts with the first traced step."""
         if step == self._steps[0]:
             jax.profiler.start_trace(self._directory)
 
-    def after(self, step):
+    def after(self, step: int) -> None:
         """Writes once the last traced step is over."""
         if step == self._steps[1]:
             jax.profiler.stop_trace()

@@ -1,10 +1,11 @@
-"""CompeteSMoE (v2, arXiv 2505.13380): on some steps all experts run and the strongest answers win;
-the router learns who they are.
+"""CompeteSMoE (v2, arXiv 2505.13380): the router learns which experts win a competition.
+
+On some steps all experts of a layer run, and those with the strongest answers win.
 
     python train.py --config=configs/competesmoe.py:tiny
 
-Dense in the layers that compete, each with probability 0.07 and at most 3 a step: the price is the
-point.
+A layer competes with probability 0.07, and at most 3 layers do on one step. A layer that competes
+computes all experts; the method is compared with its price.
 """
 
 from ml_collections import ConfigDict

@@ -1,4 +1,6 @@
-"""ERC, expert-router coupling (arXiv 2512.23447): vanilla plus an E x E loss on router and gate matrices.
+"""Expert-router coupling (ERC, arXiv 2512.23447): vanilla plus an E x E loss on parameters.
+
+The loss reads the router's rows and the experts' gate matrices.
 
     python train.py --config=configs/erc.py:tiny
 

@@ -1,4 +1,4 @@
-"""Loss-free balancing (arXiv 2408.15664): a bias per expert turns the choice, the weights do not know it.
+"""Loss-free balancing (arXiv 2408.15664): a bias per expert changes the choice, not the weights.
 
     python train.py --config=configs/loss_free.py:tiny
 

@@ -1,4 +1,6 @@
-"""Router orthogonality (ERNIE 4.5; Figure 6c of the ERC paper): router rows are drawn apart, whatever the experts do.
+"""Router orthogonality (ERNIE 4.5; Figure 6c of the ERC paper): router rows are drawn apart.
+
+The experts have no part in it.
 
     python train.py --config=configs/router_orthogonality.py:tiny
 

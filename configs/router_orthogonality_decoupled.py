@@ -1,4 +1,6 @@
-"""Router orthogonality as ERNIE 4.5 was trained with it: a step of its own, no learning rate, no moments.
+"""Router orthogonality as ERNIE 4.5 was trained with it: a descent step of its own.
+
+The step has no learning rate and no moments.
 
     python train.py --config=configs/router_orthogonality_decoupled.py:tiny
 

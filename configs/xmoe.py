@@ -1,4 +1,6 @@
-"""X-MoE (arXiv 2204.09179): a cosine router in E / 2 dimensions with a learned temperature, against collapse.
+"""X-MoE (arXiv 2204.09179): a cosine router in E / 2 dimensions, against collapse.
+
+Its temperature is learned.
 
     python train.py --config=configs/xmoe.py:tiny
 

@@ -34,9 +34,8 @@ class Context(NamedTuple):
     attends_BTS: jax.Array | None  # bool; S is T without a cache
     cache: Cache | None = None
     slot: Any = 0  # of the cache, where the keys and values of the T tokens go
-    segments_BT: jax.Array | None = (
-        None  # instead of attends_BTS: to one's own number, and to nothing behind
-    )
+    # Instead of attends_BTS: to one's own number, and to nothing behind.
+    segments_BT: jax.Array | None = None
 
     @property
     def slots(self) -> int:

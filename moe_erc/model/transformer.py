@@ -78,7 +78,7 @@ class Transformer(nn.Module):
         mask_BT: jax.Array,
         router_state: Mapping,
         context: Context | None = None,
-    ):
+    ) -> Output:
         config = self.config
         init = self.config.initializer
         embed_VD = self.param("embed", init, (config.vocab_size, config.width))

@@ -26,9 +26,8 @@ CHUNK_BYTES = 2**30
 class _Plan(NamedTuple):
     """Where rows go. R is the size of a chunk, C the number of chunks; C R >= M = N K."""
 
-    rows_CR: (
-        jax.Array
-    )  # assignment n K + k of every place; M, which is out of range, where there is none
+    # Assignment n K + k of every place; M, which is out of range, where there is none.
+    rows_CR: jax.Array
     sizes_CE: jax.Array  # how many rows of a chunk each expert has
     places_NK: jax.Array  # the place of every assignment; C R where it is nobody's here
 

@@ -54,9 +54,8 @@ class Checkpoints:
             },
         )
         self._writes = keep is not None
-        self.newest = (
-            self.latest_step() or 0
-        )  # step that is there, or being written; 0 before the first
+        # Step that is there, or being written; 0 before the first.
+        self.newest = self.latest_step() or 0
 
     def latest_step(self) -> int | None:
         """The newest complete step, None before the first."""

@@ -164,9 +164,8 @@ class TopK(Router):
     """Takes the K most probable experts and weighs them by their probability."""
 
     has_probabilities: ClassVar[bool] = True
-    renormalize: bool = (
-        False  # weights sum to 1 over the K chosen; False: the probabilities sum to 1 over all E
-    )
+    # Weights sum to 1 over the K chosen; False: the probabilities sum to 1 over all E.
+    renormalize: bool = False
 
     def choose(
         self, config: Any, probabilities_BTE: jax.Array, preference_BTE: jax.Array

@@ -5,7 +5,7 @@ On some steps all experts of a layer run, and those with the strongest answers w
     python train.py --config=configs/competesmoe.py:tiny
 
 A layer competes with probability 0.07, and at most 3 layers do on one step. A layer that competes
-computes all experts; the method is compared with its price.
+computes all experts, and that price is part of the comparison.
 """
 
 from ml_collections import ConfigDict

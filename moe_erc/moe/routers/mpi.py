@@ -25,7 +25,7 @@ from moe_erc.numerics import unit
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MPI(LinearRouter, FlexibleTopK):
-    """Rows turned by the gates: a power step that reads parameters alone, without FLOPs per token."""
+    """Rows turned by the gates. The power step reads parameters alone: no FLOPs are per token."""
 
     name: ClassVar[str] = "mpi"
     # C' of the paper, whose sweep at E = 256 found 2, 4 and 8 good, and 1 as bad as vanilla.

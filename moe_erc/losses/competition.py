@@ -1,11 +1,11 @@
-"""CompeteSMoE v2 (arXiv 2505.13380): the router learns to foretell which experts would answer most.
+"""CompeteSMoE v2 (arXiv 2505.13380): the router learns to predict which experts answer most.
 
     loss = mse(p, sg(q)) + 0.2 mse(p[top], sg(q[top])),
     p the router's softmax, q the softmax of the experts' answers
 
-`top` are the K experts of highest q, to which the token is sent on such a step. q is constant: the
-experts are not trained. The loss is a mean over the layers that compete on the step. A layer that
-does not compete has no error, rather than an error of 0.
+`top` are the K experts of highest q, to which the token is sent on such a step. q is constant, so
+the loss does not train the experts. It is a mean over the layers that compete on the step; the
+other layers are left out of the mean.
 """
 
 from typing import Any

@@ -3,12 +3,13 @@
     L_o = mean over tokens and ordered pairs of chosen experts of
           | <o_j, o_k> / (<o_k, o_k> + eps) o_k |^2
 
-This is the square of what o_j shares with o_k. o are the outputs before their weights: the router
-has no part in it. The loss trains every matrix that an expert's output reads: of a factorised gate
-w_low too, which under AoE is the router. The paper's second loss is `routing_variance.py`.
+This is the square of what o_j shares with o_k. o are the outputs before their weights, so the loss
+does not depend on the weights. It trains every matrix that an expert's output reads. With a
+factorised gate w_low is one of them, which under AoE is the router. The paper's second loss is
+`routing_variance.py`.
 
-Of several micro-batches each has its own mean of pairs and counts by its share of unmasked tokens.
-Where every token has K experts, L_o is then that of the whole batch.
+Each of several micro-batches has its own mean of pairs, and is weighed by its share of unmasked
+tokens. Where every token has K experts, the result is L_o of the whole batch.
 """
 
 from typing import Any

@@ -1,4 +1,4 @@
-"""Router z-loss (ST-MoE, arXiv 2202.08906): keeps router logits small, where softmax is exact.
+"""Router z-loss (ST-MoE, arXiv 2202.08906): it keeps router logits small, where softmax is exact.
 
 loss = mean_N logsumexp(logits_NE)^2
 """

@@ -1,9 +1,10 @@
 """Entropy of top-p routing ("Harder tasks need more experts", arXiv 2403.07652).
 
-    loss = mean_N - sum_e p_e log p_e        0 when one expert is certain, log E when all are alike
+    loss = mean_N - sum_e p_e log p_e
 
-It keeps the number of experts small. Without it a router that takes experts until their
-probabilities exceed p learns flat probabilities, and takes all experts.
+It is 0 when one expert is certain, and log E when all are alike. The loss keeps the number of
+experts small: without it, a router that takes experts until their probabilities exceed p learns
+flat probabilities, and takes all experts.
 """
 
 from typing import Any

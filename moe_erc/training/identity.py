@@ -140,8 +140,8 @@ def _refusal(change: Change) -> str:
     block = change.key.split(".")[0]
     line = (
         f"the checkpoint was made with {change.key} = {change.before}, "
-        f"this run has {change.after}: use another --workdir, set {change.key} back, or say that the change is meant with "
-        f"--config.resume.allow=\"('{block}',)\""
+        f"this run has {change.after}: use another --workdir, set {change.key} back, "
+        f"or say that the change is meant with --config.resume.allow=\"('{block}',)\""
     )
     if change.key == "data.sequence_length":
         line += "; the text is then cut into other windows, in another order"

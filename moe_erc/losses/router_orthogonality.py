@@ -2,8 +2,8 @@
 
     loss = |R^ R^T - I|_F^2 / E^2,   R^ the router's rows at length 1
 
-It is 0 when the rows are orthonormal, and below 1 whatever they are. The loss sees directions alone:
-the length of a row changes nothing, and the gradient is at right angles to the row.
+It is 0 when the rows are orthonormal, and below 1 whatever they are. The loss sees directions
+alone: the length of a row changes nothing, and the gradient is at right angles to the row.
 """
 
 import dataclasses

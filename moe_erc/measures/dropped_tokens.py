@@ -1,4 +1,4 @@
-"""Tokens that meet no expert: a token may pass the threshold of none, where experts have them."""
+"""Tokens that meet no expert. Where experts have thresholds, a token may pass none of them."""
 
 from typing import Any
 
@@ -15,11 +15,20 @@ def dropped_tokens(layer: Any) -> jax.Array:
 
 
 def may_drop(config: Any) -> bool:
-    """Whether a token may be left without an expert; the highest probabilities leave none so."""
+    """Whether a token may be left without an expert.
+
+    A router with probabilities always takes the most probable ones.
+    """
     return not config.router.has_probabilities
 
 
 DROPPED_TOKENS = Measure(
-    "router/dropped_tokens", "dropped tokens", "share of tokens", True, dropped_tokens, "lower",
-    reads="layer", applies=may_drop,
-)  # fmt: skip
+    "router/dropped_tokens",
+    "dropped tokens",
+    "share of tokens",
+    per_layer=True,
+    compute=dropped_tokens,
+    better="lower",
+    reads="layer",
+    applies=may_drop,
+)

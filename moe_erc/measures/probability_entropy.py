@@ -10,7 +10,7 @@ from moe_erc.measures.base import Measure
 
 
 def probability_entropy(layer: Any) -> jax.Array:
-    """Share of log E, mean over the unmasked tokens of one layer; 0 for E = 1."""
+    """Entropy as a share of log E, mean over the unmasked tokens of one layer; 0 for E = 1."""
     probabilities_BTE = layer.scores.probabilities_BTE
     experts = probabilities_BTE.shape[-1]
     most = math.log(experts) if experts > 1 else 1.0
@@ -23,6 +23,11 @@ def has_probabilities(config: Any) -> bool:
 
 
 PROBABILITY_ENTROPY = Measure(
-    "router/probability_entropy", "router entropy", "share of log E", True, probability_entropy,
-    reads="layer", applies=has_probabilities,
-)  # fmt: skip
+    "router/probability_entropy",
+    "router entropy",
+    "share of log E",
+    per_layer=True,
+    compute=probability_entropy,
+    reads="layer",
+    applies=has_probabilities,
+)

@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 from configs import sizes
 
 
-def get_config(size=""):
+def get_config(size: str = "") -> ConfigDict:
     """The base config at a size of `sizes.py` ("" is tiny)."""
     config = ConfigDict()
     config.seed = 0  # parameters, router noise and the order of the data
@@ -53,21 +53,17 @@ def _model():
     model.clip_qkv = 0.0  # queries, keys and values are clipped to [-c, c]; 0 clips nothing
     model.init_std = 0.02  # truncated normal, cut at 3 sigma
     model.tie_embeddings = False  # head = embedding
-    model.dtype = (
-        "float32"  # of matmuls: float32 or bfloat16; parameters, losses and norms are float32
-    )
-    model.remat = (
-        "none"  # "block" recomputes each layer in the backward pass: less memory, a third more time
-    )
-    model.scan_unroll = (
-        1  # layers per turn of the scan over layers: fewer copies, longer compilation
-    )
-    model.attention_implementation = (
-        "auto"  # xla (in slices of queries), cudnn (GPU, bfloat16; T even by documents)
-    )
-    model.experts_implementation = (
-        "auto"  # dense (oracle), block_loop (CPU), ragged (TPU), pallas or tokamax (GPU)
-    )
+    # The dtype of matmuls: float32 or bfloat16. Parameters, losses and norms are float32.
+    model.dtype = "float32"
+    # "block" recomputes each layer in the backward pass: less memory, a third more time.
+    model.remat = "none"
+    # Layers per turn of the scan over layers: fewer copies, longer compilation.
+    model.scan_unroll = 1
+    # Or xla (in slices of queries), or cudnn (GPU, bfloat16; T is even where attention stays
+    # within documents).
+    model.attention_implementation = "auto"
+    # Or dense (the oracle), block_loop (CPU), ragged (TPU), pallas or tokamax (GPU).
+    model.experts_implementation = "auto"
     return model
 
 
@@ -115,16 +111,14 @@ def _losses():
     losses.lm.chunk = 1024  # time steps whose logits exist at once
     losses.load_balance = ConfigDict()  # 1 when balanced
     losses.load_balance.weight = 0.01
-    losses.load_balance.scope = (
-        "micro_batch"  # "step": counts of the step's earlier micro-batches are added to its own
-    )
+    # Or "step": the counts of the step's earlier micro-batches are added to its own.
+    losses.load_balance.scope = "micro_batch"
     losses.router_z = ConfigDict()  # mean squared logsumexp of the router scores; OLMoE uses 1e-3
     losses.router_z.weight = 0.0
     losses.erc = ConfigDict()  # expert-router coupling
     losses.erc.weight = 0.0
-    losses.erc.alpha = (
-        1.0  # share of the matching response that a foreign one may reach; 0.5 best at E = 256
-    )
+    # The share of the matching response that a foreign one may reach; 0.5 is best at E = 256.
+    losses.erc.alpha = 1.0
     losses.erc.noise = "uniform"  # "expected": integrated out; "none": the clean router rows
     losses.erc.activation = "gate"  # what is measured: gate, up, silu_gate, swiglu, output
     losses.erc.detach_router = False  # train the experts alone
@@ -134,30 +128,23 @@ def _losses():
     # "auto" is high where that costs less than 0.05 % of a step's FLOPs, else default. The
     # diagnosis is float32 always.
     losses.erc.precision = "auto"
-    losses.router_orthogonality = (
-        ConfigDict()
-    )  # squared cosines of router rows; ERNIE 4.5 uses 1e-2
+    # Squared cosines of router rows; ERNIE 4.5 uses 1e-2.
+    losses.router_orthogonality = ConfigDict()
     losses.router_orthogonality.weight = 0.0
-    losses.router_orthogonality.decoupled = (
-        False  # router -= weight * gradient after the optimizer's update
-    )
+    # True: router -= weight * gradient, after the optimizer's update.
+    losses.router_orthogonality.decoupled = False
     losses.simbal = ConfigDict({"weight": 0.0})  # |R R^T - I| of router rows, entry by entry
-    losses.output_overlap = ConfigDict(
-        {"weight": 0.0}
-    )  # of the chosen experts' outputs, projected on another
-    losses.routing_variance = ConfigDict(
-        {"weight": 0.0}
-    )  # minus the variance of an expert's weights
-    losses.specialization = ConfigDict(
-        {"weight": 0.0}
-    )  # cosine of the chosen experts' hidden activations
-    losses.path_coupling = ConfigDict(
-        {"weight": 0.0}
-    )  # minus the chosen's probabilities in adjacent layers
+    # Each chosen expert's output, projected on another's.
+    losses.output_overlap = ConfigDict({"weight": 0.0})
+    # Minus the variance of an expert's weights.
+    losses.routing_variance = ConfigDict({"weight": 0.0})
+    # Cosine of the chosen experts' hidden activations.
+    losses.specialization = ConfigDict({"weight": 0.0})
+    # Minus the chosen's probabilities in adjacent layers.
+    losses.path_coupling = ConfigDict({"weight": 0.0})
     losses.routing_entropy = ConfigDict({"weight": 0.0})  # of the router's probabilities
-    losses.competition = ConfigDict(
-        {"weight": 0.0}
-    )  # competition: router against experts that compete
+    # The error of the router beside experts that compete; needs model.router = "competition".
+    losses.competition = ConfigDict({"weight": 0.0})
     return losses
 
 
@@ -170,9 +157,8 @@ def _data():
     data.weights = ()  # one per source; () is in proportion to size
     data.tokenizer = "bytes"  # or the path of a Hugging Face tokenizer.json
     data.text_key = "text"  # the feature or JSON key that holds the text
-    data.validation_fraction = (
-        0.02  # of the documents, by hash, where no name in a source says what is held out
-    )
+    # The share of the documents, by hash, where no name in a source says what is held out.
+    data.validation_fraction = 0.02
     data.sequence_length = 64  # T
     data.cache_dir = ""  # "" is $MOE_ERC_CACHE, else ~/.cache/moe_erc
     # A window holds documents end to end. True, as the ERC paper and OLMoE trained: a token attends
@@ -186,9 +172,8 @@ def _data():
 def _optimizer():
     """moe_erc/training/optimizer.py."""
     optimizer = ConfigDict()
-    optimizer.name = (
-        "adamw"  # or muon (matrices; embeddings, head, router and norms stay with adamw)
-    )
+    # Or muon, for matrices; embeddings, head, router and norms stay with adamw.
+    optimizer.name = "adamw"
     optimizer.learning_rate = 4e-4  # at the peak
     optimizer.schedule = "cosine"  # linear, constant, wsd (warmup-stable-decay)
     optimizer.warmup_steps = 10
@@ -198,9 +183,8 @@ def _optimizer():
     optimizer.b2 = 0.95
     optimizer.eps = 1e-8
     optimizer.weight_decay = 0.1  # of matrices; biases, thresholds and temperatures are spared
-    optimizer.decay_norms = (
-        False  # the scales of norms decay as well, as OLMoE's did; the ERC paper does not say
-    )
+    # True: the scales of norms decay as well, as OLMoE's did; the ERC paper does not say.
+    optimizer.decay_norms = False
     optimizer.clip_norm = 1.0  # global gradient norm; inf does not clip
     return optimizer
 
@@ -211,23 +195,20 @@ def _train():
     train.steps = 20
     train.batch_size = 8  # sequences a step, over all devices and micro-batches
     train.micro_batches = 1  # the step's batch is processed in so many parts
-    train.profile_step = (
-        0  # XProf trace of three steps from here into workdir/profile; 0 takes none
-    )
+    # An XProf trace of three steps from this one on goes to workdir/profile; 0 takes none.
+    train.profile_step = 0
     return train
 
 
 def _guard():
-    """Steps whose numbers are not to be trusted: moe_erc/training/guard.py."""
+    """What happens to a step whose numbers cannot be trusted: moe_erc/training/guard.py."""
     guard = ConfigDict()
-    guard.nonfinite = (
-        "stop"  # a loss, gradient or parameter is not finite; or "skip": the step changes nothing
-    )
+    # Where a loss, gradient or parameter is not finite. Or "skip": the step changes nothing.
+    guard.nonfinite = "stop"
     guard.spike = "report"  # a loss far above the recent ones; or "skip"
     guard.zscore = 6.0  # how far above their mean, in standard deviations
-    guard.window = (
-        100  # steps that mean and deviation are taken over; before so many nothing is a spike
-    )
+    # The steps that mean and deviation are taken over. Before so many, nothing is a spike.
+    guard.window = 100
     guard.limit = 10  # steps skipped in a row after which the run stops
     return guard
 
@@ -260,7 +241,7 @@ def _checkpoint():
     """What is saved, and when."""
     checkpoint = ConfigDict()
     checkpoint.every = 10  # steps; the last step is always saved
-    checkpoint.keep = 2  # newest so many
+    checkpoint.keep = 2  # how many of the newest stay
     return checkpoint
 
 
@@ -269,14 +250,16 @@ def _log():
     log = ConfigDict()
     log.every = 5  # steps
     log.tensorboard = True
-    log.wandb_project = (
-        ""  # "" does not use Weights & Biases; where it fails, it is switched off with one line
-    )
+    # "" does not use Weights & Biases. Where it fails, it is switched off with one line.
+    log.wandb_project = ""
     return log
 
 
 def _resume():
-    """What a run started again on its workdir may change: moe_erc/training/identity.py has the rule of every key."""
+    """What may change when a run is started again on its workdir.
+
+    moe_erc/training/identity.py has the rule of every key.
+    """
     resume = ConfigDict()
     # Names of blocks or keys, such as ('losses', 'routers.softmax.top_p'), whose change is meant.
     # Without it a run whose model, router, losses, text, optimizer (but for its schedule) or seed

@@ -6,10 +6,12 @@ Claim of the paper: similar tokens stay with the same experts, and training conv
 weight is not published: 1e-1.
 """
 
+from ml_collections import ConfigDict
+
 from configs import vanilla
 
 
-def get_config(size=""):
+def get_config(size: str = "") -> ConfigDict:
     """Orthonormal rows, kept so."""
     config = vanilla.get_config(size)
     config.routers.softmax.init = "orthogonal"

@@ -1,15 +1,19 @@
-"""Sizes: debug (seconds, for tests), tiny (minutes on a CPU), small (one GPU), and the published models.
+"""Sizes: debug (seconds, for tests), tiny (minutes on a CPU), small (one GPU), published models.
 
-Parameters, with `D` width, `F` expert width, `A = 2 D^2 + 2 D D_kv` attention, `V` 50,304, untied:
+Parameters in millions, with `D` width, `F` expert width, `A = 2 D^2 + 2 D D_kv` attention, `V`
+50,304, embedding and head apart:
 
-    olmoe_1b_7b   16 layers x (A 16.8M + 64 x 3 D F 402.7M + norms, router 0.1M) + 2 V D 206.0M  =  6.92B, 1.28B active
-    3b            12 layers x (A  9.4M + 64 x 3 D F 226.5M + norms, router 0.1M) + 2 V D 154.5M  =  2.99B, 0.61B active
-    15b           24 layers x (A 10.5M + 256 x 3 D F 604.0M + norms, router 0.5M) + 2 V D 206.0M = 14.97B, 0.92B active
+                 layers x (A     + experts E 3 D F + norms, router) + 2 V D = all       active
+    olmoe_1b_7b  16     x (16.8  + 402.7           + 0.1          ) + 206.0 = 6.92B     1.28B
+    3b           12     x (9.4   + 226.5           + 0.1          ) + 154.5 = 2.99B     0.61B
+    15b          24     x (10.5  + 604.0           + 0.5          ) + 206.0 = 14.97B    0.92B
 
 The ERC paper counts 0.5B (3b) and 0.7B (15b) active parameters, as these do without embeddings. It
 does not state F and the key/value heads of its 15B: 384 and 4 give both totals. It trains on 500B
 tokens in batches of 3M.
 """
+
+from ml_collections import ConfigDict
 
 from moe_erc.checks import one_of
 
@@ -51,7 +55,7 @@ CADENCE = {
 LARGE_CADENCE = (10, 1_000, 1_000, 256, 0)
 
 
-def apply(config, size):
+def apply(config: ConfigDict, size: str) -> None:
     """Sets the fields of one size; an unknown one is refused by name."""
     one_of("--config: size", size, MODELS)
     for field, value in zip(MODEL_FIELDS, MODELS[size], strict=True):

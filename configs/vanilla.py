@@ -5,9 +5,11 @@
 What a run at tiny reaches: docs/results.md.
 """
 
+from ml_collections import ConfigDict
+
 from configs import base
 
 
-def get_config(size=""):
+def get_config(size: str = "") -> ConfigDict:
     """The base config as it is."""
     return base.get_config(size)

@@ -1,4 +1,4 @@
-"""The one way to refuse: what a user can mend is a `BadInput`; others are faults of the program.
+"""How bad input is refused: by a `BadInput`. Any other error is a fault of the program.
 
 A limit is data on the field that it limits:
 
@@ -33,7 +33,7 @@ class BadInput(ValueError):
 
 
 def is_refusal(error: Exception) -> bool:
-    """Whether a user can mend the error: bad input, or a file that the system does not give."""
+    """Whether a user can mend the error: bad input, or a file that cannot be used."""
     is_about_a_file = isinstance(error, OSError) and bool(error.filename)
     return isinstance(error, BadInput) or is_about_a_file
 
@@ -52,7 +52,9 @@ class Range:
     def __contains__(self, value: float) -> bool:
         if value == math.inf:
             return not self.finite
-        return self.least <= value <= self.most and self.above < value < self.below
+        is_within_closed = self.least <= value <= self.most
+        is_within_open = self.above < value < self.below
+        return is_within_closed and is_within_open
 
     def __str__(self) -> str:
         limits = {
@@ -63,6 +65,7 @@ class Range:
         }
         words = [f"{word} {limit}" for word, limit in limits.items() if abs(limit) < math.inf]
         text = " and ".join(words)
+        # The usual cases in usual words.
         if text == "above 0":
             text = "positive"
         if self.least > -math.inf and self.most < math.inf:
@@ -71,7 +74,7 @@ class Range:
 
 
 def in_range(key: str, value: float, limit: Range) -> None:
-    """Refuses a number that is not in the range, under the name `key`."""
+    """Refuses what is no number, or a number out of the range. `key` names it in the message."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise BadInput(f"{key}: {value!r} is no number; it must be {limit}")
     if value not in limit:
@@ -80,7 +83,10 @@ def in_range(key: str, value: float, limit: Range) -> None:
 
 
 def one_of(key: str, value: object, known: Iterable[str]) -> None:
-    """Refuses what is not one of the known words, under the name `key`, with the nearest one."""
+    """Refuses what is not one of the known words.
+
+    The message names it by `key`, and says which known word is nearest.
+    """
     known = list(known)
     if value not in known:
         listed = ", ".join(known)
@@ -90,8 +96,9 @@ def one_of(key: str, value: object, known: Iterable[str]) -> None:
 
 
 def nearest(name: object, known: Iterable[str]) -> str:
-    """The one of the known words, of which there is at least one, that was probably meant."""
-    return difflib.get_close_matches(str(name), list(known), n=1, cutoff=0)[0]
+    """The known word, of at least one, that was probably meant."""
+    [closest] = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0)
+    return closest
 
 
 def within(
@@ -115,7 +122,10 @@ def among(*known: str, default: Any = dataclasses.MISSING) -> Any:
 
 
 def check_fields(config: Any, block: str = "") -> None:
-    """Refuses a dataclass with a field beyond its limit; `block` stands before the field's name."""
+    """Refuses a dataclass with a field beyond its limit.
+
+    The message names the field as `block.field`.
+    """
     for field in dataclasses.fields(config):
         limit = field.metadata.get(_LIMIT)
         key = f"{block}.{field.name}" if block else field.name

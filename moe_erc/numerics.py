@@ -11,7 +11,7 @@ from jax import lax
 
 
 def divide(a: jax.typing.ArrayLike, b: jax.typing.ArrayLike) -> jax.Array:
-    """a / b, broadcast, floating point; also of integers, such as counts.
+    """a / b, broadcast, as floating point, also for integers such as counts.
 
     Where b is 0 the value is 0, and the gradients with respect to a and b are 0.
     """
@@ -21,8 +21,8 @@ def divide(a: jax.typing.ArrayLike, b: jax.typing.ArrayLike) -> jax.Array:
 def nonzero(b: jax.typing.ArrayLike) -> jax.Array:
     """b with 1 in place of 0: a denominator for an `a` that is 0 wherever b is.
 
-    Where b is 0, the value of a / nonzero(b) is a, its gradient with respect to a is 1, and with
-    respect to b 0. `divide` would add a select, which changes how XLA rounds the quotient.
+    Where b is 0, the value of a / nonzero(b) is a. Its gradient is 1 with respect to a, and 0 with
+    respect to b. `divide` would add a select, which changes how XLA rounds the quotient.
     """
     return jnp.where(b == 0, 1, b)
 
@@ -38,10 +38,10 @@ def square_root(x: jax.typing.ArrayLike) -> jax.Array:
 
 
 def length(x: jax.Array) -> jax.Array:
-    """|x|, Euclidean, along the last axis, for components whose squares float32 does not hold.
+    """The Euclidean length of x along the last axis, also where float32 does not hold the squares.
 
-    Of a vector of zeros the value is 0 and the gradient is NaN: it is a value alone, for what is
-    constant under differentiation.
+    For a vector of zeros the value is 0 and the gradient is NaN. Use it only for what is constant
+    under differentiation.
     """
     largest = jnp.max(jnp.abs(x), axis=-1)
     return largest * jnp.linalg.norm(divide(x, largest[..., None]), axis=-1)
@@ -50,7 +50,7 @@ def length(x: jax.Array) -> jax.Array:
 def unit(x: jax.Array) -> jax.Array:
     """x / |x| along the last axis, for a vector of any length that float32 holds.
 
-    Of a vector of zeros the value is a vector of zeros, and the gradient is 0.
+    For a vector of zeros the value is a vector of zeros, and the gradient is 0.
     """
     largest = lax.stop_gradient(jnp.max(jnp.abs(x), axis=-1, keepdims=True))
     # The derivative of 1 / |x| overflows for an |x| of 1e-13. That of x over its largest component
@@ -63,7 +63,7 @@ def unit(x: jax.Array) -> jax.Array:
 def masked_mean(values: jax.Array, mask: jax.Array) -> jax.Array:
     """The mean of `values` over the elements where `mask`, a bool of the same shape, is True.
 
-    Where the mask is True nowhere, the value is 0 and the gradient is 0. A masked element is not
-    read: it may be NaN.
+    Where the mask is True nowhere, the value is 0 and the gradient is 0. An element whose mask is
+    False may be NaN.
     """
     return divide(jnp.sum(jnp.where(mask, values, 0)), jnp.sum(mask))

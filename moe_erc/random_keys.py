@@ -2,8 +2,8 @@
 
     key of a use = fold_in(key, first 32 bits of SHA-256 of the name)
 
-Numbers are no names: `fold_in(key, 0)` is `split(key, n)[0]`, so that two uses that count from 0
-draw the same.
+Numbers cannot serve as names: `fold_in(key, 0)` is `split(key, n)[0]`, so that two uses that count
+from 0 would draw the same.
 """
 
 import hashlib

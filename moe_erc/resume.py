@@ -1,12 +1,13 @@
-"""How a run goes on: what its checkpoint says of it, what has changed since, and the text that it reads.
+"""How a run goes on: what its checkpoint says, what has changed since, and which text it reads.
 
-Which key may change is decided in `training/identity.py`. The text of a run is that of its
-beginning, as it lies in the cache, whatever has become of the sources; another one is refused, or
-said and kept in the run's history.
+`training/identity.py` decides which keys may change. A run goes on with the text that it was begun
+with, as it lies in the cache, whatever has become of the sources. Another text is refused; where it
+is allowed, it is said and kept in the run's history.
 """
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 
@@ -37,40 +38,44 @@ TRAIN_ON = (
 
 @dataclasses.dataclass(frozen=True)
 class Earlier:
-    """What a run has behind it when it is started.
+    """What a run has done before it is started. Without a checkpoint that is nothing.
 
-    Without a checkpoint nothing, and `step` is 0.
+    step: the optimizer steps done.
+    rows: the training rows read so far, whatever the batch sizes were; the data go on behind them.
+    config: the checkpoint's, as in `configs/base.py`.
+    data: `Corpus.record` of the checkpoint's text.
+    history: the changes before, each as {"from_step", "key", "before", "after"}.
+    changes: between the checkpoint's configuration and the one that the run goes on with.
     """
 
-    step: int = 0  # optimizer steps done
-    rows: int = 0  # training rows read in them, whatever the batch sizes were: where the data go on
-    config: Mapping = dataclasses.field(
-        default_factory=dict
-    )  # of the checkpoint, as in configs/base.py
-    data: Mapping = dataclasses.field(default_factory=dict)  # `Corpus.record` of its text
-    history: tuple[Mapping, ...] = ()  # of changes before: {"from_step", "key", "before", "after"}
-    changes: tuple[Change, ...] = ()  # between its configuration and the one that it goes on with
+    step: int = 0
+    rows: int = 0
+    config: Mapping = dataclasses.field(default_factory=dict)
+    data: Mapping = dataclasses.field(default_factory=dict)
+    history: tuple[Mapping, ...] = ()
+    changes: tuple[Change, ...] = ()
 
     def row_at(self, step: int, batch_size: int) -> int:
-        """The rows that are read before step `step` + 1, which is not before where the run goes on."""
+        """How many rows are read before step `step` + 1; `step` is at least `self.step`."""
         return self.rows + (step - self.step) * batch_size
 
     def history_with(self, changes: Sequence[Change]) -> list[dict]:
-        """The history for the checkpoints to come."""
+        """The history for the next checkpoints."""
         added = [{"from_step": self.step + 1} | change._asdict() for change in changes]
         return [*self.history, *added]
 
 
 def read(meta: Mapping, step: int, defaults: Mapping | None = None) -> Earlier:
-    """Of the JSON of a checkpoint; BadInput for one of a version that says less of itself.
+    """What a checkpoint's JSON says of its run.
 
     defaults: a whole configuration, for keys that came after the checkpoint was made.
+
+    BadInput for a checkpoint of a version that says less of itself.
     """
     try:
         config = _filled(meta["config"], defaults or {})
         data = meta["data"]
-        # Checkpoints of before rows were counted: every batch had the size that the configuration
-        # says.
+        # Checkpoints from before rows were counted: every batch had the size of the configuration.
         rows = meta.get("rows", step * config["train"]["batch_size"])
         data["tokenizer"]
     except (KeyError, TypeError) as error:
@@ -81,9 +86,10 @@ def read(meta: Mapping, step: int, defaults: Mapping | None = None) -> Earlier:
 
 
 def compare(earlier: Earlier, config: Mapping) -> Earlier:
-    """With what `config` changes.
+    """`earlier` with the changes that `config` makes.
 
-    BadInput, naming the first difference, for what it does not allow itself.
+    BadInput, which names the first difference, for a change that `config.resume.allow` does not
+    allow.
     """
     allow = config["resume"]["allow"]
     check_names(allow, config)
@@ -93,7 +99,8 @@ def compare(earlier: Earlier, config: Mapping) -> Earlier:
     rows = earlier.rows
     before = earlier.config["data"]["sequence_length"]
     after = config["data"]["sequence_length"]
-    if before != after:  # as many tokens, in rows of another length
+    # Rows of another length: the data go on behind as many tokens as were read.
+    if before != after:
         rows = -(-rows * before // after)
     return dataclasses.replace(earlier, changes=tuple(changes), rows=rows)
 
@@ -105,6 +112,7 @@ def _comparable(config: Mapping) -> dict:
 
 
 def _filled(config: Mapping, defaults: Mapping) -> dict:
+    """The configuration with the defaults of the keys that it does not have."""
     filled = dict(defaults) | dict(config)
     for name, value in filled.items():
         if isinstance(value, Mapping) and isinstance(defaults.get(name), Mapping):
@@ -112,82 +120,82 @@ def _filled(config: Mapping, defaults: Mapping) -> dict:
     return filled
 
 
-def check_state(earlier: Earlier, model: Transformer, state) -> None:
-    """Refuses an allowed change after which the arrays of the checkpoint are no state of the run any more."""
-    if not any(
-        change.key.startswith(("model.", "routers.", "optimizer.")) for change in earlier.changes
-    ):
+def check_state(earlier: Earlier, model: Transformer, state: Any) -> None:
+    """Refuses an allowed change after which the checkpoint's arrays do not fit the run's state."""
+    deciding = ("model.", "routers.", "optimizer.")
+    if not any(change.key.startswith(deciding) for change in earlier.changes):
         return
     before_model = Transformer(ModelConfig.of(earlier.config), model.mesh)
+    steps = earlier.config["train"]["steps"]
     optimizer_config = OptimizerConfig(**earlier.config["optimizer"])
-    optimizer = make_optimizer(
-        optimizer_config, earlier.config["train"]["steps"], before_model.config
-    )
+    optimizer = make_optimizer(optimizer_config, steps, before_model.config)
     before = _shapes(jax.eval_shape(initializer(before_model, optimizer, 0)))
     after = _shapes(state)
     for name in before | after:
         if before.get(name) != after.get(name):
-            keys = ", ".join(
-                change.key for change in earlier.changes if rule_of(change.key) == METHOD
-            )
+            keys = [change.key for change in earlier.changes if rule_of(change.key) == METHOD]
             raise BadInput(
-                f"resume.allow: {keys} cannot change on the way: {name} of the checkpoint is "
-                f"{before.get(name, 'absent')}, this run needs {after.get(name, 'none')}; use another --workdir"
+                f"resume.allow: {', '.join(keys)} cannot change on the way: "
+                f"{name} of the checkpoint is {before.get(name, 'absent')}, "
+                f"this run needs {after.get(name, 'none')}; use another --workdir"
             )
 
 
 def _shapes(state) -> dict[str, str]:
-    leaves = jax.tree_util.tree_leaves_with_path(state)
-    keystr = jax.tree_util.keystr
-    return {
-        keystr(path, simple=True, separator="."): f"{leaf.dtype}{list(leaf.shape)}"
-        for path, leaf in leaves
-    }
+    """{name of a leaf: its dtype and shape in words}."""
+    shapes = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state):
+        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        shapes[name] = f"{leaf.dtype}{list(leaf.shape)}"
+    return shapes
 
 
 class TextGone(BadInput):
-    """A run that asks for the text it was begun with, which is neither in the cache nor what its sources give now."""
+    """The text that a run was begun with is neither in the cache nor what its sources give now."""
 
 
 def open_text(
     earlier: Earlier, config: text.DataConfig, allow: Sequence[str] = (), mend: str = TRAIN_ON
 ) -> tuple[text.Corpus, list[Change]]:
-    """The text of a run, and what changes of it: that of its beginning as long as it is in the cache.
+    """(the text of a run, the changes of its text).
 
-    A new run reads what its sources give. `mend` says what can be done where the text is another
-    one: TextGone, or BadInput where the configuration asks for another one.
+    A new run reads what its sources give. A resumed run reads the text of its beginning, as long as
+    that is in the cache and no other text is allowed.
+
+    allow: the names in `resume.allow`. mend: what a message says can be done.
+
+    Raises TextGone where the text of the beginning cannot be had, and BadInput where the
+    configuration asks for another text that is not allowed.
     """
     if not earlier.step:
         return text.prepare(config), []
     asked = _content_changes(earlier, config)
-    if (
-        not asked
-        and not is_allowed("data.sources", allow)
-        and not is_allowed("data.tokenizer", allow)
-    ):
+    may_change_sources = is_allowed("data.sources", allow)
+    may_change_tokenizer = is_allowed("data.tokenizer", allow)
+    if not asked and not may_change_sources and not may_change_tokenizer:
         try:
             return _text_of_the_beginning(earlier, config, mend), []
         except BadInput as error:
             raise TextGone(str(error)) from error
-    tokenizer_changed = load_tokenizer(config.tokenizer).identity != earlier.data["tokenizer"]
-    if tokenizer_changed and not is_allowed("data.tokenizer", allow):
+
+    is_other_tokenizer = load_tokenizer(config.tokenizer).identity != earlier.data["tokenizer"]
+    if is_other_tokenizer and not may_change_tokenizer:
         raise _another_tokenizer(config, mend)
     corpus = text.prepare(config)
     if _is_same_text(earlier, corpus):
         return corpus, []
-    if tokenizer_changed:
-        return corpus, [
-            Change("data.tokenizer", earlier.config["data"]["tokenizer"], config.tokenizer)
-        ]
-    if is_allowed("data.sources", allow):
-        return corpus, [
-            Change("data.sources", f"text {earlier.data['corpus']}", f"text {corpus.identity}")
-        ]
+    # A tokenizer that changed explains the other text; its sources need no allowance of their own.
+    if is_other_tokenizer:
+        before = earlier.config["data"]["tokenizer"]
+        return corpus, [Change("data.tokenizer", before, config.tokenizer)]
+    if may_change_sources:
+        before = f"text {earlier.data['corpus']}"
+        return corpus, [Change("data.sources", before, f"text {corpus.identity}")]
     raise _another_text(asked, mend)
 
 
-def open_tokenizer(earlier: Earlier, config: text.DataConfig, mend: str = TRAIN_ON):
-    """The tokenizer of a run, wherever its file lies now; BadInput where it is another one."""
+def open_tokenizer(earlier: Earlier, config: text.DataConfig, mend: str = TRAIN_ON) -> Any:
+    """The tokenizer of a run, wherever its file lies now; BadInput if it is not the same one."""
     tokenizer = load_tokenizer(config.tokenizer)
     if tokenizer.identity != earlier.data["tokenizer"]:
         raise _another_tokenizer(config, mend)
@@ -195,12 +203,13 @@ def open_tokenizer(earlier: Earlier, config: text.DataConfig, mend: str = TRAIN_
 
 
 def _text_of_the_beginning(earlier: Earlier, config: text.DataConfig, mend: str) -> text.Corpus:
+    """The text that the run was begun with: out of the cache, else made once more."""
     open_tokenizer(earlier, config, mend)
     corpus = text.reopen(earlier.data, config)
     if corpus is not None:
         _say_what_changed(earlier.data)
         return corpus
-    # Known to be another text before hours are spent on tokenising it.
+    # Before hours are spent on tokenising what is known to be another text.
     _refuse_changed_sources(earlier.data, config, mend)
     corpus = text.prepare(config)
     if not _is_same_text(earlier, corpus):
@@ -209,16 +218,17 @@ def _text_of_the_beginning(earlier: Earlier, config: text.DataConfig, mend: str)
 
 
 def _content_changes(earlier: Earlier, config: text.DataConfig) -> list[Change]:
+    """The changes of keys that decide which text is read, except the tokenizer.
+
+    A tokenizer is compared by its content; its path says nothing.
+    """
     ours = {name: getattr(config, name) for name in earlier.config["data"] if hasattr(config, name)}
     saved = {name: earlier.config["data"][name] for name in ours}
-    found = differences({"data": saved}, {"data": ours})
-    # The path of a tokenizer says nothing, its content does: where the two paths differ, it is
-    # compared alone.
-    return [
-        change
-        for change in found
-        if rule_of(change.key) == CONTENT and change.key != "data.tokenizer"
-    ]
+    changes = []
+    for change in differences({"data": saved}, {"data": ours}):
+        if rule_of(change.key) == CONTENT and change.key != "data.tokenizer":
+            changes.append(change)
+    return changes
 
 
 def _another_tokenizer(config: text.DataConfig, mend: str) -> BadInput:
@@ -230,9 +240,10 @@ def _another_tokenizer(config: text.DataConfig, mend: str) -> BadInput:
 def _is_same_text(earlier: Earlier, corpus: text.Corpus) -> bool:
     record = earlier.data
     if "sources" in record:
-        same_streams = text.streams_of(record) == text.streams_of(corpus.record)
-        return same_streams and record["tokenizer"] == corpus.record["tokenizer"]
-    # Of before the streams were listed: one digest of all that decided a batch.
+        has_same_streams = text.streams_of(record) == text.streams_of(corpus.record)
+        has_same_tokenizer = record["tokenizer"] == corpus.record["tokenizer"]
+        return has_same_streams and has_same_tokenizer
+    # A checkpoint from before the streams were listed has one digest of all that decided a batch.
     data = earlier.config["data"]
     then = text.identity_of(corpus.record, whole_weights(data["weights"]), data["sequence_length"])
     return then == record["corpus"]
@@ -240,7 +251,8 @@ def _is_same_text(earlier: Earlier, corpus: text.Corpus) -> bool:
 
 def _say_what_changed(record: Mapping) -> None:
     for entry in record["sources"]:
-        if words := origin.compare(entry["name"], entry["origin"]):
+        words = origin.compare(entry["name"], entry["origin"])
+        if words:
             print(
                 f"data.sources: {entry['name']!r} has changed since the run was begun ({words}): "
                 "it goes on with the text that it was begun with, which is in the cache"
@@ -249,10 +261,11 @@ def _say_what_changed(record: Mapping) -> None:
 
 def _refuse_changed_sources(record: Mapping, config: text.DataConfig, mend: str) -> None:
     for entry in record.get("sources", ()):
-        if words := origin.compare(entry["name"], entry["origin"]):
-            back = (
-                "install those versions" if "versions" in entry["origin"] else "put its files back"
-            )
+        words = origin.compare(entry["name"], entry["origin"])
+        if words:
+            back = "put its files back"
+            if "versions" in entry["origin"]:
+                back = "install those versions"
             raise TextGone(
                 f"data.sources: the text that the run was begun with is not in the cache "
                 f"({cache.directory_of(config.cache_dir) / entry['directory']}), "
@@ -267,56 +280,60 @@ def _another_text(changed: Sequence[Change], mend: str) -> BadInput:
         )
     key, before, after = changed[0]
     return BadInput(
-        f"the checkpoint was made with {key} = {before}, this run has {after}, which is other text: "
-        f"set {key} back, {mend}"
+        f"the checkpoint was made with {key} = {before}, this run has {after}, "
+        f"which is other text: set {key} back, {mend}"
     )
 
 
 def print_changes(earlier: Earlier, changes: Sequence[Change]) -> None:
-    """One line for what is not of the schedule, with the step from which on it holds."""
+    """Prints one line about the changes that are not of the schedule, with their first step."""
     others = [change for change in changes if change.key not in SCHEDULE]
     if not others:
         return
     line = f"from step {earlier.step + 1} on: {', '.join(map(str, others))}"
     if any(change.key == "train.batch_size" for change in others):
-        line += f"; the data go on behind the {earlier.rows:,} rows that were read, the schedule by steps"
+        line += (
+            f"; the data go on behind the {earlier.rows:,} rows that were read, "
+            "the schedule by steps"
+        )
     elif any(change.key == "data.sequence_length" for change in others):
         line += f"; the data go on at row {earlier.rows:,}, behind as many tokens as were read"
     print(line)
 
 
 def print_schedule(earlier: Earlier, config: Mapping, updates: int) -> None:
-    """One line for what a change of the steps or of the optimizer's schedule does to the learning rate.
+    """Prints one line about what a change of the schedule does to the learning rate.
 
-    updates: those that the schedule has counted.
+    updates: the number of updates that the schedule has counted.
     """
     changes = [change for change in earlier.changes if change.key in SCHEDULE]
     if not changes or config["train"]["steps"] <= earlier.step:
         return
     before = _rates(earlier.config)
     after = _rates(config)
-    print(
-        f"from step {earlier.step + 1} on: {', '.join(map(str, changes))}: the learning rate of that step is "
-        f"{after(updates)}; it would have been {before(updates)}, the last one was {before(max(updates - 1, 0))}"
-        + _hint(changes, config)
+    line = (
+        f"from step {earlier.step + 1} on: {', '.join(map(str, changes))}: "
+        f"the learning rate of that step is {after(updates)}; "
+        f"it would have been {before(updates)}, the last one was {before(max(updates - 1, 0))}"
     )
+    print(line + _hint(changes, config))
 
 
 def _hint(changes: Sequence[Change], config: Mapping) -> str:
-    """Of how a run is extended without a jump of the rate."""
-    stretched = config["optimizer"]["schedule"] in ("cosine", "linear")
-    if not stretched or all(change.key != "train.steps" for change in changes):
-        return ""
+    """How a run is extended without a jump of the rate; "" where the rate does not jump."""
     name = config["optimizer"]["schedule"]
-    return f" (the {name} schedule now spans {config['train']['steps']} steps; constant and wsd can be extended)"
+    is_stretched = name in ("cosine", "linear")
+    if not is_stretched or all(change.key != "train.steps" for change in changes):
+        return ""
+    steps = config["train"]["steps"]
+    return f" (the {name} schedule now spans {steps} steps; constant and wsd can be extended)"
 
 
 def _rates(config: Mapping):
-    """updates done -> the rate of the next one in words."""
+    """A function: updates done -> the rate of the next update, in words."""
     peak = config["optimizer"]["learning_rate"]
-    schedule = learning_rate_schedule(
-        OptimizerConfig(**config["optimizer"]), config["train"]["steps"]
-    )
+    optimizer = OptimizerConfig(**config["optimizer"])
+    schedule = learning_rate_schedule(optimizer, config["train"]["steps"])
 
     def rate(updates: int) -> str:
         value = float(schedule(updates))
@@ -326,8 +343,9 @@ def _rates(config: Mapping):
 
 
 def history_lines(history: Sequence[Mapping]) -> list[str]:
-    """The changes of a run on its way, one line a change."""
-    return [
-        f"from step {entry['from_step']} on: {Change(entry['key'], entry['before'], entry['after'])}"
-        for entry in history
-    ]
+    """The changes of a run on its way, one line per change."""
+    lines = []
+    for entry in history:
+        change = Change(entry["key"], entry["before"], entry["after"])
+        lines.append(f"from step {entry['from_step']} on: {change}")
+    return lines

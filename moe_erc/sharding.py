@@ -1,15 +1,19 @@
-"""Where every array lives: the two mesh axes and the table of PartitionSpecs; a router says its own.
+"""Where every array lives: the two mesh axes and the table of PartitionSpecs.
 
-Tokens are split over both axes; experts over "expert"; large parameters, and with them every
-optimizer moment, over "data" as well (FSDP). Expert matrices are cut there along their hidden axis
-F, so that sums over F need no gather.
+Tokens are split over both axes, and experts over "expert". Large parameters, and with them every
+optimizer moment, are split over "data" as well (FSDP). Expert matrices are split over "data" along
+their hidden axis F, so that sums over F need no gather. A router says itself where its parameters
+lie (`moe/routers/base.py`).
 """
 
 import math
 import os
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
+from typing import Any
 
 import jax
+import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -21,8 +25,8 @@ DATA = "data"
 EXPERT = "expert"
 BATCH = (DATA, EXPERT)
 
-# parameter name -> spec of its trailing axes; leading axes (layers) are never split, other names
-# are replicated
+# {parameter name: spec of its trailing axes}. Leading axes (layers) are never split, and parameters
+# of other names are replicated.
 PARAMETERS = {
     "embed": P(None, DATA),
     "head": P(None, DATA),
@@ -40,89 +44,109 @@ PARAMETERS = {
 }
 
 
-def use_cpu_cores(*divisible):
-    """Before any array: a virtual CPU device per core, as many as divide all the sizes given.
+def use_cpu_cores(*divisible: int) -> None:
+    """Makes one virtual CPU device per core, as many as divide all the sizes given.
 
-    XLA runs the loops of a program on one core per device. Several processes share the cores: each
-    takes one. A number set from outside stays, other platforms ignore it.
+    It must be called before any array is made. XLA runs the loops of a program on one core per
+    device. Where several processes share the cores, each takes one. A number that was set from
+    outside stays; other platforms ignore it.
     """
-    if jax.config.jax_num_cpu_devices > 0 or "host_platform_device_count" in os.environ.get(
-        "XLA_FLAGS", ""
-    ):
+    is_set = jax.config.jax_num_cpu_devices > 0
+    if is_set or "host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
         return
-    sizes = [
-        size for size in divisible if size > 0
-    ]  # what is not positive is refused where it is used
-    cores = (
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    )
-    cores = 1 if jax.distributed.is_initialized() else cores
-    devices = max(
-        count for count in range(1, cores + 1) if all(size % count == 0 for size in sizes)
-    )
+    # A size that is not positive is refused where it is used. Of no sizes the divisor is 0, which
+    # every number divides.
+    common_divisor = math.gcd(*[size for size in divisible if size > 0])
+    devices = _cores()
+    while common_divisor % devices:
+        devices -= 1
     jax.config.update("jax_num_cpu_devices", devices)
 
 
-def make_mesh(data, expert, devices=None):
-    """A (data, expert) mesh.
+def _cores() -> int:
+    """The cores that this process may use for itself."""
+    if jax.distributed.is_initialized():
+        return 1
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
-    -1, for one of the two, takes what the other leaves of `devices` (all there are).
+
+def make_mesh(data: int, expert: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A (data, expert) mesh of `devices`, of all devices by default.
+
+    One of the two sizes may be -1: it takes what the other leaves. BadInput for sizes that the
+    devices do not allow, and for a mesh that leaves a process without a device.
     """
     devices = jax.devices() if devices is None else devices
     count = len(devices)
     for name, size, other in ((DATA, data, expert), (EXPERT, expert, data)):
         if size == 0 or size < -1 or (size == -1 and (other < 1 or count % other)):
             raise BadInput(
-                f"mesh.{name}: {size} beside {other} cannot split {count} devices; use divisors, or one -1"
+                f"mesh.{name}: {size} beside {other} cannot split {count} devices; "
+                "use divisors, or one -1"
             )
-    data, expert = (
-        count // expert if data == -1 else data,
-        count // data if expert == -1 else expert,
-    )
+    if data == -1:
+        data = count // expert
+    elif expert == -1:
+        expert = count // data
     if data * expert > count:
         raise BadInput(
-            f"mesh: {data} x {expert} needs {data * expert} devices, there are {count}; lower mesh.data"
+            f"mesh: {data} x {expert} needs {data * expert} devices, there are {count}; "
+            "lower mesh.data"
         )
     chosen = devices[: data * expert]
-    if idle := {device.process_index for device in devices} - {
-        device.process_index for device in chosen
-    }:
+    processes = {device.process_index for device in devices}
+    idle = processes - {device.process_index for device in chosen}
+    if idle:
         raise BadInput(
-            f"mesh: {data} x {expert} of {count} devices leaves process {min(idle)} none; use all devices"
+            f"mesh: {data} x {expert} of {count} devices leaves process {min(idle)} none; "
+            "use all devices"
         )
     return Mesh(lay_out(chosen, data, expert), (DATA, EXPERT), axis_types=(AxisType.Auto,) * 2)
 
 
-def fit_mesh(model):
-    """A mesh of as many devices as divide the sizes of `model`, for what was trained on another machine."""
+def fit_mesh(model: Any) -> Mesh:
+    """A mesh of as many devices as divide the sizes of a ModelConfig.
+
+    It serves a model that was trained on another machine.
+    """
     expert = math.gcd(model.experts, jax.device_count())
     data = math.gcd(jax.device_count() // expert, model.width, model.kv_width, model.expert_width)
     return make_mesh(data, expert)
 
 
-def lay_out(devices, data, expert):
-    """(data, expert) array of devices with near ones beside each other; an expert group stays within its slice.
+def lay_out(devices: Sequence[jax.Device], data: int, expert: int) -> np.ndarray:
+    """A (data, expert) array of devices, near ones beside each other.
 
-    A slice is what the fast network joins: one TPU slice, one GPU node. As `jax.make_mesh`, which
-    knows no slices and refuses to split an axis of the torus (8 x 8 on 4x4x4).
+    An expert group stays within a slice, which is what the fast network joins: one TPU slice, one
+    GPU node. `jax.make_mesh` is not used because it knows no slices, and because it refuses to
+    split an axis of the torus (8 x 8 on 4x4x4).
     """
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     if data % slices:
         raise BadInput(
-            f"mesh.data: {data} cannot be split over {slices} slices, and an expert group stays within one; "
-            "use a multiple"
+            f"mesh.data: {data} cannot be split over {slices} slices, and an expert group stays "
+            "within one; use a multiple"
         )
     if slices > 1:
-        shape = (data // slices, expert), (slices, 1)
-        return mesh_utils.create_hybrid_device_mesh(*shape, devices, allow_split_physical_axes=True)
+        within_slice = (data // slices, expert)
+        over_slices = (slices, 1)
+        return mesh_utils.create_hybrid_device_mesh(
+            within_slice, over_slices, devices, allow_split_physical_axes=True
+        )
     return mesh_utils.create_device_mesh((data, expert), devices, allow_split_physical_axes=True)
 
 
-def shard_state(mesh, abstract_state, router_parameters=MappingProxyType({})):
-    """The same tree with a sharding for every leaf: moments carry their parameter's name, so a name tells for both.
+def shard_state(
+    mesh: Mesh, abstract_state: Any, router_parameters: Mapping = MappingProxyType({})
+) -> Any:
+    """The same tree, with a sharding for every leaf.
 
-    router_parameters: {name: Parameter} of `moe/routers/base.py`. Every device has all of what
-    neither names.
+    router_parameters: {name: Parameter} of `moe/routers/base.py`.
+
+    Optimizer moments carry the name of their parameter, so the name decides for both. Leaves that
+    neither the table nor the router names are replicated.
     """
     parameters = dict(PARAMETERS)
     moments = dict(PARAMETERS)
@@ -133,15 +157,19 @@ def shard_state(mesh, abstract_state, router_parameters=MappingProxyType({})):
     def place(path, leaf):
         names = [entry.key for entry in path if isinstance(entry, jax.tree_util.DictKey)]
         table = moments if jax.tree_util.GetAttrKey("opt_state") in path else parameters
-        spec = table.get(names[-1], P()) if names else P()
-        spec = P(*(None,) * (len(leaf.shape) - len(spec)), *spec)
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
+        trailing = table.get(names[-1], P()) if names else P()
+        leading = (None,) * (len(leaf.shape) - len(trailing))
+        sharding = NamedSharding(mesh, P(*leading, *trailing))
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
     return jax.tree_util.tree_map_with_path(place, abstract_state)
 
 
-def print_plan(abstract):
-    """Prints where an abstract state will lie: shape, spec and bytes per device of every parameter, and the totals."""
+def print_plan(abstract: Any) -> None:
+    """Prints where an abstract state will lie.
+
+    A table lists shape, spec and bytes per device of every parameter, and the totals.
+    """
     leaves = jax.tree_util.tree_leaves_with_path(abstract.params)
     mesh = leaves[0][1].sharding.mesh
     title = f"{mesh.size} x {mesh.devices.flat[0].device_kind}, mesh {dict(mesh.shape)}"
@@ -154,61 +182,76 @@ def print_plan(abstract):
     parameters = abstract.params
     moments = abstract.opt_state
     totals = {"parameters": parameters, "moments": moments, "together": (parameters, moments)}
-    footer = [
-        (name, "", "", f"{bytes_per_device(tree) / 1e6:,.2f}") for name, tree in totals.items()
-    ]
+    footer = []
+    for name, tree in totals.items():
+        footer.append((name, "", "", f"{bytes_per_device(tree) / 1e6:,.2f}"))
     print_table(title, ("parameter", "shape", "spec", "MB a device"), rows, footer)
 
 
-def bytes_per_device(abstract):
-    """What one device holds of a tree of abstract arrays with shardings."""
-    leaves = jax.tree.leaves(abstract)
-    return sum(
-        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves
-    )
+def bytes_per_device(abstract: Any) -> int:
+    """The bytes that one device holds of a tree of abstract arrays with shardings."""
+    total = 0
+    for leaf in jax.tree.leaves(abstract):
+        elements = math.prod(leaf.sharding.shard_shape(leaf.shape))
+        total += elements * leaf.dtype.itemsize
+    return total
 
 
-def shard_batch(mesh):
-    """Sequences are split over every device."""
+def shard_batch(mesh: Mesh) -> NamedSharding:
+    """The sharding of a batch: its sequences are split over all devices."""
     return NamedSharding(mesh, P(BATCH))
 
 
-def shard_cache(mesh):
-    """Keys and values lie with their sequences, behind the axis of layers."""
+def shard_cache(mesh: Mesh) -> NamedSharding:
+    """The sharding of a cache: keys and values lie with their sequences; axis 0 counts layers."""
     return NamedSharding(mesh, P(None, BATCH))
 
 
-def replicate(mesh):
-    """All of it on every device, so that every process can fetch it."""
+def replicate(mesh: Mesh) -> NamedSharding:
+    """The sharding of what lies whole on every device, so that every process can fetch it."""
     return NamedSharding(mesh, P())
 
 
-def local_rows(mesh, batch_size):
-    """The rows of a batch that lie on this process's devices: no row is on two of them, wherever the devices are."""
-    slices = shard_batch(mesh).addressable_devices_indices_map((batch_size,)).values()
-    return sorted(row for (share,) in slices for row in range(*share.indices(batch_size)))
+def local_rows(mesh: Mesh, batch_size: int) -> list[int]:
+    """The rows of a batch that lie on this process's devices, in order.
+
+    No row lies on two devices, wherever the devices are.
+    """
+    indices = shard_batch(mesh).addressable_devices_indices_map((batch_size,))
+    rows = []
+    for (share,) in indices.values():
+        rows += range(*share.indices(batch_size))
+    return sorted(rows)
 
 
-def put_batch(mesh, batch):
-    """The `local_rows` of a batch, from every process, as global arrays."""
-    return jax.tree.map(
-        lambda leaf: jax.make_array_from_process_local_data(shard_batch(mesh), leaf), batch
-    )
+def put_batch(mesh: Mesh, batch: Any) -> Any:
+    """A batch as global arrays, made of the `local_rows` that every process gives."""
+
+    def place(leaf):
+        return jax.make_array_from_process_local_data(shard_batch(mesh), leaf)
+
+    return jax.tree.map(place, batch)
 
 
-def put_whole_batch(mesh, batch):
-    """A batch that every process has all of, as global arrays: each device takes its rows."""
-    place = jax.make_array_from_process_local_data
-    return jax.tree.map(lambda leaf: place(shard_batch(mesh), leaf, leaf.shape), batch)
+def put_whole_batch(mesh: Mesh, batch: Any) -> Any:
+    """A batch as global arrays, where every process gives all of it: a device takes its rows."""
+
+    def place(leaf):
+        return jax.make_array_from_process_local_data(shard_batch(mesh), leaf, leaf.shape)
+
+    return jax.tree.map(place, batch)
 
 
-def check(mesh, model, batch_size, micro_batches, eval_batch_size):
+def check(
+    mesh: Mesh, model: Any, batch_size: int, micro_batches: int, eval_batch_size: int
+) -> None:
     """Refuses sizes that the mesh cannot split evenly, naming both numbers."""
     data = mesh.shape[DATA]
     expert = mesh.shape[EXPERT]
     if model.experts % expert:
         raise BadInput(
-            f"model.experts: {model.experts} experts cannot be split over {expert} devices of axis '{EXPERT}'"
+            f"model.experts: {model.experts} experts cannot be split over {expert} devices "
+            f"of axis '{EXPERT}'"
         )
     for name, size in (
         ("width", model.width),
@@ -217,11 +260,13 @@ def check(mesh, model, batch_size, micro_batches, eval_batch_size):
     ):
         if size % data:
             raise BadInput(
-                f"model.{name}: a width of {size} cannot be split over {data} devices of axis '{DATA}'"
+                f"model.{name}: a width of {size} cannot be split over {data} devices "
+                f"of axis '{DATA}'"
             )
     if micro_batches < 1 or batch_size % micro_batches:
         raise BadInput(
-            f"train.batch_size: {batch_size} sequences cannot be split into {micro_batches} train.micro_batches"
+            f"train.batch_size: {batch_size} sequences cannot be split into "
+            f"{micro_batches} train.micro_batches"
         )
     for name, size in (
         ("train.batch_size", batch_size // micro_batches),
@@ -229,5 +274,6 @@ def check(mesh, model, batch_size, micro_batches, eval_batch_size):
     ):
         if size < 1 or size % mesh.size:
             raise BadInput(
-                f"{name}: {size} sequences at a time cannot be split over {mesh.size} devices; use a multiple"
+                f"{name}: {size} sequences at a time cannot be split over {mesh.size} devices; "
+                "use a multiple"
             )

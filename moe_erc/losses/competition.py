@@ -1,12 +1,14 @@
-"""CompeteSMoE v2 (arXiv 2505.13380): the router learns to foretell which experts would answer most.
+"""CompeteSMoE v2 (arXiv 2505.13380): the router learns to predict which experts answer most.
 
     loss = mse(p, sg(q)) + 0.2 mse(p[top], sg(q[top])),
     p the router's softmax, q the softmax of the experts' answers
 
-`top` are the K experts of highest q, to which the token is sent on such a step. q is constant: the
-experts are not trained. The loss is a mean over the layers that compete on the step. A layer that
-does not compete has no error, rather than an error of 0.
+`top` are the K experts of highest q, to which the token is sent on such a step. q is constant, so
+the loss does not train the experts. It is a mean over the layers that compete on the step; the
+other layers are left out of the mean.
 """
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -42,7 +44,7 @@ def over_competing_layers(error_and_active_L2: jax.Array, mask_BT: jax.Array) ->
     return masked_mean(error_L, active_L == 1)
 
 
-def compute(options: NoOptions, layer) -> jax.Array:
+def compute(options: NoOptions, layer: Any) -> jax.Array:
     """(error, whether the layer competes) as two numbers; the error is 0 where it does not."""
     active, competitors_BTE = layer.auxiliary
     error = competition(

@@ -23,7 +23,10 @@ from moe_erc.checks import BadInput
 
 @dataclasses.dataclass(frozen=True)
 class Devices:
-    """One device where `mesh` is None: then every sum is complete and every expert is its own."""
+    """The devices that share the work: those of a mesh, or one device where `mesh` is None.
+
+    On one device every sum is complete, and every expert is its own.
+    """
 
     mesh: Mesh | None = None
 
@@ -42,11 +45,15 @@ class Devices:
         """The name of the axis over which experts are split."""
         return None if self.mesh is None else self.mesh.axis_names[1]
 
-    def run(self, function: Callable, out_spec: P, rows_LED: jax.Array, weights: dict, keys: Any):
+    def run(
+        self, function: Callable, out_spec: P, rows_LED: jax.Array, weights: dict, keys: Any
+    ) -> jax.Array:
         """function(rows, weights, keys), on every device with its own slices of the weights.
 
-        weights: by name, w_gate and w_up (L, E, D, F), w_down (L, E, F, D). out_spec: how the
-        results of the devices are put together; rows and keys lie whole on every device.
+        weights: by name, w_gate and w_up (L, E, D, F), w_down (L, E, F, D).
+        out_spec: how the results of the devices are put together.
+
+        Rows and keys lie whole on every device.
         """
         if self.mesh is None:
             return function(rows_LED, weights, keys)
@@ -77,4 +84,8 @@ class Devices:
         if self.mesh is None:
             return tree
         axes = self.mesh.axis_names
-        return jax.tree.map(lambda leaf: lax.pcast(leaf, axes, to="varying"), tree)
+
+        def own(leaf):
+            return lax.pcast(leaf, axes, to="varying")
+
+        return jax.tree.map(own, tree)

@@ -17,6 +17,7 @@ device its slices, `_losses_of_layers` computes bounds, proxies, M (`responses.p
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -40,13 +41,15 @@ from moe_erc.numerics import divide, length, square_root
 
 NOISES = ("uniform", "expected", "none")
 LAYER_REDUCTIONS = {"mean": jnp.mean, "sum": jnp.sum}
-ROUNDING = 2.0**-21  # of bound, draw and product together, with room
-LARGEST = 1e18  # bound: that of a row of 1e-38 among others of 10 would be no float32
+# The relative rounding error of bound, draw and product together, with room.
+ROUNDING = 2.0**-21
+# The largest bound. That of a row of length 1e-38 among others of length 10 would be no float32.
+LARGEST = 1e18
 
 
 @dataclasses.dataclass(frozen=True)
 class ErcOptions:
-    """The options of `erc_loss`, which explains them. Those of a config may say precision "auto".
+    """The options of `erc_loss`, which explains them. In a config, precision may be "auto".
 
     alpha may be a traced number, which is not checked.
     """
@@ -76,9 +79,10 @@ class ErcOptions:
 def noise_bound(router_ED: jax.Array, rows_R: jax.Array | None = None) -> jax.Array:
     """Half the relative distance to the nearest other row (eq. 4), (E,) float32.
 
-    It is the largest jitter that cannot swap two clusters. With `rows_R`, (R,) for those rows
-    alone. Constant under differentiation; 0 for an all-zero row, for a row with a twin, and for
-    E = 1.
+    It is the largest jitter that cannot swap two clusters. It is constant under differentiation,
+    and 0 for an all-zero row, for a row with a twin, and for E = 1.
+
+    rows_R: the numbers of the rows that are wanted, (R,); the result is then (R,).
     """
     router_ED = lax.stop_gradient(jnp.asarray(router_ED, jnp.float32))
     ids_E = jnp.arange(len(router_ED))
@@ -108,22 +112,27 @@ def perturb(router_ED: jax.Array, rng: jax.Array) -> jax.Array:
 def _jitter(router_ED, bound_E, rng):
     bound_E1 = bound_E[:, None]
     noise_ED = 1 - bound_E1 + 2 * bound_E1 * jax.random.uniform(rng, router_ED.shape)
-    # At its very ends the interval is as much shorter as float32 may have rounded: no draw ends up
-    # between two clusters.
+    # The interval is shortened at both ends by what float32 may have rounded, so that no draw ends
+    # up between two clusters.
     inside_E1 = jnp.maximum(bound_E1 - ROUNDING * (1 + bound_E1), 0)
     return router_ED * lax.stop_gradient(jnp.clip(noise_ED, 1 - inside_E1, 1 + inside_E1))
 
 
 def _proxies(router_LED, bound_LE, keys_L, noise):
-    """(Proxies, their squared lengths (L, E)): drawn, clean, or in expectation."""
+    """(Proxies, their squared lengths (L, E)); the noise is drawn, absent or in expectation."""
     if noise == "expected":
-        # The variance of a uniform draw of half-width bound * router; the square of a bound alone
-        # may overflow.
+        # The variance of a uniform draw of half-width bound * router. The product is squared, since
+        # the square of the bound alone may overflow.
         spread_LED = jnp.square(bound_LE[..., None] * router_LED) / 3
         return Proxies(router_LED, spread_LED), jnp.sum(router_LED**2 + spread_LED, axis=-1)
     row_LED = router_LED
     if noise == "uniform":
-        row_LED = lax.map(lambda layer: _jitter(*layer), (router_LED, bound_LE, keys_L))
+
+        def of_layer(layer):
+            router_ED, bound_E, key = layer
+            return _jitter(router_ED, bound_E, key)
+
+        row_LED = lax.map(of_layer, (router_LED, bound_LE, keys_L))
     return Proxies(row_LED), jnp.sum(row_LED**2, axis=-1)
 
 
@@ -133,24 +142,28 @@ def coupling_matrix(
 ) -> jax.Array:
     """M[i, j] = |proxy_i @ w_gate_j|: how strongly the tokens of expert i excite expert j.
 
-    (E, E) float32, or (L, E, E) where both arrays have a leading layer axis L. A diagnosis: in full
-    float32 on every platform. Over a mesh of axes (data, expert) the columns stay split by expert.
+    (E, E) float32, or (L, E, E) where both arrays have a leading layer axis L. It serves diagnosis
+    and is computed in full float32 on every platform. Over a mesh of axes (data, expert) the
+    columns stay split by expert.
     """
-    layers = (jnp.asarray(proxy_ED, jnp.float32), {"w_gate": jnp.asarray(w_gate_EDF)})
-    is_one_layer = layers[0].ndim == 2
+    proxy_LED = jnp.asarray(proxy_ED, jnp.float32)
+    w_gate_LEDF = jnp.asarray(w_gate_EDF)
+    is_one_layer = proxy_LED.ndim == 2
     if is_one_layer:
-        layers = jax.tree.map(lambda leaf: leaf[None], layers)
+        proxy_LED = proxy_LED[None]
+        w_gate_LEDF = w_gate_LEDF[None]
     devices = Devices(mesh)
+    out_spec = P(None, None, devices.expert_axis)
 
     def local(proxy_LED, weights, _):
         return _matrix(Response("gate", "highest"), devices, Proxies(proxy_LED), weights)
 
-    M_LEE = devices.run(local, P(None, None, devices.expert_axis), *layers, None)
+    M_LEE = devices.run(local, out_spec, proxy_LED, {"w_gate": w_gate_LEDF}, None)
     return M_LEE[0] if is_one_layer else M_LEE
 
 
 def _matrix(response, devices, proxies, weights):
-    """The columns of M of a device's own experts, (L, E, J); with one more row for sizes."""
+    """The columns of M for a device's own experts, (L, E, J); one row more with sizes."""
     squares_LEJ = squared_responses(response, devices.as_own(proxies), weights)
     if not response.is_whole:
         squares_LEJ = devices.sum_over_data(squares_LEJ)
@@ -246,8 +259,8 @@ def erc_loss(
 
 def _stack(params, rng, options):
     """(router_LED, the matrices that are read, keys_L or None); one layer is a stack of one."""
-    draws = options.noise == "uniform"
-    if draws and rng is None:
+    is_drawn = options.noise == "uniform"
+    if is_drawn and rng is None:
         raise BadInput(
             "noise 'uniform' draws from rng, which is None; "
             "pass a key, or noise 'expected' or 'none'"
@@ -256,9 +269,11 @@ def _stack(params, rng, options):
     weights = {name: jnp.asarray(params[name]) for name in MATRICES[options.activation]}
     if router.ndim == 2:
         # One layer draws from the key itself.
-        layers = (router, weights, rng if draws else None)
-        return jax.tree.map(lambda leaf: leaf[None], layers)
-    return router, weights, jax.random.split(rng, len(router)) if draws else None
+        keys_L = rng[None] if is_drawn else None
+        weights = {name: leaf[None] for name, leaf in weights.items()}
+        return router[None], weights, keys_L
+    keys_L = jax.random.split(rng, len(router)) if is_drawn else None
+    return router, weights, keys_L
 
 
 def _losses_of_layers(options, devices, router_LED, weights, keys_L):
@@ -269,8 +284,12 @@ def _losses_of_layers(options, devices, router_LED, weights, keys_L):
     own_EJ = jnp.arange(experts)[:, None] == own_J
 
     # Each device computes the bounds of its own experts, and receives the others'.
-    bound_L1J = lax.map(lambda router_ED: noise_bound(router_ED, own_J), router_LED)[:, None, :]
-    bound_LE = devices.sum_over_experts(jnp.sum(jnp.where(own_EJ, bound_L1J, 0), axis=-1))
+    def own_bounds(router_ED):
+        return noise_bound(router_ED, own_J)
+
+    bound_LJ = lax.map(own_bounds, router_LED)
+    bound_LEJ = jnp.where(own_EJ, bound_LJ[:, None, :], 0)
+    bound_LE = devices.sum_over_experts(jnp.sum(bound_LEJ, axis=-1))
     proxies, length2_LE = _proxies(router_LED, bound_LE, keys_L, options.noise)
 
     response = Response(
@@ -286,7 +305,13 @@ def _losses_of_layers(options, devices, router_LED, weights, keys_L):
 
 
 # ---------------------------------------------------------------------------- the trainer's record
-def compute(options: ErcOptions, params, rng, model, shape_BT) -> jax.Array:
+def compute(
+    options: ErcOptions,
+    params: Any,
+    rng: jax.Array | None,
+    model: Any,
+    shape_BT: tuple[int, int] | None,
+) -> jax.Array:
     """The loss of all layers of the model, over the mesh on which its parameters lie."""
     of_layers = params["layers"]["moe"] | {"router": model.router_rows(params)}
     chosen = dataclasses.asdict(options)

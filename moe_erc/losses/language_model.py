@@ -6,6 +6,8 @@ Logits of size (B, T, V) never exist at once.
 """
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +20,10 @@ from moe_erc.numerics import masked_mean
 
 @dataclasses.dataclass(frozen=True)
 class LanguageModelOptions:
-    """chunk: time steps whose logits exist at once."""
+    """The options of the language-model loss.
+
+    chunk: how many time steps' logits exist at once.
+    """
 
     chunk: int = within(least=1)
 
@@ -31,7 +36,8 @@ def token_losses(
 ) -> jax.Array:
     """Negative log-likelihood of every target in nats, (B, T) float32.
 
-    The logits of `chunk` time steps exist at a time.
+    x_BTD: the hidden states. head_VD: the rows of the vocabulary. The logits of `chunk` time steps
+    exist at a time.
     """
     batch, time, _ = x_BTD.shape
     if time <= chunk:
@@ -63,9 +69,10 @@ def _chunk_losses(x_BCD, head_VD, targets_BC):
 
 @jax.custom_vjp
 def _logits(x_BCD, head_VD):
-    """x @ head.T, (B, C, V) float32. All three matmuls multiply in the dtype of x and add up in float32.
+    """x @ head.T, (B, C, V) float32.
 
-    Left to itself, the gradient's float32 would widen both of its matmuls to float32.
+    The matmul and the two of its gradient multiply in the dtype of x and add up in float32. JAX's
+    own gradient would be float32, and would widen its two matmuls to float32.
     """
     return jnp.einsum(
         "bcd,vd->bcv", x_BCD, head_VD.astype(x_BCD.dtype), preferred_element_type=jnp.float32
@@ -93,7 +100,9 @@ def language_model(losses_BT: jax.Array, mask_BT: jax.Array) -> jax.Array:
     return masked_mean(losses_BT, mask_BT)
 
 
-def compute(options: LanguageModelOptions, output, batch, earlier_LE) -> jax.Array:
+def compute(
+    options: LanguageModelOptions, output: Any, batch: Mapping, earlier_LE: jax.Array | None
+) -> jax.Array:
     """The mean loss of a micro-batch's tokens."""
     losses_BT = token_losses(output.x_BTD, output.head_VD, batch["targets_BT"], options.chunk)
     return language_model(losses_BT, batch["mask_BT"])

@@ -1,7 +1,8 @@
 """Load-balancing loss of the Switch Transformer, normalised as in the code OLMoE was trained with.
 
     loss = E / (N K) sum_e count_e mean_prob_e
-    1 when balanced, E / K when K experts take everything
+
+It is 1 when the load is balanced, and E / K when K experts take everything.
 
 N K stands for the actual number of assignments. Under top-p, where tokens have different numbers of
 experts, the loss is therefore 1 when balanced as well. Counts are integers of unmasked tokens. They
@@ -9,12 +10,14 @@ are added over devices and, with scope "step", over the step's earlier micro-bat
 They are divided once, by their total.
 
 mean_prob is the micro-batch's own, and the loss is weighed by the micro-batch's share of the step's
-unmasked tokens. So mean_prob adds up to that of the whole batch, under any routing: where the loads
-are alike, so is the loss. A step of several micro-batches differs from the whole batch by the loads
-alone: the last micro-batch sees all counts, an earlier one those so far.
+unmasked tokens. So mean_prob adds up to that of the whole batch, under any routing. A step of
+several micro-batches therefore differs from the whole batch only by the loads: the last micro-batch
+sees all counts, an earlier one those so far.
 """
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +32,11 @@ SCOPES = ("micro_batch", "step")
 
 @dataclasses.dataclass(frozen=True)
 class LoadBalanceOptions:
-    """scope: "micro_batch" counts its own assignments; "step" adds the step's earlier ones."""
+    """The options of the balance loss.
+
+    scope: "micro_batch" counts the micro-batch's own assignments; "step" adds those of the step's
+        earlier micro-batches.
+    """
 
     scope: str = among(*SCOPES)
 
@@ -48,7 +55,9 @@ def load_balance(load_LE: jax.Array, probability_LE: jax.Array) -> jax.Array:
     return experts * jnp.mean(jnp.sum(lax.stop_gradient(load_LE) * probability_LE, axis=-1))
 
 
-def compute(options: LoadBalanceOptions, output, batch, earlier_LE) -> jax.Array:
+def compute(
+    options: LoadBalanceOptions, output: Any, batch: Mapping, earlier_LE: jax.Array | None
+) -> jax.Array:
     """The loss of a micro-batch's routing."""
     assignments_LE = output.routing.assignments_E
     if options.scope == "step" and earlier_LE is not None:

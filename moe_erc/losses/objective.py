@@ -1,4 +1,4 @@
-"""Names -> terms -> weighted sum: the only place where a loss meets its weight.
+"""From the losses' names to their terms to the weighted sum: the only place that knows weights.
 
 The losses are the records of `losses/__init__.py`; what a loss reads is in `losses/base.py`. A loss
 of weight 0 is not computed.
@@ -41,13 +41,13 @@ class Objective:
 
     @property
     def observers(self) -> tuple:
-        """(name, function of a layer, what it keeps) for the losses of single layers."""
-        return tuple(
-            (name, functools.partial(loss.compute, options), loss.keep)
-            for name, loss, options in self._active("layer")
-        )
+        """(name, function of a layer, what it needs kept) for the losses of single layers."""
+        observers = []
+        for name, loss, options in self._active("layer"):
+            observers.append((name, functools.partial(loss.compute, options), loss.keep))
+        return tuple(observers)
 
-    def of_batch(self, output, batch: Mapping, earlier_LE: jax.Array | None) -> dict:
+    def of_batch(self, output: Any, batch: Mapping, earlier_LE: jax.Array | None) -> dict:
         """Terms of one micro-batch, {name: scalar}, not weighted: means over its unmasked tokens.
 
         earlier_LE: assignments of the step's earlier micro-batches; None where it is alone. The
@@ -61,14 +61,14 @@ class Objective:
         return terms
 
     def of_parameters(
-        self, params, rng: jax.Array | None, shape_BT: tuple[int, int] | None = None
+        self, params: Any, rng: jax.Array | None, shape_BT: tuple[int, int] | None = None
     ) -> dict:
         """Terms of the parameters alone, {name: scalar}, not weighted.
 
         Each loss has a key of its own, named as the loss is.
 
-        shape_BT: of the whole step's batch, if there is one: what precision of ERC is worth its
-            time depends on it.
+        shape_BT: that of the whole step's batch, if there is one. The precision of ERC depends on
+            it where a config says "auto".
         """
         terms = {}
         for name, loss, options in self._active("parameters"):
@@ -85,8 +85,8 @@ class Objective:
                 total += self.losses[name]["weight"] * scales.get(name, 1) * term
         return total
 
-    def decouple(self, params):
-        """Parameters less weight times gradient of the losses that bypass the optimizer."""
+    def decouple(self, params: Any) -> Any:
+        """Parameters minus weight times gradient of the losses that bypass the optimizer."""
         for name, loss, options in self._decoupled():
             value = functools.partial(_of_params, loss, options, self.model)
             descend = functools.partial(_descend, self.losses[name]["weight"])
@@ -106,6 +106,7 @@ class Objective:
 
 
 def _of_params(loss, options, model, params):
+    """The loss as a function of its last argument; it draws nothing and knows no step."""
     return loss.compute(options, params, None, model, None)
 
 

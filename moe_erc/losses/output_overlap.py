@@ -3,13 +3,16 @@
     L_o = mean over tokens and ordered pairs of chosen experts of
           | <o_j, o_k> / (<o_k, o_k> + eps) o_k |^2
 
-This is the square of what o_j shares with o_k. o are the outputs before their weights: the router
-has no part in it. The loss trains every matrix that an expert's output reads: of a factorised gate
-w_low too, which under AoE is the router. The paper's second loss is `routing_variance.py`.
+This is the square of what o_j shares with o_k. o are the outputs before their weights, so the loss
+does not depend on the weights. It trains every matrix that an expert's output reads. With a
+factorised gate w_low is one of them, which under AoE is the router. The paper's second loss is
+`routing_variance.py`.
 
-Of several micro-batches each has its own mean of pairs and counts by its share of unmasked tokens.
-Where every token has K experts, L_o is then that of the whole batch.
+Each of several micro-batches has its own mean of pairs, and is weighed by its share of unmasked
+tokens. Where every token has K experts, the result is L_o of the whole batch.
 """
+
+from typing import Any
 
 import jax
 
@@ -32,7 +35,7 @@ def output_overlap(output_BTKD: jax.Array, chosen_BTK: jax.Array, eps: float = 1
     return mean_over_pairs(share_BTKK**2 * length2_BT1K, chosen_BTK)
 
 
-def compute(options: NoOptions, layer) -> jax.Array:
+def compute(options: NoOptions, layer: Any) -> jax.Array:
     """L_o of what a layer's chosen experts gave."""
     return output_overlap(layer.kept["output"], layer.chosen_BTK)
 

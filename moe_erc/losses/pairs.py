@@ -4,10 +4,10 @@
 
 A loss on pairs needs K x K numbers per token of vectors of width D. No array is (B, T, K, K, D).
 
-Under accumulation the mean is over a micro-batch's own pairs, and the micro-batch counts by its
-unmasked tokens. Where every token has K experts that is the mean of the whole batch. Under top-p
-and routing-free tokens have different numbers of pairs, and it is not: how many pairs the step has
-is not known when the gradient of its first micro-batch is taken.
+Under accumulation the mean is over a micro-batch's own pairs, and the micro-batch is weighed by its
+unmasked tokens. Where every token has K experts, the result is the mean of the whole batch. Under
+top-p and routing-free, tokens have different numbers of pairs, and it is not: the number of pairs
+in the step is not known when the gradient of its first micro-batch is taken.
 """
 
 import jax

@@ -6,6 +6,8 @@ The double sum is a product of two sums: each layer contributes one number per t
 mean over the L - 1 pairs of adjacent layers. The paper's first loss is `specialization.py`.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -33,7 +35,7 @@ def path_coupling(chosen_LBT: jax.Array, mask_BT: jax.Array) -> jax.Array:
     return divide(-jnp.sum(chosen_LBT[:-1] * chosen_LBT[1:] * mask_BT), pairs * jnp.sum(mask_BT))
 
 
-def compute(options: NoOptions, layer) -> jax.Array:
+def compute(options: NoOptions, layer: Any) -> jax.Array:
     """What one layer contributes to the product."""
     return chosen_probability(layer.scores.probabilities_BTE, layer.routing.experts_BTK)
 

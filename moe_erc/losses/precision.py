@@ -15,7 +15,7 @@ from moe_erc.losses.responses import MATRICES
 
 PRECISIONS = ("default", "high", "highest")
 PASSES = 3  # of "high"
-LARGEST_SHARE = 0.0005  # of a step, that "auto" spends on "high"
+LARGEST_SHARE = 0.0005  # the largest share of a step that "auto" spends on "high"
 
 
 def erc_flops(config: Any, activation: str) -> int:
@@ -41,8 +41,8 @@ def erc_share(config: Any, activation: str, shape_BT: tuple[int, int]) -> float:
 def resolve(precision: str, config: Any, activation: str, shape_BT: tuple[int, int] | None) -> str:
     """The precision that "auto" stands for; another precision stands for itself.
 
-    "auto" is "high" where that takes less than 0.05 % of the step, and where no step is known.
-    Else it is "default".
+    "auto" is "high" where that takes less than 0.05 % of the step, and where no step is known. Else
+    it is "default".
     """
     if precision != "auto":
         return precision

@@ -19,7 +19,7 @@ from moe_erc.numerics import divide
 # Hidden units, of several small experts or of slices of experts, that are worth one turn of a loop.
 COLUMNS = 128
 
-# activation -> the matrices of an expert that it reads, first the one with shape (D, F)
+# {activation: the matrices of an expert that it reads}. The first one has the shape (D, F).
 MATRICES = {
     "gate": ("w_gate",),
     "up": ("w_up",),
@@ -27,15 +27,15 @@ MATRICES = {
     "swiglu": ("w_gate", "w_up"),
     "output": ("w_gate", "w_up", "w_down"),
 }
-# activations x @ w: their square has an exact expectation, and their size a scale to compare with
+# Activations x @ w. Their square has an exact expectation, and |w|_F is a scale to compare it with.
 LINEAR = ("gate", "up")
 
 
 class Proxies(NamedTuple):
     """The tokens that experts respond to; leaves are (L, E, D), or (E, D) inside a layer.
 
-    spread: variance of each coordinate, of which the expectation of a squared response is taken;
-    None for proxies that are what they are.
+    spread: the variance of each coordinate, where the expectation of a squared response is taken;
+    None where proxies are not random.
     """
 
     row: jax.Array
@@ -44,7 +44,7 @@ class Proxies(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Response:
-    """The squared response of one expert to every proxy of its layer, a function.
+    """A function: the squared response of one expert to every proxy of its layer.
 
     activation: a key of `MATRICES`.
     precision: of the matmuls.
@@ -59,7 +59,7 @@ class Response:
 
     @property
     def is_whole(self) -> bool:
-        """Whether it has been summed over the slices of F, so that the caller must not."""
+        """Whether the result has been summed over the slices of F, so that the caller must not."""
         return self.activation == "output"
 
     def __call__(self, proxies: Proxies, matrices: dict[str, jax.Array]) -> jax.Array:
@@ -119,7 +119,7 @@ def squared_responses(
 
     def columns(layer_and_experts):
         layer, matrices = layer_and_experts
-        return _of_group(response, jax.tree.map(lambda leaf: leaf[layer], proxies), matrices)
+        return _of_group(response, _at(layer, proxies), matrices)
 
     columns_GJE = lax.map(columns, _groups(first, weights))
     return columns_GJE.reshape(layers, experts, -1).swapaxes(1, 2)
@@ -138,8 +138,8 @@ def _backward(response, residuals, gradient_LEJ):
         layer, matrices, gradient_JE = layer_experts_and_gradient
 
         def active():
-            of_layer = jax.tree.map(lambda leaf: leaf[layer], proxies)
-            _, pull_back = jax.vjp(partial(_of_group, response), of_layer, matrices)
+            respond = partial(_of_group, response)
+            _, pull_back = jax.vjp(respond, _at(layer, proxies), matrices)
             extra, weight_gradients = pull_back(gradient_JE)
 
             def add(total, term):
@@ -157,10 +157,23 @@ def _backward(response, residuals, gradient_LEJ):
     start = jax.tree.map(jnp.zeros_like, proxies)
     slices = (layer_of_group, groups, gradient_GJE)
     proxy_gradients, weight_gradients = lax.scan(columns, start, slices)
-    return proxy_gradients, jax.tree.map(lambda g, w: g.reshape(w.shape), weight_gradients, weights)
+
+    def in_shape_of(gradient, weight):
+        return gradient.reshape(weight.shape)
+
+    return proxy_gradients, jax.tree.map(in_shape_of, weight_gradients, weights)
 
 
 squared_responses.defvjp(_forward, _backward)
+
+
+def _at(layer, proxies):
+    """The proxies of one layer."""
+
+    def of_leaf(leaf):
+        return leaf[layer]
+
+    return jax.tree.map(of_leaf, proxies)
 
 
 def _of_group(response, proxies, matrices):
@@ -181,16 +194,21 @@ def _groups(first, weights):
     size = max(size for size in sizes if size * hidden <= max(COLUMNS, hidden))
     layer_of_group = jnp.repeat(jnp.arange(layers), experts // size)
     group = (-1, size) if size > 1 else (-1,)
-    return layer_of_group, jax.tree.map(lambda leaf: leaf.reshape(*group, *leaf.shape[2:]), weights)
+
+    def in_groups(leaf):
+        return leaf.reshape(*group, *leaf.shape[2:])
+
+    return layer_of_group, jax.tree.map(in_groups, weights)
 
 
 def relative(sized_LEJ: jax.Array, length_LE: jax.Array, width: int) -> jax.Array:
     """sqrt(D) M[i, j] / (|proxy_i| |w_j|_F): 0 for zeros, NaN where a length is NaN.
 
-    sized_LEJ: roots of responses with size, (L, E + 1, J). length_LE: of the proxies. width: D.
+    sized_LEJ: the roots of responses with size, (L, E + 1, J). length_LE: that of the proxies.
+    width: D.
 
-    Shrinking router or gate gains nothing. Roots, because the derivative of 1 / square overflows
-    for lengths of 1e-10.
+    Shrinking router or gate gains nothing. Roots are divided and not squares, because the
+    derivative of 1 / square overflows for lengths of 1e-10.
     """
     M_LEJ = sized_LEJ[:, :-1]
     size_L1J = sized_LEJ[:, -1:]

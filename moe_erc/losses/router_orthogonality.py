@@ -2,11 +2,12 @@
 
     loss = |R^ R^T - I|_F^2 / E^2,   R^ the router's rows at length 1
 
-0 when the rows are orthonormal, below 1 whatever the rows. The loss sees directions alone: the
-length of a row changes nothing, and the gradient is at right angles to the row.
+It is 0 when the rows are orthonormal, and below 1 whatever they are. The loss sees directions
+alone: the length of a row changes nothing, and the gradient is at right angles to the row.
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,10 @@ from moe_erc.numerics import nonzero, square_root
 
 @dataclasses.dataclass(frozen=True)
 class RouterOrthogonalityOptions:
-    """decoupled: router -= weight * gradient, after the optimizer's update."""
+    """The options of router orthogonality.
+
+    decoupled: True means router -= weight * gradient, after the optimizer's update.
+    """
 
     decoupled: bool
 
@@ -38,7 +42,13 @@ def router_orthogonality(router_LED: jax.Array) -> jax.Array:
     return jnp.mean(distance_L) / experts**2
 
 
-def compute(options: RouterOrthogonalityOptions, params, rng, model, shape_BT) -> jax.Array:
+def compute(
+    options: RouterOrthogonalityOptions,
+    params: Any,
+    rng: jax.Array | None,
+    model: Any,
+    shape_BT: tuple[int, int] | None,
+) -> jax.Array:
     """The loss of the router's rows in all layers."""
     return router_orthogonality(params["layers"]["moe"]["router"])
 

@@ -1,7 +1,10 @@
-"""Router z-loss (ST-MoE, arXiv 2202.08906): keeps router logits small, where softmax is exact.
+"""Router z-loss (ST-MoE, arXiv 2202.08906): it keeps router logits small, where softmax is exact.
 
 loss = mean_N logsumexp(logits_NE)^2
 """
+
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +17,9 @@ def router_z(logsumexp2_L: jax.Array) -> jax.Array:
     return jnp.mean(logsumexp2_L)
 
 
-def compute(options: NoOptions, output, batch, earlier_LE) -> jax.Array:
+def compute(
+    options: NoOptions, output: Any, batch: Mapping, earlier_LE: jax.Array | None
+) -> jax.Array:
     """The loss of a micro-batch's logits."""
     return router_z(output.routing.logsumexp2)
 

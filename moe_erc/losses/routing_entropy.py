@@ -1,10 +1,13 @@
 """Entropy of top-p routing ("Harder tasks need more experts", arXiv 2403.07652).
 
-    loss = mean_N - sum_e p_e log p_e        0 when one expert is certain, log E when all are alike
+    loss = mean_N - sum_e p_e log p_e
 
-It keeps the number of experts small. Without it a router that takes experts until their
-probabilities exceed p learns flat probabilities, and takes all experts.
+It is 0 when one expert is certain, and log E when all are alike. The loss keeps the number of
+experts small: without it, a router that takes experts until their probabilities exceed p learns
+flat probabilities, and takes all experts.
 """
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +25,7 @@ def routing_entropy(probabilities_BTE: jax.Array, mask_BT: jax.Array) -> jax.Arr
     return masked_mean(-jnp.sum(probabilities_BTE * log_BTE, axis=-1), mask_BT)
 
 
-def compute(options: NoOptions, layer) -> jax.Array:
+def compute(options: NoOptions, layer: Any) -> jax.Array:
     """The loss of a layer's probabilities."""
     return routing_entropy(layer.scores.probabilities_BTE, layer.mask_BT)
 

@@ -3,12 +3,14 @@
     L_v = - 1 / (N E) sum_{n, e} (s_ne - mean_n s_ne)^2,
     s the top K scores of a token, with sum 1, and 0 for the other experts
 
-The loss trains the router's own parameters: under MPI not the gates that its rows are turned by,
-under AoE w_low. The paper's first loss is `output_overlap.py`.
+The loss trains only the router's own parameters. Under MPI these exclude the gates that turn its
+rows; under AoE they are w_low. The paper's first loss is `output_overlap.py`.
 
-Of several micro-batches each has its own mean score and counts by its share of unmasked tokens. A
-variance is not additive: the result is not that of the whole batch.
+Each of several micro-batches has its own mean score, and is weighed by its share of unmasked
+tokens. A variance is not additive, so the result is not that of the whole batch.
 """
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +38,7 @@ def routing_variance(
     return -jnp.sum(jnp.mean((score_BTE - mean_E) ** 2, axis=-1) * share_BT)
 
 
-def compute(options: NoOptions, layer) -> jax.Array:
+def compute(options: NoOptions, layer: Any) -> jax.Array:
     """L_v of a layer's routing."""
     probabilities_BTE = layer.score_alone().probabilities_BTE
     return routing_variance(probabilities_BTE, layer.routing.experts_BTK, layer.mask_BT)

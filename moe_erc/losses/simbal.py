@@ -1,10 +1,13 @@
 """SimBal, similarity-preserving routers (arXiv 2506.14038).
 
-    loss = | R R^T - I |_1, entrywise      0 when the rows are orthonormal
+    loss = sum of the absolute entries of R R^T - I
 
-An orthonormal router sends like tokens to like experts; it stands in place of a balance loss. Rows
-keep their lengths, so the loss holds them at 1. It is not divided by E^2.
+It is 0 when the rows are orthonormal. An orthonormal router sends like tokens to like experts, so
+this loss takes the place of a balance loss. Rows are not normalised, so the loss holds their
+lengths at 1. It is not divided by E^2.
 """
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +29,13 @@ def simbal(router_LED: jax.Array) -> jax.Array:
     return jnp.mean(jnp.sum(size_LEE, axis=(-2, -1)))
 
 
-def compute(options: NoOptions, params, rng, model, shape_BT) -> jax.Array:
+def compute(
+    options: NoOptions,
+    params: Any,
+    rng: jax.Array | None,
+    model: Any,
+    shape_BT: tuple[int, int] | None,
+) -> jax.Array:
     """The loss of the router's rows in all layers."""
     return simbal(params["layers"]["moe"]["router"])
 

@@ -6,6 +6,8 @@
 The paper's second loss is `path_coupling.py`.
 """
 
+from typing import Any
+
 import jax
 
 from moe_erc.losses.base import Loss, NoOptions
@@ -25,7 +27,7 @@ def specialization(hidden_BTKF: jax.Array, chosen_BTK: jax.Array) -> jax.Array:
     return mean_over_pairs(cosine_BTKK, chosen_BTK)
 
 
-def compute(options: NoOptions, layer) -> jax.Array:
+def compute(options: NoOptions, layer: Any) -> jax.Array:
     """L_sp of a layer's chosen experts."""
     return specialization(layer.kept["hidden"], layer.chosen_BTK)
 

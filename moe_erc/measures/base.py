@@ -1,4 +1,4 @@
-"""What a measure is: its one name, everywhere, and how it is computed.
+"""What a measure is: a record of its name, which is the same everywhere, and how it is computed.
 
 The part of a key before the slash is the group of the measure. A group has a table and figures.
 """
@@ -11,7 +11,7 @@ Reads = Literal["load", "layer", "matrix", "weights"]
 
 
 def always(config: Any) -> bool:
-    """Of a measure that every model has."""
+    """True: every model has the measure."""
     return True
 
 
@@ -19,17 +19,17 @@ def always(config: Any) -> bool:
 class Measure:
     """A number that is written to metrics.jsonl and report.json, and shown in tables and figures.
 
-    A measure without `compute` is found by what its file names. Otherwise `reads` says what
-    `compute` is given:
+    A measure without `compute` is computed elsewhere; its file says where. Otherwise `compute` is
+    jax code, and `reads` says what it is given:
 
       "load"     share_LE, the shares of the experts, float32 -> (L,)
-                 at every step, and of the validation text
+                 at every step, and for the validation text
       "layer"    the `Observation` of one layer (`moe/layer.py`) on the fixed batch -> scalar
       "matrix"   M_EE, the coupling matrix of one layer, float32 -> scalar
       "weights"  router_ED and gate_norm_E of one layer -> scalar
 
-    It is jax code in each case. A model without router rows has no "matrix" and no "weights".
-    `applies(model config)` says whether a model has a measure of a "layer".
+    A model without router rows has no "matrix" and no "weights". `applies(model config)` says
+    whether a model has a measure that reads a "layer".
     """
 
     key: str  # "GROUP/NAME"; of a family, such as a loss for every domain, "GROUP" alone
@@ -54,13 +54,13 @@ class Measure:
 
     @property
     def axis(self) -> str:
-        """The label of an axis: with the unit, and with what is better."""
+        """The label of an axis, with the unit and with which direction is better."""
         better = f"{self.better} is better" if self.better else ""
         told = ", ".join(text for text in (self.unit, better) if text)
         return f"{self.label} ({told})" if told else self.label
 
     def of(self, name: str) -> "Measure":
-        """The member of this family that is called so, such as that of one domain."""
+        """The member `name` of this family, such as that of one domain."""
         return dataclasses.replace(self, key=f"{self.key}/{name}", label=f"{self.label}, {name}")
 
     def show(self, value: float) -> str:

@@ -1,8 +1,10 @@
-"""Are router rows coupled to their experts? Read off the parameters alone, with the clean router.
+"""Are router rows coupled to their experts? The answer is read off the parameters alone.
+
+The router is the clean one, without noise.
 
 diagonal rows    share of the rows of M whose largest entry is the diagonal's; columns likewise
 noise bound      epsilon of `losses/erc.py`, mean over experts: how far a row may move
-alignment        |r W| / (|r| sigma_max(W)) of a row r and its expert's gate W, mean over experts
+alignment        |r W| / (|r| sigma_max(W)), r a row and W its expert's gate, mean over experts
 displaced rows   share of rows to which argmax_s sum_i M[i, s(i)] gives another expert
 matching gain    what that matching collects beyond the diagonal: sum_i M[i, s(i)] / tr(M) - 1
 
@@ -31,25 +33,30 @@ def _noise_bound(router_ED, gate_norm_E):
 
 MATRIX = Measure("coupling/matrix", "response", "norm units", per_layer=True)  # (L, E, E)
 NOISE_BOUND = Measure(
-    "coupling/noise_bound", "noise bound", "epsilon", True, _noise_bound, reads="weights"
+    "coupling/noise_bound",
+    "noise bound",
+    "epsilon",
+    per_layer=True,
+    compute=_noise_bound,
+    reads="weights",
 )
 DIAGONAL_ROWS = Measure(
     "coupling/diagonal_rows",
     "diagonal rows",
     "share of rows",
-    True,
-    _diagonal_rows,
-    "higher",
-    "matrix",
+    per_layer=True,
+    compute=_diagonal_rows,
+    better="higher",
+    reads="matrix",
 )
 DIAGONAL_COLUMNS = Measure(
     "coupling/diagonal_columns",
     "diagonal columns",
     "share of columns",
-    True,
-    _diagonal_columns,
-    "higher",
-    "matrix",
+    per_layer=True,
+    compute=_diagonal_columns,
+    better="higher",
+    reads="matrix",
 )
 ALIGNMENT = Measure(
     "coupling/alignment", "alignment", "share of sigma_max", per_layer=True, better="higher"

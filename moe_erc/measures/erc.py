@@ -33,7 +33,16 @@ def _at(alpha):
     compute = functools.partial(coupling_penalty, alpha=alpha)
     key = f"erc/alpha_{alpha:g}"
     label = f"ERC at alpha {alpha:g}"
-    return Measure(key, label, "norm units", True, compute, "lower", "matrix", digits=4)
+    return Measure(
+        key,
+        label,
+        "norm units",
+        per_layer=True,
+        compute=compute,
+        better="lower",
+        reads="matrix",
+        digits=4,
+    )
 
 
 AT_ALPHAS = tuple(_at(alpha) for alpha in ALPHAS)
@@ -42,7 +51,13 @@ NOISY = Measure(
     "erc/noisy", "noisy ERC at alpha 1", "norm units", per_layer=True, better="lower", digits=4
 )
 VANISHING_ALPHA = Measure(
-    "erc/vanishing_alpha", "vanishing alpha", "", True, _vanishing_alpha, "lower", "matrix"
+    "erc/vanishing_alpha",
+    "vanishing alpha",
+    "",
+    per_layer=True,
+    compute=_vanishing_alpha,
+    better="lower",
+    reads="matrix",
 )
 
 MEASURES = (*AT_ALPHAS, NOISY, VANISHING_ALPHA)

@@ -17,10 +17,12 @@ from moe_erc.measures.base import Measure
 LOAD = Measure("use/load", "load by domain", "share of assignments", per_layer=False)
 DIVERGENCE = Measure("use/domain_divergence", "divergence of domains", "bits", per_layer=True)
 TOKEN_SPECIALIZATION = Measure(
-    "use/token_specialization", "token specialisation", "share of occurrences", True
+    "use/token_specialization", "token specialisation", "share of occurrences", per_layer=True
 )
 # (L, E, E)
-COACTIVATION = Measure("use/coactivation", "co-activation", "share of the row's tokens", True)
+COACTIVATION = Measure(
+    "use/coactivation", "co-activation", "share of the row's tokens", per_layer=True
+)
 
 MEASURES = (LOAD, DIVERGENCE, TOKEN_SPECIALIZATION, COACTIVATION)
 
@@ -33,26 +35,28 @@ def expert_shares(load_GLE: np.ndarray) -> np.ndarray:
 
 
 def domain_divergence(load_GLE: np.ndarray) -> np.ndarray:
-    """By layer, (L,) bits: 0 if all G domains use the experts alike, log2 G if none share one."""
+    """The divergence of every layer, (L,) bits.
+
+    It is 0 if all G domains use the experts alike, and log2 G if no two domains share an expert.
+    """
     share_GLE = expert_shares(load_GLE)
     return _entropy(share_GLE.mean(axis=0)) - _entropy(share_GLE).mean(axis=0)
 
 
 def token_specialization(counts_LVE: np.ndarray, occurrences_V: np.ndarray) -> np.ndarray:
-    """By layer, (L,): the share of a token id's occurrences that its most used expert sees.
+    """The share of a token id's occurrences that its most used expert sees, by layer, (L,).
 
-    It is the mean over occurrences.
-    An occurrence counts at each of its K experts: K / E if use is even, 1 if every id has an expert
-    it never misses.
+    It is a mean over occurrences. An occurrence counts at each of its K experts: the value is K / E
+    if use is even, and 1 if every id has an expert that it always meets.
     """
     return np.max(counts_LVE, axis=-1).sum(axis=-1) / np.sum(occurrences_V)
 
 
 def coactivation(pairs_LEE: np.ndarray) -> np.ndarray:
-    """[e, f]: the share of the tokens of expert e that chose f as well, (L, E, E).
+    """The share of the tokens of expert e that chose expert f as well, [e, f] of (L, E, E).
 
-    It is 1 on the diagonal, and 0 for an idle expert.
-    `pairs_LEE` counts tokens that chose both, and on its diagonal those that chose the expert.
+    It is 1 on the diagonal, and 0 for an idle expert. pairs_LEE counts the tokens that chose both,
+    and on its diagonal those that chose the expert.
     """
     pairs_LEE = np.asarray(pairs_LEE, np.float64)
     chosen_LE = np.diagonal(pairs_LEE, axis1=1, axis2=2)

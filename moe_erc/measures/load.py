@@ -20,7 +20,7 @@ PERCENTILES = (5, 50, 95)
 
 
 def shares(load_LE: jax.Array) -> jax.Array:
-    """Counts or shares as shares that sum to 1, float32, (L, E); a layer of zeros is even."""
+    """Counts or shares as shares that sum to 1, float32, (L, E); zeros become even shares."""
     load_LE = jnp.asarray(load_LE)
     # The total of counts is an integer: float32 would round it from 2^24 on.
     total_L1 = jnp.sum(load_LE, axis=-1, keepdims=True)
@@ -57,7 +57,12 @@ def _percentile(share_LE, percent):
 def _at_percentile(percent):
     compute = functools.partial(_percentile, percent=percent)
     return Measure(
-        f"router/load_p{percent}", f"load p{percent}", "times the mean", True, compute, reads="load"
+        f"router/load_p{percent}",
+        f"load p{percent}",
+        "times the mean",
+        per_layer=True,
+        compute=compute,
+        reads="load",
     )
 
 
@@ -65,17 +70,49 @@ def _at_percentile(percent):
 LOAD = Measure("router/load", "load", "share of assignments", per_layer=True)
 EXPERTS_PER_TOKEN = Measure("router/experts_per_token", "experts per token", "", per_layer=True)
 MAX_LOAD = Measure(
-    "router/max_load", "highest load", "times the mean", True, _max_load, "lower", "load"
+    "router/max_load",
+    "highest load",
+    "times the mean",
+    per_layer=True,
+    compute=_max_load,
+    better="lower",
+    reads="load",
 )
 MIN_LOAD = Measure(
-    "router/min_load", "lowest load", "times the mean", True, _min_load, "higher", "load"
+    "router/min_load",
+    "lowest load",
+    "times the mean",
+    per_layer=True,
+    compute=_min_load,
+    better="higher",
+    reads="load",
 )
 LOAD_ENTROPY = Measure(
-    "router/load_entropy", "load entropy", "share of log E", True, _load_entropy, "higher", "load"
+    "router/load_entropy",
+    "load entropy",
+    "share of log E",
+    per_layer=True,
+    compute=_load_entropy,
+    better="higher",
+    reads="load",
 )
-MAX_VIOLATION = Measure("router/max_violation", "MaxVio", "", True, _max_violation, "lower", "load")
+MAX_VIOLATION = Measure(
+    "router/max_violation",
+    "MaxVio",
+    "",
+    per_layer=True,
+    compute=_max_violation,
+    better="lower",
+    reads="load",
+)
 DEAD_EXPERTS = Measure(
-    "router/dead_experts", "dead experts", "share of experts", True, _dead_experts, "lower", "load"
+    "router/dead_experts",
+    "dead experts",
+    "share of experts",
+    per_layer=True,
+    compute=_dead_experts,
+    better="lower",
+    reads="load",
 )
 
 MEASURES = (

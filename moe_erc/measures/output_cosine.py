@@ -2,7 +2,8 @@
 
     mean over ordered pairs i != j of <u_i, u_j> = (|sum_e u_e|^2 - E) / (E (E - 1)),   |u_e| = 1
 
-A sum of E vectors per token is enough: nothing is (E, E), nor need the E answers exist at once.
+A sum of E vectors per token is enough: no array is (E, E), and the E answers need not exist at
+once.
 """
 
 import jax
@@ -13,11 +14,12 @@ from moe_erc.numerics import masked_mean
 
 
 def pairwise_cosine(unit_sum_BTD: jax.Array, experts: int, mask_BT: jax.Array) -> jax.Array:
-    """Mean over unmasked tokens and pairs of experts of the cosine of their answers.
+    """Mean cosine of the answers of two experts, over unmasked tokens and pairs, a float32 scalar.
 
-    It is found from the sum of the experts' unit vectors.
-    In [-1 / (E - 1), 1]. Specialised experts answer the same token differently: the lower, the more
-    specialised. A float32 scalar; 0 for E = 1, and without a token.
+    unit_sum_BTD: the sum of the experts' unit vectors, from which the cosines follow.
+
+    It lies in [-1 / (E - 1), 1], and is 0 for E = 1 and without a token. Specialised experts answer
+    the same token differently: the lower the value, the more specialised.
     """
     if experts == 1:
         return jnp.zeros((), jnp.float32)
@@ -32,5 +34,11 @@ def _output_cosine(layer):
 
 
 OUTPUT_COSINE = Measure(
-    "experts/output_cosine", "output cosine", "", True, _output_cosine, "lower", "layer"
+    "experts/output_cosine",
+    "output cosine",
+    "",
+    per_layer=True,
+    compute=_output_cosine,
+    better="lower",
+    reads="layer",
 )

@@ -103,7 +103,7 @@ def of_group(group: str, keys: Iterable[str]) -> list[Measure]:
 
 
 def reading(what: Reads) -> tuple[Measure, ...]:
-    """The measures that are computed from this."""
+    """The measures that are computed from `what`."""
     return tuple(measure for measure in MEASURES.values() if measure.reads == what)
 
 
@@ -117,7 +117,7 @@ def of_load(load_LE: Any) -> dict[str, jax.Array]:
 
 
 def curves(found: Mapping[str, Any]) -> dict[str, Any]:
-    """What of the measures goes to metrics.jsonl: numbers, and vectors by layer."""
+    """The measures that go to metrics.jsonl: numbers, and vectors by layer."""
     kept = {}
     for key, value in found.items():
         if not isinstance(value, str) and np.ndim(value) <= 1:

@@ -43,16 +43,35 @@ def _gate_spread(router_ED, gate_norm_E):
     return jnp.std(gate_norm_E)
 
 
-ROW_COSINE = Measure("weights/row_cosine", "row cosine", "", True, _row_cosine, reads="weights")
+ROW_COSINE = Measure(
+    "weights/row_cosine", "row cosine", "", per_layer=True, compute=_row_cosine, reads="weights"
+)
 ROUTER_NORM = Measure(
-    "weights/router_norm", "router norm", "mean", True, _router_norm, reads="weights"
+    "weights/router_norm",
+    "router norm",
+    "mean",
+    per_layer=True,
+    compute=_router_norm,
+    reads="weights",
 )
 ROUTER_SPREAD = Measure(
-    "weights/router_spread", "router spread", "deviation", True, _router_spread, reads="weights"
+    "weights/router_spread",
+    "router spread",
+    "deviation",
+    per_layer=True,
+    compute=_router_spread,
+    reads="weights",
 )
-GATE_NORM = Measure("weights/gate_norm", "gate norm", "mean", True, _gate_norm, reads="weights")
+GATE_NORM = Measure(
+    "weights/gate_norm", "gate norm", "mean", per_layer=True, compute=_gate_norm, reads="weights"
+)
 GATE_SPREAD = Measure(
-    "weights/gate_spread", "gate spread", "deviation", True, _gate_spread, reads="weights"
+    "weights/gate_spread",
+    "gate spread",
+    "deviation",
+    per_layer=True,
+    compute=_gate_spread,
+    reads="weights",
 )
 
 MEASURES = (ROW_COSINE, ROUTER_NORM, ROUTER_SPREAD, GATE_NORM, GATE_SPREAD)

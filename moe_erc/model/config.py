@@ -16,7 +16,7 @@ from moe_erc.moe.layer import declare
 from moe_erc.moe.routers import make_router
 from moe_erc.moe.routers.base import Router
 
-MOST_ASSIGNMENTS = 2**31 - 1  # of a layer in a step, that an int32 counts
+MOST_ASSIGNMENTS = 2**31 - 1  # of a layer in a step: what an int32 counts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +52,7 @@ class ModelConfig:
 
     @classmethod
     def of(cls, config: Mapping) -> "ModelConfig":
-        """Of the blocks `model` and `routers` of a configuration.
+        """The model that the blocks `model` and `routers` of a configuration describe.
 
         BadInput if it cannot be built.
         """
@@ -60,65 +60,66 @@ class ModelConfig:
         model["router"] = make_router(model["router"], dict(config["routers"]))
         return cls(**model)
 
-    def check_vocabulary(self, tokens):
+    def check_vocabulary(self, tokens: int) -> None:
         """Refuses a tokenizer with more tokens than the embedding has rows."""
         if tokens > self.vocab_size:
             raise BadInput(
-                f"model.vocab_size: {self.vocab_size} rows are too few for the tokenizer's {tokens} tokens"
+                f"model.vocab_size: {self.vocab_size} rows are too few for the tokenizer's "
+                f"{tokens} tokens"
             )
 
     def check_assignments(self, batch_size: int, length: int) -> None:
-        """Refuses a step of more assignments than are counted."""
+        """Refuses a step with more assignments per layer than an int32 counts."""
         most = self.router.most_experts(self)
         assignments = batch_size * length * most
         if assignments > MOST_ASSIGNMENTS:
             raise BadInput(
-                f"train.batch_size: {batch_size} sequences of {length} tokens with {most} experts each are "
-                f"{assignments:,} assignments a layer, more than the {MOST_ASSIGNMENTS:,} that are counted; "
+                f"train.batch_size: {batch_size} sequences of {length} tokens with {most} experts "
+                f"each are {assignments:,} assignments a layer, more than the "
+                f"{MOST_ASSIGNMENTS:,} that are counted; "
                 f"use at most {MOST_ASSIGNMENTS // (length * most)}"
             )
 
     @property
-    def initializer(self):
-        """Of every matrix: truncated normal, cut at three sigma."""
+    def initializer(self) -> jax.nn.initializers.Initializer:
+        """What draws every matrix: a truncated normal, cut at three sigma."""
         return jax.nn.initializers.truncated_normal(self.init_std, lower=-3.0, upper=3.0)
 
     @property
-    def head_width(self):
+    def head_width(self) -> int:
+        """The width of one head."""
         return self.width // self.heads
 
     @property
-    def kv_width(self):
+    def kv_width(self) -> int:
+        """The width of all key heads together, and of all value heads."""
         return self.kv_heads * self.head_width
 
-    def parameters(self, experts=None):
+    def parameters(self, experts: int | None = None) -> int:
         """Exact number of parameters; with `experts` experts a layer instead of all of them."""
-        attention = (
-            2 * self.width * self.width
-            + 2 * self.width * self.kv_width
-            + self.width
-            + self.kv_width
-        )
-        sizes = {name: math.prod(parameter.shape) for name, parameter in declare(self).items()}
-        if experts:
-            sizes |= {
-                name: sizes[name] * experts // self.experts
-                for name in (*GATED, *FACTORIZED)
-                if name in sizes
-            }
+        projections = 2 * self.width * self.width + 2 * self.width * self.kv_width
+        query_and_key_norms = self.width + self.kv_width
+        moe = 0
+        for name, parameter in declare(self).items():
+            size = math.prod(parameter.shape)
+            if experts and name in (*GATED, *FACTORIZED):
+                size = size * experts // self.experts
+            moe += size
+        block_norms = 2 * self.width
+        layer = projections + query_and_key_norms + moe + block_norms
         embeddings = self.vocab_size * self.width * (1 if self.tie_embeddings else 2)
-        return (
-            embeddings
-            + self.layers * (attention + sum(sizes.values()) + 2 * self.width)
-            + self.width
-        )
+        final_norm = self.width
+        return embeddings + self.layers * layer + final_norm
 
-    def active_parameters(self):
-        """Those a token meets: all but the experts it is not routed to."""
+    def active_parameters(self) -> int:
+        """The number of parameters that a token meets: all but the experts it is not routed to."""
         return self.parameters(self.experts_per_token)
 
-    def flops_per_token(self, length):
-        """Twice the multiply-adds of a token's forward pass: matmuls, and causal attention over `length` tokens."""
+    def flops_per_token(self, length: int) -> float:
+        """FLOPs of a token's forward pass: twice its multiply-adds.
+
+        Matmuls are counted, and causal attention over `length` tokens.
+        """
         attention = (
             2 * self.width * self.width
             + 2 * self.width * self.kv_width

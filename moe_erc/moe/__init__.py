@@ -1,1 +1,1 @@
-"""How a token meets an expert: routing, the experts themselves, and the layer that owns their parameters."""
+"""How a token meets an expert: routing, the experts, and the layer that owns the parameters."""

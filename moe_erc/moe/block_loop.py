@@ -1,13 +1,17 @@
-"""The dropless expert layer as one loop over blocks of rows, forward and backward; memory does not know the routing.
+"""The dropless expert layer as one loop over blocks of rows, forward and backward.
 
 Assignments are sorted by expert. For each expert a loop with a dynamic trip count, ceil(count /
 block), gathers a block of its rows from x by token, runs the expert on it and adds what is summed
-by token. Nothing is padded per expert, an empty expert costs nothing, and no (N K, .) array exists
-but those asked for. A dynamic trip count has no reverse mode, hence the custom one: it keeps the
-inputs alone and recomputes a block's hidden activations.
+by token. Nothing is padded per expert, an empty expert takes no turn, and no (N K, .) array exists
+except those that are kept. So memory does not depend on the routing.
+
+JAX has no reverse mode for a dynamic trip count, hence the custom one. It keeps the inputs alone
+and recomputes a block's hidden activations.
 """
 
+from collections.abc import Callable, Mapping
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,15 +19,18 @@ from jax import lax
 
 from moe_erc.moe.rows import add, by_row, sort_by_expert, take
 
+# Rows of a block.
 SMALLEST = 8
-LARGEST = 128  # rows of a block
+LARGEST = 128
 MATMUL = partial(jnp.matmul, preferred_element_type=jnp.float32)
 
 
-def block_loop(expert, x_ND, assigned, experts_NK, matrices):
+def block_loop(
+    expert: Callable, x_ND: jax.Array, assigned: Any, experts_NK: jax.Array, matrices: Mapping
+) -> tuple[Any, Any]:
     """(summed by token, kept by assignment) of `expert` on its rows.
 
-    See `experts.py` for the contract.
+    The contract is in `experts.py`.
     """
     return _loop(expert, x_ND, assigned, experts_NK, _groups(experts_NK, matrices), matrices)
 
@@ -39,26 +46,45 @@ def _loop(expert, x_ND, assigned, experts_NK, sorted_rows, matrices):
 
         def block(index, totals):
             rows, tokens = _block(order_M, group, index * size, size, experts_NK.shape)
-            results = expert(take(x_ND, tokens), take(assigned, rows), of_expert, MATMUL)
-            return tuple(map(add, totals, (tokens, rows), results))
+            summed, kept = totals
+            of_tokens, of_rows = expert(take(x_ND, tokens), take(assigned, rows), of_expert, MATMUL)
+            return add(summed, tokens, of_tokens), add(kept, rows, of_rows)
 
         return lax.fori_loop(0, _blocks(group, size), block, totals), None
 
-    of_expert = jax.tree.map(lambda leaf: leaf[0], matrices)
-    summed, kept = jax.eval_shape(
-        lambda *of: expert(*of, MATMUL), x_ND, take(assigned, jnp.arange(len(x_ND))), of_expert
-    )
+    totals = _empty_totals(expert, x_ND, assigned, experts_NK, matrices)
+    (summed, kept), _ = lax.scan(one_expert, totals, (groups, matrices))
 
-    def zeros(rows, dtype):
-        return lambda leaf: jnp.zeros_like(x_ND, dtype or leaf.dtype, shape=(rows, *leaf.shape[1:]))
+    def by_assignment(leaf):
+        return leaf.reshape(*experts_NK.shape, *leaf.shape[1:])
 
-    totals = (
-        jax.tree.map(zeros(len(x_ND), jnp.float32), summed),
-        jax.tree.map(zeros(experts_NK.size, None), kept),
-    )
-    summed, kept = lax.scan(one_expert, totals, (groups, matrices))[0]
-    kept = jax.tree.map(lambda leaf: leaf.reshape(*experts_NK.shape, *leaf.shape[1:]), kept)
-    return jax.tree.map(lambda leaf: leaf.astype(x_ND.dtype), summed), kept
+    def in_dtype_of_x(leaf):
+        return leaf.astype(x_ND.dtype)
+
+    return jax.tree.map(in_dtype_of_x, summed), jax.tree.map(by_assignment, kept)
+
+
+def _empty_totals(expert, x_ND, assigned, experts_NK, matrices):
+    """Zeros of the shapes of (summed by token, kept by row)."""
+
+    def run(x_ND, assigned, of_expert):
+        return expert(x_ND, assigned, of_expert, MATMUL)
+
+    def first(leaf):
+        return leaf[0]
+
+    # As many rows as there are tokens: `expert` wants as many of the one as of the other.
+    rows = take(assigned, jnp.arange(len(x_ND)))
+    summed, kept = jax.eval_shape(run, x_ND, rows, jax.tree.map(first, matrices))
+
+    # `zeros_like` of x, so that the zeros vary over the same axes of a mesh.
+    def of_tokens(leaf):
+        return jnp.zeros_like(x_ND, jnp.float32, shape=(len(x_ND), *leaf.shape[1:]))
+
+    def of_rows(leaf):
+        return jnp.zeros_like(x_ND, leaf.dtype, shape=(experts_NK.size, *leaf.shape[1:]))
+
+    return jax.tree.map(of_tokens, summed), jax.tree.map(of_rows, kept)
 
 
 def _forward(expert, *inputs):
@@ -67,22 +93,23 @@ def _forward(expert, *inputs):
 
 def _backward(expert, inputs, gradients):
     x_ND, assigned, experts_NK, (order_M, groups), matrices = inputs
-    assigned = by_row(assigned)
-    gradients = (gradients[0], by_row(gradients[1]))
+    assigned_M = by_row(assigned)
+    of_summed, of_kept = gradients
+    of_kept_M = by_row(of_kept)
     size = _block_size(experts_NK, matrices)
+
+    def run(x_RD, assigned_R, of_expert):
+        return expert(x_RD, assigned_R, of_expert, MATMUL)
 
     def one_expert(of_rows, group_and_matrices):
         group, of_expert = group_and_matrices
 
         def block(index, totals):
             rows, tokens = _block(order_M, group, index * size, size, experts_NK.shape)
-            results, pull_back = jax.vjp(
-                lambda *of: expert(*of, MATMUL), take(x_ND, tokens), take(assigned, rows), of_expert
-            )
-            taken = tuple(map(take, gradients, (tokens, rows)))
-            dx, dassigned, dmatrices = pull_back(
-                jax.tree.map(lambda d, y: d.astype(y.dtype), taken, results)
-            )
+            # The forward pass of the block again, now with what differentiates it.
+            results, pull_back = jax.vjp(run, take(x_ND, tokens), take(assigned_M, rows), of_expert)
+            of_results = (take(of_summed, tokens), take(of_kept_M, rows))
+            dx, dassigned, dmatrices = pull_back(jax.tree.map(_in_dtype_of, of_results, results))
             dx_ND, dassigned_M, total = totals
             return (
                 add(dx_ND, tokens, dx),
@@ -90,18 +117,27 @@ def _backward(expert, inputs, gradients):
                 jax.tree.map(jnp.add, total, dmatrices),
             )
 
-        start = (*of_rows, jax.tree.map(lambda leaf: jnp.zeros_like(leaf, jnp.float32), of_expert))
+        start = (*of_rows, jax.tree.map(_zeros, of_expert))
         *of_rows, dmatrices = lax.fori_loop(0, _blocks(group, size), block, start)
-        return tuple(of_rows), jax.tree.map(
-            lambda d, leaf: d.astype(leaf.dtype), dmatrices, of_expert
-        )
+        return tuple(of_rows), jax.tree.map(_in_dtype_of, dmatrices, of_expert)
 
-    start = jax.tree.map(lambda leaf: jnp.zeros_like(leaf, jnp.float32), (x_ND, assigned))
-    (dx_ND, dassigned), dmatrices = lax.scan(one_expert, start, (groups, matrices))
-    dassigned = jax.tree.map(
-        lambda d, leaf: d.reshape(leaf.shape).astype(leaf.dtype), dassigned, inputs[1]
-    )
+    start = jax.tree.map(_zeros, (x_ND, assigned_M))
+    (dx_ND, dassigned_M), dmatrices = lax.scan(one_expert, start, (groups, matrices))
+
+    def like(gradient, leaf):
+        return gradient.reshape(leaf.shape).astype(leaf.dtype)
+
+    dassigned = jax.tree.map(like, dassigned_M, assigned)
     return dx_ND.astype(x_ND.dtype), dassigned, None, None, dmatrices
+
+
+def _zeros(leaf):
+    """What gradients are summed into: float32, whatever the dtype of `leaf`."""
+    return jnp.zeros_like(leaf, jnp.float32)
+
+
+def _in_dtype_of(gradient, leaf):
+    return gradient.astype(leaf.dtype)
 
 
 _loop.defvjp(_forward, _backward)
@@ -110,24 +146,29 @@ _loop.defvjp(_forward, _backward)
 def _groups(experts_NK, matrices):
     """(rows ordered by expert, the (start, count) of each expert)."""
     order_M, counts_E = sort_by_expert(experts_NK, len(matrices["w_down"]))
+    starts_E = jnp.cumsum(counts_E) - counts_E
     # Padded, so that the slice of a last, partial block never slides back over rows already done.
-    return jnp.pad(order_M, (0, LARGEST)), (jnp.cumsum(counts_E) - counts_E, counts_E)
+    return jnp.pad(order_M, (0, LARGEST)), (starts_E, counts_E)
 
 
 def _block_size(experts_NK, matrices):
-    """A power of two near a quarter of a mean group: on a CPU large ones are faster, and half of a last one is idle."""
+    """A power of two near a quarter of a mean group.
+
+    On a CPU large blocks are faster, and half of a group's last block is idle on average.
+    """
     quarter = experts_NK.size // (4 * len(matrices["w_down"]))
     return min(max((1 << quarter.bit_length()) // 2, SMALLEST), LARGEST)
 
 
 def _blocks(group, size):
+    """How many blocks a group has."""
     return (group[1] + size - 1) // size
 
 
 def _block(order_M, group, offset, size, shape_NK):
-    """Assignment and token ids of a block.
+    """The ids of the assignments and of the tokens of a block.
 
-    Past the group's end out of range: read as 0, dropped on writing.
+    Past the group's end they are out of range: they are read as 0, and dropped on writing.
     """
     start, count = group
     tokens, experts_per_token = shape_NK

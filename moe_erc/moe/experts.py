@@ -3,16 +3,27 @@
     y_n = sum_k weight_nk (silu(gate_nk) * (x_n @ w_up[e])) @ w_down[e],   e = expert_nk
     gate_nk = x_n @ w_gate[e],  or  low_nk @ w_high[e]  of a gate factorised as w_low[e] @ w_high[e]
 
-What happens to a row is a function of `expert(x, assigned, matrices, matmul) -> (summed, kept)`,
-written once: `summed` is added up by token, `kept` stays by assignment. `dense` runs it on every
-expert and token: the oracle. `block_loop` walks blocks of rows of one expert: portable, and the
-fastest on CPU. `grouped` multiplies rows of all experts at once, by a matmul of TPUs or of GPUs.
-All are dropless; an expert id outside [0, E) is another device's, or nobody's, and contributes
-nothing.
+What an expert does to a row is written once, as a function
+
+    expert(x, assigned, matrices, matmul) -> (summed, kept)
+
+    x         (R, D), the rows of the tokens
+    assigned  {name: (R, …)}, what belongs to the assignment, such as its "weight"
+    matrices  {name: matrix} of the expert, or of all of them
+    matmul    multiplies rows with the matrices of their experts
+    summed    is added up by token
+    kept      stays by assignment
+
+The implementations apply it in different ways. `dense` runs it on every expert and token: the
+oracle. `block_loop` walks blocks of rows of one expert: portable, and the fastest on CPU. `grouped`
+multiplies the rows of all experts at once, by a matmul of TPUs or of GPUs. All are dropless. An
+expert id outside [0, E) is another device's, or nobody's, and contributes nothing.
 """
 
 import logging
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,27 +41,32 @@ FACTORIZED = ("w_high", "w_up", "w_down")
 LOG = logging.getLogger(__name__)
 
 
-def hidden(x, assigned, matrices, matmul):
-    """The activations that the down projection reads, not weighed."""
-    gate = (
-        matmul(assigned["low"], matrices["w_high"])
-        if "low" in assigned
-        else matmul(x, matrices["w_gate"])
-    )
+def hidden(x: jax.Array, assigned: Mapping, matrices: Mapping, matmul: Callable) -> jax.Array:
+    """The activations that the down projection reads, (R, F), not weighed."""
+    if "low" in assigned:
+        gate = matmul(assigned["low"], matrices["w_high"])
+    else:
+        gate = matmul(x, matrices["w_gate"])
     return jax.nn.silu(gate) * matmul(x, matrices["w_up"])
 
 
-def output(x, assigned, matrices, matmul):
-    """What an expert answers, not weighed."""
-    return matmul(hidden(x, assigned, matrices, matmul).astype(x.dtype), matrices["w_down"])
+def output(x: jax.Array, assigned: Mapping, matrices: Mapping, matmul: Callable) -> jax.Array:
+    """What an expert answers, (R, D), not weighed."""
+    hidden_RF = hidden(x, assigned, matrices, matmul).astype(x.dtype)
+    return matmul(hidden_RF, matrices["w_down"])
 
 
-def weighed(x, assigned, matrices, matmul, keep=()):
-    """The weighed output, summed by token. Weighing the hidden rows spares the backward the down projection.
+def weighed(
+    x: jax.Array, assigned: Mapping, matrices: Mapping, matmul: Callable, keep: Sequence[str] = ()
+) -> tuple[jax.Array, dict]:
+    """The weighed output, summed by token; what `keep` names is kept by assignment.
 
-    `keep` may name "hidden", and "output", which is constant in the token: its gradient reaches the
-    experts alone. The first factor of a gate is applied before: `assigned` may hold its
-    "low_of_constant" tokens, to reach it as well.
+    keep: "hidden", and "output". The kept output is constant in the token: its gradient reaches the
+        experts alone. The first factor of a factorised gate has been applied before; to reach that
+        factor as well, `assigned` holds "low_of_constant", its result for constant tokens.
+
+    The hidden rows are weighed instead of the outputs: the backward pass then needs no outputs, and
+    does not repeat the down projection.
     """
     kept = {}
     hidden_RF = hidden(x, assigned, matrices, matmul)
@@ -65,54 +81,70 @@ def weighed(x, assigned, matrices, matmul, keep=()):
     return matmul(hidden_RF.astype(x.dtype), matrices["w_down"]), kept
 
 
-def affinity(x, assigned, matrices, matmul):
+def affinity(x: jax.Array, assigned: Mapping, matrices: Mapping, matmul: Callable) -> tuple:
     """How strongly an expert answers: the mean softplus of its output, by assignment."""
-    return (), jnp.mean(
-        jax.nn.softplus(output(x, assigned, matrices, matmul).astype(jnp.float32)), axis=-1
-    )
+    output_RD = output(x, assigned, matrices, matmul).astype(jnp.float32)
+    return (), jnp.mean(jax.nn.softplus(output_RD), axis=-1)
 
 
-def unit_output(x, assigned, matrices, matmul):
+def unit_output(x: jax.Array, assigned: Mapping, matrices: Mapping, matmul: Callable) -> tuple:
     """The direction of an expert's output, weighed and summed by token.
 
-    0, as its gradient, for an output of 0.
+    For an output of 0 it is 0, and so is its gradient.
     """
-    return assigned["weight"][:, None] * unit(
-        output(x, assigned, matrices, matmul).astype(jnp.float32)
-    ), ()
+    output_RD = output(x, assigned, matrices, matmul).astype(jnp.float32)
+    return assigned["weight"][:, None] * unit(output_RD), ()
 
 
-def dense(expert, x_ND, assigned, experts_NK, matrices):
-    """Every expert on every token, weighed by 0 where it was not chosen: E / K times the work, nothing to get wrong."""
+def dense(
+    expert: Callable, x_ND: jax.Array, assigned: Any, experts_NK: jax.Array, matrices: Mapping
+) -> tuple[Any, Any]:
+    """(summed by token, kept by assignment), with every expert run on every token.
+
+    An expert that was not chosen has weight 0. The work is E / K times what is needed; in return
+    there is nothing to get wrong.
+    """
 
     def choose(chosen_NK, leaf):
-        return jnp.where(chosen_NK.reshape(*chosen_NK.shape, *(1,) * (leaf.ndim - 2)), leaf, 0)
+        mask = chosen_NK.reshape(*chosen_NK.shape, *(1,) * (leaf.ndim - 2))
+        return jnp.where(mask, leaf, 0)
 
     def run(expert_and_matrices):
         number, of_expert = expert_and_matrices
         chosen_NK = experts_NK == number
-        own = jax.tree.map(lambda leaf: jnp.sum(choose(chosen_NK, leaf), axis=1), assigned)
-        summed, kept = expert(x_ND, own, of_expert, MATMUL)
-        return summed, jax.tree.map(lambda leaf: choose(chosen_NK, leaf[:, None]), kept)
+
+        def of_token(leaf):
+            return jnp.sum(choose(chosen_NK, leaf), axis=1)
+
+        def of_assignment(leaf):
+            return choose(chosen_NK, leaf[:, None])
+
+        summed, kept = expert(x_ND, jax.tree.map(of_token, assigned), of_expert, MATMUL)
+        return summed, jax.tree.map(of_assignment, kept)
 
     def add(total, expert_and_matrices):
-        return jax.tree.map(
-            lambda so_far, leaf: so_far + leaf, total, run(expert_and_matrices)
-        ), None
+        return jax.tree.map(jnp.add, total, run(expert_and_matrices)), None
+
+    def first(leaf):
+        return leaf[0]
+
+    # `zeros_like` of x, so that the zeros vary over the same axes of a mesh.
+    def zeros(leaf):
+        return jnp.zeros_like(x_ND, leaf.dtype, shape=leaf.shape)
+
+    def in_dtype_of_x(leaf):
+        return leaf.astype(x_ND.dtype)
 
     numbered = (jnp.arange(len(matrices["w_down"])), matrices)
-    shapes = jax.eval_shape(run, jax.tree.map(lambda leaf: leaf[0], numbered))
-    start = jax.tree.map(lambda leaf: jnp.zeros_like(x_ND, leaf.dtype, shape=leaf.shape), shapes)
-    summed, kept = lax.scan(add, start, numbered)[0]
-    return _in_dtype_of(x_ND, summed), kept
+    shapes = jax.eval_shape(run, jax.tree.map(first, numbered))
+    (summed, kept), _ = lax.scan(add, jax.tree.map(zeros, shapes), numbered)
+    return jax.tree.map(in_dtype_of_x, summed), kept
 
 
-def _in_dtype_of(x, tree):
-    return jax.tree.map(lambda leaf: leaf.astype(x.dtype), tree)
-
-
-def pallas_matmul(x_MD, w_EDF, sizes_E):
-    """Imported when used: in a jax without Pallas's Triton backend it fails its self-test, and nothing else does."""
+def pallas_matmul(x_MD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array) -> jax.Array:
+    """The kernels of `pallas_matmul.py`, (M, F)."""
+    # Imported when used: in a jax without Pallas's Triton backend this kernel fails its self-test,
+    # and nothing else fails.
     from moe_erc.moe import pallas_matmul as kernels
 
     return kernels.pallas_matmul(x_MD, w_EDF, sizes_E)
@@ -125,16 +157,18 @@ FASTEST = {"cpu": "block_loop", "gpu": "pallas", "tpu": "ragged"}
 PORTABLE = "block_loop"
 
 
-def implementation(name, platform):
-    """The function called `name`; for "auto" the fastest on `platform` (cpu, gpu or tpu) that is right on its devices.
+def implementation(name: str, platform: str) -> Callable:
+    """The implementation called `name`; "auto" is the fastest on `platform` (cpu, gpu or tpu).
 
-    Which is asked of grouped matmuls. One that was called by its name and is wrong is refused.
+    Grouped matmuls are tested on the platform's devices first. Where one fails, "auto" takes
+    `PORTABLE` with a warning, and BadInput refuses one that was called by its name.
     """
     chosen = FASTEST[platform] if name == "auto" else name
     refusal = self_test.refusal(MATMULS[chosen], platform) if chosen in MATMULS else None
     if refusal and name != "auto":
         raise BadInput(
-            f"model.experts_implementation: {name!r} fails its self-test on {platform}: {refusal}; use 'auto'"
+            f"model.experts_implementation: {name!r} fails its self-test on {platform}: "
+            f"{refusal}; use 'auto'"
         )
     if refusal:
         LOG.warning(

@@ -8,8 +8,9 @@ per expert or dropped, and chunks without rows are skipped. The backward keeps t
 recomputes a chunk's hidden activations.
 """
 
+from collections.abc import Callable, Mapping
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,42 +18,56 @@ from jax import lax
 
 from moe_erc.moe.rows import by_row, sort_by_expert, take
 
-# Of the widest array of a chunk. Every chunk adds gradients of all experts into float32 once more,
-# so fewer are faster; about six such arrays live at a time.
+# The most bytes of a chunk's widest array; about six such arrays live at a time. Every chunk adds
+# the gradients of all experts into float32 once more, so fewer chunks are faster.
 CHUNK_BYTES = 2**30
 
 
 class _Plan(NamedTuple):
     """Where rows go. R is the size of a chunk, C the number of chunks; C R >= M = N K."""
 
-    rows_CR: (
-        jax.Array
-    )  # assignment n K + k of every place; M, which is out of range, where there is none
+    # The assignment n K + k at every place; M, which is out of range, where there is none.
+    rows_CR: jax.Array
     sizes_CE: jax.Array  # how many rows of a chunk each expert has
     places_NK: jax.Array  # the place of every assignment; C R where it is nobody's here
 
 
 class _Chunk(NamedTuple):
+    """The part of a plan that belongs to one chunk."""
+
     rows_R: jax.Array
     sizes_E: jax.Array
     places_NK: jax.Array  # within the chunk; R where the assignment lies in another
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def grouped(matmul, expert, x_ND, assigned, experts_NK, matrices):
-    """(summed by token, kept by assignment) of `expert` on its rows; see `experts.py` for the contract.
+def grouped(
+    matmul: Callable,
+    expert: Callable,
+    x_ND: jax.Array,
+    assigned: Any,
+    experts_NK: jax.Array,
+    matrices: Mapping,
+) -> tuple[Any, Any]:
+    """(summed by token, kept by assignment) of `expert` on its rows.
 
-    `matmul(x_MD, w_EDF, sizes_E)` multiplies consecutive groups of rows, each with its matrix.
+    The contract is in `experts.py`. `matmul(x_MD, w_EDF, sizes_E)` multiplies consecutive groups of
+    rows, each with its matrix.
     """
     assigned_M = by_row(assigned)
 
     def of_chunk(chunk):
         product = partial(matmul, sizes_E=chunk.sizes_E)
-        summed, kept = expert(*_dispatch(chunk, x_ND, assigned_M), matrices, product)
+        x_RD, assigned_R = _dispatch(chunk, x_ND, assigned_M)
+        summed, kept = expert(x_RD, assigned_R, matrices, product)
         return _sum_by_token(chunk, summed), _by_assignment(chunk, kept)
 
     summed, kept = _over_chunks(of_chunk, _plan(x_ND, experts_NK, matrices))
-    return jax.tree.map(lambda leaf: leaf.astype(x_ND.dtype), summed), kept
+
+    def in_dtype_of_x(leaf):
+        return leaf.astype(x_ND.dtype)
+
+    return jax.tree.map(in_dtype_of_x, summed), kept
 
 
 def _forward(matmul, expert, *inputs):
@@ -69,27 +84,36 @@ def _backward(matmul, expert, inputs, gradients):
     def of_chunk(chunk):
         product = partial(matmul, sizes_E=chunk.sizes_E)
         x_RD, assigned_R = _dispatch(chunk, x_ND, assigned_M)
-        results, pull_back = jax.vjp(lambda *of: expert(*of, product), x_RD, assigned_R, matrices)
+
+        def run(x_RD, assigned_R, matrices):
+            return expert(x_RD, assigned_R, matrices, product)
+
+        # The forward pass of the chunk again, now with what differentiates it.
+        results, pull_back = jax.vjp(run, x_RD, assigned_R, matrices)
         of_results = _dispatch(chunk, of_summed, of_kept_M)
-        of_results = jax.tree.map(lambda d, y: d.astype(y.dtype), of_results, results)
-        dx_RD, dassigned_R, dmatrices = pull_back(of_results)
-        dmatrices = jax.tree.map(
-            lambda leaf: leaf.astype(jnp.float32), dmatrices
-        )  # added up over chunks
+        dx_RD, dassigned_R, dmatrices = pull_back(jax.tree.map(_in_dtype_of, of_results, results))
+        # Chunks are added up in float32.
+        dmatrices = jax.tree.map(_in_float32, dmatrices)
         return _sum_by_token(chunk, dx_RD), _by_assignment(chunk, dassigned_R), dmatrices
 
-    plan = _plan(x_ND, experts_NK, matrices)
-    totals = _over_chunks(of_chunk, plan)
-    dx_ND, dassigned, dmatrices = jax.tree.map(
-        lambda d, leaf: d.astype(leaf.dtype), totals, (x_ND, assigned, matrices)
-    )
+    totals = _over_chunks(of_chunk, _plan(x_ND, experts_NK, matrices))
+    dx_ND, dassigned, dmatrices = jax.tree.map(_in_dtype_of, totals, (x_ND, assigned, matrices))
     return dx_ND, dassigned, None, dmatrices
+
+
+def _in_dtype_of(gradient, leaf):
+    return gradient.astype(leaf.dtype)
+
+
+def _in_float32(leaf):
+    return leaf.astype(jnp.float32)
 
 
 grouped.defvjp(_forward, _backward)
 
 
 def _plan(x_ND, experts_NK, matrices):
+    """Sorts the assignments by expert and cuts them into chunks of one size."""
     experts, hidden_width, width = matrices["w_down"].shape
     assignments = experts_NK.size
     most = max(1, CHUNK_BYTES // (max(hidden_width, width) * x_ND.dtype.itemsize))
@@ -97,34 +121,42 @@ def _plan(x_ND, experts_NK, matrices):
     size = -(-assignments // chunks)
     order_M, sizes_E = sort_by_expert(experts_NK, experts)
     ends_E = jnp.cumsum(sizes_E)
+
+    # The assignments that are an expert's here come first in the order. The places behind them hold
+    # no row.
     places_M = jnp.arange(assignments, dtype=order_M.dtype)
     inside_M = places_M < ends_E[-1]
     rows_M = jnp.where(inside_M, order_M, assignments)
-    rows_CR = jnp.pad(rows_M, (0, chunks * size - assignments), constant_values=assignments)
-    place_of_M = (
-        jnp.zeros_like(order_M)
-        .at[order_M]
-        .set(jnp.where(inside_M, places_M, chunks * size), unique_indices=True)
-    )
+    rows_M = jnp.pad(rows_M, (0, chunks * size - assignments), constant_values=assignments)
+
+    # The same table read backwards: from an assignment to its place.
+    place_or_none_M = jnp.where(inside_M, places_M, chunks * size)
+    place_of = jnp.zeros_like(order_M).at[order_M].set(place_or_none_M, unique_indices=True)
+
+    # A chunk has of every group what lies between the chunk's first and last place.
     first_C1 = size * jnp.arange(chunks)[:, None]
     starts_CE = jnp.clip(ends_E - sizes_E - first_C1, 0, size)
     ends_CE = jnp.clip(ends_E - first_C1, 0, size)
     return _Plan(
-        rows_CR.reshape(chunks, size), ends_CE - starts_CE, place_of_M.reshape(experts_NK.shape)
+        rows_CR=rows_M.reshape(chunks, size),
+        sizes_CE=ends_CE - starts_CE,
+        places_NK=place_of.reshape(experts_NK.shape),
     )
 
 
 def _dispatch(chunk, of_tokens, of_assignments_M):
-    """Rows of the chunk: those of the tokens, and those of the assignments."""
+    """(rows of the tokens, rows of the assignments) in the order of the chunk."""
     experts_per_token = chunk.places_NK.shape[1]
-    return take(of_tokens, chunk.rows_R // experts_per_token), take(of_assignments_M, chunk.rows_R)
+    tokens_R = chunk.rows_R // experts_per_token
+    return take(of_tokens, tokens_R), take(of_assignments_M, chunk.rows_R)
 
 
 def _sum_by_token(chunk, rows):
     """(R, …) -> (N, …) in float32: the sum of every token's rows."""
 
     def combine(leaf):
-        # One by one: where a compiler does not fuse gathers, no array of K rows per token exists.
+        # One slot at a time: where a compiler does not fuse gathers, an array of K rows per token
+        # never exists.
         total = 0
         for k in range(chunk.places_NK.shape[1]):
             total += take(leaf, chunk.places_NK[:, k]).astype(jnp.float32)
@@ -151,14 +183,19 @@ def _over_chunks(of_chunk, plan):
         chunk = _Chunk(rows_R, sizes_E, jnp.where(elsewhere_NK, size, places_NK))
 
         def add(totals):
-            return jax.tree.map(lambda total, leaf: total + leaf, totals, of_chunk(chunk))
+            return jax.tree.map(jnp.add, totals, of_chunk(chunk))
 
-        return lax.cond(jnp.any(sizes_E > 0), add, lambda totals: totals, totals), None
+        def skip(totals):
+            return totals
+
+        return lax.cond(jnp.any(sizes_E > 0), add, skip, totals), None
+
+    # `zeros_like` of places, so that the zeros vary over the same axes of a mesh.
+    def zeros(leaf):
+        return jnp.zeros_like(plan.places_NK, leaf.dtype, shape=leaf.shape)
 
     first = _Chunk(plan.rows_CR[0], plan.sizes_CE[0], plan.places_NK)
-    shapes = jax.eval_shape(of_chunk, first)
-    totals = jax.tree.map(
-        lambda leaf: jnp.zeros_like(plan.places_NK, leaf.dtype, shape=leaf.shape), shapes
-    )
-    numbered = (jnp.arange(chunks, dtype=plan.places_NK.dtype), plan.rows_CR, plan.sizes_CE)
-    return lax.scan(add_chunk, totals, numbered)[0]
+    start = jax.tree.map(zeros, jax.eval_shape(of_chunk, first))
+    numbers = jnp.arange(chunks, dtype=plan.places_NK.dtype)
+    totals, _ = lax.scan(add_chunk, start, (numbers, plan.rows_CR, plan.sizes_CE))
+    return totals

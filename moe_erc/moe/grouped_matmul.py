@@ -1,6 +1,8 @@
-"""Rows sorted by group times the matrix of their group, by libraries: what XLA has, native on TPU, and tokamax on GPU.
+"""Rows sorted by group times the matrix of their group, by libraries: XLA on TPU, tokamax on GPU.
 
-    y[m] = x[m] @ w[g]        dx[m] = dy[m] @ w[g].T        dw[g] = sum over rows m of g of outer(x[m], dy[m])
+    y[m]  = x[m] @ w[g]
+    dx[m] = dy[m] @ w[g].T
+    dw[g] = sum over rows m of g of outer(x[m], dy[m])
 
 `lax.ragged_dot` is native on TPU for the first two. Its own weight gradient is dense there, every
 row times every group under a mask, so dw walks the rows of each group in blocks. Rows behind the
@@ -21,12 +23,13 @@ TRANSPOSED = lax.RaggedDotDimensionNumbers(
 
 
 @jax.custom_vjp
-def grouped_matmul(x_MD, w_EDF, sizes_E):
+def grouped_matmul(x_MD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array) -> jax.Array:
     """(M, F) in the dtype of x, accumulated in float32.
 
     Groups follow each other and may be empty.
     """
-    return _inside(sizes_E, lax.ragged_dot(x_MD, w_EDF, sizes_E, preferred_element_type=x_MD.dtype))
+    y_MF = lax.ragged_dot(x_MD, w_EDF, sizes_E, preferred_element_type=x_MD.dtype)
+    return _inside(sizes_E, y_MF)
 
 
 def _forward(*inputs):
@@ -45,8 +48,8 @@ grouped_matmul.defvjp(_forward, _backward)
 
 
 @jax.custom_vjp
-def tokamax_matmul(x_MD, w_EDF, sizes_E):
-    """The same by the kernels of tokamax, an optional extra."""
+def tokamax_matmul(x_MD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array) -> jax.Array:
+    """`grouped_matmul` by the kernels of tokamax, an optional extra."""
     return _inside(sizes_E, _tokamax(x_MD, w_EDF, sizes_E))
 
 
@@ -55,8 +58,12 @@ def _tokamax_forward(*inputs):
 
 
 def _tokamax_backward(inputs, dy_MF):
-    *multiplied, sizes_E = inputs
-    _, pull_back = jax.vjp(lambda *of: _tokamax(*of, sizes_E), *multiplied)
+    x_MD, w_EDF, sizes_E = inputs
+
+    def product(x_MD, w_EDF):
+        return _tokamax(x_MD, w_EDF, sizes_E)
+
+    _, pull_back = jax.vjp(product, x_MD, w_EDF)
     dx_MD, dw_EDF = pull_back(dy_MF)
     # Its Triton kernel leaves the gradient of an empty group unwritten.
     return _inside(sizes_E, dx_MD), jnp.where(sizes_E[:, None, None] > 0, dw_EDF, 0), None
@@ -68,7 +75,7 @@ tokamax_matmul.defvjp(_tokamax_forward, _tokamax_backward)
 def _tokamax(x_MD, w_EDF, sizes_E):
     import tokamax
 
-    # Left to itself it may choose XLA's on a GPU too, which is dense there.
+    # On a GPU, tokamax may by itself choose XLA's implementation, which is dense there.
     kernels = None if jax.default_backend() == "cpu" else ("mosaic", "triton")
     return tokamax.ragged_dot(
         x_MD, w_EDF, sizes_E, preferred_element_type=x_MD.dtype, implementation=kernels
@@ -76,11 +83,13 @@ def _tokamax(x_MD, w_EDF, sizes_E):
 
 
 def _inside(sizes_E, rows):
-    """The rows of groups; what `ragged_dot` leaves behind them is unspecified."""
-    return jnp.where(jnp.arange(len(rows))[:, None] < jnp.sum(sizes_E), rows, 0)
+    """The rows with zeros behind the last group, where `ragged_dot` leaves unspecified values."""
+    is_inside_M1 = jnp.arange(len(rows))[:, None] < jnp.sum(sizes_E)
+    return jnp.where(is_inside_M1, rows, 0)
 
 
 def _weight_gradient(x_MD, dy_MF, w_EDF, sizes_E):
+    """dw, (E, D, F): the rows of each group are walked in blocks."""
     size = min(BLOCK, len(x_MD))
 
     def group(_, bounds_and_matrix):
@@ -91,16 +100,16 @@ def _weight_gradient(x_MD, dy_MF, w_EDF, sizes_E):
             # A slice that would pass the last row slides back over rows already done.
             rows_R = jnp.minimum(first, len(x_MD) - size) + jnp.arange(size)
             own_R1 = ((rows_R >= first) & (rows_R < end))[:, None]
-            x_RD, dy_RF = (
-                jnp.where(own_R1, lax.dynamic_slice_in_dim(rows, rows_R[0], size), 0)
-                for rows in (x_MD, dy_MF)
-            )
+            x_RD = lax.dynamic_slice_in_dim(x_MD, rows_R[0], size)
+            dy_RF = lax.dynamic_slice_in_dim(dy_MF, rows_R[0], size)
+            x_RD = jnp.where(own_R1, x_RD, 0)
+            dy_RF = jnp.where(own_R1, dy_RF, 0)
             return dw_DF + jnp.matmul(x_RD.T, dy_RF, preferred_element_type=jnp.float32)
 
-        dw_DF = lax.fori_loop(
-            0, (end - start + size - 1) // size, block, jnp.zeros_like(w_DF, jnp.float32)
-        )
+        blocks = (end - start + size - 1) // size
+        dw_DF = lax.fori_loop(0, blocks, block, jnp.zeros_like(w_DF, jnp.float32))
         return None, dw_DF.astype(w_DF.dtype)
 
     ends_E = jnp.cumsum(sizes_E)
-    return lax.scan(group, None, (ends_E - sizes_E, ends_E, w_EDF))[1]
+    _, dw_EDF = lax.scan(group, None, (ends_E - sizes_E, ends_E, w_EDF))
+    return dw_EDF

@@ -1,10 +1,10 @@
-"""The MoE layer: owns the router's and the experts' parameters and calls what uses them.
+"""The MoE layer: it owns the parameters of the router and of the experts.
 
-Of the router it knows the record alone (`routers/base.py`).
+It knows of the router only what its record says (`routers/base.py`).
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -28,7 +28,7 @@ class Observation:
     routing: routing.Routing
     # "hidden" (B, T, K, F) and "output" (B, T, K, D) of the chosen experts, as observers ask.
     kept: dict
-    auxiliary: Any  # what the router tells a loss of its own: `Choice.auxiliary`
+    auxiliary: Any  # what the router tells a loss of its own: see `Choice.auxiliary`
     score: Callable  # x_BTD -> Scores
     # () -> Scores whose gradient reaches the router's own parameters, and nothing else.
     score_alone: Callable
@@ -36,21 +36,20 @@ class Observation:
     run_all: Callable
 
     @property
-    def chosen_BTK(self):
+    def chosen_BTK(self) -> jax.Array:
         """The slots that hold an expert, of unmasked tokens."""
         return routing.full_slots(
             self.routing, self.scores.probabilities_BTE.shape[-1], self.mask_BT
         )
 
-    def unit_sum_BTD(self):
+    def unit_sum_BTD(self) -> jax.Array:
         """For every token the sum of the directions in which all experts answer."""
-        return self.run_all(experts.unit_output)[0]
+        summed, _ = self.run_all(experts.unit_output)
+        return summed
 
 
 def declare(config: Any) -> dict[str, Parameter]:
-    """The layer's parameters: the router's first, as they have always been drawn, then the
-    experts'.
-    """
+    """The layer's parameters. The router's come first: a seed then draws the same ones as ever."""
     E = config.experts
     D = config.width
     F = config.expert_width
@@ -67,10 +66,12 @@ def declare(config: Any) -> dict[str, Parameter]:
 
 
 class MoE(nn.Module):
-    """x_BTD -> (y_BTD, RoutingStats, observed). Float32 parameters as `declare` has them.
+    """(x_BTD, mask_BT, router_state) -> (y_BTD, RoutingStats, observed).
 
-    observers: (name, function of the layer's `Observation`, what it needs kept) for every value of
-    `observed`.
+    The parameters are float32, as `declare` lists them.
+
+    observers: for every value of `observed`, (its name, a function of the layer's `Observation`,
+    the names that the function needs in `Observation.kept`).
     """
 
     config: Any  # ModelConfig
@@ -78,13 +79,15 @@ class MoE(nn.Module):
     observers: tuple = ()
 
     @nn.compact
-    def __call__(self, x_BTD, mask_BT, router_state):
+    def __call__(
+        self, x_BTD: jax.Array, mask_BT: jax.Array, router_state: Mapping
+    ) -> tuple[jax.Array, routing.RoutingStats, dict]:
         config = self.config
         mesh = self.mesh
         router = config.router
-        parameters = {
-            name: self.param(name, of.initializer, of.shape) for name, of in declare(config).items()
-        }
+        parameters = {}
+        for name, declared in declare(config).items():
+            parameters[name] = self.param(name, declared.initializer, declared.shape)
         names = experts.FACTORIZED if router.gate_rank(config) else experts.GATED
         matrices = {name: parameters[name].astype(config.dtype) for name in names}
         platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
@@ -94,31 +97,34 @@ class MoE(nn.Module):
             return router.score(config, mesh, parameters, x_BTD)
 
         def score_alone():
-            # MPI's rows read the gates as well, which are the experts': its own is what it adds.
+            # A router may read more than its own parameters: MPI's rows read the experts' gates.
             own = router.parameters(config)
-            frozen = {
-                name: leaf if name in own else lax.stop_gradient(leaf)
-                for name, leaf in parameters.items()
-            }
+            frozen = {}
+            for name, leaf in parameters.items():
+                frozen[name] = leaf if name in own else lax.stop_gradient(leaf)
             return router.score(config, mesh, frozen, lax.stop_gradient(x_BTD))
 
         def run(expert, chosen, low_of_constant_BTEr=None):
-            lows = scored.low_BTEr, low_of_constant_BTEr
+            run_expert = partial(implementation, expert)
             return parallel.apply(
-                partial(implementation, expert), mesh, x_BTD, chosen, matrices, *lows
+                run_expert, mesh, x_BTD, chosen, matrices, scored.low_BTEr, low_of_constant_BTEr
             )
 
         def run_all(expert):
             every_BTE = jnp.broadcast_to(jnp.arange(config.experts), scored.probabilities_BTE.shape)
-            return run(expert, routing.Routing(jnp.ones_like(scored.probabilities_BTE), every_BTE))
+            weights_BTE = jnp.ones_like(scored.probabilities_BTE)
+            return run(expert, routing.Routing(weights_BTE, every_BTE))
 
         scored = score(x_BTD)
         scores, chosen, auxiliary = router.route(config, mesh, scored, router_state, run_all)
 
-        keep = tuple(sorted({name for _, _, needed in self.observers for name in needed}))
+        needed = set()
+        for _, _, names_of_one in self.observers:
+            needed |= set(names_of_one)
+        keep = tuple(sorted(needed))
         low_of_constant_BTEr = None
         if scored.low_BTEr is not None and "output" in keep:
-            # Of constant tokens, the first factor of the gate is still a parameter of the output.
+            # The kept output is constant in the token, but not in the first factor of the gate.
             low_of_constant_BTEr = score(lax.stop_gradient(x_BTD)).low_BTEr
         y_BTD, kept = run(partial(experts.weighed, keep=keep), chosen, low_of_constant_BTEr)
         if config.shared_experts:
@@ -130,11 +136,12 @@ class MoE(nn.Module):
         return y_BTD, routing.statistics(scores, chosen, mask_BT), observed
 
 
-def shared_experts(x_BTD, parameters, dtype):
-    """S experts that every token meets, unweighed (DeepSeekMoE, arXiv 2401.06066): one SwiGLU of
-    width S F.
+def shared_experts(x_BTD: jax.Array, parameters: Mapping, dtype: Any) -> jax.Array:
+    """S experts that every token meets, unweighed (DeepSeekMoE, arXiv 2401.06066), (B, T, D).
+
+    Together they are one SwiGLU of width S F.
     """
-    w_gate, w_up, w_down = (
-        parameters[name].astype(dtype) for name in ("shared_gate", "shared_up", "shared_down")
-    )
+    w_gate = parameters["shared_gate"].astype(dtype)
+    w_up = parameters["shared_up"].astype(dtype)
+    w_down = parameters["shared_down"].astype(dtype)
     return (jax.nn.silu(x_BTD @ w_gate) * (x_BTD @ w_up)) @ w_down

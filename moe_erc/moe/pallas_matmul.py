@@ -1,15 +1,19 @@
-"""Rows sorted by group times the matrix of their group, on GPU: Pallas kernels that Triton compiles.
+"""Rows sorted by group times the matrix of their group, on GPU, by Pallas kernels for Triton.
 
-    y[m] = x[m] @ w[g]        dx[m] = dy[m] @ w[g].T        dw[g] = sum over rows m of g of outer(x[m], dy[m])
+    y[m]  = x[m] @ w[g]
+    dx[m] = dy[m] @ w[g].T
+    dw[g] = sum over rows m of g of outer(x[m], dy[m])
 
-For the first two a table says which rows a program multiplies: a block of one group's, the last of
-a group partial and masked, none of an empty group. Rows behind the last group are a group of their
-own that has no matrix: zeros. For dw a program owns a tile of one matrix and walks the rows of its
-group; of an empty one there is nothing to add to zero. Operands keep their dtype, sums are float32.
-On CPU the kernels are interpreted: slow, to be tested.
+For y and dx a table says which rows a program multiplies: a block of rows of one group. The last
+block of a group is partial and masked; an empty group has no block. Rows behind the last group are
+a group of their own that has no matrix: their results are zeros.
+
+For dw a program owns a tile of one matrix and walks the rows of its group. An empty group adds
+nothing to the zeros that its tiles start from.
+
+Operands keep their dtype; sums are float32. On CPU the kernels are interpreted, slowly, for tests.
 """
 
-import functools
 from functools import partial
 from typing import NamedTuple
 
@@ -19,9 +23,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-# Rows and columns of a tile of the result, and how many bytes of a row of an operand are multiplied
-# at a time: the fastest of those that `benchmarks/on_device.py` times on an H100. Fewer columns
-# serve a matrix that they divide.
+# Rows and columns of a tile of the result, and how many bytes of an operand's row are multiplied at
+# a time. They are the fastest of those that `benchmarks/on_device.py` times on an H100. The second
+# number of columns serves matrices whose width the first does not divide.
 ROWS = 128
 COLUMNS = (256, 128)
 DEPTH_BYTES = 128
@@ -29,7 +33,7 @@ COMPILER = triton.CompilerParams(num_warps=8, num_stages=3)
 
 
 @jax.custom_vjp
-def pallas_matmul(x_MD, w_EDF, sizes_E):
+def pallas_matmul(x_MD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array) -> jax.Array:
     """(M, F) in the dtype of x, accumulated in float32.
 
     Groups follow each other and may be empty.
@@ -54,26 +58,29 @@ pallas_matmul.defvjp(_forward, _backward)
 
 
 class _Span(NamedTuple):
-    """Consecutive indices of an axis, and which of them are inside; None if all are."""
+    """Consecutive indices of an axis, and a mask of those inside; None if all are inside."""
 
     slice: pl.Slice
     inside: jax.Array | None
 
 
 def _span(start, size, end):
-    """`size` indices from `start` on, inside as far as `end`."""
+    """`size` indices from `start` on; those before `end` are inside."""
     return _Span(pl.ds(start, size), start + jnp.arange(size) < end)
 
 
 def _columns(width):
-    """Of a tile: the widest that divides `width`, the narrowest where none does."""
-    return next((columns for columns in COLUMNS if width % columns == 0), COLUMNS[-1])
+    """The columns of a tile: the most that divide `width`, the fewest where none do."""
+    for columns in COLUMNS:
+        if width % columns == 0:
+            return columns
+    return COLUMNS[-1]
 
 
 def _tile_of(index, size, whole):
     """Tile `index` of an axis of length `whole`.
 
-    No mask where tiles divide it: loads are then a quarter faster.
+    Where tiles divide the axis there is no mask: loads are then a quarter faster.
     """
     if whole % size == 0:
         return _Span(pl.ds(index * size, size), None)
@@ -83,21 +90,18 @@ def _tile_of(index, size, whole):
 def _at(ref, rows, columns, *leading):
     """Where a tile is in memory, and which of its elements are inside."""
     view = ref.at[(*leading, rows.slice, columns.slice)]
-    masks = []
+    shape = (rows.slice.size, columns.slice.size)
+    inside = None
     if rows.inside is not None:
-        masks.append(rows.inside[:, None])
+        inside = jnp.broadcast_to(rows.inside[:, None], shape)
     if columns.inside is not None:
-        masks.append(columns.inside[None, :])
-    if not masks:
-        return view, None
-    shape = rows.slice.size, columns.slice.size
-    return view, functools.reduce(
-        jnp.logical_and, [jnp.broadcast_to(mask, shape) for mask in masks]
-    )
+        inside_columns = jnp.broadcast_to(columns.inside[None, :], shape)
+        inside = inside_columns if inside is None else jnp.logical_and(inside, inside_columns)
+    return view, inside
 
 
 def _read(ref, rows, columns, *leading):
-    """A tile; zeros outside."""
+    """The values of a tile; zeros outside."""
     view, inside = _at(ref, rows, columns, *leading)
     return triton.load(view, mask=inside, other=None if inside is None else 0.0)
 
@@ -107,9 +111,10 @@ def _write(tile, ref, rows, columns, *leading):
     triton.store(view, tile.astype(ref.dtype), mask=inside)
 
 
-def _dot(a, b, *contracted):
+def _dot(a, b, axis_a, axis_b):
+    """The product of two matrices over axis `axis_a` of a and `axis_b` of b, float32."""
     dtype = jnp.promote_types(a.dtype, b.dtype)
-    dimensions = tuple((axis,) for axis in contracted), ((), ())
+    dimensions = (((axis_a,), (axis_b,)), ((), ()))
     return lax.dot_general(
         a.astype(dtype), b.astype(dtype), dimensions, preferred_element_type=jnp.float32
     )
@@ -117,7 +122,9 @@ def _dot(a, b, *contracted):
 
 def _by_rows(x_MD, w_EDF, sizes_E, contracted):
     """x @ w where axis 1 of w is `contracted`, x @ w.T where axis 2 is."""
-    (rows, depth), groups, width = x_MD.shape, len(w_EDF), w_EDF.shape[3 - contracted]
+    rows, depth = x_MD.shape
+    groups = len(w_EDF)
+    width = w_EDF.shape[3 - contracted]
     step = DEPTH_BYTES // x_MD.dtype.itemsize
     size = _columns(width)
 
@@ -129,38 +136,42 @@ def _by_rows(x_MD, w_EDF, sizes_E, contracted):
 
         def add(index, sum_RC):
             deep = _tile_of(index, step, depth)
-            of_matrix = (deep, columns) if contracted == 1 else (columns, deep)
-            return sum_RC + _dot(
-                _read(x_ref, own, deep), _read(w_ref, *of_matrix, group), 1, contracted - 1
-            )
+            x_tile = _read(x_ref, own, deep)
+            if contracted == 1:
+                return sum_RC + _dot(x_tile, _read(w_ref, deep, columns, group), 1, 0)
+            return sum_RC + _dot(x_tile, _read(w_ref, columns, deep, group), 1, 1)
 
-        # Not `where`: of two literals Triton's lowering makes a boolean.
+        # A product, not `where`: Triton's lowering makes a boolean of two literals.
         steps = (group < groups).astype(jnp.int32) * pl.cdiv(depth, step)
         sum_RC = lax.fori_loop(0, steps, add, jnp.zeros((ROWS, size), jnp.float32))
         _write(sum_RC, y_ref, own, columns)
 
     table = _table(sizes_E, rows)
-    grid = pl.cdiv(width, size), len(table[0])  # programs next to each other read the same rows
+    # In this order, programs next to each other read the same rows.
+    grid = (pl.cdiv(width, size), len(table[0]))
     return _call(kernel, "grouped_matmul", grid, _like(x_MD, (rows, width)), x_MD, w_EDF, *table)
 
 
 def _table(sizes_E, rows):
-    """(group, first row, end of its rows) of every block.
+    """(group, first row, end of the group's rows) of every block, as three arrays.
 
-    As many as there can be, those left over past the end.
+    There are as many blocks as there can be; those left over lie past the end.
     """
     sizes_G = jnp.append(sizes_E, rows - jnp.sum(sizes_E)).astype(jnp.int32)
     ends_G = jnp.cumsum(sizes_G)
     blocks_G = pl.cdiv(sizes_G, ROWS)
     last_G = jnp.cumsum(blocks_G)
     blocks = jnp.arange(pl.cdiv(rows, ROWS) + len(sizes_E), dtype=jnp.int32)
-    groups = jnp.minimum(jnp.sum(blocks[:, None] >= last_G, axis=1, dtype=jnp.int32), len(sizes_E))
+    groups_done = jnp.sum(blocks[:, None] >= last_G, axis=1, dtype=jnp.int32)
+    groups = jnp.minimum(groups_done, len(sizes_E))
     ends = ends_G[groups]
-    return groups, ends - sizes_G[groups] + (blocks - (last_G - blocks_G)[groups]) * ROWS, ends
+    starts = ends - sizes_G[groups]
+    first_blocks = (last_G - blocks_G)[groups]
+    return groups, starts + (blocks - first_blocks) * ROWS, ends
 
 
 def _by_matrices(x_MD, dy_MF, w_EDF, sizes_E):
-    """x.T @ dy of every group."""
+    """x.T @ dy of every group, (E, D, F)."""
     groups, depth, width = w_EDF.shape
     step = DEPTH_BYTES // x_MD.dtype.itemsize
     size = _columns(width)
@@ -176,30 +187,23 @@ def _by_matrices(x_MD, dy_MF, w_EDF, sizes_E):
             rows = _span(start + index * step, step, end)
             return sum_RC + _dot(_read(x_ref, rows, deep), _read(dy_ref, rows, columns), 0, 0)
 
-        sum_RC = lax.fori_loop(
-            0, pl.cdiv(end - start, step), add, jnp.zeros((ROWS, size), jnp.float32)
-        )
+        steps = pl.cdiv(end - start, step)
+        sum_RC = lax.fori_loop(0, steps, add, jnp.zeros((ROWS, size), jnp.float32))
         _write(sum_RC, dw_ref, deep, columns, group)
 
     ends_E = jnp.cumsum(sizes_E, dtype=jnp.int32)
-    grid = pl.cdiv(width, size), pl.cdiv(depth, ROWS), groups
-    return _call(
-        kernel,
-        "grouped_matmul_dw",
-        grid,
-        _like(w_EDF, w_EDF.shape),
-        x_MD,
-        dy_MF,
-        ends_E - sizes_E,
-        ends_E,
-    )
+    starts_E = ends_E - sizes_E
+    grid = (pl.cdiv(width, size), pl.cdiv(depth, ROWS), groups)
+    result = _like(w_EDF, w_EDF.shape)
+    return _call(kernel, "grouped_matmul_dw", grid, result, x_MD, dy_MF, starts_E, ends_E)
 
 
 def _like(leaf, shape):
-    """Of the dtype of `leaf`, and varying over the same axes of a mesh."""
-    return jax.eval_shape(lambda leaf: jnp.zeros_like(leaf, shape=shape), leaf)
+    """The type of a result: the dtype of `leaf`, varying over the same axes of a mesh."""
+    return jax.eval_shape(partial(jnp.zeros_like, shape=shape), leaf)
 
 
 def _call(kernel, name, grid, result, *operands):
+    """The kernel's result; on CPU the kernel is interpreted."""
     call = partial(pl.pallas_call, kernel, result, grid=grid, name=name, compiler_params=COMPILER)
     return lax.platform_dependent(*operands, cpu=call(interpret=True), default=call())

@@ -1,69 +1,92 @@
-"""Experts over a mesh: gather the tokens of an expert group, run the local experts on them, scatter the sums back.
+"""Experts over a mesh: all-gather the tokens, run the local experts, scatter the sums back.
 
     x -> all_gather over "expert" -> local experts, dropless -> psum_scatter over "expert" -> y
     w -> all_gather over "data"                                 psum_scatter over "data" <- dw
 
 Buffers are sized by tokens, not by how they are routed: memory does not depend on balance.
-Statistics and losses are outside `shard_map` and see global arrays, so their means are what they
-say.
+Statistics and losses are outside `shard_map` and see global arrays, so a mean is the mean over the
+whole batch.
 """
+
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
+from moe_erc.moe.routing import Routing
 from moe_erc.sharding import BATCH, DATA, EXPERT, PARAMETERS
 
-BY_EXPERT = P(
-    DATA, None, EXPERT
-)  # (B, T, E, …): every device has all tokens of its group for its own experts
+# (B, T, E, …): every device has all tokens of its group, for its own experts.
+BY_EXPERT = P(DATA, None, EXPERT)
 
 
-def by_token(function, mesh):
-    """`function`, of arrays (B, T, …) token by token, on every device's own: XLA would gather what it cannot cut."""
-    return (
-        function
-        if mesh is None
-        else jax.shard_map(function, mesh=mesh, in_specs=P(BATCH), out_specs=P(BATCH))
-    )
+def by_token(function: Callable, mesh: Mesh | None) -> Callable:
+    """`function`, which works token by token on arrays (B, T, …), on every device's own tokens.
 
-
-def apply(run, mesh, x_BTD, routing, matrices, low_BTEr=None, low_of_constant_BTEr=None):
-    """(summed (B, T, …), kept (B, T, K, …)) of `run`, an implementation of `experts.py` with its expert bound to it.
-
-    `low_BTEr` is what `project` made, for experts that go on from there, and `low_of_constant_BTEr`
-    what it made of constant tokens, where their outputs are kept. mesh: None means one device.
+    Without it XLA would gather the arrays for operations that it cannot cut.
     """
-    lows = {"low": low_BTEr, "low_of_constant": low_of_constant_BTEr}
-    lows = {name: low for name, low in lows.items() if low is not None}
+    if mesh is None:
+        return function
+    return jax.shard_map(function, mesh=mesh, in_specs=P(BATCH), out_specs=P(BATCH))
+
+
+def apply(
+    run: Callable,
+    mesh: Mesh | None,
+    x_BTD: jax.Array,
+    routing: Routing,
+    matrices: Mapping,
+    low_BTEr: jax.Array | None = None,
+    low_of_constant_BTEr: jax.Array | None = None,
+) -> tuple[Any, Any]:
+    """(summed (B, T, …), kept (B, T, K, …)) of the experts that the tokens are routed to.
+
+    run: an implementation of `experts.py` with its expert function bound to it.
+    mesh: None means one device.
+    low_BTEr: what `project` made, for experts that go on from there.
+    low_of_constant_BTEr: what `project` made of constant tokens, where their outputs are kept.
+    """
+    lows = {}
+    if low_BTEr is not None:
+        lows["low"] = low_BTEr
+    if low_of_constant_BTEr is not None:
+        lows["low_of_constant"] = low_of_constant_BTEr
     if mesh is None:
         return _flat(run, x_BTD, routing, matrices, lows)
     slices = {name: PARAMETERS[name] for name in matrices}
 
     def local(x_BTD, routing, matrices, lows):
-        # Gathered here rather than on the way in, the gradient is summed and cut again in one
-        # reduce-scatter.
-        matrices = {
-            name: _gather(leaf, DATA, slices[name].index(DATA)) for name, leaf in matrices.items()
-        }
-        x_BTD, routing = jax.tree.map(lambda leaf: _gather(leaf, EXPERT, 0), (x_BTD, routing))
-        first = lax.axis_index(EXPERT) * len(matrices["w_down"])
-        routing = routing._replace(experts_BTK=routing.experts_BTK - first)
-        results = _flat(run, x_BTD, routing, matrices, lows)
+        # The matrices are gathered in here, not at the boundary: their gradient is then summed and
+        # cut again in one reduce-scatter.
+        whole = {}
+        for name, leaf in matrices.items():
+            whole[name] = _gather(leaf, DATA, slices[name].index(DATA))
+        x_BTD = _gather(x_BTD, EXPERT, 0)
+        # Experts are numbered from this device's first one; other devices' fall out of [0, E).
+        first = lax.axis_index(EXPERT) * len(whole["w_down"])
+        routing = Routing(
+            weights_BTK=_gather(routing.weights_BTK, EXPERT, 0),
+            experts_BTK=_gather(routing.experts_BTK, EXPERT, 0) - first,
+        )
+        results = _flat(run, x_BTD, routing, whole, lows)
         return jax.tree.map(_scatter, results)
 
     specs = (P(BATCH), P(BATCH), slices, BY_EXPERT)
-    return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=P(BATCH))(
-        x_BTD, routing, matrices, lows
-    )
+    over_mesh = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=P(BATCH))
+    return over_mesh(x_BTD, routing, matrices, lows)
 
 
-def project(mesh, x_BTD, w_low_EDr, spec):
-    """x @ w_low of every expert, (B, T, E, r) float32, each expert's where its matrices are.
+def project(mesh: Mesh | None, x_BTD: jax.Array, w_low_EDr: jax.Array, spec: P) -> jax.Array:
+    """x @ w_low of every expert, (B, T, E, r) float32; each expert's lies where its matrices do.
 
-    spec: where w_low lies. Experts are chosen by the result, so that float32 is not rounded to
-    bfloat16 on a TPU; bfloat16 is exact in one pass.
+    spec: where w_low lies.
+
+    Experts are chosen by the result. float32 inputs are therefore not rounded to bfloat16 on a TPU;
+    bfloat16 inputs are exact in one pass.
     """
 
     def local(x_BTD, w_low_EDr):
@@ -76,29 +99,37 @@ def project(mesh, x_BTD, w_low_EDr, spec):
     def gathered(x_BTD, w_low_EDr):
         return local(_gather(x_BTD, EXPERT, 0), _gather(w_low_EDr, DATA, spec.index(DATA)))
 
-    return jax.shard_map(gathered, mesh=mesh, in_specs=(P(BATCH), spec), out_specs=BY_EXPERT)(
-        x_BTD, w_low_EDr
-    )
+    over_mesh = jax.shard_map(gathered, mesh=mesh, in_specs=(P(BATCH), spec), out_specs=BY_EXPERT)
+    return over_mesh(x_BTD, w_low_EDr)
 
 
 def _gather(leaf, name, axis):
-    """All slices along `axis`.
-
-    Over a mesh axis of one device XLA:CPU would copy leaf and gradient for nothing.
-    """
-    return lax.all_gather(leaf, name, axis=axis, tiled=True) if lax.axis_size(name) > 1 else leaf
+    """All slices of a leaf along `axis`, from the devices of a mesh axis."""
+    # Over a mesh axis of one device XLA:CPU would copy leaf and gradient for nothing.
+    if lax.axis_size(name) == 1:
+        return leaf
+    return lax.all_gather(leaf, name, axis=axis, tiled=True)
 
 
 def _scatter(leaf):
-    return lax.psum_scatter(leaf, EXPERT, tiled=True) if lax.axis_size(EXPERT) > 1 else leaf
+    """The sum over the expert axis, of which each device keeps its own sequences."""
+    if lax.axis_size(EXPERT) == 1:
+        return leaf
+    return lax.psum_scatter(leaf, EXPERT, tiled=True)
 
 
 def _flat(run, x_BTD, routing, matrices, lows):
-    weights_NK, experts_NK = (leaf.reshape(-1, leaf.shape[-1]) for leaf in routing)
+    """`run` on tokens without the axes (B, T): implementations know N tokens alone."""
+    weights_NK = routing.weights_BTK.reshape(-1, routing.weights_BTK.shape[-1])
+    experts_NK = routing.experts_BTK.reshape(-1, routing.experts_BTK.shape[-1])
     assigned = {"weight": weights_NK}
     for name, low_BTEr in lows.items():
         low_NEr = low_BTEr.reshape(-1, *low_BTEr.shape[2:])
         tokens_N1 = jnp.arange(len(low_NEr))[:, None]
         assigned[name] = low_NEr.at[tokens_N1, experts_NK].get(mode="fill", fill_value=0)
     results = run(x_BTD.reshape(-1, x_BTD.shape[-1]), assigned, experts_NK, matrices)
-    return jax.tree.map(lambda leaf: leaf.reshape(*x_BTD.shape[:2], *leaf.shape[1:]), results)
+
+    def by_sequence(leaf):
+        return leaf.reshape(*x_BTD.shape[:2], *leaf.shape[1:])
+
+    return jax.tree.map(by_sequence, results)

@@ -1,10 +1,11 @@
-"""Whether a grouped matmul is right on the device at hand, asked once at start-up: kernels differ by chip and driver.
+"""Whether a grouped matmul is right on the device at hand: kernels differ by chip and driver.
 
-Groups of many rows, of one and of none, then rows of no group, in bfloat16: the value and both
-gradients must be those of a float32 loop but for rounding, and exactly zero where nothing is
-multiplied.
+It is tested once, at start-up, in bfloat16, on groups of many rows, of one row and of none, with
+rows of no group behind them. The value and both gradients must be those of a float32 loop but for
+rounding, and exactly zero where nothing is multiplied.
 """
 
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 
@@ -12,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-# A depth that no tile divides and a width that the widest of `pallas_matmul.py` divides.
+# No tile divides the depth; the widest tile of `pallas_matmul.py` divides the width.
 SIZES = (150, 0, 1, 64)
 BEHIND = 9
 DEPTH = 96
@@ -21,20 +22,22 @@ ROUNDING = 2**-6  # of the largest value; bfloat16 keeps 8 bits
 
 
 @cache
-def refusal(matmul, platform):
-    """Why `matmul` is not to be used on this process's devices of `platform`; None if it may be.
+def refusal(matmul: Callable, platform: str) -> str | None:
+    """Why `matmul` must not be used on this process's devices of `platform`; None if it may be.
 
-    Where there is no such device, programs are compiled but not run, and nothing can be asked.
+    Where there is no such device, programs are compiled but not run, and nothing can be tested.
     """
     try:
         device = jax.local_devices(backend=platform)[0]
     except RuntimeError:
         return None
-    # The first to ask is a model that is being traced; a thread of its own knows nothing of that.
+    # The first caller is a model that is being traced. In a thread of its own the test is not part
+    # of that trace.
     with ThreadPoolExecutor(1) as thread:
         try:
             return thread.submit(_first_difference, matmul, device).result()
-        except Exception as error:  # whatever a compiler may raise: a slower path exists
+        # Whatever a compiler raises, a slower path exists.
+        except Exception as error:
             return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
@@ -42,20 +45,25 @@ def _first_difference(matmul, device):
     rng = np.random.default_rng(0)
     rows = sum(SIZES) + BEHIND
     groups = len(SIZES)
-    shapes = (rows, DEPTH), (groups, DEPTH, WIDTH), (rows, WIDTH)
-    x_MD, w_EDF, dy_MF = (rng.standard_normal(shape).astype(jnp.bfloat16) for shape in shapes)
+    x_MD = rng.standard_normal((rows, DEPTH)).astype(jnp.bfloat16)
+    w_EDF = rng.standard_normal((groups, DEPTH, WIDTH)).astype(jnp.bfloat16)
+    dy_MF = rng.standard_normal((rows, WIDTH)).astype(jnp.bfloat16)
+    sizes_E = np.array(SIZES, np.int32)
 
     @jax.jit
     def results(x_MD, w_EDF, dy_MF, sizes_E):
-        y_MF, pull_back = jax.vjp(lambda x_MD, w_EDF: matmul(x_MD, w_EDF, sizes_E), x_MD, w_EDF)
+        def product(x_MD, w_EDF):
+            return matmul(x_MD, w_EDF, sizes_E)
+
+        y_MF, pull_back = jax.vjp(product, x_MD, w_EDF)
         return y_MF, *pull_back(dy_MF)
 
-    found = results(*jax.device_put((x_MD, w_EDF, dy_MF, np.array(SIZES, np.int32)), device))
-    expected = _by_loop(*(leaf.astype(np.float32) for leaf in (x_MD, w_EDF, dy_MF)))
-    names = "value", "gradient of the rows", "gradient of the matrices"
+    found = results(*jax.device_put((x_MD, w_EDF, dy_MF, sizes_E), device))
+    expected = _by_loop(x_MD.astype(np.float32), w_EDF.astype(np.float32), dy_MF.astype(np.float32))
+    names = ("value", "gradient of the rows", "gradient of the matrices")
     for name, leaf, right in zip(names, found, expected, strict=True):
         leaf = np.asarray(leaf, np.float32)
-        # Not `>`: a NaN is a difference, too
+        # `not … <=` rather than `>`: a NaN is a difference, too.
         if not np.max(np.abs(leaf - right)) <= ROUNDING * np.max(np.abs(right)):
             return f"its {name} is wrong"
         if leaf[right == 0].any():

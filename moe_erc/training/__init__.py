@@ -1,1 +1,1 @@
-"""One optimizer step, and what surrounds it: state, optimizer, checkpoints, metrics, interruption."""
+"""One optimizer step and what surrounds it: state, optimizer, checkpoints, metrics, signals."""

@@ -1,15 +1,21 @@
-"""Whether a step may change the state: its numbers must be finite, and its loss no spike if spikes are skipped.
+"""Whether a step may change the state.
 
-    z = (loss - mean) / deviation        over the last `window` steps that counted, both exponentially weighted
+Its numbers must be finite and, where spikes are skipped, its loss must be no spike:
 
-Decided in the step itself, from scalars that it computes anyway: nothing is fetched. A step that
-does not count changes nothing but its number, so the next one reads other data. After `limit` of
-them in a row none counts any more: the state stays as it was before the last refusal, until the
-host, which looks at metrics when they are due, ends the run.
+    z = (loss - mean) / deviation
+
+Mean and deviation are exponentially weighted over about the last `window` accepted steps.
+
+The step itself decides, from scalars that it computes anyway: nothing is fetched. A refused step
+changes nothing but the step number, so the next step reads other data. After `limit` refused steps
+in a row, no step is accepted any more. The state stays as it is until the host, which looks at
+metrics when they are due, ends the run.
 """
 
 import dataclasses
+from collections.abc import Mapping
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -18,7 +24,7 @@ from moe_erc.measures.training import IN_A_ROW, SKIPPED, TOTAL, ZSCORE
 
 
 class Stopped(Exception):
-    """The guard lets no step change the state any more; `step` is the one that was too much."""
+    """The guard accepts no step any more; `step` is the refused step that reached the limit."""
 
     def __init__(self, step, reason):
         super().__init__(f"step {step}: {reason}")
@@ -39,7 +45,7 @@ class GuardConfig:
         check_fields(self, "guard")
 
 
-def initial():
+def initial() -> dict[str, jax.Array]:
     """What the guard carries from step to step, in `TrainState`."""
     return {
         "mean": jnp.float32(0),
@@ -50,50 +56,57 @@ def initial():
     }
 
 
-def judge(config, guard, metrics):
-    """(whether the step counts, the guard for the next step, what is told of it) from the step's metrics."""
+def judge(config: GuardConfig, guard: Mapping, metrics: Mapping) -> tuple[jax.Array, dict, dict]:
+    """(whether the step is accepted, the guard for the next step, metrics of the guard).
+
+    guard: as `initial` gives it, or as the step before left it. metrics: of this step, by key.
+    """
     finite = jnp.all(jnp.stack([jnp.all(jnp.isfinite(value)) for value in metrics.values()]))
     distance = metrics[TOTAL.key] - guard["mean"]
-    deviation = jnp.sqrt(
-        guard["variance"] + 1e-12
-    )  # losses that do not vary at all vary by a rounding
+    # Even losses that do not vary differ by a rounding.
+    deviation = jnp.sqrt(guard["variance"] + 1e-12)
     z = jnp.where(guard["counted"] >= config.window, distance / deviation, 0)
-    refused = ~finite | (z > config.zscore) if config.spike == "skip" else ~finite
+    refused = ~finite
+    if config.spike == "skip":
+        refused = refused | (z > config.zscore)
     stopped = guard["in_a_row"] >= config.limit
-    counts = ~(refused | stopped)
+    accepted = ~(refused | stopped)
 
+    # A running mean until the window is full, an exponentially weighted one from then on.
     share = 1 / (jnp.minimum(guard["counted"], config.window - 1) + 1)
     with_this = {
         "mean": guard["mean"] + share * distance,
         "variance": (1 - share) * (guard["variance"] + share * distance**2),
         "counted": guard["counted"] + 1,
     }
-    after = {name: jnp.where(counts, value, guard[name]) for name, value in with_this.items()}
+    after = {name: jnp.where(accepted, value, guard[name]) for name, value in with_this.items()}
+    # Under "stop", a step that is not finite reaches the limit at once.
     weight = jnp.where(finite, 1, config.limit if config.nonfinite == "stop" else 1)
-    after["in_a_row"] = jnp.where(counts, 0, guard["in_a_row"] + weight)
-    after["skipped"] = guard["skipped"] + ~counts
-    return (
-        counts,
-        after,
-        {ZSCORE.key: z, SKIPPED.key: after["skipped"], IN_A_ROW.key: after["in_a_row"]},
-    )
+    after["in_a_row"] = jnp.where(accepted, 0, guard["in_a_row"] + weight)
+    after["skipped"] = guard["skipped"] + ~accepted
+    told = {ZSCORE.key: z, SKIPPED.key: after["skipped"], IN_A_ROW.key: after["in_a_row"]}
+    return accepted, after, told
 
 
-def read(config, step, metrics):
-    """What there is to say of a step, from its metrics on the host; "" for almost all.
+def read(config: GuardConfig, step: int, metrics: Mapping) -> str:
+    """A line about a step, from its metrics on the host; "" for a step like any other.
 
-    Stopped, where they must end.
+    Raises Stopped where the guard accepts no step any more.
     """
     bad = sorted(name for name, value in metrics.items() if not np.all(np.isfinite(value)))
-    reason = f"not finite: {', '.join(bad)}" if bad else ""
-    if not bad and metrics[ZSCORE.key] > config.zscore:
+    reason = ""
+    if bad:
+        reason = f"not finite: {', '.join(bad)}"
+    elif metrics[ZSCORE.key] > config.zscore:
         total = metrics[TOTAL.key]
-        reason = f"the loss, {total:.4g}, is {metrics[ZSCORE.key]:.1f} standard deviations above its recent mean"
+        z = metrics[ZSCORE.key]
+        reason = f"the loss, {total:.4g}, is {z:.1f} standard deviations above its recent mean"
     if metrics[IN_A_ROW.key] >= config.limit:
-        at_once = bad and config.nonfinite == "stop"
-        raise Stopped(
-            step,
-            reason if at_once else f"{reason}; guard.limit: {config.limit} steps skipped in a row",
-        )
+        stops_at_once = bad and config.nonfinite == "stop"
+        if not stops_at_once:
+            reason = f"{reason}; guard.limit: {config.limit} steps skipped in a row"
+        raise Stopped(step, reason)
+    if not reason:
+        return ""
     skipped = ", the step was skipped" if metrics[IN_A_ROW.key] else ""
-    return f"step {step}: {reason}{skipped}" if reason else ""
+    return f"step {step}: {reason}{skipped}"

@@ -1,10 +1,11 @@
-"""What makes a run the same run: which keys of its configuration may differ when it goes on, and which may not.
+"""Which keys of a run's configuration may differ when it goes on, and which may not.
 
 Every key of `configs/base.py` has one of four rules, that of its longest prefix in `RULES`:
 
     METHOD   part of what is trained: another value is refused, unless `resume.allow` names it
-    SAID     part of how it is trained: another value is taken, said in one line and kept in the run's history
-    CONTENT  decides which text is read: the text is compared instead of the key (`moe_erc/resume.py`)
+    SAID     part of how it is trained: another value is taken, said in one line and kept in the
+             run's history
+    CONTENT  decides which text is read: the texts are compared, not the keys (`moe_erc/resume.py`)
     FREE     where, how fast and what is shown: another value is taken without a word
 """
 
@@ -22,7 +23,7 @@ RULES = {
     "seed": METHOD,  # the order of the rows
     "init_from": METHOD,
     "model": METHOD,
-    "model.dtype": SAID,  # how the model is computed, but with other rounding
+    "model.dtype": SAID,  # the same model, computed with other rounding
     "model.remat": FREE,
     "model.scan_unroll": FREE,
     "model.attention_implementation": FREE,
@@ -51,18 +52,14 @@ RULES = {
     "log": FREE,
     "resume": FREE,
 }
-SCHEDULE = (
-    "train.steps",
-    *(key for key, rule in RULES.items() if key[:10] == "optimizer." and rule == SAID),
-)
+_OF_THE_OPTIMIZER = [key for key in RULES if key.startswith("optimizer.") and RULES[key] == SAID]
+# What decides the learning rate of a step.
+SCHEDULE = ("train.steps", *_OF_THE_OPTIMIZER)
 ABSENT = "absent"
 
 
 class Change(NamedTuple):
-    """A key with another value than before.
-
-    A part of the history of a run as [step, key, before, after].
-    """
+    """A key of the configuration that has another value than before."""
 
     key: str
     before: object
@@ -75,20 +72,23 @@ class Change(NamedTuple):
 def rule_of(key: str) -> str:
     """The rule of a dotted key; METHOD for one that nobody has decided on."""
     parts = key.split(".")
-    prefixes = (".".join(parts[:count]) for count in range(len(parts), 0, -1))
-    return next((RULES[prefix] for prefix in prefixes if prefix in RULES), METHOD)
+    for count in range(len(parts), 0, -1):
+        prefix = ".".join(parts[:count])
+        if prefix in RULES:
+            return RULES[prefix]
+    return METHOD
 
 
 def differences(before: Mapping, after: Mapping) -> list[Change]:
-    """Every key of two nested plain JSON descriptions whose values differ, in the order of `after`.
+    """Every key of two configurations whose values differ, in the order of `after`.
 
-    A loss of weight 0 is not computed, and one router is in use: the options of the others make no
-    difference.
+    Both are nested plain JSON. The options of losses of weight 0 and of routers that are not in use
+    make no difference.
     """
+    # Through JSON, so that a tuple equals the list that was saved for it.
     before, after = json.loads(json.dumps([before, after]))
-    return [
-        change for change in _differences(before, after) if not _is_idle(change.key, before, after)
-    ]
+    found = _differences(before, after)
+    return [change for change in found if not _is_idle(change.key, before, after)]
 
 
 def _differences(before: Mapping, after: Mapping, prefix: str = "") -> Iterator[Change]:
@@ -102,23 +102,31 @@ def _differences(before: Mapping, after: Mapping, prefix: str = "") -> Iterator[
 
 
 def _is_idle(key: str, before: Mapping, after: Mapping) -> bool:
-    """Whether it is an option of a loss or a router that is not in use, before or afterwards."""
+    """Whether it is an option of a loss or a router that is not in use both before and after."""
     block, *names = key.split(".")
     if block == "routers" and names:
-        return not all(
-            config.get("model", {}).get("router") == names[0] for config in (before, after)
-        )
-    if block != "losses" or len(names) < 2 or names[-1] == "weight":
-        return False
-    return not all(config[block].get(names[0], {}).get("weight") for config in (before, after))
+        router = names[0]
+        return not (_has_router(before, router) and _has_router(after, router))
+    if block == "losses" and len(names) >= 2 and names[-1] != "weight":
+        loss = names[0]
+        return not (_has_loss(before, loss) and _has_loss(after, loss))
+    return False
+
+
+def _has_router(config: Mapping, name: str) -> bool:
+    return config.get("model", {}).get("router") == name
+
+
+def _has_loss(config: Mapping, name: str) -> bool:
+    return bool(config["losses"].get(name, {}).get("weight"))
 
 
 def check_same_run(meta: Mapping, expected: Mapping, allow: Sequence[str] = ()) -> list[Change]:
-    """What differs between two descriptions of a run and may: keys that are SAID, and those that are allowed.
+    """The changes between two configurations of a run that are SAID, or allowed.
 
-    Both are nested plain JSON, e.g. {"model": {"experts": 8}}; what else `meta` holds does not
-    matter. BadInput, naming the first key of the METHOD that differs with both values, unless
-    `allow` names it or a block that it is in.
+    Both are nested plain JSON, e.g. {"model": {"experts": 8}}. Blocks that only `meta` has do not
+    matter. BadInput if a key of the METHOD differs, unless `allow` names it or a block that it is
+    in. The message names the first such key and both values.
     """
     saved = {name: meta[name] for name in expected if name in meta}
     changes = differences(saved, expected)
@@ -131,9 +139,9 @@ def check_same_run(meta: Mapping, expected: Mapping, allow: Sequence[str] = ()) 
 def _refusal(change: Change) -> str:
     block = change.key.split(".")[0]
     line = (
-        f"the checkpoint was made with {change.key} = {change.before}, this run has {change.after}: "
-        f"use another --workdir, set {change.key} back, or say that the change is meant with "
-        f"--config.resume.allow=\"('{block}',)\""
+        f"the checkpoint was made with {change.key} = {change.before}, "
+        f"this run has {change.after}: use another --workdir, set {change.key} back, "
+        f"or say that the change is meant with --config.resume.allow=\"('{block}',)\""
     )
     if change.key == "data.sequence_length":
         line += "; the text is then cut into other windows, in another order"
@@ -146,7 +154,10 @@ def is_allowed(key: str, allow: Sequence[str]) -> bool:
 
 
 def check_names(allow: Sequence[str], config: Mapping) -> None:
-    """Refuses a name in `resume.allow` that is no block and no key of the configuration, with the nearest that is."""
+    """Refuses a name in `resume.allow` that is neither a block nor a key of the configuration.
+
+    The message says which name is nearest.
+    """
     if isinstance(allow, str):
         raise BadInput(f"resume.allow: {allow!r} is no list of names; write it as ('{allow}',)")
     known = list(_names(config))
@@ -159,6 +170,7 @@ def check_names(allow: Sequence[str], config: Mapping) -> None:
 
 
 def _names(config: Mapping, prefix: str = "") -> Iterator[str]:
+    """The names of all blocks and keys, dotted."""
     for name, value in config.items():
         yield prefix + name
         if isinstance(value, Mapping):

@@ -1,13 +1,17 @@
-"""One run in a directory at a time: a lock that the system takes back with the process, however that ends.
+"""A lock by which only one run at a time writes to a directory.
 
-Process 0 of a run holds it; an evaluation asks for none. Where there are no such locks, in a bucket
-and on some network file systems, nothing keeps two runs apart: there it is for whoever starts them.
+The system releases it with the process, however that ends. Process 0 of a run holds it; an
+evaluation asks for none. In a bucket and on some network file systems there are no such locks, and
+nothing keeps two runs apart: whoever starts them must.
 """
 
 import errno
 import fcntl
 import os
 import socket
+from typing import TextIO
+
+from etils import epath
 
 from moe_erc.checks import BadInput
 from moe_erc.data.paths import is_remote
@@ -15,14 +19,16 @@ from moe_erc.data.paths import is_remote
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
-def lock(directory):
-    """The open file that holds the lock of a directory for as long as it is kept; None where there are no locks.
+def lock(directory: epath.Path) -> TextIO | None:
+    """The open file that holds the lock of a directory; None where there are no locks.
 
-    ValueError, naming process and host of the run that has it.
+    The lock is held as long as the file is open. BadInput if another run has it; the message names
+    that run's process and host.
     """
     if is_remote(directory):
         return None
-    file = open(directory / "lock", "a+", encoding="utf-8")  # noqa: SIM115  it stays open: that is the lock
+    # Without `with`: an open file is the lock.
+    file = open(directory / "lock", "a+", encoding="utf-8")  # noqa: SIM115
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -1,11 +1,14 @@
-"""The smallest struct that restores a run; the position in the data is its step."""
+"""The state of a run: the smallest struct that restores it; its step says where the data go on."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from flax import struct
 
+from moe_erc.model.transformer import Transformer
 from moe_erc.random_keys import named
 from moe_erc.sharding import shard_state
 from moe_erc.training import guard
@@ -15,9 +18,8 @@ class Weights(struct.PyTreeNode):
     """The part of a TrainState that a model is evaluated with."""
 
     params: Any
-    router: (
-        Any  # what routing carries from step to step beside its parameters: `RouterState.by_layer`
-    )
+    # What routing carries from step to step beside its parameters: `RouterState.by_layer`.
+    router: Any
 
 
 class TrainState(struct.PyTreeNode):
@@ -32,23 +34,24 @@ class TrainState(struct.PyTreeNode):
     guard: Any  # what is remembered of earlier losses and skipped steps: `guard.py`
 
     @property
-    def weights(self):
-        """What the model is evaluated with."""
+    def weights(self) -> Weights:
+        """The part that the model is evaluated with."""
         return Weights(self.params, self.router)
 
 
-def init_weights(model, rng):
+def init_weights(model: Transformer, rng: jax.Array) -> Weights:
     """The model's initial parameters, float32, the same on any mesh."""
-    tokens_BT = jnp.zeros(
-        (model.mesh.size, 1), jnp.int32
-    )  # the least that every device gets a share of
+    # One sequence per device is the least that can be split over the mesh.
+    tokens_BT = jnp.zeros((model.mesh.size, 1), jnp.int32)
     router = model.config.router.init_state(model.config).by_layer
     variables = model.init(rng, tokens_BT, jnp.ones_like(tokens_BT, bool), router)
     return Weights(variables["params"], router)
 
 
-def initializer(model, optimizer, seed):
-    """() -> TrainState of step 0."""
+def initializer(
+    model: Transformer, optimizer: optax.GradientTransformation, seed: int
+) -> Callable[[], TrainState]:
+    """A function () -> TrainState of step 0."""
 
     def init():
         key = jax.random.key(seed)
@@ -57,38 +60,45 @@ def initializer(model, optimizer, seed):
         loss_scales = model.config.router.init_state(model.config).loss_scales
         opt_state = optimizer.init(weights.params)
         return TrainState(
-            jnp.int32(0),
-            weights.params,
-            opt_state,
-            rng,
-            weights.router,
-            loss_scales,
-            guard.initial(),
+            step=jnp.int32(0),
+            params=weights.params,
+            opt_state=opt_state,
+            rng=rng,
+            router=weights.router,
+            loss_scales=loss_scales,
+            guard=guard.initial(),
         )
 
     return init
 
 
-def abstract_state(init, model):
+def abstract_state(init: Callable, model: Transformer) -> TrainState:
     """Shapes, types and shardings of the state of `model` that `init` makes, without making it."""
     router_parameters = model.config.router.parameters(model.config)
     return shard_state(model.mesh, jax.eval_shape(init), router_parameters)
 
 
-def shardings(abstract):
-    """Where each leaf of an abstract state lies."""
-    return jax.tree.map(lambda leaf: leaf.sharding, abstract)
+def shardings(abstract: Any) -> Any:
+    """A tree with the sharding of each leaf of an abstract state."""
+
+    def of_leaf(leaf):
+        return leaf.sharding
+
+    return jax.tree.map(of_leaf, abstract)
 
 
-def create_state(init, abstract, params=None):
-    """The initial state, born on its devices; with `params`, if they are given, for its parameters.
+def create_state(init: Callable, abstract: TrainState, params: Any = None) -> TrainState:
+    """The initial state, made on its devices.
 
-    Those that `init` would draw are then no output of its program, which does not draw them:
-    moments start at zero whatever the parameters are.
+    params: the parameters, if they are not to be drawn. The optimizer's moments start at zero
+        whatever the parameters are.
     """
     if params is None:
         return jax.jit(init, out_shardings=shardings(abstract))()
-    others = jax.jit(
-        lambda: init().replace(params=None), out_shardings=shardings(abstract.replace(params=None))
-    )
-    return others().replace(params=params)
+
+    def without_params():
+        # What is no output of the program is not computed: no parameters are drawn.
+        return init().replace(params=None)
+
+    make = jax.jit(without_params, out_shardings=shardings(abstract.replace(params=None)))
+    return make().replace(params=params)

@@ -1,25 +1,30 @@
-"""An XProf trace of a run, to be looked at with `xprof` or TensorBoard: three steps, or fewer at the end of the run."""
+"""An XProf trace of three steps of a run, to be looked at with `xprof` or TensorBoard."""
 
 import jax
 
 
 class Trace:
-    """Traces from step `first` on if a run of `steps`, (done before, last), comes by it.
+    """Traces three steps from `first` on, or fewer at the end of the run.
 
-    A process its own devices.
+    steps: (those done before, the last one). A run that does not come by `first` traces nothing.
+    Every process traces its own devices.
     """
 
     def __init__(self, directory, first, steps):
         done, last = steps
         self._directory = str(directory)
-        self._steps = (first, min(first + 2, last)) if done < first <= last else (None, None)
+        self._first = None
+        self._last = None
+        if done < first <= last:
+            self._first = first
+            self._last = min(first + 2, last)
 
-    def before(self, step):
-        """Starts with the first traced step."""
-        if step == self._steps[0]:
+    def before(self, step: int) -> None:
+        """Starts the trace if `step` is the first traced one; to be called before each step."""
+        if step == self._first:
             jax.profiler.start_trace(self._directory)
 
-    def after(self, step):
-        """Writes once the last traced step is over."""
-        if step == self._steps[1]:
+    def after(self, step: int) -> None:
+        """Writes the trace if `step` is the last traced one; to be called after each step."""
+        if step == self._last:
             jax.profiler.stop_trace()

@@ -1,4 +1,7 @@
-"""The routers, a paper a file. Adding one is a file here, a line below and a config."""
+"""The routers, one file per paper.
+
+To add one: a file beside this one, a line in `ROUTERS` and a config.
+"""
 
 import dataclasses
 from collections.abc import Mapping
@@ -23,11 +26,10 @@ ROUTERS = {
 
 
 def make_router(name: str, options: Mapping[str, Mapping]) -> Router:
-    """The router called `name` with its options, {router: {option: value}}, where what is missing
-    has its default.
+    """The router called `name`, with its options from {router: {option: value}}.
 
-    The options of the other routers are checked as well. BadInput for a router or an option that
-    there is not, and for a value out of its range.
+    A missing option has its default. The options of the other routers are checked as well. BadInput
+    for a router or an option that does not exist, and for a value out of its range.
     """
     one_of("model.router", name, ROUTERS)
     records = {other: _make(other, chosen) for other, chosen in options.items()}

@@ -1,11 +1,12 @@
-"""Autonomy-of-Experts (AoE, arXiv 2501.13074): no router, a token meets the experts that it excites
-most.
+"""Autonomy-of-Experts (AoE, arXiv 2501.13074): a token meets the experts that it excites most.
 
-    w_gate[e] = w_low[e] @ w_high[e],   low_e = x @ w_low[e],   probs = softmax(|low_e|) over all E
+    w_gate[e] = w_low[e] @ w_high[e]
+    low_e     = x @ w_low[e]
+    probs     = softmax(|low_e|) over all E
 
-Every expert computes its `low` for every token, 2 N (E - K) D r FLOPs more than it uses, and the
-chosen go on from it. With r = D F / (D + F) an expert has as many parameters as one with a full
-gate.
+There is no router. Every expert computes its `low` for every token, and the chosen experts go on
+from it. That takes 2 N (E - K) D r FLOPs more than the chosen experts need. With r = D F / (D + F)
+an expert has as many parameters as one with a whole gate.
 """
 
 import dataclasses
@@ -29,18 +30,23 @@ BY_EXPERT = P(EXPERT, DATA, None)  # the place of w_low: where its expert's othe
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Factorized(Router):
-    """A router that is the first factor of the gates, `w_low` (E, D, r); `w_high` (E, r, F) is the
-    experts'.
+    """A router that is the first factor of the gates, `w_low` (E, D, r).
+
+    The second factor, `w_high` (E, r, F), is a parameter of the experts.
     """
 
     rank: int = within(least=0, note="0 takes D F / (D + F)", default=0)
 
     def gate_rank(self, config: Any) -> int:
-        """`rank`; where it is 0 the largest with which an expert has no more parameters than with a
+        """The rank r of the gates.
+
+        Where `rank` is 0, it is the largest with which an expert has no more parameters than with a
         whole gate.
         """
+        if self.rank:
+            return self.rank
         equal = config.width * config.expert_width // (config.width + config.expert_width)
-        return self.rank or max(equal, 1)
+        return max(equal, 1)
 
     def parameters(self, config: Any) -> dict[str, Parameter]:
         shape = (config.experts, config.width, self.gate_rank(config))

@@ -1,4 +1,4 @@
-"""What a router is: a frozen record whose fields are its options, and which answers for itself.
+"""What a router is: a frozen record whose fields are its options.
 
 The model, the step, the optimizer, the mesh and the export know this record alone. A router is one
 file beside this one, one line in `routers/__init__.py` and, if it has options, a block
@@ -32,7 +32,8 @@ class Parameter(NamedTuple):
     shape: tuple[int, ...]
     placement: P = P()  # every device has the whole array
     moments: P | None = None  # the place of its optimizer moments; None: that of the parameter
-    # By Muon, if it is a matrix. Rows that are compared with tokens one by one are no hidden map.
+    # Whether Muon orthogonalises it, if it is a matrix. It should not where rows are compared with
+    # tokens one by one: such rows are no hidden map.
     orthogonalized: bool = True
 
 
@@ -91,7 +92,7 @@ class Router(abc.ABC):
     ) -> Scores:
         """What the router says of every token and expert.
 
-        parameters: of the layer, those of the experts among them.
+        parameters: all of the layer's, the experts' included.
         """
 
     def preference(self, scores: Scores, state: Mapping) -> jax.Array:
@@ -109,7 +110,8 @@ class Router(abc.ABC):
     ) -> Choice:
         """The choice for a whole layer.
 
-        run_all: of a function of `experts.py`, (summed, kept) of all experts on every token.
+        run_all: takes an expert function of `experts.py` and gives (summed, kept) of all experts on
+            every token.
         """
         choose = parallel.by_token(functools.partial(self.choose, config), mesh)
         return Choice(scores, choose(scores.probabilities_BTE, self.preference(scores, state)))
@@ -120,14 +122,14 @@ class Router(abc.ABC):
 
     @abc.abstractmethod
     def flops(self, config: Any) -> float:
-        """FLOPs of a token in one layer, forward, beside those of its experts."""
+        """FLOPs of the forward pass per token and layer, beside those of the experts."""
 
     def gate_rank(self, config: Any) -> int:
         """The rank r of gates w_low @ w_high whose first factor is the router's; 0: whole gates."""
         return 0
 
     def most_experts(self, config: Any) -> int:
-        """How many experts a token has at most."""
+        """The most experts that a token can have."""
         return config.experts_per_token
 
     def init_state(self, config: Any) -> RouterState:
@@ -164,9 +166,8 @@ class TopK(Router):
     """Takes the K most probable experts and weighs them by their probability."""
 
     has_probabilities: ClassVar[bool] = True
-    renormalize: bool = (
-        False  # weights sum to 1 over the K chosen; False: the probabilities sum to 1 over all E
-    )
+    # Weights sum to 1 over the K chosen; False: the probabilities sum to 1 over all E.
+    renormalize: bool = False
 
     def choose(
         self, config: Any, probabilities_BTE: jax.Array, preference_BTE: jax.Array
@@ -188,10 +189,11 @@ class TopK(Router):
 class FlexibleTopK(TopK):
     """Top K that may keep fewer than K, or balance without a loss.
 
-    top_p (arXiv 2403.07652) keeps of the K the smallest prefix whose probabilities sum to more.
-    bias_rate (loss-free balancing, arXiv 2408.15664) adds a bias to what is preferred, not to what
-    weighs, and moves it by this after each step towards equal load: `loss_free.py`. Its state is
-    {"bias": (L, E)}.
+    top_p (arXiv 2403.07652): of the K, only the smallest prefix is kept whose probabilities sum to
+        more.
+    bias_rate (loss-free balancing, arXiv 2408.15664): a bias is added to the preferences, not to
+        the weights. After each step it moves by this much towards equal load: `loss_free.py`. The
+        state of the router is then {"bias": (L, E)}.
     """
 
     top_p: float = within(above=0, most=1, note="1 keeps all K", default=1.0)

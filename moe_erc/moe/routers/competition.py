@@ -1,13 +1,15 @@
-"""CompeteSMoE (v2, arXiv 2505.13380): now and then all experts run, and the router learns who would
-have won.
+"""CompeteSMoE (v2, arXiv 2505.13380): the router learns which experts win a competition.
 
-    a_e = mean softplus(expert_e(x)),   q = softmax(a)
-    experts = top K of q,   weights = a[experts] / sum
+    a_e     = mean softplus(expert_e(x))
+    q       = softmax(a)
+    experts = top K of q
+    weights = a[experts] / sum
 
-On other steps the router is a softmax router. `losses/competition.py` draws it towards q; in which
-layers experts compete is drawn step by step from the step's key, a function of the state, and of
-more than the allowed number the excess does not. In a layer that competes the balance loss reads q,
-as the tokens were routed by it. Dense while it lasts: the price is the point of the comparison.
+On a step on which a layer does not compete, the router is a softmax router.
+`losses/competition.py` draws it towards q. The layers that compete are drawn on every step, from
+the step's key; where more are drawn than are allowed, the excess does not compete. In a layer that
+competes, the balance loss reads q, because q routed the tokens. A layer that competes computes all
+experts, and that price is part of the comparison.
 """
 
 import dataclasses
@@ -37,15 +39,16 @@ class CompetitionResult(NamedTuple):
 
 
 def winners(affinity_BTE: jax.Array, experts_per_token: int) -> tuple[Routing, jax.Array]:
-    """(Routing to the experts that answer most, q) of all experts' affinities."""
+    """(Routing to the experts that answer most, q), from the affinities of all experts."""
     weights_BTK, experts_BTK = lax.top_k(affinity_BTE, experts_per_token)
     return Routing(shares(weights_BTK), experts_BTK), jax.nn.softmax(affinity_BTE, axis=-1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Competition(LinearRouter):
-    """A softmax router whose experts compete in some layers of a training step. It chooses by other
-    means than probability on these, so it has neither top_p nor a bias.
+    """A softmax router whose experts compete in some layers of a training step.
+
+    In these layers it does not choose by probability, so it has neither top_p nor a bias.
     """
 
     name: ClassVar[str] = "competition"
@@ -57,14 +60,13 @@ class Competition(LinearRouter):
     max_layers: int = within(least=1, default=3)
 
     def before_step(self, config: Any, by_layer: dict, rng: jax.Array) -> dict:
-        return by_layer | {
-            "competing": self.competing_layers(config, named(rng, "competing layers"))
-        }
+        competing_L = self.competing_layers(config, named(rng, "competing layers"))
+        return by_layer | {"competing": competing_L}
 
     def competing_layers(self, config: Any, rng: jax.Array) -> jax.Array:
         """(L,) bool: every layer with the same probability, but no more than `max_layers` of them.
 
-        Of more, the excess is dropped: those of the highest draws, which is any of them alike.
+        Where more layers are drawn, those with the highest draws are dropped, which may be any.
         """
         draw_L = jax.random.uniform(rng, (config.layers,))
         rank_L = jnp.argsort(jnp.argsort(draw_L))
@@ -73,15 +75,16 @@ class Competition(LinearRouter):
     def route(
         self, config: Any, mesh: Mesh | None, scores: Scores, state: Mapping, run_all: Callable
     ) -> Choice:
-        """To the winners where the layer competes, elsewhere to the most probable."""
+        """Tokens go to the winners where the layer competes, elsewhere to the most probable."""
         usual = super().route(config, mesh, scores, state, run_all)
         if "competing" not in state:
             return usual
         competing = state["competing"]
 
         def compete():
+            _, affinity_BTE = run_all(experts.affinity)
             by_affinity = functools.partial(winners, experts_per_token=config.experts_per_token)
-            return parallel.by_token(by_affinity, mesh)(run_all(experts.affinity)[1])
+            return parallel.by_token(by_affinity, mesh)(affinity_BTE)
 
         def rest():
             return usual.routing, jnp.zeros_like(scores.probabilities_BTE)
@@ -96,14 +99,14 @@ class Competition(LinearRouter):
         layers = config.layers
         expected = 0.0
         for count in range(layers + 1):
-            probability = (
-                math.comb(layers, count) * self.rate**count * (1 - self.rate) ** (layers - count)
-            )
+            # The binomial probability that so many layers are drawn.
+            ways = math.comb(layers, count)
+            probability = ways * self.rate**count * (1 - self.rate) ** (layers - count)
             expected += min(count, self.max_layers) * probability
         return expected / layers
 
     def flops(self, config: Any) -> float:
-        """A softmax router's, and now and then all experts."""
+        """Those of a softmax router, and those of all experts by the share of competing layers."""
         all_experts = 2 * 3 * config.experts * config.width * config.expert_width
         return super().flops(config) + self.expected_share(config) * all_experts
 

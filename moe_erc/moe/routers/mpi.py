@@ -1,12 +1,12 @@
-"""Manifold power iteration (MPI, arXiv 2606.12397): each router row turned towards what its own
-expert answers to.
+"""Manifold power iteration (MPI, arXiv 2606.12397): the gates turn the router's rows.
 
-    r_e = router[e] @ w_gate[e] @ w_gate[e].T
-    r'_e = scale / sqrt(E) * r_e / |r_e|,   logits = x @ r'.T
+    r_e    = router[e] @ w_gate[e] @ w_gate[e].T
+    r'_e   = scale / sqrt(E) * r_e / |r_e|
+    logits = x @ r'.T
 
-One power step towards the gate's top singular direction in every forward, inside the graph: the
-gradient reaches router and w_gate, and `router` is not overwritten. At inference r' is a constant:
-the model is an ordinary MoE.
+Every forward pass takes one power step towards the top singular direction of each gate. The step is
+part of the graph: the gradient reaches router and w_gate, and `router` is not overwritten. At
+inference r' is a constant, and the model is an ordinary MoE.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ from moe_erc.numerics import unit
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MPI(LinearRouter, FlexibleTopK):
-    """Rows turned by the gates. The power step reads parameters alone: no FLOPs per token."""
+    """Rows turned by the gates. The power step reads parameters alone: no FLOPs are per token."""
 
     name: ClassVar[str] = "mpi"
     # C' of the paper, whose sweep at E = 256 found 2, 4 and 8 good, and 1 as bad as vanilla.

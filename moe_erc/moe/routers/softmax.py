@@ -1,6 +1,7 @@
-"""The router of nearly every MoE: one row an expert, compared with the token by their dot product.
+"""The router of nearly every MoE: the dot product of the token with one row per expert.
 
-logits = x @ router.T in float32,   probs = softmax(logits)
+logits = x @ router.T in float32
+probs  = softmax(logits)
 """
 
 import dataclasses
@@ -23,9 +24,9 @@ INITIALIZERS = ("normal", "orthogonal")
 
 
 def linear_scores(x_BTD: jax.Array, router_ED: jax.Array) -> Scores:
-    """Scores of rows, in full float32.
+    """The scores of rows, in full float32.
 
-    The choice is discrete: a rounded score is another model, and E columns cost nothing.
+    The choice is discrete: a rounded score gives another model, and E columns take little time.
     """
     logits_BTE = jnp.einsum(
         "btd,ed->bte", x_BTD.astype(jnp.float32), router_ED, precision=lax.Precision.HIGHEST
@@ -40,18 +41,18 @@ class LinearRouter(TopK):
 
     has_rows: ClassVar[bool] = True
     is_linear: ClassVar[bool] = True
-    # Of the rows: as other matrices, or orthonormal.
+    # How rows are drawn: "normal", as other matrices are, or "orthogonal", orthonormal.
     init: str = among(*INITIALIZERS, default="normal")
 
     def parameters(self, config: Any) -> dict[str, Parameter]:
-        initializer = (
-            nn.initializers.orthogonal() if self.init == "orthogonal" else config.initializer
-        )
+        initializer = config.initializer
+        if self.init == "orthogonal":
+            initializer = nn.initializers.orthogonal()
         shape = (config.experts, config.width)
-        # Every device reads the whole router. Its moments are read where they are updated: cut.
-        return {
-            "router": Parameter(initializer, shape, moments=P(None, DATA), orthogonalized=False)
-        }
+        # Every device reads the whole router. Moments are read only where they are updated, so they
+        # are split.
+        router = Parameter(initializer, shape, moments=P(None, DATA), orthogonalized=False)
+        return {"router": router}
 
     def score(
         self, config: Any, mesh: Mesh | None, parameters: Mapping, x_BTD: jax.Array
@@ -71,7 +72,7 @@ class LinearRouter(TopK):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Softmax(LinearRouter, FlexibleTopK):
-    """The rows as they are."""
+    """The router of an ordinary MoE: the rows as they are."""
 
     name: ClassVar[str] = "softmax"
     is_softmax: ClassVar[bool] = True

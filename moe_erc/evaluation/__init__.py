@@ -1,1 +1,1 @@
-"""Evaluation of a trained model: perplexity beside simple baselines, benchmark tasks, and samples."""
+"""Evaluation of a trained model: perplexity and baselines, benchmark tasks, and samples of text."""

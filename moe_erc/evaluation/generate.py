@@ -29,7 +29,7 @@ from moe_erc.model.context import cached, empty_cache
 from moe_erc.model.transformer import Transformer
 
 __all__ = ["Generator", "Sample", "Sampling"]
-# Tokens between two checks of the text: only the text shows whether a row has reached a stop string.
+# Tokens between two checks of the text. Only the text shows whether a row has met a stop string.
 CHUNK = 32
 
 
@@ -159,7 +159,7 @@ class Generator:
 
 
 class Sample:
-    """An evaluator that shows how the model continues a prompt; it finds nothing for an empty one."""
+    """An evaluator that continues a prompt; it finds nothing for an empty prompt."""
 
     def __init__(self, generator: Generator, prompt: str, sampling: Sampling):
         generator.check(prompt, sampling)

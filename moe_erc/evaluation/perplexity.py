@@ -73,7 +73,7 @@ class Perplexity:
         return other
 
     def run(self, weights: Any) -> dict[str, Any]:
-        """Loss, bits per byte and tokens by domain, the mean loss, and the load (L, E) in shares."""
+        """Loss, bits per byte and tokens by domain, the mean loss, and the load (L, E)."""
         found = {}
         losses = []
         assignments_LE = 0

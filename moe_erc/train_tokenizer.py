@@ -1,4 +1,4 @@
-"""Learns a byte-pair tokenizer from the training documents of a config.
+"""Learn a byte-pair tokenizer from the training documents of a config.
 
     python -m moe_erc.train_tokenizer --config=configs/erc.py:tiny --vocab_size=8192 \
         --output=tokenizer.json
@@ -25,9 +25,9 @@ def main() -> None:
 
 
 def learn(_: list[str]) -> None:
-    """Learns from `config.data` and writes a tokenizer.json."""
+    """Learn from `config.data` and write a tokenizer.json."""
     with command_line.refusing_bad_input():
-        # Learning takes minutes. A file that cannot be written is refused before.
+        # Learning takes minutes, so a file that cannot be written is refused before.
         path = paths.writable_file(OUTPUT.value)
         texts = bpe.training_texts(DataConfig(**flags.FLAGS.config.data))
         tokenizer = bpe.train(texts, VOCAB_SIZE.value)

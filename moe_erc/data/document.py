@@ -1,7 +1,8 @@
 """A document, the split it belongs to, and the account of how a source was divided.
 
-If a source has no validation split, the hash of a text decides its split. It then depends on nothing
-else: not on the machine, the order of reading, or the other texts. Equal texts are in one split.
+If a source has no validation split, the hash of a text decides its split. The split then depends on
+nothing else: not on the machine, the order of reading, or the other texts. Equal texts are in one
+split.
 """
 
 import dataclasses

@@ -146,7 +146,10 @@ def _read(stored, tensors, leaf, share):
 
 
 class About(NamedTuple):
-    """What a checkpoint says beside its weights: entries of config.json, and other files by name."""
+    """The parts of a checkpoint beside its weights.
+
+    `entries` are those of config.json; `files` are {name: content}.
+    """
 
     entries: dict
     files: dict[str, str]

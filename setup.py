@@ -1,4 +1,4 @@
-"""Packaging of moe_erc: core dependencies with tested floors, and extras for all that is optional."""
+"""Packaging of moe_erc: core dependencies with tested floors, and extras for what is optional."""
 
 import re
 from pathlib import Path

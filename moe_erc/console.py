@@ -1,7 +1,7 @@
 """Standard output and error that never end a run, and text that is safe for a terminal.
 
-A character that the console's encoding lacks is written as an escape. If the console is closed, gone
-(`| head -1`) or on a full disk, output is dropped and the program goes on.
+A character that the console's encoding lacks is written as an escape. If the console is closed,
+gone (`| head -1`) or on a full disk, output is dropped and the program goes on.
 """
 
 import contextlib
@@ -58,8 +58,8 @@ def _safe(stream):
 def _nowhere(number):
     """A stream in place of one that was closed when the program started; it takes its number too.
 
-    Otherwise the next file that is opened, such as a checkpoint, would get the number, and libraries
-    written in C++ would print into it.
+    Otherwise the next file that is opened, such as a checkpoint, would get the number, and
+    libraries written in C++ would print into it.
     """
     # It stays open as long as the process.
     stream = open(os.devnull, "w", encoding="utf-8", errors="backslashreplace")  # noqa: SIM115

@@ -1,4 +1,4 @@
-"""Write the model of a run as an OLMoE, which transformers, vLLM and llama.cpp load.
+"""Writes the model of a run as an OLMoE, which transformers, vLLM and llama.cpp load.
 
     python -m moe_erc.export runs/erc-tiny DIR
 

@@ -1,4 +1,4 @@
-"""Continue a prompt with the model of a run, or with an OLMoE, token by token.
+"""Continues a prompt with the model of a run, or with an OLMoE, token by token.
 
     python -m moe_erc.generate runs/erc-tiny "def main(" --temperature=0.8 --top_p=0.9
 

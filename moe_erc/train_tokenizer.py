@@ -1,4 +1,4 @@
-"""Learn a byte-pair tokenizer from the training documents of a config.
+"""Learns a byte-pair tokenizer from the training documents of a config.
 
     python -m moe_erc.train_tokenizer --config=configs/erc.py:tiny --vocab_size=8192 \
         --output=tokenizer.json

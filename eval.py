@@ -1,12 +1,15 @@
-"""Evaluates a run, or several, or a Hugging Face MoE.
+"""Evaluates a run, or several runs, or a Hugging Face OLMoE.
 
-    python eval.py --workdir=runs/erc-tiny                loss, load and coupling as tables, and in eval.json
-    python eval.py --workdir=runs/erc-tiny --figures      figures/ and report.html; of runs A,B, into comparison
-    python eval.py --workdir=runs/erc-tiny --tasks=sciq   what it reaches in these, and tasks.json; or --tasks=paper_3b
+    python eval.py --workdir=runs/erc-tiny
+        prints tables of loss, load and coupling, and writes eval.json
+    python eval.py --workdir=runs/erc-tiny --figures
+        writes figures/ and report.html as well; those of runs A,B go into comparison/
+    python eval.py --workdir=runs/erc-tiny --tasks=sciq
+        prints the scores in tasks and writes tasks.json; --tasks=paper_3b names many at once
 
-An OLMoE --checkpoint has tasks too. A workdir may be gs://bucket/path. Wrong input is one line,
-exit code 2. `python -m moe_erc.diagnose DIR` says all of the coupling of a run, or of any Hugging
-Face MoE.
+--checkpoint=DIR of an OLMoE takes --tasks too. A workdir may be gs://bucket/path. Bad input ends in
+one line, with exit code 2. `python -m moe_erc.diagnose DIR` measures the coupling of a run, or of
+any Hugging Face MoE, in detail.
 """
 
 from absl import flags
@@ -43,7 +46,7 @@ WINDOWS = flags.DEFINE_integer(
 TASKS = flags.DEFINE_list(
     "tasks",
     [],
-    "Of the lm-evaluation-harness, as --tasks=sciq,copa; paper_3b and paper_15b are the ERC paper's",
+    "Of the lm-evaluation-harness, as --tasks=sciq,copa; paper_3b, paper_15b: of the ERC paper",
 )
 TASK_DIR = flags.DEFINE_string(
     "task_dir", "", "A directory of YAML files of more tasks, as --task_dir=my_tasks"
@@ -72,7 +75,7 @@ def main(_):
 
 
 def set_up():
-    """Refuses what cannot be done, and reads the tasks."""
+    """Check the flags, set up devices, and load the tasks."""
     check_flags()
     processes.initialize()
     compilation_cache.enable()
@@ -95,7 +98,7 @@ def check_flags():
     if OUTPUT.value and output("").exists() and not output("").is_dir():
         raise BadInput(f"--output={OUTPUT.value}: is a file; name a directory")
     if FIGURES.value:
-        # Refuses here where the extra `plot` is missing.
+        # The import fails here, in one line, if the extra `plot` is missing.
         from moe_erc.diagnosis import figures  # noqa: F401
 
 
@@ -105,7 +108,7 @@ def places():
 
 
 def wants_report():
-    """Whether losses, load and coupling are asked for, and not tasks alone."""
+    """Whether losses, load and coupling are wanted, and not tasks alone."""
     return FIGURES.value or not TASKS.value
 
 
@@ -114,7 +117,7 @@ def output(default):
 
 
 def open_place(place):
-    """The model of a run or of a checkpoint, and a line that says which."""
+    """The model of a run or of a checkpoint; prints which one it is."""
     with command_line.refusing_bad_input(), processes.ending_together():
         if CHECKPOINT.value:
             opened = open_checkpoint(place)
@@ -128,14 +131,14 @@ def open_place(place):
 
 
 def ask_tasks(opened, tasks):
-    """Prints what the model reaches in the tasks, and writes tasks.json."""
+    """Print the scores of the model in the tasks, and write tasks.json."""
     with command_line.refusing_bad_input():
         reached = opened.print_tasks(tasks, LIMIT.value)
         write_report(output(opened.directory) / "tasks.json", reached)
 
 
 def write_evaluation(opened):
-    """Prints and writes eval.json, and returns it."""
+    """Print and write eval.json, and return it."""
     path = opened.directory / "eval.json"
     report = opened.report(WINDOWS.value)
     print_found(report["measures"])
@@ -147,7 +150,7 @@ def write_evaluation(opened):
 
 
 def draw(evaluated):
-    """Figures and report.html, of one run or of several side by side."""
+    """Write figures and report.html, of one run or of several side by side."""
     from moe_erc.diagnosis.documents import write_run_report
 
     default = "comparison" if len(evaluated) > 1 else next(iter(evaluated))

@@ -1,11 +1,11 @@
-"""Packaging of moe_erc: core dependencies with tested floors, everything optional behind an extra."""
+"""Packaging of moe_erc: core dependencies with tested floors, and extras for what is optional."""
 
 import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
-# Read as text: importing the package would need the dependencies this file is about to install.
+# Read as text, because importing the package needs the dependencies that this file declares.
 INIT = Path(__file__).with_name("moe_erc") / "__init__.py"
 VERSION = re.search(r'^__version__ = "(.+)"$', INIT.read_text(encoding="utf-8"), re.MULTILINE)[1]
 
@@ -35,8 +35,8 @@ NOTEBOOK = [*PLOT, "nbclient", "ipykernel"]
 EVAL = ["lm-eval>=0.4.13"]
 GCS = ["gcsfs"]  # gs:// paths; brings google-cloud-storage, which TensorBoard curves there need
 TOKAMAX = ["tokamax>=0.0.12"]  # kernels for GPUs beside our own
-# All that a run may use but `hf`, which brings torch: 0.1 GB, used for what it is by
-# tests/test_optional_packages.py.
+# All optional packages that a run may use, 0.1 GB. `hf` is not among them, because it brings torch.
+# tests/test_optional_packages.py uses each.
 OPTIONAL = [*NOTEBOOK, *EVAL, *GCS, *TOKAMAX, "tokenizers", "wandb"]
 TEST = [*OPTIONAL, "pytest", "pytest-xdist>=3.8", "ruff", "hypothesis"]
 
@@ -53,8 +53,8 @@ EXTRAS = {
         "safetensors",
         "torch",
         "tokenizers",
-        "accelerate",
-    ],  # the last: the harness's backend
+        "accelerate",  # for the hf backend of the harness
+    ],
     "gcs": GCS,
     "cuda12": ["jax[cuda12]"],
     "cuda13": ["jax[cuda13]"],
@@ -62,7 +62,7 @@ EXTRAS = {
     "tokamax": TOKAMAX,
 }
 
-# What needs no config, and so no clone; each is `python -m moe_erc.NAME` as well.
+# Commands that need no config, and so no clone. Each is also `python -m moe_erc.NAME`.
 COMMANDS = [
     "moe_erc-diagnose = moe_erc.diagnose:main",
     "moe_erc-export = moe_erc.export:main",

@@ -1,11 +1,12 @@
 """Trains a Mixture-of-Experts language model.
 
-    python train.py                            configs/erc.py:tiny into runs/erc-tiny, minutes on a CPU
+    python train.py              trains configs/erc.py:tiny into runs/erc-tiny, in minutes on a CPU
     python train.py --config=configs/vanilla.py:small --config.optimizer.learning_rate=3e-4
 
-Started again on the same workdir, a directory or gs://bucket/path, a run continues where it
-stopped, bit for bit, on any number of processes (docs/launch.md). Exit codes: docs/reliability.md.
-On a CPU it asks for huge pages, which GLIBC_TUNABLES=glibc.malloc.hugetlb=0 turns off.
+If the command is run again on the same workdir, a directory or gs://bucket/path, the run continues
+where it stopped, bit for bit, on any number of processes (docs/launch.md). Exit codes are listed in
+docs/reliability.md. On a CPU the program asks for huge pages, which
+GLIBC_TUNABLES=glibc.malloc.hugetlb=0 turns off.
 """
 
 import dataclasses
@@ -45,24 +46,24 @@ from moe_erc.training.trace import Trace
 WORKDIR = flags.DEFINE_string(
     "workdir",
     None,
-    "Everything of the run goes here, as --workdir=runs/mine; runs/CONFIG-SIZE if not given",
+    "The directory of the run, as --workdir=runs/mine; runs/CONFIG-SIZE if not given",
 )
 
 
 @dataclasses.dataclass(frozen=True)
 class Start:
-    """Where a run begins: at step 0, or behind the newest intact checkpoint of its workdir."""
+    """Where a run begins: at step 0, or after the newest intact checkpoint of its workdir."""
 
-    resuming: bool  # whether the workdir holds checkpoints
+    is_resumed: bool  # whether the workdir holds checkpoints
     step: int
     earlier: resume.Earlier
     checkpoints: Checkpoints | None  # None until a new run may write
-    lock: Any  # held while this process lives, so that no other run writes there
+    lock: Any  # held as long as this process lives, so that no other run writes there
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What is settled before the first step."""
+    """Everything that is known before the first step."""
 
     config: ConfigDict
     workdir: pathlib.Path
@@ -70,14 +71,14 @@ class Run:
     start: Start
     corpus: text.Corpus
     given: Any  # parameters of an OLMoE to start from, or None
-    meta: dict  # what every checkpoint says of the run
+    meta: dict  # the account of the run that every checkpoint keeps
     while_training: list  # evaluators
     at_the_end: list
 
 
 def main(_):
     config = flags.FLAGS.config
-    # What is refused ends here, in one line, before anything is compiled or written.
+    # Bad input ends here, in one line, before anything is compiled or written.
     with command_line.refusing_bad_input(), processes.ending_together():
         run = prepare(config)
     if run is None:
@@ -86,11 +87,11 @@ def main(_):
     report(run, state)
 
 
-# ------------------------------------------------------------------------------------ before the run
+# ----------------------------------------------------------------------------------- before the run
 
 
 def prepare(config) -> Run | None:
-    """Everything that can be refused; None where a finished run needs no more than its report."""
+    """Check and open everything; None if a finished run only had to print its report again."""
     workdir = paths.absolute(WORKDIR.value or f"runs/{command_line.config_name()}")
     training = set_up(config)
     model = training.model
@@ -98,7 +99,7 @@ def prepare(config) -> Run | None:
         f"{workdir}: {model.config.parameters():,} parameters, "
         f"{model.config.active_parameters():,} active"
     )
-    # The checkpoint comes before the text: a run continues with the text that it was begun with.
+    # The checkpoint comes before the text, because a run continues with the text of its beginning.
     start = find_start(config, workdir)
     corpus, other_text = open_text(config, workdir, start)
     if corpus is None:
@@ -111,8 +112,8 @@ def prepare(config) -> Run | None:
     given = None
     if source:
         given = olmoe.open_olmoe(source, model.config, training.abstract_state.params)
-    # A new run makes its directory last: what is refused leaves none.
-    if not start.resuming:
+    # A new run makes its directory last, so that bad input leaves none.
+    if not start.is_resumed:
         lock, checkpoints = open_checkpoints(workdir, config.checkpoint.keep)
         start = dataclasses.replace(start, lock=lock, checkpoints=checkpoints)
 
@@ -121,7 +122,7 @@ def prepare(config) -> Run | None:
     resume.print_changes(start.earlier, changes)
     history = start.earlier.history_with(changes)
     meta = {"config": settings, "data": corpus.record, "history": history}
-    # All processes must mean the same run; one that does not would train on something else.
+    # All processes must agree on the run; one that differs would train on something else.
     position = [start.step, start.earlier.rows]
     processes.agree({"config": settings, "data": corpus.identity, "checkpoint": position})
     sharding.print_plan(training.abstract_state)
@@ -129,13 +130,13 @@ def prepare(config) -> Run | None:
 
 
 def set_up(config) -> Training:
-    """Devices, and everything that the configuration alone decides."""
+    """Set up devices, and everything that depends on the configuration alone."""
     processes.initialize()
     compilation_cache.enable()
     command_line.check_numbers(config)
     check_package(config.log.wandb_project)
     settle_paths(config)
-    # Before any array, because the number of CPU devices is settled once.
+    # This comes before any array, because the number of CPU devices can be set only once.
     micro_batch = config.train.batch_size // max(config.train.micro_batches, 1)
     sharding.use_cpu_cores(micro_batch, config.eval.batch_size, config.model.experts)
     training = build(config)
@@ -144,7 +145,7 @@ def set_up(config) -> Training:
 
 
 def settle_paths(config):
-    """Absolute paths in place of those given: a run is evaluated in any directory."""
+    """Make the paths of the config absolute, so that a run can be evaluated from any directory."""
     if config.init_from:
         config.init_from = str(paths.local(config.init_from))
     tokenizer = tokenizer_files.tokenizer_of(config.init_from, config.data.tokenizer)
@@ -154,14 +155,14 @@ def settle_paths(config):
 
 
 def find_start(config, workdir) -> Start:
-    """Reads the newest intact checkpoint's account of the run, and compares this run with it."""
-    resuming = holds_steps(workdir / "checkpoints")
-    processes.agree({"checkpoint": resuming})
+    """Read the account of the run in the newest intact checkpoint, and compare this run with it."""
+    is_resumed = holds_steps(workdir / "checkpoints")
+    processes.agree({"checkpoint": is_resumed})
     lock = None
     checkpoints = None
     step = 0
     earlier = resume.Earlier()
-    if resuming:
+    if is_resumed:
         lock, checkpoints = open_checkpoints(workdir, config.checkpoint.keep)
         step = checkpoints.newest_intact()
     if step:
@@ -171,13 +172,13 @@ def find_start(config, workdir) -> Start:
     steps = config.train.steps
     if step > steps:
         print(f"train.steps: {steps} are fewer than the {step} that are done: nothing is trained")
-    return Start(resuming, step, earlier, checkpoints, lock)
+    return Start(is_resumed, step, earlier, checkpoints, lock)
 
 
 def open_checkpoints(workdir, keep):
-    """(lock, checkpoints) of a writer. What a killed run left is cleared up.
+    """(lock, checkpoints) of a writer.
 
-    Others are kept out.
+    The lock keeps other runs out. Files that a killed run left unfinished are removed.
     """
     with processes.first():
         lock = prepare_directory(workdir / "checkpoints")
@@ -185,7 +186,7 @@ def open_checkpoints(workdir, keep):
 
 
 def open_text(config, workdir, start):
-    """(corpus, changes of the text); (None, []) where the text of a finished run is gone.
+    """(corpus, changes of the text), or (None, []) if the text of a finished run is gone.
 
     Such a run prints the report that it wrote.
     """
@@ -206,7 +207,7 @@ def open_text(config, workdir, start):
 
 
 def describe_text(config, model, corpus):
-    """Says what is trained on; BadInput for more tokens than the model has rows."""
+    """Print the text of the training; BadInput if it has more token ids than the model has rows."""
     length = config.data.sequence_length
     model.config.check_vocabulary(corpus.tokenizer.vocab_size)
     rows = config.train.steps * config.train.batch_size
@@ -218,7 +219,7 @@ def describe_text(config, model, corpus):
 
 
 def make_evaluators(config, model, corpus):
-    """(those that run while training, those of the report)."""
+    """(evaluators that run while training, evaluators of the report)."""
     put = functools.partial(sharding.put_whole_batch, model.mesh)
     losses = functools.partial(token_losses, chunk=config.losses.lm.chunk)
     shape_BT = (config.eval.batch_size, config.data.sequence_length)
@@ -236,7 +237,7 @@ def make_evaluators(config, model, corpus):
 
 
 def first_state(run):
-    """The state to go on from: of the checkpoint, of a given model, or drawn."""
+    """The state before the first step: of the checkpoint, of a given model, or drawn."""
     training = run.training
     start = run.start
     if start.step:
@@ -248,7 +249,7 @@ def first_state(run):
 
 
 def train(run, state):
-    """The state after the last step. Exits where the run is stopped or cannot go on."""
+    """The state after the last step; exits if the run is stopped or cannot go on."""
     config = run.config
     training = run.training
     checkpoints = run.start.checkpoints
@@ -275,13 +276,13 @@ def train(run, state):
                 if saving or step % config.log.every == 0:
                     progress.flush()
                 trace.after(step)
-                # Saved before anything that may fail: evaluators, and what writers of logs met
-                # with.
+                # Saving comes before everything that may fail: evaluators, and the check of the
+                # writers of logs.
                 if saving:
                     writer.flush()
                     checkpoints.save(step, state, run.meta | {"rows": rows_read(run, step)})
                 writer.check()
-                # A run that is stopped is evaluated when it returns.
+                # A run that is stopped is evaluated when it is started again.
                 if evaluation.is_due(step) and (step == steps or not leaving):
                     evaluation.run(step, state)
                 if leaving:
@@ -294,7 +295,7 @@ def train(run, state):
 
 
 def batches_from(run, step, rows=None):
-    """Batches from the one after `step` on; `rows` of them are this process's, all if None."""
+    """The batches after `step`, of which this process reads `rows`; None is all rows."""
     config = run.config
     return text.train_batches(
         run.corpus,
@@ -312,13 +313,13 @@ def rows_read(run, step):
 
 
 def last_words(run):
-    """What to say of a run that cannot go on."""
+    """The messages for a run that cannot go on."""
     batches = functools.partial(batches_from, run)
     return LastWords(run.workdir, run.training.gradients, batches)
 
 
 def metric_writer(run):
-    """Writes metrics.jsonl, and curves where they are asked for, from the next step on."""
+    """The writer of metrics.jsonl, and of curves if the config asks for them."""
     log = run.config.log
     settings = run.meta["config"]
     return MetricWriter(
@@ -327,14 +328,14 @@ def metric_writer(run):
 
 
 def step_size(run):
-    """(tokens, FLOPs) of a step; the backward pass takes twice the FLOPs of the forward pass."""
+    """(tokens, FLOPs) of a step; the backward pass has twice the FLOPs of the forward pass."""
     length = run.config.data.sequence_length
     tokens = run.config.train.batch_size * length
     return tokens, 3 * tokens * run.training.model.config.flops_per_token(length)
 
 
 class Evaluation:
-    """Evaluates on steps that are due, and writes and prints what was found."""
+    """Evaluates on steps that are due, and writes and prints the results."""
 
     def __init__(self, run, writer, progress):
         self._run = run
@@ -345,7 +346,7 @@ class Evaluation:
         return step == self._run.config.train.steps or step % self._run.config.eval.every == 0
 
     def make_up_for(self, step, state):
-        """Evaluates a checkpoint whose run was killed between saving and evaluating it."""
+        """Evaluate a checkpoint whose run was killed between saving and evaluating it."""
         validation_loss = validation.LOSS.of(validation.MEAN).key
         if step and self.is_due(step) and not self._writer.holds(step, validation_loss):
             self.run(step, state)
@@ -366,7 +367,7 @@ class Evaluation:
 
 
 def report(run, state):
-    """Evaluates the last state, writes report.json and prints its tables."""
+    """Evaluate the last state, write report.json and print its tables."""
     found = ngram_losses(run.corpus) | evaluators.evaluate(run.at_the_end, state.weights)
     history = resume.history_lines(run.meta["history"])
     step = max(run.start.step, run.config.train.steps)
@@ -376,11 +377,11 @@ def report(run, state):
     except OSError as error:
         sys.exit(last_words(run).say(error, state, run.start.checkpoints.newest))
     finally:
-        # A full disk leaves the tables.
+        # The tables are printed also if the disk is full.
         print_found(written["measures"])
 
 
 if __name__ == "__main__":
-    # It may start the program anew, so it comes first.
+    # This may start the program anew, so it comes first.
     huge_pages.enable()
     command_line.run(main, default_config="configs/erc.py:tiny")

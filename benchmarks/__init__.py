@@ -1,10 +1,11 @@
-"""Scripts that measure, each printing a table and writing JSON; nothing here is asserted in tests.
+"""Scripts that measure; each prints a table and writes JSON. Tests assert none of their results.
 
-What is compared is a subject, in a process of its own that sleeps while another is measured: thread
-pools of two frameworks never share the cores, and each compiles once. Turns alternate, so a slow
-minute of the machine meets all.
+Each of the things that are compared is a subject. It has a process of its own, which sleeps while
+another subject is measured. Thread pools of two frameworks therefore never share the cores, and each
+subject compiles once. Subjects take turns, so that a slow minute of the machine meets all of them.
 """
 
+import contextlib
 import importlib
 import importlib.metadata
 import multiprocessing
@@ -17,30 +18,30 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "torch", "transformers")
 
 
 class Subject:
-    """`build` is "module:function"; in the new process, called with `options`, it returns (run, facts).
+    """Something to measure, in a process of its own.
 
-    run(steps) -> seconds of each step, waited for to its end; facts: what else is to be said, in
-    plain values, which a run may renew.
+    `build` is "module:function". The process calls it with `options`, and it returns (run, facts).
+    run(steps) returns the seconds of each step, up to the end of its work. `facts` are other plain
+    values, which a run may change.
     """
 
     def __init__(self, build, **options):
-        context = multiprocessing.get_context(
-            "spawn"
-        )  # a fork would inherit the threads of whatever runs here
+        # A fork would inherit the threads of this process.
+        context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs, build, options), daemon=True)
         self._process.start()
-        theirs.close()  # a subject that dies is then an EOFError here, not a wait without end
+        theirs.close()  # so that a subject that dies is an EOFError here, and not an endless wait
         self.facts = self._connection.recv()
 
     def run(self, steps):
-        """Seconds of each of so many steps; `facts` are then those after the last."""
+        """Seconds of each of `steps` steps; `facts` are then those after the last step."""
         self._connection.send(steps)
         seconds, self.facts = self._connection.recv()
         return seconds
 
     def close(self):
-        """Ends the process."""
+        """End the process."""
         self._connection.send(0)
         self._process.join()
 
@@ -49,13 +50,15 @@ def _serve(connection, build, options):
     module, function = build.split(":")
     run, facts = getattr(importlib.import_module(module), function)(**options)
     connection.send(facts)
-    while steps := connection.recv():
+    steps = connection.recv()
+    while steps:  # 0 is the end
         seconds = run(steps)
         connection.send((seconds, facts))
+        steps = connection.recv()
 
 
 def timed(step):
-    """The `run` of a subject from `step()`, which returns once its work is done."""
+    """The `run` of a subject, made of `step()`, which must return at the end of its work."""
 
     def run(steps):
         seconds = []
@@ -69,16 +72,19 @@ def timed(step):
 
 
 def take_turns(subjects, rounds, steps):
-    """{name: [median seconds of a step in round 1, …]}: every subject once a round, the order turned each time.
+    """{name: [median seconds of a step in round 1, in round 2, …]}.
 
-    The first step of a turn is not counted: it wakes threads and refills caches that the others
-    have used.
+    Every subject has one turn in a round, and the order is reversed from round to round. The first
+    step of a turn is not counted, because it wakes threads and refills caches.
     """
     seconds = {name: [] for name in subjects}
     for turn in range(rounds):
         order = list(subjects)
-        for name in order if turn % 2 == 0 else reversed(order):
-            seconds[name].append(statistics.median(subjects[name].run(steps + 1)[1:]))
+        if turn % 2 == 1:
+            order.reverse()
+        for name in order:
+            counted = subjects[name].run(steps + 1)[1:]
+            seconds[name].append(statistics.median(counted))
     return seconds
 
 
@@ -99,16 +105,14 @@ def environment():
 
 
 def cores():
-    """How many this process may use."""
+    """How many cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def processor():
-    """The CPU's own name, where Linux tells it."""
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as lines:
-            return next(
-                line.split(":")[1].strip() for line in lines if line.startswith("model name")
-            )
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+    """The name of the CPU, as Linux gives it, or its kind."""
+    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as lines:
+        for line in lines:
+            if line.startswith("model name"):
+                return line.split(":")[1].strip()
+    return platform.processor() or platform.machine()

@@ -1,12 +1,12 @@
-"""Compiles the train step for devices that are not there: does it fit, what does it compute and send, and ERC's share.
+"""Compiles the train step for devices that need not be there: memory, FLOPs, bytes sent, ERC's share.
 
-    python -m benchmarks.compile_ahead --config=configs/erc.py:15b --topology=v5p:4x4x4     needs the extra `tpu`
+    python -m benchmarks.compile_ahead --config=configs/erc.py:15b --topology=v5p:4x4x4
     python -m benchmarks.compile_ahead --config=configs/erc.py:debug --devices=cpu:8
 
-No array is made. Figures are of one device and one optimizer step; FLOPs are matmuls alone, with
-loops multiplied out. The losses on parameters (ERC) are compiled alone as well, values and
-gradients with every hinge active; --difference also compiles the step without them. Exit code 1: it
-does not fit; 2: wrong input.
+--topology needs the extra `tpu`. No array is made. Figures are of one device and one optimizer step.
+FLOPs are those of matmuls alone; a loop counts as often as it turns. The losses on parameters (ERC)
+are compiled alone as well, values and gradients with every hinge active. --difference also compiles
+the step without them. Exit code 1 says that the step does not fit, 2 that the input is bad.
 """
 
 import dataclasses
@@ -31,20 +31,20 @@ from moe_erc.training.state import shardings
 from moe_erc.training.step import parameter_only
 
 TOPOLOGY = flags.DEFINE_string(
-    "topology", None, "TPUs of a slice, generation:torus: v5p:4x4x4, v5e:16x16"
+    "topology", None, "TPUs of a slice, generation:torus, as --topology=v5p:4x4x4 or v5e:16x16"
 )
-SLICES = flags.DEFINE_integer("slices", 1, "so many of them", lower_bound=1)
-DEVICES = flags.DEFINE_string("devices", None, "virtual devices instead: cpu:64")
+SLICES = flags.DEFINE_integer("slices", 1, "number of such slices, as --slices=2", lower_bound=1)
+DEVICES = flags.DEFINE_string("devices", None, "virtual devices instead, as --devices=cpu:64")
 MEMORY = flags.DEFINE_float(
     "memory",
     None,
-    "GiB that may be allocated on a device; the compiler's verdict alone counts if not given",
+    "GiB that may be allocated on a device; if not given, the compiler alone decides",
 )
 DIFFERENCE = flags.DEFINE_bool(
-    "difference", False, "compile the step without the losses on parameters, too"
+    "difference", False, "also compile the step without the losses on parameters"
 )
 LARGEST = 3  # temporaries that are named
-JSON = flags.DEFINE_string("json", None, "write everything here, too")
+JSON = flags.DEFINE_string("json", None, "also write everything to this file")
 
 
 class DoesNotFitError(Exception):
@@ -61,7 +61,8 @@ def main(_):
         measured = {name: compile_program(program) for name, program in programs.items()}
     except DoesNotFitError as error:
         remedies = (
-            f"more devices than {len(devices)}, more train.micro_batches than {config.train.micro_batches}, "
+            f"more devices than {len(devices)}, "
+            f"more train.micro_batches than {config.train.micro_batches}, "
             f"or another mesh than {facts['mesh']}"
         )
         print(f"error: does not fit: {error}; use {remedies}", file=sys.stderr)
@@ -78,7 +79,10 @@ def main(_):
 
 
 def lower(config, devices):
-    """(facts, {name: lowered program}): the step, its losses on parameters if it has any, the step without them."""
+    """(facts, {name: lowered program}).
+
+    The programs are the step, its losses on parameters if it has any, and the step without them.
+    """
     training = build(config, devices)
     mesh = training.mesh
     model = training.model.config
@@ -149,7 +153,7 @@ def compile_program(program):
 
 
 def plain(value):
-    """Named tuples as dictionaries, however deep."""
+    """A value in which named tuples, at any depth, are dictionaries."""
     if hasattr(value, "_asdict"):
         value = value._asdict()
     if isinstance(value, dict):

@@ -1,10 +1,11 @@
-"""Where the time of a training step goes: by part of the model, forward and backward.
+"""The time of a training step by part of the model, forward and backward.
 
     python -m benchmarks.components [--experts=16] [--experts_per_token=4] [--method=erc] [--steps=5]
 
-A trace of some steps of the shape `peer` of `benchmarks.step`. Every operation of the compiled step
-tells which traced line it comes from; its time is its own, without what runs inside it, summed over
-all devices and threads, waiting for other devices included.
+Some steps of the shape `peer` of `benchmarks.step` are traced. Every operation of the compiled step
+has the name of the traced line that it comes from. The time of an operation is without the
+operations that run inside it. It is summed over all devices and threads, and includes the time of
+waiting for other devices.
 """
 
 import argparse
@@ -39,7 +40,7 @@ PARTS = (  # the first whose words are all in the operation's origin
 
 
 def own_times(events):
-    """{operation: microseconds}: of spans that lie inside each other, each without those inside it."""
+    """{operation: microseconds}; the time of a span is without the spans inside it."""
     total = collections.Counter()
     open_spans = collections.defaultdict(list)
     for event in sorted(events, key=lambda event: (event["ts"], -event["dur"])):
@@ -58,13 +59,20 @@ def by_part(times, origins):
     found = collections.Counter()
     for operation, duration in times.items():
         origin = origins.get(operation, "")
-        part = next(name for name, words in PARTS if all(word in origin for word in words))
+        part = part_of(origin)
         found[part, "backward" if "transpose(" in origin else "forward"] += duration
     return found
 
 
+def part_of(origin):
+    """The first part whose words are all in the origin of an operation; the last part has none."""
+    for name, words in PARTS:
+        if all(word in origin for word in words):
+            return name
+
+
 def trace(compiled, state, batch, steps):
-    """Spans of the operations of so many steps, after some that warm up."""
+    """The spans of the operations in `steps` steps, after some steps that warm up."""
     for _ in range(WARM_UP):
         state, _ = compiled(state, batch())
     jax.block_until_ready(state)
@@ -75,9 +83,8 @@ def trace(compiled, state, batch, steps):
         (path,) = glob.glob(f"{directory}/**/*.trace.json.gz", recursive=True)
         with gzip.open(path) as file:
             events = json.load(file)["traceEvents"]
-    return [
-        event for event in events if event.get("ph") == "X" and "hlo_op" in event.get("args", {})
-    ]
+    spans = [event for event in events if event.get("ph") == "X"]
+    return [span for span in spans if "hlo_op" in span.get("args", {})]
 
 
 def main():

@@ -1,16 +1,18 @@
-"""The ERC loss of one layer with its gradients: time and memory, the paper's pseudocode against `erc_loss`.
+"""The ERC loss of one layer with its gradients: time and memory of the paper's form and of ours.
 
     python -m benchmarks.erc [--sizes=3b,15b] [--json=FILE]
 
-"naive" is one einsum "id,jdf->ijf" over all pairs, and its norm. Hinges are all active at alpha 0
-and none at a large one: ours then does not go back through an expert. E, D and F are those of a
-size of `configs/sizes.py`. FLOPs are 2 E^2 D F forward, three times that with active hinges; bytes
-the gates, and their gradients. The share is of what the machine's own matmul and copy would take,
-measured in the same turns.
+"naive" is the paper's pseudocode: one einsum "id,jdf->ijf" over all pairs, and its norm. "ours" is
+`erc_loss`. All hinges are active at alpha 0, and none at a large alpha, where ours has no backward
+pass through the experts. E, D and F are those of a size of `configs/sizes.py`. FLOPs are 2 E^2 D F
+forward, and three times that with active hinges. Bytes are those of the gates and their gradients.
+The share is the time that the machine's own matmul and copy would take, by the time measured; both
+are measured in the same turns.
 """
 
 import argparse
 import functools
+import itertools
 import json
 import pathlib
 import statistics
@@ -31,7 +33,7 @@ HINGES = {"all active": 0.0, "none active": 100.0}  # at which alpha
 
 
 def naive_erc(params, rng, alpha):
-    """As in the paper: an (E, E, F) array of all responses."""
+    """The form of the paper: an (E, E, F) array of all responses."""
     proxy_ED = perturb(params["router"], rng)
     responses_IJF = jnp.einsum("id,jdf->ijf", proxy_ED, params["w_gate"])
     return coupling_penalty(jnp.sqrt(jnp.sum(jnp.square(responses_IJF), axis=-1)), alpha)
@@ -52,7 +54,7 @@ def shape(size):
 
 @functools.cache
 def parameters(size):
-    """Of one layer, as a model begins."""
+    """The parameters of one layer of a new model."""
     experts, width, hidden = shape(size)
     router, gate = jax.random.split(jax.random.key(0))
     draw = jax.jit(jax.random.normal, static_argnums=1)
@@ -66,17 +68,18 @@ def build(form, size, alpha):
     """(step, temporary bytes)."""
     params = parameters(size)
     rng = jax.random.key(1)
-    compiled = (
-        jax.jit(jax.value_and_grad(functools.partial(FORMS[form], alpha=alpha)))
-        .lower(params, rng)
-        .compile()
-    )
-    return (lambda: jax.block_until_ready(compiled(params, rng))), memory(compiled).temporaries
+    loss = functools.partial(FORMS[form], alpha=alpha)
+    compiled = jax.jit(jax.value_and_grad(loss)).lower(params, rng).compile()
+
+    def step():
+        jax.block_until_ready(compiled(params, rng))
+
+    return step, memory(compiled).temporaries
 
 
 def measure(names, turns):
     """(rates, rows with figures)."""
-    rows = [(size, hinges, form) for size in names for hinges in HINGES for form in FORMS]
+    rows = list(itertools.product(names, HINGES, FORMS))
     subjects = limits.subjects()
     temporaries = {}
     found = []
@@ -93,12 +96,18 @@ def measure(names, turns):
         flops = passes * 2 * experts**2 * width * hidden
         moved = 2 * 4 * experts * width * hidden
         median = statistics.median(seconds[row])
-        found.append({
-            "size": size, "shape": (experts, width, hidden), "hinges": hinges, "form": form, "seconds": median,
+        figures = {
+            "size": size,
+            "shape": (experts, width, hidden),
+            "hinges": hinges,
+            "form": form,
+            "seconds": median,
             "seconds_range": (min(seconds[row]), max(seconds[row])),
             "over_naive": statistics.median(seconds[size, hinges, "naive"]) / median,
-            "share": limits.least_seconds(flops, moved, best) / median, "temporary_bytes": temporaries[row],
-        })  # fmt: skip
+            "share": limits.least_seconds(flops, moved, best) / median,
+            "temporary_bytes": temporaries[row],
+        }
+        found.append(figures)
     for name in ("matmul", "copy"):
         subjects[name].close()
     return best, found
@@ -109,10 +118,15 @@ def show(best, rows):
     for row in rows:
         low, high = row["seconds_range"]
         table.add_row(
-            ", ".join(map(str, row["shape"])), row["hinges"], row["form"], f"{1e3 * row['seconds']:,.0f}",
-            f"{1e3 * low:,.0f}-{1e3 * high:,.0f}", f"{row['over_naive']:.1f}", f"{row['share']:.0%}",
+            ", ".join(map(str, row["shape"])),
+            row["hinges"],
+            row["form"],
+            f"{1e3 * row['seconds']:,.0f}",
+            f"{1e3 * low:,.0f}-{1e3 * high:,.0f}",
+            f"{row['over_naive']:.1f}",
+            f"{row['share']:.0%}",
             f"{row['temporary_bytes'] / 1e6:.0f}",
-        )  # fmt: skip
+        )
     console = Console(width=120)
     console.print(table)
     console.print(limits.describe(best))

@@ -1,14 +1,18 @@
-"""What ERC costs each device at the paper's two settings, read off its compiled program, beside the paper's formula.
+"""The work of ERC on each device at the paper's two settings, beside the paper's formula.
 
     python -m benchmarks.erc_mesh [--json=FILE]
 
-    paper   E (E / ep) / 3  expert tokens a device, against its  K N / dp     every data rank computes all rows
-    ours    E^2 / (3 dp ep) expert tokens a device, of mesh dp x ep           every device its own slice of F
+Expert tokens of a device in a step, where an expert token is one token through one expert, 6 D F
+FLOPs forward:
 
-An expert token is one token through one expert: 6 D F FLOPs forward. Programs are compiled, at full
-size, for virtual devices: nothing is run. FLOPs are of matmuls; the noise bound and the draw,
-elementwise, come to 3 E^2 D / ep and about 50 E D a layer. If the paper's expert groups lie within
-its data ranks, dp 64, ep 8 is a mesh of 8 x 8, else 64 x 8.
+    tokens  K N / dp
+    paper   E (E / ep) / 3     every data rank computes all rows
+    ours    E^2 / (3 dp ep)    every device of the mesh dp x ep computes its own slice of F
+
+The work is read from compiled programs. They are compiled at full size for virtual devices, and not
+run. FLOPs are those of matmuls. The noise bound and the draw are elementwise: they add 3 E^2 D / ep
+and about 50 E D a layer. If the paper's expert groups lie within its data ranks, dp 64, ep 8 is a
+mesh of 8 x 8, else of 64 x 8.
 """
 
 import argparse
@@ -28,11 +32,12 @@ from moe_erc import sharding
 from moe_erc.losses.erc import erc_loss
 from moe_erc.model.config import ModelConfig
 
+# Size, the paper's dp and ep, mesh.
 SETTINGS = (
     ("3b", 32, 1, (32, 1)),
     ("15b", 64, 8, (8, 8)),
     ("15b", 64, 8, (64, 8)),
-)  # size, the paper's dp and ep, mesh
+)
 
 
 def measure(size, paper_dp, paper_ep, mesh_shape):
@@ -43,20 +48,20 @@ def measure(size, paper_dp, paper_ep, mesh_shape):
     tokens = config.train.batch_size * config.data.sequence_length
     experts = model.experts
     expert_token = 6 * model.width * model.expert_width
-    forward, backward = (compile_erc(model, mesh, gradient) for gradient in (False, True))
+    forward = compile_erc(model, mesh, gradient=False)
+    backward = compile_erc(model, mesh, gradient=True)
     forward_flops = costs.cost(forward.as_text()).flops
     both = costs.cost(backward.as_text())
+    paper_erc = experts * (experts / paper_ep) / 3
+    paper_tokens = model.experts_per_token * tokens / paper_dp
+    of_experts = model.layers * model.experts_per_token * expert_token * tokens / mesh.size
+    of_forward = model.flops_per_token(config.data.sequence_length) * tokens / mesh.size
     return {
         "size": size,
         "mesh": mesh_shape,
-        "paper_share": experts
-        * (experts / paper_ep)
-        / 3
-        / (model.experts_per_token * tokens / paper_dp),
-        "share_of_experts": forward_flops
-        / (model.layers * model.experts_per_token * expert_token * tokens / mesh.size),
-        "share_of_forward": forward_flops
-        / (model.flops_per_token(config.data.sequence_length) * tokens / mesh.size),
+        "paper_share": paper_erc / paper_tokens,
+        "share_of_experts": forward_flops / of_experts,
+        "share_of_forward": forward_flops / of_forward,
         "paper_flops": 2 * model.layers * experts**2 * model.width * model.expert_width / paper_ep,
         "forward_flops": forward_flops,
         "step_flops": both.flops,
@@ -66,18 +71,13 @@ def measure(size, paper_dp, paper_ep, mesh_shape):
 
 
 def compile_erc(model, mesh, gradient):
-    """ERC of all layers, or with its gradients, for parameters that lie as the trainer keeps them."""
-    shapes = {
-        "router": (model.experts, model.width),
-        "w_gate": (model.experts, model.width, model.expert_width),
+    """ERC of all layers, or with its gradients, for parameters sharded as in training."""
+    router = (model.layers, model.experts, model.width)
+    abstract = {
+        "router": jax.ShapeDtypeStruct(router, "float32"),
+        "w_gate": jax.ShapeDtypeStruct((*router, model.expert_width), "float32"),
     }
-    params = sharding.shard_state(
-        mesh,
-        {
-            name: jax.ShapeDtypeStruct((model.layers, *shape), "float32")
-            for name, shape in shapes.items()
-        },
-    )
+    params = sharding.shard_state(mesh, abstract)
     everywhere = NamedSharding(mesh, P())
     lies = jax.tree.map(lambda leaf: leaf.sharding, params)
 
@@ -86,7 +86,7 @@ def compile_erc(model, mesh, gradient):
 
     program = jax.value_and_grad(loss) if gradient else loss
     outputs = (everywhere, lies) if gradient else everywhere
-    key = jax.eval_shape(lambda: jax.random.key(0))
+    key = jax.eval_shape(jax.random.key, 0)
     return jax.jit(program, out_shardings=outputs).lower(params, key).compile()
 
 
@@ -104,23 +104,28 @@ def show(rows):
     )
     table = Table(*columns, "MB sent", "MB temporary", title="ERC, a device and step")
     for row in rows:
-        shares = (
-            f"{row[name]:.4%}" for name in ("paper_share", "share_of_experts", "share_of_forward")
+        table.add_row(
+            row["size"],
+            "{} x {}".format(*row["mesh"]),
+            f"{row['paper_share']:.4%}",
+            f"{row['share_of_experts']:.4%}",
+            f"{row['share_of_forward']:.4%}",
+            f"{row['paper_flops'] / 1e9:,.1f}",
+            f"{row['forward_flops'] / 1e9:,.1f}",
+            f"{row['step_flops'] / 1e9:,.1f}",
+            f"{row['wire_bytes'] / 1e6:,.1f}",
+            f"{row['temporary_bytes'] / 1e6:,.1f}",
         )
-        giga = (
-            f"{row[name] / 1e9:,.1f}" for name in ("paper_flops", "forward_flops", "step_flops")
-        )
-        mega = (f"{row[name] / 1e6:,.1f}" for name in ("wire_bytes", "temporary_bytes"))
-        table.add_row(row["size"], "{} x {}".format(*row["mesh"]), *shares, *giga, *mega)
     Console(width=160).print(table)
 
 
 def main():
-    """Measures, prints, writes."""
+    """Measure, print and write the figures."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", type=pathlib.Path, help="write the figures here, too")
+    parser.add_argument("--json", type=pathlib.Path, help="also write the figures to this file")
     arguments = parser.parse_args()
-    jax.config.update("jax_num_cpu_devices", max(data * expert for *_, (data, expert) in SETTINGS))
+    largest = max(data * expert for _, _, _, (data, expert) in SETTINGS)
+    jax.config.update("jax_num_cpu_devices", largest)
     rows = [measure(*setting) for setting in SETTINGS]
     show(rows)
     if arguments.json:

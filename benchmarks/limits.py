@@ -1,4 +1,4 @@
-"""What a machine can do at best: its own matmul and copy rates, measured in turns with what is held against them."""
+"""The limits of a machine: its matmul and copy rates, measured in turns with other subjects."""
 
 import functools
 
@@ -15,7 +15,11 @@ def build_matmul(dtype="float32"):
 
     a, b = jax.random.normal(jax.random.key(0), (2, MATMUL, MATMUL)).astype(dtype)
     multiply = jax.jit(functools.partial(jnp.matmul, precision="highest"))
-    return timed(lambda: multiply(a, b).block_until_ready()), {}
+
+    def step():
+        multiply(a, b).block_until_ready()
+
+    return timed(step), {}
 
 
 def build_copy():
@@ -24,12 +28,19 @@ def build_copy():
     import jax.numpy as jnp
 
     array = jnp.ones(COPY)
-    copy = jax.jit(lambda leaf: leaf + 1)
-    return timed(lambda: copy(array).block_until_ready()), {}
+
+    @jax.jit
+    def copy(array):
+        return array + 1
+
+    def step():
+        copy(array).block_until_ready()
+
+    return timed(step), {}
 
 
 def subjects():
-    """Both, to take turns with others."""
+    """The subjects of both rates, which take turns with others."""
     return {name: Subject(f"benchmarks.limits:build_{name}") for name in ("matmul", "copy")}
 
 
@@ -42,10 +53,12 @@ def rates(seconds):
 
 
 def least_seconds(flops, moved, best):
-    """The longer of computing and of moving bytes, at the rates of the machine."""
+    """The time of computing or of moving bytes, whichever is longer, at the rates of the machine."""
     return max(flops / best["flops_per_s"], moved / best["bytes_per_s"])
 
 
 def describe(best):
     """A line on the limits."""
-    return f"limits: {best['flops_per_s'] / 1e9:.0f} GFLOP/s in matmuls, {best['bytes_per_s'] / 1e9:.1f} GB/s in copies"
+    matmuls = f"{best['flops_per_s'] / 1e9:.0f} GFLOP/s in matmuls"
+    copies = f"{best['bytes_per_s'] / 1e9:.1f} GB/s in copies"
+    return f"limits: {matmuls}, {copies}"

@@ -1,14 +1,14 @@
-"""What every method costs beside vanilla, at one model shape: time of an optimizer step, memory, parameters, FLOPs.
+"""Every method beside vanilla, at one model shape: step time, memory, parameters and FLOPs.
 
     python -m benchmarks.methods [--shape=peer] [--methods=erc,aoe] [--json=FILE]
 
-Every config lives in a process of its own and they take turns, as in `benchmarks/step.py`. Memory
-is that of one device by the compiled program: arguments + outputs - aliased + temporaries +
-program. FLOPs are the model's matmuls, backward counted twice the forward, at the most experts a
-token may meet (top-p: 2 K; routing-free: its target K); the work of losses is in the time alone.
-Tokens are random: how many experts run is measured, after a warm-up, and said beside each.
-CompeteSMoE is measured with no layer competing and with as many as may; from both its expected step
-is interpolated.
+Every config has a process of its own, and they take turns, as in `benchmarks/step.py`. Memory is
+that of one device by the compiled program: arguments + outputs - aliased + temporaries + program.
+FLOPs are the model's matmuls, the backward counted twice the forward, at the largest number of
+experts that a token may meet (top-p: 2 K; routing-free: its target K). The work of losses is only in
+the time. Tokens are random. The number of experts that run is measured after a warm-up, and shown
+beside each method. CompeteSMoE is measured with no layer competing and with the largest number of
+competing layers; its expected step is interpolated between both.
 """
 
 import argparse
@@ -20,33 +20,39 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import Subject, environment, take_turns
+from benchmarks.limits import MATMUL
 from benchmarks.ours import configure
-from benchmarks.step import MATMUL, SHAPES
+from benchmarks.step import SHAPES
 from moe_erc.launch import huge_pages
 from moe_erc.model.config import ModelConfig
 
 EXPERTS = {"peer": (16, 4), "debug": (8, 2)}  # E, K
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
-METHODS = {"vanilla": "vanilla"} | {  # name -> module below configs
-    path.stem: ".".join(path.relative_to(CONFIGS).with_suffix("").parts)
-    for folder in ("", "combinations")
-    for path in sorted((CONFIGS / folder).glob("*.py"))
-    if path.stem not in ("__init__", "base", "sizes")
-}
+
+
+def find_methods():
+    """{name: module below configs}, vanilla first."""
+    methods = {"vanilla": "vanilla"}
+    for folder in ("", "combinations"):
+        for path in sorted((CONFIGS / folder).glob("*.py")):
+            if path.stem not in ("__init__", "base", "sizes"):
+                methods[path.stem] = ".".join(path.relative_to(CONFIGS).with_suffix("").parts)
+    return methods
+
+
+METHODS = find_methods()
 COMPETING = "competesmoe"
 NONE = "competesmoe, none"
 MOST = "competesmoe, most"
-RATES = {
-    NONE: 0.0,
-    MOST: 1.0,
-}  # of competition; a step has routers.competition.max_layers competing at most
+# Rates of competition; in a step at most routers.competition.max_layers layers compete.
+RATES = {NONE: 0.0, MOST: 1.0}
 
 
 def model_of(shape):
     """The sizes of the model block."""
-    return SHAPES[shape][0] | dict(
-        zip(("experts", "experts_per_token"), EXPERTS[shape], strict=True)
-    )
+    sizes, _, _ = SHAPES[shape]
+    experts, experts_per_token = EXPERTS[shape]
+    return sizes | {"experts": experts, "experts_per_token": experts_per_token}
 
 
 def start(shape, methods, warm_up):
@@ -58,7 +64,7 @@ def start(shape, methods, warm_up):
         "length": length,
         "warm_up": warm_up,
     }
-    subjects = {"XLA": Subject("benchmarks.step:build_matmul", size=MATMUL)}
+    subjects = {"XLA": Subject("benchmarks.limits:build_matmul")}
     for method in methods:
         changes = {method: {}}
         if method == COMPETING:
@@ -71,16 +77,13 @@ def start(shape, methods, warm_up):
 
 
 def competing_share(config):
-    """Of the most layers that may compete on a step, how many do on average."""
-    return (
-        config.router.expected_share(config)
-        * config.layers
-        / min(config.router.max_layers, config.layers)
-    )
+    """How many layers compete in a step on average, as a share of the most that may."""
+    most = min(config.router.max_layers, config.layers)
+    return config.router.expected_share(config) * config.layers / most
 
 
 def between(none, most, share):
-    """The expected step of CompeteSMoE: each competing layer adds as much, in time and FLOPs."""
+    """The expected step of CompeteSMoE; each competing layer adds the same time and FLOPs."""
 
     def blend(low, high):
         return low + share * (high - low)
@@ -93,12 +96,11 @@ def between(none, most, share):
 
 
 def summarize(shape, subjects, seconds):
-    """(matmul rate, rows): what was measured, in plain values."""
-    rows = {
-        name: {"method": name, "step_s": seconds[name]} | subject.facts
-        for name, subject in subjects.items()
-        if name != "XLA"
-    }
+    """(matmul rate, rows) of the measurements, in plain values."""
+    rows = {}
+    for name, subject in subjects.items():
+        if name != "XLA":
+            rows[name] = {"method": name, "step_s": seconds[name]} | subject.facts
     if NONE in rows:
         share = competing_share(ModelConfig.of(configure(COMPETING, model_of(shape))))
         rows[COMPETING] = between(rows[NONE], rows[MOST], share)
@@ -116,65 +118,78 @@ def summarize(shape, subjects, seconds):
 
 
 def aoe_extra_flops(model, tokens):
-    """Of one step, what AoE scores with and does not use: 2 N (E - K) D r a layer, the backward twice that."""
+    """FLOPs of a step that AoE spends on experts that it scores and does not use.
+
+    They are 2 N (E - K) D r a layer, and twice that in the backward.
+    """
     unused = model["experts"] - model["experts_per_token"]
     return 3 * 2 * tokens * unused * model["width"] * model["gate_rank"] * model["layers"]
 
 
 def explain_aoe(aoe, vanilla, tokens, matmul):
-    """AoE's extra by its formula, beside what was measured."""
+    """The extra work of AoE by its formula, beside the measurement."""
     extra = aoe_extra_flops(aoe["model"], tokens)
     step = vanilla["median_step_s"]
     share = extra / (vanilla["flops_per_token"] * tokens)
     at_rate = extra / matmul
+    measured = aoe["median_step_s"] - step
     return (
-        f"aoe: 2 N (E - K) D r of each layer, x 3, are {extra / 1e9:.3g} GFLOP, {share:.0%} of vanilla's step; at the "
-        f"matmul rate of {matmul / 1e9:.0f} GFLOP/s {at_rate * 1e3:.3g} ms, {at_rate / step:.0%} of its time; "
-        f"measured {(aoe['median_step_s'] - step) * 1e3:+.3g} ms, {aoe['median_step_s'] / step - 1:+.0%}"
+        f"aoe: 2 N (E - K) D r of each layer, x 3, are {extra / 1e9:.3g} GFLOP, "
+        f"{share:.0%} of vanilla's step; at the matmul rate of {matmul / 1e9:.0f} GFLOP/s "
+        f"{at_rate * 1e3:.3g} ms, {at_rate / step:.0%} of its time; "
+        f"measured {measured * 1e3:+.3g} ms, {measured / step:+.0%}"
     )
 
 
 def experts_run(row):
-    """Experts a token: the mean of all steps since the warm-up, and their range where they differ."""
+    """Experts of a token: the mean over steps since the warm-up, and the range if steps differ."""
     low, high = row["experts_per_token_range"]
-    return f"{row['router/experts_per_token']:.1f}" + (
-        f" ({low:.1f}-{high:.1f})" if high - low > 0.05 else ""
-    )
+    mean = f"{row['router/experts_per_token']:.1f}"
+    return f"{mean} ({low:.1f}-{high:.1f})" if high - low > 0.05 else mean
 
 
 def show(rows, tokens, matmul):
-    """The table, and what does not fit into it."""
+    """Print the table, and lines on what does not fit into it."""
     sizes = ("x memory", "MB", "parameters", "active", "MFLOP/token", "experts/token")
     table = Table("method", "x time", "min-max", "ms/step", *sizes)
     for row in rows:
         over = row["over_vanilla"]
         low, high = over["time_range"]
         table.add_row(
-            row["method"], f"{over['time']:.2f}", f"{low:.2f}-{high:.2f}", f"{row['median_step_s'] * 1e3:,.0f}",
-            f"{over['memory']:.2f}", f"{row['allocated_bytes'] / 1e6:,.1f}",
-            f"{row['parameters']:,}", f"{row['active_parameters']:,}",
-            f"{row['flops_per_token'] / 1e6:.2f}", experts_run(row),
-        )  # fmt: skip
+            row["method"],
+            f"{over['time']:.2f}",
+            f"{low:.2f}-{high:.2f}",
+            f"{row['median_step_s'] * 1e3:,.0f}",
+            f"{over['memory']:.2f}",
+            f"{row['allocated_bytes'] / 1e6:,.1f}",
+            f"{row['parameters']:,}",
+            f"{row['active_parameters']:,}",
+            f"{row['flops_per_token'] / 1e6:.2f}",
+            experts_run(row),
+        )
     console = Console(width=140)  # a narrower one would cut the numbers
     console.print(table)
     console.print(
-        f"time: median of turns, and their range, over vanilla's median; {tokens:,} tokens a step; memory of one device"
+        "time: median of turns, and their range, over vanilla's median; "
+        f"{tokens:,} tokens a step; memory of one device"
     )
     by_name = {row["method"]: row for row in rows}
     if MOST in by_name:
         none, most, expected = (by_name[name]["median_step_s"] for name in (NONE, MOST, COMPETING))
         share = (expected - none) / (most - none) if most != none else 0
         console.print(
-            f"{COMPETING}: the expected step, {share:.1%} of the way from no layer competing to the most"
+            f"{COMPETING}: the expected step, "
+            f"{share:.1%} of the way from no layer competing to the most"
         )
     if "aoe" in by_name:
         console.print(explain_aoe(by_name["aoe"], by_name["vanilla"], tokens, matmul))
 
 
 def names(text):
-    """Methods from the command line, vanilla first: it is what the others are held against."""
+    """Methods from the command line; vanilla, to which the others are compared, comes first."""
     chosen = text.split(",")
-    if unknown := [name for name in chosen if name not in METHODS]:
+    unknown = [name for name in chosen if name not in METHODS]
+    if unknown:
         raise argparse.ArgumentTypeError(f"{', '.join(unknown)}: none of {', '.join(METHODS)}")
     return list(dict.fromkeys(["vanilla", *chosen]))
 

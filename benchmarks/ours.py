@@ -1,7 +1,8 @@
-"""What the benchmarks measure of this code base: the compiled train step of a config, as `train.py` makes it.
+"""The compiled train step of a config, as `train.py` makes it, for benchmarks.
 
-The config is that of size `tiny` with the benchmark's sizes in place of its own, so that what a
-config derives from sizes (AoE's rank, the K of shared experts and of top-p) is derived from these.
+The config has the size `tiny`, whose sizes are replaced by those of the benchmark before the config
+is made. So everything that a config derives from sizes (AoE's rank, the K of shared experts and of
+top-p) is derived from those of the benchmark.
 """
 
 import dataclasses
@@ -21,7 +22,7 @@ from moe_erc.training.build import build as build_training
 
 
 def configure(method, model):
-    """The config of `configs/METHOD.py` (a dot for a folder), of the sizes `model`."""
+    """The config of `configs/METHOD.py` (a dot stands for a folder) with the sizes `model`."""
     with mock.patch.dict(sizes.MODELS, tiny=tuple(model[field] for field in sizes.MODEL_FIELDS)):
         return importlib.import_module(f"configs.{method}").get_config("tiny")
 
@@ -29,7 +30,7 @@ def configure(method, model):
 def build(method, model, batch_size, length, changes=(), warm_up=0):
     """(run, facts) for `benchmarks.Subject`.
 
-    `changes` of the model block come last, `warm_up` steps are done first.
+    `changes` of the config, by dotted key, come last. `warm_up` steps are done first.
     """
     compiled, state, batch, facts = compile_step(method, model, batch_size, length, changes)
     active = []
@@ -73,16 +74,17 @@ def compile_step(method, model, batch_size, length, changes=(), **options):
     )
     start = time.perf_counter()
     compiled = training.step.lower(state, batch()).compile(options or None)
-    facts = {"compile_s": time.perf_counter() - start} | describe(model_config, length) | {
-        "temp_bytes": memory(compiled).temporaries,  # of one device, as the next
+    facts = {"compile_s": time.perf_counter() - start} | describe(model_config, length)
+    facts |= {
+        "temp_bytes": memory(compiled).temporaries,  # of one device, and so is the next
         "allocated_bytes": memory(compiled).allocated,
         "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
-    }  # fmt: skip
+    }
     return compiled, state, batch, facts
 
 
 def random_batch(mesh, generator, vocabulary, shape):
-    """Random tokens on their devices, of (sequences, length); nothing is masked."""
+    """A batch of random tokens on its devices; `shape` is (sequences, length), none is masked."""
     batch_size, length = shape
     tokens = generator.integers(vocabulary, size=(batch_size, length + 1), dtype=np.int32)
     mask_BT = np.ones(shape, bool)
@@ -92,7 +94,7 @@ def random_batch(mesh, generator, vocabulary, shape):
 
 
 def describe(model_config, length):
-    """The sizes, and what follows from them; the FLOPs are of a token, forward and backward."""
+    """Sizes, parameters and FLOPs; the FLOPs are of a token, forward and backward."""
     router = model_config.router
     sizes = dataclasses.asdict(model_config)
     sizes |= {"router": router.name, "gate_rank": router.gate_rank(model_config)}

@@ -1,7 +1,7 @@
-"""Standard output and standard error that never end a run, and text that does no harm to a terminal.
+"""Standard output and error that never end a run, and text that is safe for a terminal.
 
-A character that the console's encoding lacks is written as an escape. A console that is closed, gone (`| head -1`) or
-on a full disk takes no more output, and the program goes on without it.
+A character that the console's encoding lacks is written as an escape. If the console is closed,
+gone (`| head -1`) or on a full disk, output is dropped and the program goes on.
 """
 
 import contextlib
@@ -13,22 +13,24 @@ import unicodedata
 
 
 class _Unfailing(io.FileIO):
-    """A stream of the process; what the system does not take is dropped."""
+    """A stream of the process; output that the system does not take is dropped."""
 
     def write(self, data: bytes) -> int:
         try:
-            # None: the reader of a pipe that does not block is slow.
-            while (written := super().write(data)) is None:
+            written = super().write(data)
+            # None means that the pipe does not block and its reader is slow.
+            while written is None:
                 select.select([], [self.fileno()], [])
+                written = super().write(data)
         except OSError:
             return len(data)
         return written
 
 
 def make_safe() -> None:
-    """Replaces `sys.stdout` and `sys.stderr` of a script.
+    """Replace `sys.stdout` and `sys.stderr` of a script.
 
-    In a notebook or a test they stay the streams they are.
+    In a notebook or a test the streams stay as they are.
     """
     for name, number in (("stdout", 1), ("stderr", 2)):
         stream = getattr(sys, name)
@@ -37,13 +39,13 @@ def make_safe() -> None:
 
 def _safe(stream):
     buffer = getattr(stream, "buffer", None)
-    raw = getattr(buffer, "raw", buffer)  # there is no buffer between them under PYTHONUNBUFFERED
+    raw = getattr(buffer, "raw", buffer)  # under PYTHONUNBUFFERED there is no buffer between them
     if not isinstance(stream, io.TextIOWrapper) or not isinstance(raw, io.FileIO):
         return stream
-    with contextlib.suppress(OSError):  # nobody reads it any more
+    with contextlib.suppress(OSError):  # the reader may be gone
         stream.flush()
     unfailing = _Unfailing(raw.fileno(), "wb", closefd=False)
-    # A log shows a line when it is printed, and lines of both streams in their order.
+    # Lines are written at once, so that a log has the lines of both streams in their order.
     return io.TextIOWrapper(
         io.BufferedWriter(unfailing),
         encoding=stream.encoding,
@@ -54,12 +56,13 @@ def _safe(stream):
 
 
 def _nowhere(number):
-    """A stream in place of one that was closed when the program started, and its number with it.
+    """A stream in place of one that was closed when the program started; it takes its number too.
 
-    A number that nobody holds would be that of the next file opened, such as a checkpoint, and
-    libraries written in C++ print to it.
+    Otherwise the next file that is opened, such as a checkpoint, would get the number, and
+    libraries written in C++ would print into it.
     """
-    stream = open(os.devnull, "w", encoding="utf-8", errors="backslashreplace")  # noqa: SIM115  it stays open as long as the process
+    # It stays open as long as the process.
+    stream = open(os.devnull, "w", encoding="utf-8", errors="backslashreplace")  # noqa: SIM115
     try:
         os.fstat(number)
     except OSError:
@@ -68,7 +71,10 @@ def _nowhere(number):
 
 
 def printable(text: str) -> str:
-    """`text` without what a terminal would obey: control characters but newline and tab are written as escapes."""
+    """`text` with control characters, which a terminal would obey, as escapes.
+
+    Newline and tab are kept.
+    """
     return "".join(_escape(char) if _is_control(char) else char for char in text)
 
 

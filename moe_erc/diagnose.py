@@ -1,11 +1,11 @@
-"""Is the router of an MoE coupled to its experts? All that router rows and gates tell of it.
+"""Is the router of an MoE coupled to its experts? Its router rows and gates give the answer.
 
     python -m moe_erc.diagnose runs/erc-tiny    a run of train.py, into its own directory
     python -m moe_erc.diagnose OLMoE-1B-7B      a Hugging Face MoE, into diagnosis/OLMoE-1B-7B
 
-Prints tables and a verdict, and writes diagnosis.json, diagnosis.md and figures/. No text is read
-and no model is run: of a Hugging Face MoE two matrices of each layer are read from its safetensors,
-a layer at a time. A run may be gs://bucket/path. The extra `plot` draws the figures.
+The command prints tables and a verdict, and writes diagnosis.json, diagnosis.md and figures/. It
+reads no text and runs no model. Of a Hugging Face MoE it reads two matrices of each layer from the
+safetensors, a layer at a time. A run may be gs://bucket/path. Figures need the extra `plot`.
 """
 
 from collections.abc import Iterable, Sequence
@@ -28,7 +28,7 @@ def main() -> None:
 
 
 def diagnose(argv: list[str]) -> None:
-    """Prints and writes the diagnosis of the run or the checkpoint in the directory argv[1]."""
+    """Print and write the diagnosis of the run or the checkpoint in the directory argv[1]."""
     _, directory = argv
     with command_line.refusing_bad_input(), processes.ending_together():
         check(directory, OUTPUT.value)
@@ -60,9 +60,10 @@ def is_run(directory: str) -> bool:
 
 
 def open_layers(directory: str) -> tuple[str, str, Iterable, Sequence[int]]:
-    """(name, where its diagnosis is written by default, layers, their numbers).
+    """Open a run or a checkpoint.
 
-    A layer is (router_ED, w_gate_EDF).
+    Returns (name, where its diagnosis is written by default, layers, their numbers). A layer is
+    (router_ED, w_gate_EDF).
     """
     if is_run(directory):
         run = open_run(directory, with_text=False)

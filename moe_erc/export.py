@@ -3,8 +3,8 @@
     python -m moe_erc.export runs/erc-tiny DIR
 
 RUN is the workdir of a run, a directory or gs://bucket/path; DIR is a new or empty local directory.
-It gets the weights as safetensors, config.json, the tokenizer and a card. Nothing of the losses
-remains in it. A model that no OLMoE can be is refused with the reason.
+The command writes the weights as safetensors, config.json, the tokenizer and a card. Nothing of the
+losses remains. A model that OLMoE cannot express is refused with the reason.
 """
 
 import json
@@ -23,7 +23,7 @@ def main() -> None:
 
 
 def export(argv: list[str]) -> None:
-    """Writes the run argv[1] into the directory argv[2]."""
+    """Write the run argv[1] into the directory argv[2]."""
     _, workdir, directory = argv
     with command_line.refusing_bad_input(), processes.ending_together():
         # A directory that is taken is refused before anything is opened.
@@ -38,12 +38,13 @@ def export(argv: list[str]) -> None:
 
 
 def write_olmoe(run: Run, directory: str) -> None:
-    """Writes the model with its tokenizer and a card into a new local directory.
+    """Write the model with its tokenizer and a card into a new local directory.
 
     Raises:
-      BadInput: for a directory that holds something, and for a model that no OLMoE can be.
+      BadInput: for a directory that holds something, and for a model that OLMoE cannot express.
     """
-    with processes.first():  # nobody waits for a writer that is refused
+    # The first process writes. If it is refused, the others must not wait for it.
+    with processes.first():
         shard_writer.free_path(directory)
     model = run.model.config
     length = run.config["data"]["sequence_length"]
@@ -51,7 +52,7 @@ def write_olmoe(run: Run, directory: str) -> None:
     entries = {
         "eos_token_id": run.tokenizer.eos_id,
         "max_position_embeddings": length,
-        # Of a loss that is K when balanced, not 1.
+        # The loss of transformers is K when balanced, ours is 1.
         "router_aux_loss_coef": balance / model.experts_per_token,
     }
     name = paths.local(directory).name
@@ -64,7 +65,7 @@ def write_olmoe(run: Run, directory: str) -> None:
 
 
 def _validation(run: Run) -> float | None:
-    """The loss that eval.py, or the end of training, wrote down for these weights."""
+    """The validation loss that eval.py, or the end of training, wrote for these weights."""
     for name, step in (("eval.json", run.step), ("report.json", run.config["train"]["steps"])):
         path = run.directory / name
         report = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}

@@ -41,7 +41,7 @@ def main() -> None:
 
 
 def generate(argv: list[str]) -> None:
-    """Prints the prompt argv[2] and how the model at argv[1] goes on."""
+    """Print the prompt argv[2] and its continuation by the model at argv[1]."""
     _, place, prompt = argv
     with command_line.refusing_bad_input(), processes.ending_together():
         sampling = Sampling(

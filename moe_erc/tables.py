@@ -1,7 +1,7 @@
-"""Tables on screen in which every number is whole: columns that do not fit side by side follow below.
+"""Tables on the screen in which no number is cut.
 
-A terminal is as wide as it is; what is redirected has 80 columns, whatever terminal it was started
-from.
+Columns that do not fit side by side follow below. A table has the width of the terminal; redirected
+output has 80 columns.
 """
 
 import shutil
@@ -25,25 +25,24 @@ def print_table(
     rows: Sequence[Sequence[str]],
     footer: Sequence[Sequence[str]] = (),
 ) -> None:
-    """Prints rows of cells; `footer` has the rows below a rule. The first column names the row, and is repeated.
+    """Print rows of cells; `footer` has the rows below a rule.
 
-    A name longer than half of the width goes over several lines. No other cell is ever broken or
-    shortened.
+    The first column names the row, and is repeated in every part of a table. A name longer than
+    half of the width is broken over several lines. No other cell is ever broken or shortened.
     """
     rows = [[_one_line(name), *cells] for name, *cells in rows]
     footer = [[_one_line(name), *cells] for name, *cells in footer]
     limit = _width()
-    widths = [
-        _narrowest(heading, cells) for heading, *cells in zip(columns, *rows, *footer, strict=True)
-    ]
-    widths[0] = min(
-        widths[0], max(limit // 2 - FRAME, cell_len(max(columns[0].split(), key=len, default="")))
-    )
+    widths = []
+    for heading, *cells in zip(columns, *rows, *footer, strict=True):
+        widths.append(_narrowest(heading, cells))
+    longest_word = max(columns[0].split(), key=len, default="")
+    widths[0] = min(widths[0], max(limit // 2 - FRAME, cell_len(longest_word)))
     groups = _side_by_side(widths, limit)
     for number, group in enumerate(groups, start=1):
         part = f"{title} ({number} of {len(groups)})" if len(groups) > 1 else title
         table = Table(title=Text(part))
-        # A heading is on one line where there is room for it.
+        # A heading is on one line if there is room for it.
         one_line = {column: max(widths[column], cell_len(columns[column])) for column in group}
         if _total({0: widths[0], **one_line}, group) > limit:
             one_line = {column: widths[column] for column in group}
@@ -55,8 +54,8 @@ def print_table(
         table.add_section()
         for row in footer:
             table.add_row(*_cells(row, group))
-        # A column wider than the console is printed whole: rich would shorten what does not fit.
-        # With a height as well: a dumb terminal has 80 columns for it in any case otherwise.
+        # rich shortens what does not fit, so the width given is at least that of the table. Without
+        # a height it would take 80 columns for a dumb terminal.
         Console(width=max(limit, _total(widths, group)), height=25).print(table)
 
 
@@ -69,12 +68,12 @@ def _one_line(name: str) -> str:
 
 
 def _narrowest(heading: str, cells: Sequence[str]) -> int:
-    """Columns of the console that a column of a table needs: a heading goes over lines between its words."""
+    """The smallest width of a column of a table; its heading may be broken between words."""
     return max(map(cell_len, [*heading.split(), *cells]), default=0)
 
 
 def _side_by_side(widths: Sequence[int], limit: int) -> list[list[int]]:
-    """The numbers of all columns but the first, in as few groups as fit behind the first one."""
+    """The numbers of all columns but the first, in groups that fit behind the first column."""
     groups = [[]]
     for column in range(1, len(widths)):
         if groups[-1] and _total(widths, [*groups[-1], column]) > limit:
@@ -88,5 +87,5 @@ def _total(widths: Sequence[int], group: Sequence[int]) -> int:
 
 
 def _cells(row: Sequence[str], group: Sequence[int]) -> list[Text]:
-    """As text: a name such as 'runs/lr[/b]' is no markup."""
+    """The cells of a group as text, so that a name such as 'runs/lr[/b]' is no markup."""
     return [Text(row[0]), *(Text(row[column], no_wrap=True) for column in group)]

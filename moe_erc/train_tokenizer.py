@@ -25,9 +25,9 @@ def main() -> None:
 
 
 def learn(_: list[str]) -> None:
-    """Learns from `config.data` and writes a tokenizer.json."""
+    """Learn from `config.data` and write a tokenizer.json."""
     with command_line.refusing_bad_input():
-        # Learning takes minutes. A file that cannot be written is refused before.
+        # Learning takes minutes, so a file that cannot be written is refused before.
         path = paths.writable_file(OUTPUT.value)
         texts = bpe.training_texts(DataConfig(**flags.FLAGS.config.data))
         tokenizer = bpe.train(texts, VOCAB_SIZE.value)

@@ -1,6 +1,6 @@
-"""How far a long piece of work has come: a bar on a terminal, and in a log a line now and then.
+"""The progress of long work: a bar on a terminal, and lines in a log.
 
-A log shows when the work begins, where it is every minute, and when it has ended.
+A log shows when the work begins, its progress every minute, and when it has ended.
 """
 
 import sys
@@ -13,20 +13,21 @@ SECONDS = 60  # between two lines
 
 
 class Lines:
-    """As much of tqdm as is used here, in plain lines on standard error."""
+    """The part of tqdm that is used here, in plain lines on standard error."""
 
     def __init__(self, what: str, total: int | None, unit: str):
         self._what = what
         self._total = total
         self._unit = unit
-        self._stream = sys.stderr  # that of now: a library's bars are sent elsewhere while it works
+        # Kept, because standard error is redirected while a library works that shows its own bars.
+        self._stream = sys.stderr
         self._done = 0
         self._begun = time.monotonic()
         self._said = self._begun
         self._say(f"{total:,} {unit}" if total is not None else f"all {unit}")
 
     def update(self, count: int = 1) -> None:
-        """So many more are done."""
+        """Count that many more as done."""
         self._done += count
         if time.monotonic() - self._said >= SECONDS:
             self._said = time.monotonic()
@@ -48,9 +49,9 @@ class Lines:
 
 
 def bar(what: str, total: int | None, unit: str) -> tqdm | Lines:
-    """A context with `update(count)`. `what` is done, to `total` things called `unit`.
+    """A context with `update(count)` that shows progress.
 
-    None where nobody knows.
+    `what` names the work, and `unit` the things that are counted. `total` is None if unknown.
     """
     if sys.stderr.isatty():
         return tqdm(desc=what, total=total, unit=f" {unit}")
@@ -58,7 +59,7 @@ def bar(what: str, total: int | None, unit: str) -> tqdm | Lines:
 
 
 def over(items: Iterable, what: str, total: int | None, unit: str) -> Iterator:
-    """The items, with a bar."""
+    """Yield the items and show the progress."""
     with bar(what, total, unit) as shown:
         for item in items:
             yield item

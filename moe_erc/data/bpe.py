@@ -1,7 +1,7 @@
 """Byte-level byte-pair encoding, learned from the training documents of a configuration.
 
-The 256 bytes are always in the vocabulary, so that every text can be encoded; merges are added by
-frequency until it is full. `python -m moe_erc.train_tokenizer` is the command.
+The 256 bytes are always in the vocabulary, so that every text can be encoded. Merges are added by
+frequency until the vocabulary is full. The command is `python -m moe_erc.train_tokenizer`.
 """
 
 import os
@@ -20,19 +20,18 @@ VOCABULARY = Range(least=257, note="256 bytes and the end of a document")
 
 
 def training_texts(config: DataConfig) -> Iterator[str]:
-    """Every training document of the configured sources, once, whatever their weights."""
+    """Every training document of the configured sources once, whatever the weights are."""
     for name in config.sources:
         source = sources.open_source(name, config)
         print(f"{name!r}: {source.account.splits}", file=sys.stderr)
-        for document in bars.over(
-            source.documents(), f"Reading {source.label}", source.count, "documents"
-        ):
+        what = f"Reading {source.label}"
+        for document in bars.over(source.documents(), what, source.count, "documents"):
             if document.split == "train":
                 yield document.text.decode(errors="replace")
 
 
 def train(texts: Iterable[str], vocab_size: int) -> Any:
-    """A tokenizer of at most `vocab_size` ids: the same texts give the same merges."""
+    """A tokenizer of at most `vocab_size` ids; the same texts give the same merges."""
     in_range("--vocab_size", vocab_size, VOCABULARY)
     tokenizers = library()
     byte_level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -50,7 +49,7 @@ def train(texts: Iterable[str], vocab_size: int) -> Any:
 
 
 def save(tokenizer: Any, output: Path) -> None:
-    """Write a tokenizer.json in one step: readers see the old file, or all of the new one."""
+    """Write a tokenizer.json in one step: a reader sees the old file or the whole new one."""
     temporary = output.with_name(f"{output.name}.incomplete-{secrets.token_hex(4)}")
     try:
         temporary.write_text(tokenizer.to_str(), encoding="utf-8")

@@ -1,8 +1,8 @@
-"""What is derived once and used again: directories that are complete or absent, never half written.
+"""Cached directories, which are complete or absent, and never half written.
 
-A directory is filled under a temporary sibling name and renamed into place in one step. A killed
-process leaves only the sibling, which nobody reads; of two processes that fill the same directory,
-the second to finish drops its own copy and uses the first one's.
+A directory is filled under a temporary name beside its place and renamed in one step. A killed
+process leaves only the temporary directory, which nobody reads. If two processes fill the same
+directory, the second to finish drops its own copy and uses that of the first.
 """
 
 import contextlib
@@ -24,10 +24,10 @@ def directory_of(cache_dir: str) -> Path:
 
 
 def make_writable(directory: Path) -> None:
-    """Create a directory.
+    """Create a directory in the cache.
 
     Raises:
-      BadInput: names the key that names an unwritable place.
+      BadInput: if it cannot be written.
     """
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -43,9 +43,9 @@ def make_writable(directory: Path) -> None:
 
 @contextlib.contextmanager
 def filling(directory: Path) -> Iterator[Path]:
-    """Yield a temporary sibling to fill, then rename it to `directory`.
+    """A context that yields a temporary directory to fill, and renames it to `directory`.
 
-    It is dropped if another process was faster.
+    If another process has made `directory` meanwhile, the temporary one is dropped.
     """
     make_writable(directory.parent)
     temporary = directory.with_name(f"{directory.name}.incomplete-{secrets.token_hex(4)}")

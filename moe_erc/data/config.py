@@ -9,7 +9,7 @@ WEIGHT = Range(above=0, note="give each source a share above 0, or drop it")
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """All that determines the token streams and how they are mixed.
+    """The sources and options that determine the token streams and their mixture.
 
     BadInput for a value beyond its limit.
     """
@@ -18,7 +18,7 @@ class DataConfig:
     weights: tuple[float, ...]  # share of the training windows per source; () is by size
     tokenizer: str  # "bytes" or the path of a Hugging Face tokenizer.json
     text_key: str  # the feature (TFDS) or field (.jsonl) that holds the text
-    # share of the documents held out of a source that has no validation split
+    # Share of the documents that is held out, of a source without a validation split.
     validation_fraction: float = within(least=0, below=1, note="0.02 is 2 %")
     sequence_length: int = within(least=1, note="tokens per window")  # T
     cache_dir: str  # "" is $MOE_ERC_CACHE, or ~/.cache/moe_erc

@@ -1,8 +1,8 @@
 """A document, the split it belongs to, and the account of how a source was divided.
 
-Where a source has no validation split, the hash of the text decides: the same text is always on the
-same side, on every machine, in any order of reading, and whatever else the source holds. Equal
-texts cannot end up in both splits.
+If a source has no validation split, the hash of a text decides its split. The split then depends on
+nothing else: not on the machine, the order of reading, or the other texts. Equal texts are in one
+split.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ from typing import NamedTuple
 class Document(NamedTuple):
     """One text, its split ("train" or "validation") and its domain.
 
-    The domain is "" where the source is one domain.
+    The domain is "" if the source has only one.
     """
 
     split: str
@@ -24,10 +24,7 @@ class Document(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Account:
-    """What is said of a source before it is used.
-
-    It says which part became which split, and what is not read.
-    """
+    """The account of a source: which part became which split, and what is not read."""
 
     splits: str  # one line
     ignored: Mapping[str, int]  # what kind of thing -> how many of them
@@ -40,6 +37,6 @@ def split_by_hash(text: bytes, validation_fraction: float) -> str:
 
 
 def divided_by_hash(what: str, validation_fraction: float) -> str:
-    """How an `Account` says that nothing but the hash of a text decides."""
+    """The line of an `Account` for a source that is divided by the hash of each text."""
     percent = 100 * validation_fraction
     return f"{what}: {percent:g} % of the documents are held out, by the hash of their text"

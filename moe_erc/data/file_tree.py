@@ -1,4 +1,4 @@
-"""Everything under a directory, links followed: no name is passed over without a word."""
+"""Every name under a directory, with links followed; what is not read is listed with the reason."""
 
 import errno
 import os
@@ -18,21 +18,23 @@ class Entry(NamedTuple):
     """One name under a directory."""
 
     parts: tuple[str, ...]  # of the path below it
-    kind: str  # "file", "directory", or "" for what is neither
+    kind: str  # "file", "directory", or "" for anything else
     bytes: int
-    identity: tuple  # of the file that a name or a link leads to
+    identity: tuple  # of the file to which a name or a link leads
     ignored: str = ""  # why it is never read
 
 
 def entries(top: Path) -> Iterator[Entry]:
     """Every file and directory below `top`, in no order.
 
-    What is hidden is one entry, and is not entered.
+    A hidden directory is one entry, and is not entered.
 
-    BadInput names a link that leads to a directory above it. OSError for a directory that may not
-    be read.
+    Raises:
+      BadInput: for a link that leads to a directory above it.
+      OSError: for a directory that must not be read.
     """
     found = os.stat(top)
+    # Each directory that is still to be read, with the identities of all directories above it.
     waiting = [((), ((found.st_dev, found.st_ino),))]
     while waiting:
         parts, above = waiting.pop()
@@ -47,7 +49,7 @@ def entries(top: Path) -> Iterator[Entry]:
 
 
 def stamp(path: Path) -> tuple[int, int, int, int]:
-    """Size, times and inode of a file: another content has another stamp."""
+    """Size, times and inode of a file; a file with other content has another stamp."""
     found = path.stat()
     return found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino
 
@@ -64,11 +66,11 @@ def _look_at(top: Path, parts: tuple[str, ...]) -> tuple[Entry, tuple[int, int]]
         if error.errno == errno.ELOOP:
             raise _loop(top, parts) from None
         raise
-    place = found.st_dev, found.st_ino
+    place = (found.st_dev, found.st_ino)
     if stat.S_ISDIR(found.st_mode):
         return Entry(parts, "directory", 0, place), place
     if stat.S_ISREG(found.st_mode):
-        identity = place if found.st_ino else parts  # some file systems number nothing
+        identity = place if found.st_ino else parts  # some file systems have no inode numbers
         return Entry(parts, "file", found.st_size, identity), place
     return Entry(parts, "", 0, place, SPECIAL), place
 

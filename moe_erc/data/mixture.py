@@ -1,10 +1,10 @@
 """Which source each row of a batch comes from.
 
-It is a pure function of the row's number, and honours weights exactly.
+It is a pure function of the number of the row, and follows the weights exactly.
 
-Sources take turns on a schedule that repeats: after a period of sum(weights) rows each has given
-exactly `weight` of them, and within one they are spread evenly. `grain.MapDataset.mix` does the
-same for weights that it rounds first.
+Sources take turns on a schedule that repeats after sum(weights) rows. In such a period each source
+has given exactly `weight` rows, which are spread evenly. `grain.MapDataset.mix` does the same for
+weights that it rounds first.
 """
 
 import fractions
@@ -17,14 +17,14 @@ import numpy as np
 from moe_erc.checks import BadInput
 
 _LONGEST_SCHEDULE = 10**6
-# a length that stays below the largest one when grain divides it into batches of 1 row
+# The length of a mixture. It stays below the largest one that grain takes in batches of one row.
 _ENDLESS = 2**62
 
 
 def whole_weights(weights: Sequence[float]) -> list[int]:
     """The smallest whole numbers in the same proportion.
 
-    Decimals are taken as they are written: (0.3, 0.7) is (3, 7).
+    Decimals are read as they are written: (0.3, 0.7) gives (3, 7).
     """
     written = [fractions.Fraction(str(weight)) for weight in weights]
     common = math.lcm(*(weight.denominator for weight in written))
@@ -39,11 +39,10 @@ def whole_weights(weights: Sequence[float]) -> list[int]:
 
 
 class Mixture(grain.transforms.DatasetSelectionMap):
-    """Which window a row is: number of the row -> (source, windows drawn from it before).
+    """The window of every row: number of the row -> (source, windows drawn from it before).
 
-    Rows are counted over the `rows` of all batches.
-
-    `start_row`: the rows drawn before the first of these batches, in batches of whatever size.
+    The numbers count the `rows` of all batches. `start_row` is how many rows were drawn before the
+    first of these batches, in batches of any size.
     """
 
     def __init__(

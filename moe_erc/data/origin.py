@@ -1,8 +1,7 @@
-"""What a source looked like when a run read it.
+"""A description of a source at the time when a run read it, and what has changed since.
 
-A later look can say what has changed since.
-
-The tokens themselves stay in the cache; this is for people: versions of libraries, names of files.
+The tokens themselves stay in the cache. The description is for people: versions of libraries, names
+of files.
 """
 
 import json
@@ -13,14 +12,15 @@ from moe_erc.checks import BadInput
 from moe_erc.data import embedded, text_files
 from moe_erc.data.python_source import installed_trees, versions
 
-MOST_FILES = 10_000  # whose names are kept; of more only their number and size
-MOST_NAMED = 3  # files that a line names
+MOST_FILES = 10_000  # of so many files names are kept; of more only their number and size
+MOST_NAMED = 3  # files that are named in one line
 
 
 def describe(name: str) -> dict:
-    """What a source looks like, as plain JSON.
+    """The description of a source, as plain JSON.
 
-    Versions of `embedded`, name and version of a TFDS directory, files of a directory of text.
+    It has the versions of `embedded`, the name and version of a TFDS directory, or the files of a
+    directory of text.
     """
     if name == embedded.NAME:
         return {"versions": versions(installed_trees())}
@@ -39,9 +39,9 @@ def describe(name: str) -> dict:
 
 
 def compare(name: str, before: Mapping) -> str:
-    """What has changed about a source since `before`, what `describe` said then, in a few words.
+    """What has changed of a source since `before`, in a few words; "" for nothing.
 
-    "" for nothing.
+    `before` is what `describe` returned then.
     """
     now = describe(name)
     if now == before or not before:
@@ -56,26 +56,30 @@ def compare(name: str, before: Mapping) -> str:
 
 
 def _compare_versions(before: Mapping, now: Mapping) -> str:
-    changed = [
-        f"{library} {before.get(library, 'not installed')} -> {now.get(library, 'not installed')}"
-        for library in sorted(before | now)
-        if before.get(library) != now.get(library)
-    ]
+    changed = []
+    for library in sorted(before | now):
+        version_before = before.get(library, "not installed")
+        version_now = now.get(library, "not installed")
+        if version_before != version_now:
+            changed.append(f"{library} {version_before} -> {version_now}")
     return ", ".join(changed)
 
 
 def _compare_files(before: Mapping, now: Mapping) -> str:
+    in_both = now.keys() & before.keys()
     kinds = {
         "added": sorted(now.keys() - before.keys()),
         "removed": sorted(before.keys() - now.keys()),
-        "changed": sorted(file for file in now.keys() & before.keys() if now[file] != before[file]),
+        "changed": sorted(file for file in in_both if now[file] != before[file]),
     }
     return ", ".join(_some(kind, files) for kind, files in kinds.items() if files)
 
 
 def _some(kind: str, files: list[str]) -> str:
-    named = ", ".join(files[:MOST_NAMED]) + (", …" if len(files) > MOST_NAMED else "")
-    return f"{len(files)} {'file' if len(files) == 1 else 'files'} {kind} ({named})"
+    named = ", ".join(files[:MOST_NAMED])
+    more = ", …" if len(files) > MOST_NAMED else ""
+    noun = "file" if len(files) == 1 else "files"
+    return f"{len(files)} {noun} {kind} ({named}{more})"
 
 
 def _counted(description: Mapping) -> str:

@@ -1,9 +1,9 @@
-"""Every path that a user gives is read here, and nowhere else: a local one, or gs://bucket/path.
+"""The paths that users give, which are all read here: local ones, or gs://bucket/path.
 
-`~` is the home directory, also where no shell has seen it; what is relative is taken from the
-current directory; all other characters stand for themselves: no pattern, no variable, no URL. A
-name that one of the libraries below would take for another file is refused: work would be written
-where nobody can read it again.
+`~` is the home directory, also if no shell has replaced it. A relative path starts at the current
+directory. All other characters stand for themselves: there are no patterns, variables or URLs. A
+name that a library would take for another file is refused, because work would be written where
+nobody can read it again.
 """
 
 import errno
@@ -25,11 +25,10 @@ PATTERN = re.compile(r"[*?\[\]]")
 
 
 class LiteralPath(type(epath.Path("."))):
-    """A local path in which `[`, `*` and `?` are characters.
+    """A local path in which `[`, `*` and `?` are plain characters.
 
-    orbax looks for the parts of a checkpoint by `path.glob`, in which etils reads the path as a
-    part of the pattern: in runs/lr[1e-3] it finds no parts, and completes a checkpoint without
-    them.
+    orbax looks for the parts of a checkpoint by `path.glob`, and etils reads the path as a part of
+    the pattern. In runs/lr[1e-3] it would find no parts, and complete a checkpoint without them.
     """
 
     def glob(self, pattern: str) -> Iterator[Self]:
@@ -39,14 +38,14 @@ class LiteralPath(type(epath.Path("."))):
 
 
 def is_remote(path: os.PathLike | str) -> bool:
-    """Whether it is in a bucket, where files are written whole and never appended to."""
+    """Whether a path is in a bucket, where files are written whole and never appended to."""
     return "://" in str(path)
 
 
 def absolute(path: os.PathLike | str) -> epath.Path:
-    """The same path from the root, local or in a bucket.
+    """The absolute path, local or in a bucket.
 
-    BadInput of one line for one that cannot be used.
+    BadInput for a path that cannot be used.
     """
     text = os.fspath(path)
     if not SCHEME.match(text):
@@ -55,16 +54,17 @@ def absolute(path: os.PathLike | str) -> epath.Path:
         raise BadInput(
             f"{text!r}: give a path of this machine, without a scheme, or gs://bucket/path"
         )
-    if found := PATTERN.search(text):
+    found = PATTERN.search(text)
+    if found:
         raise BadInput(f"{text!r}: {found[0]!r} is a pattern in a bucket; use another name")
     _check_characters(text)
     return epath.Path(text)
 
 
 def local(path: os.PathLike | str) -> Path:
-    """The same path from the root of this machine.
+    """The absolute path on this machine.
 
-    BadInput for one in a bucket, and for one that cannot be used.
+    BadInput for a path in a bucket, and for one that cannot be used.
     """
     text = os.fspath(path)
     if not text:
@@ -78,14 +78,14 @@ def local(path: os.PathLike | str) -> Path:
             f"{text!r}: there is no user {user[1:]!r}; a directory of that name is ./{user}"
         )
     found = Path(expanded).absolute()
-    _check_characters(str(found))  # with those of the current directory
+    _check_characters(str(found))  # the current directory may have such characters too
     return found
 
 
 def writable_file(path: os.PathLike | str) -> Path:
-    """The local path of a file that can be written, by trying: its directory is made.
+    """The local path of a file that can be written; its directory is created.
 
-    BadInput for any other.
+    BadInput if writing there fails, which is tried.
     """
     found = local(path)
     try:
@@ -102,7 +102,7 @@ def writable_file(path: os.PathLike | str) -> Path:
 
 
 def several(text: str) -> list[str]:
-    """Paths separated by commas, or the one path that has commas in its name and is there."""
+    """Paths separated by commas, or one path that exists and has commas in its name."""
     if "," not in text or absolute(text).exists():
         return [text]
     return [path for path in text.split(",") if path]
@@ -110,8 +110,8 @@ def several(text: str) -> list[str]:
 
 def _check_characters(text):
     if "\\" in text:
-        # tensorstore, which writes checkpoints, takes it for a slash: they would lie in another
-        # directory.
+        # tensorstore, which writes checkpoints, takes a backslash for a slash, and would write to
+        # another directory.
         raise BadInput(
             f"{text!r}: '\\' is a separator to some libraries and not to others; use another name"
         )

@@ -1,8 +1,8 @@
 """Installed Python source as text: its files, and code and docstrings apart.
 
-Tests are left out: they are tables of expected values and near copies of one another, they outweigh
-the libraries they test (19 of the 31 MB of the standard library), and many distributions strip
-them, so that the text would depend on who packaged the interpreter.
+Tests are left out for three reasons. They are tables of expected values and near copies of one
+another. They are larger than the libraries that they test (19 of the 31 MB of the standard
+library). Many distributions strip them, so that the text would depend on the distribution.
 """
 
 import ast
@@ -49,15 +49,9 @@ class SourceTree(NamedTuple):
 
 
 def installed_trees() -> tuple[SourceTree, ...]:
-    """The standard library and the core dependencies that are installed.
-
-    None of them is imported.
-    """
-    trees = [
-        SourceTree(
-            "stdlib", platform.python_version(), "stdlib_code", Path(sysconfig.get_path("stdlib"))
-        )
-    ]
+    """The standard library and the installed core dependencies, none of which is imported."""
+    stdlib = Path(sysconfig.get_path("stdlib"))
+    trees = [SourceTree("stdlib", platform.python_version(), "stdlib_code", stdlib)]
     for package, distribution, domain in _PACKAGES:
         try:
             version = importlib.metadata.version(distribution)
@@ -78,9 +72,8 @@ def source_files(tree: SourceTree) -> list[tuple[str, Path]]:
     found = []
     for path in tree.directory.rglob("*.py"):
         relative = path.relative_to(tree.directory)
-        if not _SKIPPED_DIRECTORIES.intersection(relative.parts[:-1]) and not _TEST_FILE.fullmatch(
-            path.stem
-        ):
+        is_skipped = bool(_SKIPPED_DIRECTORIES.intersection(relative.parts[:-1]))
+        if not is_skipped and not _TEST_FILE.fullmatch(path.stem):
             found.append((f"{tree.name}/{relative.as_posix()}", path))
     return sorted(found)
 
@@ -88,50 +81,50 @@ def source_files(tree: SourceTree) -> list[tuple[str, Path]]:
 def separate(source: bytes) -> tuple[bytes, bytes]:
     """(code without docstrings, the docstrings joined by blank lines).
 
-    Raises SyntaxError or ValueError for what is not Python.
+    The code still parses: a body that was only a docstring becomes `...`. Leading comments are cut
+    too, because they are licence headers, which are alike in all files of a project.
 
-    The code still parses (a body that was only a docstring becomes `...`). Leading comments go too:
-    they are licence headers, the same few hundred bytes at the top of every file of a project.
+    Raises:
+      SyntaxError, ValueError: for a text that is not Python.
     """
     text = importlib.util.decode_source(source).encode()
     docstrings = list(_docstrings(ast.parse(text)))
-    prose = [
-        inspect.cleandoc(expression.value.value).encode(errors="replace")
-        for expression, _ in docstrings
-    ]
+    prose = []
+    for expression, _ in docstrings:
+        cleaned = inspect.cleandoc(expression.value.value)
+        if cleaned:
+            prose.append(cleaned.encode(errors="replace"))
     lines = text.split(b"\n")
     # From the last to the first, so that the positions of those still to be cut stay valid.
-    for expression, is_only_statement in sorted(
-        docstrings, key=lambda found: found[0].lineno, reverse=True
-    ):
+    docstrings.sort(key=lambda found: found[0].lineno, reverse=True)
+    for expression, is_only_statement in docstrings:
         _cut(lines, expression, b"..." if is_only_statement else b"")
-    return _LEADING_COMMENTS.sub(b"", b"\n".join(lines)), b"\n\n".join(filter(None, prose))
+    return _LEADING_COMMENTS.sub(b"", b"\n".join(lines)), b"\n\n".join(prose)
 
 
 def _docstrings(node: ast.AST) -> Iterator[tuple[ast.Expr, bool]]:
-    """Every docstring, and whether its body holds nothing else.
+    """Every docstring of a module, class or function, and whether its body holds nothing else.
 
-    Those of modules, classes and functions.
+    A module may be empty, so that False is said of it in any case.
     """
     if isinstance(node, _WITH_DOCSTRING) and ast.get_docstring(node, clean=False) is not None:
         yield node.body[0], len(node.body) == 1 and not isinstance(node, ast.Module)
     for child in ast.iter_child_nodes(node):
-        if isinstance(child, _WITH_STATEMENTS):  # expressions, most of the tree, hold no docstrings
+        # Expressions, which are most of the tree, hold no docstrings.
+        if isinstance(child, _WITH_STATEMENTS):
             yield from _docstrings(child)
 
 
 def _cut(lines: list[bytes], expression: ast.Expr, replacement: bytes) -> None:
-    """Replace an expression in place; lines that it filled alone disappear with it."""
+    """Replace an expression in place; lines that it filled alone are removed."""
     first = expression.lineno - 1
     last = expression.end_lineno - 1
-    rest = (
-        lines[first][: expression.col_offset]
-        + replacement
-        + lines[last][expression.end_col_offset :].lstrip(b"; ")
-    )
+    before = lines[first][: expression.col_offset]
+    behind = lines[last][expression.end_col_offset :].lstrip(b"; ")
+    rest = before + replacement + behind
     lines[first : last + 1] = [rest] if rest.strip() else []
 
 
 def versions(trees: Sequence[SourceTree]) -> dict[str, str]:
-    """What the text depends on, by name of the tree."""
+    """The versions on which the text depends, by name of the tree."""
     return {tree.name: tree.version for tree in trees}

@@ -1,17 +1,19 @@
-"""Which names mean a split: how people call the training and the held-out part of a data set.
+"""Which names mean a split: the names that people give to the parts of a data set.
 
-A file or directory is a split by the word that its name begins with, whatever the case, if the end,
-a digit, or one of `- _ .` and a space follows: `train-00000-of-00002.jsonl`, `Val/`, `dev_1.txt`;
-not `validated.jsonl`. A word further behind counts only where the same name has a training and a
-held-out form (`c4-train.0.json`, `c4-validation.0.json`). In a path any held-out name wins over any
-training name, and the outermost of several: what may be held out is never trained on.
+A file or directory is a split if its name begins with a word for one, in any case, and then ends or
+goes on with a digit, a space or one of `- _ .`. Such names are `train-00000-of-00002.jsonl`, `Val/`
+and `dev_1.txt`, but not `validated.jsonl`. A word inside a name means a split only if the same name
+has a training and a held-out form (`c4-train.0.json`, `c4-validation.0.json`).
+
+In a path any held-out name wins over any training name, and the outermost of several wins: a text
+that may be held out is never trained on.
 """
 
 import re
 from collections.abc import Collection, Iterable
 
 TRAIN = "train"
-# What is validated on, the most fitting first; the others are kept out of training as well.
+# The first of these that is present is used for validation. The others are not trained on either.
 HELD_OUT = ("validation", "dev", "eval", "heldout", "test")
 
 _OTHER_SPELLINGS = {
@@ -28,8 +30,8 @@ _WORD = (
 _FIRST = re.compile(_WORD, re.IGNORECASE)
 _LATER = re.compile(rf"(?<=[-_.\s]){_WORD}", re.IGNORECASE)
 _SHARD = r"[-_.\s]*\d+(?:[-_.]of[-_.]\d+)?"
-# Words that begin other names as well (training_notes) count only if nothing but a shard's number
-# follows.
+# Other names may begin with these words as well (training_notes). They mean a split only if nothing
+# but the number of a shard follows.
 _ALONE = re.compile(rf"(?P<word>training|testing|evaluation)(?:{_SHARD})*", re.IGNORECASE)
 _SUFFIXES = re.compile(
     r"(\.(txt|jsonl?|ndjson|parquet|arrow|csv|tsv))?(\.(gz|zst|bz2|xz))?$", re.IGNORECASE
@@ -37,37 +39,41 @@ _SUFFIXES = re.compile(
 
 
 class SplitNames:
-    """The names of one data set.
-
-    A word inside a name means a split if the names together say so.
-    """
+    """The names of one data set, which together decide whether a word inside a name is a split."""
 
     def __init__(self, components: Iterable[str]):
-        """`components`: every name of a file or directory in any of the paths."""
-        later = {
-            name: found
-            for name in set(components)
-            if not split_word(name) and (found := _later(name))
-        }
+        """`components` are all names of files and directories in any of the paths."""
+        later: dict[str, tuple[str, str]] = {}
         words_by_rest: dict[str, set[str]] = {}
-        for word, rest in later.values():
-            words_by_rest.setdefault(rest, set()).add(word)
-        both = {rest for rest, words in words_by_rest.items() if TRAIN in words and len(words) > 1}
-        self._later = {name: word for name, (word, rest) in later.items() if rest in both}
+        for name in set(components):
+            found = None if split_word(name) else _later(name)
+            if found:
+                word, rest = found
+                later[name] = found
+                words_by_rest.setdefault(rest, set()).add(word)
+        # Only names that have a training and a held-out form mean a split.
+        self._later: dict[str, str] = {}
+        for name, (word, rest) in later.items():
+            words = words_by_rest[rest]
+            if TRAIN in words and len(words) > 1:
+                self._later[name] = word
 
     def word(self, component: str) -> str | None:
         """`TRAIN`, one of `HELD_OUT`, or None for a name that means no split."""
         return split_word(component) or self._later.get(component)
 
     def decide(self, parts: Iterable[str]) -> tuple[str | None, int]:
-        """(split, number of leading parts that say so) of a path.
+        """(split, number of leading parts that decide it) of a path.
 
         (None, 0) if no part is a split.
         """
         words = [self.word(part) for part in parts]
-        held_out = next((depth for depth, word in enumerate(words) if word in HELD_OUT), None)
-        depth = held_out if held_out is not None else words.index(TRAIN) if TRAIN in words else None
-        return (None, 0) if depth is None else (words[depth], depth + 1)
+        for depth, word in enumerate(words, start=1):
+            if word in HELD_OUT:
+                return word, depth
+        if TRAIN in words:
+            return TRAIN, words.index(TRAIN) + 1
+        return None, 0
 
 
 def split_word(component: str) -> str | None:
@@ -77,21 +83,20 @@ def split_word(component: str) -> str | None:
     if not found:
         return None
     word = _canonical(found["word"])
-    # train-dev.txt is either held out or holds both: not to be trained on, either way.
-    second = _FIRST.match(component[found.end() :].lstrip("-_. ")) if word == TRAIN else None
+    if word != TRAIN:
+        return word
+    # train-dev.txt is held out, or holds both splits. In either case it is not trained on.
+    second = _FIRST.match(component[found.end() :].lstrip("-_. "))
     return _canonical(second["word"]) if second else word
 
 
 def held_out_name(names: Collection[str]) -> str | None:
-    """The one of some of `HELD_OUT` to validate on, or None if there is none."""
+    """The name in `names` that is used for validation, or None if there is none."""
     return next((name for name in HELD_OUT if name in names), None)
 
 
 def _later(component: str) -> tuple[str, str] | None:
-    """The last word for a split inside a name, and the name without it.
-
-    Numbers of shards are left out as well.
-    """
+    """The last word for a split inside a name, and the name without it and numbers of shards."""
     stem = _SUFFIXES.sub("", component)
     found = list(_LATER.finditer(stem))
     if not found:

@@ -1,11 +1,10 @@
-"""Documents as flat arrays of token ids on disk, one per domain and split.
+"""Documents as flat arrays of token ids on disk, one array for each domain and split.
 
-Each document is followed by the end-of-document token.
+An end-of-document token follows each document. The ids are little-endian uint16, or uint32 for a
+large vocabulary. Files are mapped into memory: a step reads only the pages of its own windows.
 
-Little-endian uint16, or uint32 where the vocabulary needs it. `index.json` is the table of
-contents. Reading is a memory map: a step touches the pages of its own windows and nothing else. The
-table also keeps the account of how the source was divided, so that a run that reads the cache says
-the same as the one that filled it.
+`index.json` is the table of contents. It also keeps the account of how the source was divided, so
+that a run that reads the cache prints the same as the run that filled it.
 """
 
 import collections
@@ -40,7 +39,7 @@ _KINDS = {
 }
 _BYTES_PER_BATCH = 2**20  # of text held in memory while it is tokenised
 _WITHOUT_TEXT = "documents without text"
-# of a domain that names its file: alike on every file system
+# A domain of such a name is the name of its file, which is the same on every file system.
 _PLAIN_NAME = re.compile(r"[a-z0-9_]{1,64}")
 
 
@@ -61,18 +60,18 @@ class Corpus:
 
     tokenizer: Tokenizer
     streams: Mapping[str, Mapping[str, Stream]]  # "train" or "validation" -> domain -> stream
-    # source -> its share of the training windows; empty means proportional to size
+    # Source -> its share of the training windows; empty means in proportion to size.
     weights: Mapping[str, int]
     identity: str  # differs when any batch could hold other tokens
     accounts: Mapping[str, Account] = dataclasses.field(default_factory=dict)  # by source
-    # False: windows say which of their tokens are one document
+    # If False, batches have the number of each token's document.
     attend_across_documents: bool = True
-    # where it lies in the cache: `text.reopen`
+    # Where the streams lie in the cache, for `text.reopen`.
     record: Mapping = dataclasses.field(default_factory=dict)
 
 
 class _Writer:
-    """One stream being written to an open file, and what the index will say of it."""
+    """A stream that is being written to an open file, and its counts for the index."""
 
     def __init__(self, file: BinaryIO, dtype: np.dtype):
         self._file = file
@@ -98,7 +97,8 @@ class _Writer:
 def write(directory: Path, source: Source, tokenizer: Tokenizer) -> None:
     """Tokenise every document of a source once, in bounded memory, and write the index last.
 
-    BadInput if the source has splits of its own and one of them has no document with text.
+    Raises:
+      BadInput: if the source has splits of its own, and one has no document with text.
     """
     dtype = np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
     writers: dict[tuple[str, str], _Writer] = {}
@@ -106,21 +106,19 @@ def write(directory: Path, source: Source, tokenizer: Tokenizer) -> None:
     bar = bars.bar(f"Tokenising {source.label}", source.count, "documents")
     with bar, contextlib.ExitStack() as files:
         for batch in _batches(source.documents(), without_text):
-            for document, ids in zip(
-                batch, tokenizer.encode_batch([document.text for document in batch]), strict=True
-            ):
-                key = document.split, document.domain
+            ids_of_batch = tokenizer.encode_batch([document.text for document in batch])
+            for document, ids in zip(batch, ids_of_batch, strict=True):
+                key = (document.split, document.domain)
                 if key not in writers:
-                    writers[key] = _Writer(
-                        files.enter_context(open(directory / _file_name(*key), "wb")), dtype
-                    )
+                    path = directory / _file_name(document.split, document.domain)
+                    writers[key] = _Writer(files.enter_context(open(path, "wb")), dtype)
                 writers[key].append(ids, tokenizer.eos_id, len(document.text))
             bar.update(len(batch))
     _check_splits(source, {split for split, _ in writers}, without_text)
-    entries = [
-        {"split": split, "domain": domain, "file": _file_name(split, domain)} | writer.summary()
-        for (split, domain), writer in sorted(writers.items())
-    ]
+    entries = []
+    for (split, domain), writer in sorted(writers.items()):
+        entry = {"split": split, "domain": domain, "file": _file_name(split, domain)}
+        entries.append(entry | writer.summary())
     ignored = dict(source.account.ignored)
     if without_text:
         ignored[_WITHOUT_TEXT] = without_text.total()
@@ -130,9 +128,9 @@ def write(directory: Path, source: Source, tokenizer: Tokenizer) -> None:
 
 
 def _check_splits(source: Source, written: set[str], without_text: Mapping[str, int]) -> None:
-    """Refuse splits of the source's own of which one holds nothing.
+    """Refuse a source with splits of its own of which one is empty.
 
-    The other alone is not what was meant.
+    The user did not mean to read the other one alone.
     """
     for split in ("train", "validation"):
         if source.has_own_splits and written and split not in written:
@@ -144,7 +142,7 @@ def _check_splits(source: Source, written: set[str], without_text: Mapping[str, 
 
 
 def read(directory: Path, source: str) -> Iterator[tuple[str, str, Stream]]:
-    """Split, domain and memory-mapped stream of everything that `write` left in a directory."""
+    """(split, domain, memory-mapped stream) of everything that `write` left in a directory."""
     dtype, entries, _ = _read_index(directory)
     for entry in entries:
         file = directory / entry["file"]
@@ -156,33 +154,27 @@ def read(directory: Path, source: str) -> Iterator[tuple[str, str, Stream]]:
                 f"delete '{directory}'"
             )
         tokens_N = np.memmap(file, dtype, mode="r")
-        yield (
-            entry["split"],
-            entry["domain"],
-            Stream(source, tokens_N, entry["bytes"], entry["documents"], entry["sha256"]),
-        )
+        stream = Stream(source, tokens_N, entry["bytes"], entry["documents"], entry["sha256"])
+        yield entry["split"], entry["domain"], stream
 
 
 def read_account(directory: Path) -> Account:
-    """What `write` kept of how the source was divided, and of what it did not read."""
+    """The account of the source that `write` kept in a directory."""
     _, _, account = _read_index(directory)
     return account
 
 
 def _read_index(directory: Path) -> tuple[np.dtype, list[dict], Account]:
-    """Type of the tokens, entries of the streams, and the account.
-
-    Each stream is a file of the directory itself.
-    """
+    """(type of the tokens, entries of the streams, account of the source) of a directory."""
     try:
         index = json.loads((directory / _INDEX).read_text(encoding="utf-8"))
         dtype = index["dtype"]
         entries = index["streams"]
         account = Account(**index.get("account", {"splits": "", "ignored": {}}))
-        sound = dtype in _DTYPES and all(map(_is_entry, entries)) and _is_account(account)
+        is_sound = dtype in _DTYPES and all(map(_is_entry, entries)) and _is_account(account)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        sound = False
-    if not sound:
+        is_sound = False
+    if not is_sound:
         raise BadInput(
             f"data.cache_dir: '{directory / _INDEX}' is no table of token streams; "
             f"delete '{directory}'"
@@ -192,12 +184,12 @@ def _read_index(directory: Path) -> tuple[np.dtype, list[dict], Account]:
 
 def _is_account(account: Account) -> bool:
     lines = [account.splits, *account.ignored]
-    return all(isinstance(line, str) and line.isprintable() for line in lines) and all(
-        type(count) is int for count in account.ignored.values()
-    )
+    are_lines = all(isinstance(line, str) and line.isprintable() for line in lines)
+    return are_lines and all(type(count) is int for count in account.ignored.values())
 
 
 def _is_entry(entry: dict) -> bool:
+    """Whether an entry has the right keys and types, and its file lies in the directory itself."""
     kinds = {key: type(value) for key, value in entry.items()}
     return (
         kinds == _KINDS
@@ -209,9 +201,9 @@ def _is_entry(entry: dict) -> bool:
 def _batches(
     documents: Iterable[Document], without_text: collections.Counter[str]
 ) -> Iterator[list[Document]]:
-    """Documents in lists that a tokenizer can work on in parallel, of about a megabyte each.
+    """Documents in lists of about a megabyte, which a tokenizer encodes in parallel.
 
-    Those of nothing, or nothing but white space, are counted by split in `without_text` instead.
+    Documents that are empty or only white space are counted by split in `without_text` instead.
     """
     batch = []
     size = 0
@@ -230,9 +222,9 @@ def _batches(
 
 
 def _file_name(split: str, domain: str) -> str:
-    """A file name that no other domain has.
+    """A file name that no other domain has, also where capitals are not told apart.
 
-    It is no part of a path, and unlike others where capitals are not told apart.
+    It is never a path.
     """
     if not domain:
         return f"{split}-text.bin"

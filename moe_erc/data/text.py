@@ -1,12 +1,12 @@
-"""From `config.data` to batches: the part of this package that scripts talk to.
+"""From `config.data` to batches: the part of this package that scripts use.
 
     corpus = prepare(DataConfig(**config.data))
     for line in describe(corpus, sequence_length, windows): print(line)
     for batch in train_batches(corpus, sequence_length, batch_size, seed, start_row=start_row): ...
 
-Text is tokenised once and opened from the cache ever after; a batch is {"inputs_BT", "targets_BT":
-int32, "mask_BT": bool}, and "segments_BT": int32, the document in its window of every input, where
-attention is to stay within documents.
+Text is tokenised once and then opened from the cache. A batch is {"inputs_BT", "targets_BT": int32,
+"mask_BT": bool}. If attention stays within documents, it also has "segments_BT": int32, the number
+of each input's document in its window.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -45,10 +45,10 @@ __all__ = [
 def prepare(config: DataConfig) -> Corpus:
     """Open the token streams of a configuration.
 
-    Each source is tokenised the first time it is seen with this tokenizer.
+    A source is tokenised when it is used with this tokenizer for the first time.
 
-    Raises BadInput or OSError, with one line that names the value and the mend, for anything wrong
-    with the configuration or the text.
+    Raises:
+      BadInput, OSError: for anything wrong with the configuration or the text.
     """
     # Weights that cannot be mixed are refused before anything is tokenised.
     whole_weights(config.weights)
@@ -57,10 +57,12 @@ def prepare(config: DataConfig) -> Corpus:
     entries = []
     names_by_identity: dict[str, str] = {}
     for name in config.sources:
-        # Described before it is read: what changes while it is read then shows as a change.
+        # The description is made before the text is read, so that what changes meanwhile shows as a
+        # change later.
         seen = origin.describe(name)
         source = sources.open_source(name, config)
-        if first := names_by_identity.get(source.identity):
+        first = names_by_identity.get(source.identity)
+        if first:
             raise BadInput(
                 f"data.sources: '{name}' is the same text as '{first}'; "
                 "list it once, with data.weights"
@@ -73,24 +75,24 @@ def prepare(config: DataConfig) -> Corpus:
 
 
 def reopen(record: Mapping, config: DataConfig) -> Corpus | None:
-    """The corpus of an earlier run as it lies in the cache; None if it is gone.
+    """The corpus of an earlier run from the cache, or None if it is gone.
 
-    What has become of its sources does not matter.
-
-    `record` is the `Corpus.record` of then. Weights and window length are those of `config`.
+    The sources themselves are not read. `record` is the `Corpus.record` of that run. Weights and
+    window length are those of `config`.
     """
     entries = record.get("sources", ())
-    cache_directory = cache.directory_of(config.cache_dir)
-    if not entries or not all(
-        _lies_in(cache_directory / entry["directory"], cache_directory) for entry in entries
-    ):
+    if not entries:
         return None
+    cache_directory = cache.directory_of(config.cache_dir)
+    for entry in entries:
+        if not _lies_in(cache_directory / entry["directory"], cache_directory):
+            return None
     corpus = _corpus(config, load_tokenizer(config.tokenizer), entries)
     return corpus if streams_of(corpus.record) == streams_of(record) else None
 
 
 def streams_of(record: Mapping) -> list:
-    """The digests of all token streams of a record: the text, wherever it lies."""
+    """The digests of all token streams of a record, which identify its text."""
     return [entry["streams"] for entry in record["sources"]]
 
 
@@ -100,7 +102,7 @@ def identity_of(record: Mapping, weights: Sequence[int], sequence_length: int) -
 
 
 def _lies_in(directory: Path, cache_directory: Path) -> bool:
-    """Whether it is there, below the cache, whatever a damaged checkpoint says."""
+    """Whether the directory exists below the cache; a damaged checkpoint may name any other."""
     return directory.resolve().is_relative_to(cache_directory.resolve()) and directory.is_dir()
 
 
@@ -119,7 +121,9 @@ def _corpus(config: DataConfig, tokenizer: Tokenizer, entries: Sequence[Mapping]
         directory = cache_directory / entry["directory"]
         found = list(streams.read(directory, entry["name"]))
         accounts[entry["name"]] = streams.read_account(directory)
-        taken = {domain for split in by_split.values() for domain in split}
+        taken = set()
+        for domains in by_split.values():
+            taken.update(domains)
         names = _domain_names([domain for _, domain, _ in found], entry["label"], taken)
         for split, domain, stream in found:
             by_split[split][names[domain]] = stream
@@ -140,18 +144,17 @@ def _corpus(config: DataConfig, tokenizer: Tokenizer, entries: Sequence[Mapping]
 
 
 def describe(corpus: Corpus, sequence_length: int, windows: int) -> Iterator[str]:
-    """Of each source the lines that say what a run of so many training windows makes of it.
+    """The lines that describe each source, for a run of `windows` training windows.
 
-    Documents and tokens by split, and the epochs: how often the run reads each training window (of
-    `sequence_length` tokens). Then which part of the source became which split, and what is not
-    read at all.
+    The first line has the documents and tokens of each split, and the epochs: how often the run
+    reads each training window of `sequence_length` tokens. The second line says which part of the
+    source became which split, and what is not read at all.
     """
-    shares = corpus.weights or {
-        source: sum(
-            count_windows(stream, sequence_length) for stream in _of_source(corpus, "train", source)
-        )
-        for source in corpus.accounts
-    }
+    windows_of = {}
+    for source in corpus.accounts:
+        train = _of_source(corpus, "train", source)
+        windows_of[source] = sum(count_windows(stream, sequence_length) for stream in train)
+    shares = corpus.weights or windows_of
     for source, account in corpus.accounts.items():
         counts = []
         for split in ("train", "validation"):
@@ -159,15 +162,13 @@ def describe(corpus: Corpus, sequence_length: int, windows: int) -> Iterator[str
             documents = sum(stream.documents for stream in members)
             tokens = sum(len(stream.tokens_N) for stream in members)
             counts.append(f"{split} {documents:,} documents of {tokens:,} tokens")
-        held = sum(
-            count_windows(stream, sequence_length) for stream in _of_source(corpus, "train", source)
-        )
-        # A source too short for one window gives none, however often the others are read.
         drawn = windows * shares[source] / max(sum(shares.values()), 1)
-        epochs = drawn / max(held, 1)
+        # A source that is shorter than one window has none.
+        epochs = drawn / max(windows_of[source], 1)
         yield f"data {source!r}: {', '.join(counts)}; {epochs:.3g} epochs of train in this run"
         ignored = ", ".join(f"{count:,} {what}" for what, count in account.ignored.items())
-        yield f"  {account.splits}" + (f"; ignored: {ignored}" if ignored else "")
+        ending = f"; ignored: {ignored}" if ignored else ""
+        yield f"  {account.splits}{ending}"
 
 
 def _of_source(corpus: Corpus, split: str, source: str) -> list[Stream]:
@@ -177,7 +178,7 @@ def _of_source(corpus: Corpus, split: str, source: str) -> list[Stream]:
 def _tokenised(source: sources.Source, tokenizer: Tokenizer, cache_directory: Path) -> Path:
     """The directory of a source's token streams.
 
-    It is filled now if source and tokenizer were never seen together.
+    It is filled now if this source was never tokenised with this tokenizer.
     """
     key = cache.digest([source.identity, tokenizer.identity, streams.FORMAT_VERSION])
     directory = cache_directory / "tokens" / f"{source.label}-{key}"
@@ -188,9 +189,9 @@ def _tokenised(source: sources.Source, tokenizer: Tokenizer, cache_directory: Pa
 
 
 def _domain_names(domains: Iterable[str], label: str, taken: set[str]) -> dict[str, str]:
-    """A name for every domain of a source that none before it has.
+    """A unique name for every domain of a source: {domain: name}.
 
-    It is its own or its source's, with a number if that is taken.
+    It is the domain's own name, or the label of the source, with a number if that name is taken.
     """
     names = {}
     for domain in dict.fromkeys(domains):
@@ -206,10 +207,11 @@ def _domain_names(domains: Iterable[str], label: str, taken: set[str]) -> dict[s
 def _check_length(config: DataConfig, train: Iterable[Stream]) -> None:
     """Refuse text from which no training window can be cut.
 
-    With weights, every source must give one.
+    With weights, every source must give one; without, all together must.
     """
     train = list(train)
-    for group in [[source] for source in config.sources] if config.weights else [config.sources]:
+    groups = [[source] for source in config.sources] if config.weights else [config.sources]
+    for group in groups:
         members = [stream for stream in train if stream.source in group]
         if not any(count_windows(stream, config.sequence_length) for stream in members):
             tokens = sum(len(stream.tokens_N) for stream in members)

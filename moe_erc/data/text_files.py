@@ -1,9 +1,9 @@
 """Documents from a directory of text files, read in the order of their paths.
 
-A .txt file is one document, passed on byte for byte (a tokenizer that needs Unicode replaces what
-is not UTF-8). A line of a .jsonl or .json file is an object with the text under `text_key`. Each
-may be compressed (.gz). Files whose path names a split are that split (`split_names.py`); without a
-held-out name the hash of each text decides.
+A .txt file is one document, passed on byte for byte. (A tokenizer that needs Unicode replaces what
+is not UTF-8.) A line of a .jsonl or .json file is an object with the text under `text_key`. Files
+may be compressed (.gz). The path of a file may name its split (`split_names.py`). If no path names
+a held-out split, the hash of each text decides.
 """
 
 import collections
@@ -11,7 +11,7 @@ import dataclasses
 import gzip
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -22,7 +22,8 @@ from moe_erc.data.split_names import TRAIN, SplitNames, held_out_name
 
 _SUFFIXES = (".txt", ".jsonl", ".json")
 _READABLE = ".txt or .jsonl file"
-# What tools of the field write beside the text: never text, whatever its suffix says.
+# Files that tools of the field write beside the text. They are no text, though their suffix is one
+# of text.
 _NO_TEXT = (
     "dataset_dict.json",
     "dataset_info.json",
@@ -30,8 +31,8 @@ _NO_TEXT = (
     "metadata.json",
     "state.json",
 )
-# Files that would be text of a split if they could be read. Others of such a name may be anything,
-# such as train.py.
+# Files with these suffixes are data that cannot be read here. If their names mean a split, the
+# directory has that split. A file with another suffix, such as train.py, means nothing.
 _DATA_SUFFIXES = (
     ".parquet",
     ".arrow",
@@ -45,33 +46,36 @@ _DATA_SUFFIXES = (
     ".tar",
     ".bin",
 )
-_LISTED = 3  # entries or suffixes that a line names before it counts the others
+_LISTED = 3  # entries or suffixes that a line names; it counts the others
 
 
 @dataclasses.dataclass(frozen=True)
 class Survey:
-    """What a directory holds: the files to read with their splits, and an account of the others."""
+    """The contents of a directory: the files to read with their splits, and an account.
 
-    files: tuple[tuple[Path, str | None], ...]  # split None: the hash of each text decides
+    A split None means that the hash of each text decides.
+    """
+
+    files: tuple[tuple[Path, str | None], ...]
     account: Account
     has_own_splits: bool
 
 
 @dataclasses.dataclass
 class _Named:
-    """Of one split: the files that can be read, and the entries that are so named."""
+    """One split: the files that can be read, and the entries whose names mean that split."""
 
     files: list[file_tree.Entry] = dataclasses.field(default_factory=list)
     # in the order of their paths
     entries: dict[str, None] = dataclasses.field(default_factory=dict)
 
     def __str__(self) -> str:
-        return f"{_some(list(map(repr, self.entries)))} ({_counted(len(self.files), 'file')})"
+        return f"{_some(self.entries)} ({_counted(len(self.files), 'file')})"
 
     @property
-    def hold_text(self) -> bool:
-        """A file of no bytes gives no text."""
-        return any(file.bytes for file in self.files)
+    def is_empty(self) -> bool:
+        """Whether there is no file, or none that has a byte."""
+        return not any(file.bytes for file in self.files)
 
 
 def find(path: Path) -> list[Path]:
@@ -82,10 +86,9 @@ def find(path: Path) -> list[Path]:
 def fingerprint(path: Path) -> list[tuple]:
     """Name, size, times of change and inode of every file.
 
-    It differs as soon as one is added, removed or written.
-
-    The time of the last change of the inode (ctime) cannot be set, as a copy sets the time of the
-    last write: another text of the same size and date is noticed.
+    It changes if a file is added, removed or written. A copy may set the time of the last write,
+    but nothing can set the time of the last change of the inode (ctime). Another text of the same
+    size and date is therefore noticed.
     """
     return [(file.relative_to(path).as_posix(), *file_tree.stamp(file)) for file in find(path)]
 
@@ -98,10 +101,11 @@ def documents(path: Path, text_key: str, validation_fraction: float) -> Iterator
 
 
 def survey(path: Path, validation_fraction: float) -> Survey:
-    """Look at every name under a directory, reading no text.
+    """Look at every name under a directory; no text is read.
 
-    BadInput of one line for a directory without text, for a split that is empty while the other is
-    not, and for a link that leads back to a directory above it.
+    Raises:
+      BadInput: for a directory without text, for a split that is empty while the other is not, and
+        for a link that leads back to a directory above it.
     """
     entries = sorted(file_tree.entries(path), key=lambda entry: entry.parts)
     ignored = collections.Counter(entry.ignored for entry in entries if entry.ignored)
@@ -115,11 +119,11 @@ def survey(path: Path, validation_fraction: float) -> Survey:
         )
     by_split = _by_split(entries, files, ignored)
     taken, split_rule = _choose(path, by_split, ignored, validation_fraction)
-    found = sorted(
-        (path.joinpath(*file.parts), split)
-        for split, named in taken.items()
-        for file in named.files
-    )
+    found = []
+    for split, named in taken.items():
+        for file in named.files:
+            found.append((path.joinpath(*file.parts), split))
+    found.sort()
     has_own_splits = len(taken) > 1
     if not has_own_splits:
         found = [(file, None) for file, _ in found]
@@ -127,11 +131,14 @@ def survey(path: Path, validation_fraction: float) -> Survey:
 
 
 def _by_split(entries: list, files: list, ignored: collections.Counter) -> dict[str | None, _Named]:
-    """Entries by the split that their paths name.
+    """Files and entries by the split that their paths name, None for those that name none.
 
-    Each real file in one of them only, however many paths lead to it.
+    A file is in one split only, even if links lead to it by several paths.
     """
-    names = SplitNames(part for entry in entries for part in entry.parts)
+    components = []
+    for entry in entries:
+        components += entry.parts
+    names = SplitNames(components)
     decided = {entry.parts: names.decide(entry.parts) for entry in entries}
     by_split: dict[str | None, _Named] = collections.defaultdict(_Named)
     for entry in entries:
@@ -140,8 +147,8 @@ def _by_split(entries: list, files: list, ignored: collections.Counter) -> dict[
         if split and is_split:
             ending = "/" if depth < len(entry.parts) or entry.kind == "directory" else ""
             by_split[split].entries.setdefault("/".join(entry.parts[:depth]) + ending)
-    # Held-out paths come first: a text that is held out under one name is not trained on under
-    # another.
+    # Held-out paths come first, so that a file that is held out under one name is not trained on
+    # under another.
     order = {None: 2, TRAIN: 1}
     seen = set()
     for file in sorted(files, key=lambda file: order.get(decided[file.parts][0], 0)):
@@ -159,40 +166,38 @@ def _choose(
     ignored: collections.Counter,
     validation_fraction: float,
 ) -> tuple[dict[str | None, _Named], str]:
-    """The splits to read under the names of ours, and the sentence that says which they are."""
+    """(splits to read, by our names, the sentence that says which they are).
+
+    The one split None means that the hash of each text decides.
+    """
     train = by_split.get(TRAIN, _Named())
     unnamed = by_split.get(None, _Named())
     held_out = held_out_name(by_split)
     if held_out is None:
-        if train.entries and not train.hold_text:
-            raise BadInput(
-                _one_is_empty(path, "training", train, f"{len(unnamed.files)} others", ignored)
-            )
+        if train.entries and train.is_empty:
+            others = f"{len(unnamed.files)} others"
+            raise BadInput(_one_is_empty(path, "training", train, others, ignored))
         everything = _Named(train.files + unnamed.files)
         what = f"{_counted(len(everything.files), 'file')}, none of them named as held out"
         return {None: everything}, divided_by_hash(what, validation_fraction)
     validation = by_split[held_out]
     for name, split, other in (("training", train, validation), ("held-out", validation, train)):
-        if not split.hold_text:
+        if split.is_empty:
             raise BadInput(_one_is_empty(path, name, split, str(other), ignored))
     for word, named in by_split.items():
         if word not in (None, TRAIN, held_out) and named.files:
-            ignored[
-                f"files in another held-out split, {_some(list(map(repr, named.entries)))}"
-            ] += len(named.files)
+            what = f"files in another held-out split, {_some(named.entries)}"
+            ignored[what] += len(named.files)
     if unnamed.files:
         ignored["text files whose names say no split"] += len(unnamed.files)
-    return {TRAIN: train, "validation": validation}, f"train is {train}, validation is {validation}"
+    split_rule = f"train is {train}, validation is {validation}"
+    return {TRAIN: train, "validation": validation}, split_rule
 
 
 def _one_is_empty(
     path: Path, name: str, empty: _Named, other: str, ignored: collections.Counter
 ) -> str:
-    said = (
-        f"no text in {_some(list(map(repr, empty.entries)))}"
-        if empty.entries
-        else "nothing is named so"
-    )
+    said = f"no text in {_some(empty.entries)}" if empty.entries else "nothing is named so"
     return (
         f"data.sources: '{path}' has no {name} split ({said}), though it has "
         f"{other}{_said(ignored)}; "
@@ -213,20 +218,20 @@ def _of_other_suffixes(entries: list) -> dict[str, int]:
     """How many files of which suffixes are not read, the frequent ones by name."""
     others = [entry.parts[-1] for entry in entries if entry.kind == "file" and not _is_text(entry)]
     suffixes = collections.Counter(_suffix(name) for name in others).most_common()
-    counts = {
-        f"{suffix!r} files" if suffix else "files without suffix": count
-        for suffix, count in suffixes[:_LISTED]
-    }
+    counts = {}
+    for suffix, count in suffixes[:_LISTED]:
+        counts[f"{suffix!r} files" if suffix else "files without suffix"] = count
     rest = sum(count for _, count in suffixes[_LISTED:])
-    return counts | ({"files of other suffixes": rest} if rest else {})
+    if rest:
+        counts["files of other suffixes"] = rest
+    return counts
 
 
 def _suffix(name: str) -> str:
-    """With the one in front of it where the last is that of a compression: .jsonl.zst."""
-    suffixes = Path(name).suffixes[-2:]
-    return "".join(
-        suffixes if suffixes and suffixes[-1] in (".gz", ".zst", ".bz2", ".xz") else suffixes[-1:]
-    )
+    """The suffix of a name; that of a compression has the one in front of it too: .jsonl.zst."""
+    suffixes = Path(name).suffixes
+    is_compressed = bool(suffixes) and suffixes[-1] in (".gz", ".zst", ".bz2", ".xz")
+    return "".join(suffixes[-2:] if is_compressed else suffixes[-1:])
 
 
 def _said(ignored: collections.Counter) -> str:
@@ -234,9 +239,12 @@ def _said(ignored: collections.Counter) -> str:
     return f" (ignored: {counts})" if counts else ""
 
 
-def _some(names: list[str]) -> str:
-    rest = len(names) - _LISTED
-    return " ".join(names[:_LISTED]) + (f" and {rest} more" if rest > 0 else "")
+def _some(names: Iterable[str]) -> str:
+    """The first names, quoted, and how many more there are."""
+    quoted = [repr(name) for name in names]
+    rest = len(quoted) - _LISTED
+    more = f" and {rest} more" if rest > 0 else ""
+    return " ".join(quoted[:_LISTED]) + more
 
 
 def _counted(count: int, what: str) -> str:

@@ -1,8 +1,8 @@
-"""What a prepared data set says of itself, checked before TFDS acts on it.
+"""The metadata of a prepared data set, checked before TFDS uses them.
 
 TFDS imports the module of any class that features.json names, and opens any path that
-dataset_info.json makes of a split. From a directory that someone else wrote, only TFDS's own
-classes and files beside these two are taken.
+dataset_info.json gives for a split. Someone else may have written the directory. Only classes of
+TFDS itself and files in the same directory are therefore accepted.
 """
 
 import json
@@ -17,7 +17,7 @@ _FILE_KEYS = ("filepathTemplate", "filepath_template")
 
 
 def check(directory: Path) -> None:
-    """Refuse a foreign class, a path that leads elsewhere, and what is no JSON."""
+    """Refuse a foreign class, a path that leads elsewhere, and a file that is not JSON."""
     for path in (directory / "features.json", directory / "dataset_info.json"):
         if not path.is_file():
             continue
@@ -42,12 +42,14 @@ def check(directory: Path) -> None:
 
 
 def _strings(content: object) -> Iterator[tuple[str, str]]:
-    """Every key of any depth that has a string, and the string."""
+    """Every (key, string) of any depth."""
     waiting = [content]
     while waiting:
         value = waiting.pop()
         if isinstance(value, dict):
-            yield from ((key, inner) for key, inner in value.items() if isinstance(inner, str))
-        waiting += (
-            value.values() if isinstance(value, dict) else value if isinstance(value, list) else []
-        )
+            for key, inner in value.items():
+                if isinstance(inner, str):
+                    yield key, inner
+            waiting += value.values()
+        elif isinstance(value, list):
+            waiting += value

@@ -1,6 +1,6 @@
-"""Documents from TensorFlow Datasets, without TensorFlow.
+"""Documents from TensorFlow Datasets (TFDS), without TensorFlow.
 
-Files of array_record are read through `as_data_source`.
+Files in the array_record format are read by `as_data_source`.
 """
 
 import contextlib
@@ -38,9 +38,8 @@ def in_directory(path: Path) -> Builder:
 def named(name: str, text_key: str) -> Builder:
     """A data set by its TFDS name, with an optional configuration ("c4/en").
 
-    It is prepared now if it is not yet.
-
-    One without the feature `text_key` is refused before anything is downloaded.
+    It is prepared now if it was not before. A data set without the feature `text_key` is refused
+    before anything is downloaded.
     """
     _register_legacy_builders()
 
@@ -72,11 +71,11 @@ def named(name: str, text_key: str) -> Builder:
 
 
 def prepare(construct: Callable[[], Builder]) -> Builder:
-    """Prepare a data set once; when another process finished the same one first, use that."""
+    """Prepare a data set once; if another process finished the same one first, use that."""
     builder = construct()
     tfds.display_progress_bar(sys.stderr.isatty())
     try:
-        # TFDS announces on stdout, which belongs to results
+        # TFDS prints to standard output, which is for results.
         with contextlib.redirect_stdout(sys.stderr):
             builder.download_and_prepare(file_format="array_record")
     except OSError:
@@ -100,7 +99,7 @@ def check_splits(builder: Builder, splits: Mapping[str, str]) -> None:
     """Refuse a data set of which one split is empty while the other is not."""
     counts = {name: info.num_examples for name, info in builder.info.splits.items()}
     for ours in sorted(set(splits.values())):
-        # a mocked data set has no counts
+        # A mocked data set has no counts.
         names = [name for name in splits if splits[name] == ours and name in counts]
         if names and not sum(counts[name] for name in names):
             raise BadInput(
@@ -114,47 +113,38 @@ def check_splits(builder: Builder, splits: Mapping[str, str]) -> None:
 def account(builder: Builder, splits: Mapping[str, str], validation_fraction: float) -> Account:
     """Which of the data set's splits became which of ours.
 
-    It counts the documents of the others, which are not read.
+    The documents of the other splits, which are not read, are counted.
     """
-    ignored = {
-        f"documents of the split {name!r}": info.num_examples
-        for name, info in builder.info.splits.items()
-        if name not in splits
-    }
-    names = {
-        ours: " ".join(repr(name) for name in splits if splits[name] == ours)
-        for ours in splits.values()
-    }
-    if len(names) == 1:
-        return Account(
-            divided_by_hash(f"split {names[TRAIN]}, and none held out", validation_fraction),
-            ignored,
-        )
-    return Account(
-        f"train is the split {names[TRAIN]}, validation is the split {names['validation']}", ignored
-    )
+    ignored = {}
+    for name, info in builder.info.splits.items():
+        if name not in splits:
+            ignored[f"documents of the split {name!r}"] = info.num_examples
+    train = _quoted(splits, TRAIN)
+    validation = _quoted(splits, "validation")
+    if not validation:
+        what = f"split {train}, and none held out"
+        return Account(divided_by_hash(what, validation_fraction), ignored)
+    return Account(f"train is the split {train}, validation is the split {validation}", ignored)
+
+
+def _quoted(splits: Mapping[str, str], ours: str) -> str:
+    """The data set's own names of one of our splits."""
+    return " ".join(repr(name) for name, split in splits.items() if split == ours)
 
 
 def fingerprint(builder: Builder) -> list:
-    """What tells a data set from others.
-
-    Name, configuration and version, its features, sizes of its splits, and its files.
-    """
+    """The identity of a data set: its name, version, features, sizes of splits, and files."""
     bytes_by_split = {name: split.num_bytes for name, split in builder.info.splits.items()}
-    # On a disk. In a bucket, where files have no such stamps, sizes must do; a mocked data set has
-    # no files at all.
+    sizes = []
+    for name, split in splits(builder).items():
+        sizes.append((name, split, len(_open(builder, name)), bytes_by_split.get(name)))
+    # Files on a disk have stamps. Files in a bucket have none, and a mocked data set has no files:
+    # there only the sizes count.
     directory = Path(os.fspath(builder.data_path))
-    return [
-        builder.info.full_name,
-        sorted(builder.info.features),
-        [
-            (name, split, len(_open(builder, name)), bytes_by_split.get(name))
-            for name, split in splits(builder).items()
-        ],
-        sorted((file.name, *file_tree.stamp(file)) for file in directory.iterdir())
-        if directory.is_dir()
-        else [],
-    ]
+    files = []
+    if directory.is_dir():
+        files = sorted((file.name, *file_tree.stamp(file)) for file in directory.iterdir())
+    return [builder.info.full_name, sorted(builder.info.features), sizes, files]
 
 
 def count(builder: Builder) -> int:
@@ -163,9 +153,9 @@ def count(builder: Builder) -> int:
 
 
 def documents(builder: Builder, text_key: str, validation_fraction: float) -> Iterator[Document]:
-    """Every text of the data set's train split and of the one it holds out.
+    """Every text of the data set's train split and of its held-out split.
 
-    Where it holds none out, train is divided by hash.
+    Without a held-out split, train is divided by hash.
     """
     found = splits(builder)
     has_own_splits = len(set(found.values())) > 1
@@ -177,11 +167,12 @@ def documents(builder: Builder, text_key: str, validation_fraction: float) -> It
 
 
 def splits(builder: Builder) -> dict[str, str]:
-    """The data set's own names of the splits to read -> "train" or "validation".
+    """{the data set's own name of a split to read: "train" or "validation"}.
 
-    A split that is called exactly so wins over those whose names only begin so (train_clean).
+    A split that has exactly the name wins over those whose names only begin with it (train_clean).
     """
-    names = list(builder.info.splits) or [TRAIN]  # a mocked data set has no metadata, and any split
+    # A mocked data set has no metadata; it has every split.
+    names = list(builder.info.splits) or [TRAIN]
     words = {name: split_word(name) for name in names}
     train = _called(TRAIN, words)
     if not train:
@@ -194,22 +185,24 @@ def splits(builder: Builder) -> dict[str, str]:
 
 
 def _called(word: str | None, words: Mapping[str, str | None]) -> list[str]:
+    """The splits of that word: the one of exactly that name, or else all whose names begin so."""
     if word is None:
         return []
-    return [word] if word in words else [name for name, found in words.items() if found == word]
+    if word in words:
+        return [word]
+    return [name for name, found in words.items() if found == word]
 
 
 def _open(builder: Builder, split: str):
     info = builder.info.splits.get(split)
     if info and not info.num_examples:
-        return []  # the reader wants a file at least
+        return []  # the reader needs at least one file
     try:
         return builder.as_data_source(split=split)
     except NotImplementedError:
         raise BadInput(
             f"data.sources: '{builder.data_dir}' is in the {builder.info.file_format.value} "
-            "format; "
-            "prepare it as array_record"
+            "format; prepare it as array_record"
         ) from None
 
 
@@ -220,7 +213,7 @@ def _records(builder: Builder, split: str) -> Iterator[dict]:
             record = next(records)
         except StopIteration:
             return
-        # all that the reader of array_record says of a file that is missing or damaged
+        # The reader of array_record raises this for a file that is missing or damaged.
         except RuntimeError as error:
             raise BadInput(
                 f"data.sources: '{builder.data_dir}' cannot be read ({_one_line(error)}); "
@@ -232,7 +225,7 @@ def _records(builder: Builder, split: str) -> Iterator[dict]:
 def _register_legacy_builders() -> None:
     """Import every package of builders.
 
-    TFDS does so only up to the first that needs something not installed.
+    TFDS itself stops at the first package that needs something that is not installed.
     """
     for module in pkgutil.iter_modules(tfds.__path__, "tensorflow_datasets."):
         if module.ispkg:
@@ -243,9 +236,8 @@ def _register_legacy_builders() -> None:
 
 
 def _is_string(feature) -> bool:
-    return getattr(feature, "shape", None) == () and tfds.core.utils.dtype_utils.is_string(
-        feature.np_dtype
-    )
+    is_scalar = getattr(feature, "shape", None) == ()
+    return is_scalar and tfds.core.utils.dtype_utils.is_string(feature.np_dtype)
 
 
 def _as_bytes(text: str | bytes) -> bytes:
@@ -253,6 +245,6 @@ def _as_bytes(text: str | bytes) -> bytes:
 
 
 def _one_line(error: Exception) -> str:
-    """The beginning of what TFDS says, which may run over pages."""
+    """The beginning of an error message of TFDS, which may have pages."""
     words = " ".join(str(error).split()) or type(error).__name__
     return words if len(words) <= _LONGEST_REASON else words[:_LONGEST_REASON] + "…"

@@ -1,9 +1,8 @@
 """Text to token ids and back: plain bytes, or a Hugging Face `tokenizer.json`.
 
-Both have `vocab_size`, `eos_id` and `eos` (the token after every document, and how it is spelled),
-`identity` (differs whenever ids could differ), `encode_batch`, `encode` and `decode`. Models may
-have more rows than a tokenizer has ids, so `decode` ignores ids that it does not know. `bpe.py`
-makes such a file from the configured text.
+Both follow the protocol `Tokenizer`. A model may have more rows than a tokenizer has ids; `decode`
+therefore ignores ids that it does not know. `bpe.py` makes a tokenizer.json from the configured
+text.
 """
 
 import hashlib
@@ -23,8 +22,8 @@ from moe_erc.data import paths
 END_OF_DOCUMENT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]", "[SEP]")
 
 
-# How published tokenizers spell other tokens that text must not make, where a file forgets to call
-# them special.
+# How published tokenizers spell other control tokens. Text must not make them, also if a file does
+# not call them special.
 _CONTROL = (
     "<s>",
     "<bos>",
@@ -37,10 +36,14 @@ _CONTROL = (
     "[PAD]",
     "<unk>",
     "[UNK]",
+    "<mask>",
+    "[MASK]",
+    "<eod>",
+    "<eot>",
+    "<eop>",
 )
-_CONTROL += ("<mask>", "[MASK]", "<eod>", "<eot>", "<eop>")
 _CONTROL_FORM = re.compile(r"<[|｜][^<>]+[|｜]>")  # <|im_start|>
-# Files beside a tokenizer.json that say how a document ends, and under which keys.
+# Files beside a tokenizer.json that name the end of a document, and their keys.
 _SETTINGS = (
     ("tokenizer_config.json", "eos_token"),
     ("special_tokens_map.json", "eos_token"),
@@ -50,12 +53,12 @@ _SETTINGS = (
 
 
 class Tokenizer(Protocol):
-    """What the rest of the package knows of a tokenizer."""
+    """The interface of a tokenizer for the rest of the package."""
 
     vocab_size: int
-    eos_id: int
-    eos: str
-    identity: str
+    eos_id: int  # of the token after every document
+    eos: str  # its spelling
+    identity: str  # differs if any text could have other ids
 
     def encode_batch(self, texts: Sequence[str | bytes]) -> list[np.ndarray]:
         """Token ids of every text, without end-of-document tokens."""
@@ -68,9 +71,9 @@ class Tokenizer(Protocol):
 
 
 class ByteTokenizer:
-    """UTF-8 bytes as tokens, and one more that ends a document.
+    """UTF-8 bytes as tokens, and one more token that ends a document.
 
-    It needs no training and knows every character.
+    It needs no training and can encode every character.
     """
 
     vocab_size = 257
@@ -100,9 +103,10 @@ class HuggingFaceTokenizer:
     def __init__(self, path: Path):
         self.identity = hashlib.sha256(path.read_bytes()).hexdigest()
         self._tokenizer = _read(path)
-        # a document about "<|endoftext|>" does not end there
+        # A document that mentions "<|endoftext|>" does not end there.
         self._tokenizer.encode_special_tokens = True
-        self._tokenizer.no_truncation()  # which the file may ask for, as it may for padding
+        # The file may ask for truncation and padding.
+        self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocabulary.values(), default=0) + 1
@@ -117,28 +121,28 @@ class HuggingFaceTokenizer:
         self.eos = (ends or declared)[0]
         self.eos_id = vocabulary[self.eos]
         marked = self._mark_special()
-        if marked or declared:  # else the file alone decides the ids, as it always did
-            self.identity = hashlib.sha256(
-                json.dumps([self.identity, self.eos, marked]).encode()
-            ).hexdigest()
+        # If nothing else than the file decides the ids, its digest is the identity.
+        if marked or declared:
+            what_decides = json.dumps([self.identity, self.eos, marked])
+            self.identity = hashlib.sha256(what_decides.encode()).hexdigest()
         self._is_control = self._control_ids()
         self._unknown_id = _unknown_id(self._tokenizer)
 
     def encode_batch(self, texts: Sequence[str | bytes]) -> list[np.ndarray]:
-        # A text from the command line that is no UTF-8 has surrogates, which the library does not
-        # take.
-        encoded = [
-            text if isinstance(text, bytes) else text.encode(errors="replace") for text in texts
-        ]
-        strings = [text.decode(errors="replace") for text in encoded]
+        strings = []
+        for text in texts:
+            # A text from the command line that is not UTF-8 has surrogates, which the library
+            # refuses.
+            data = text if isinstance(text, bytes) else text.encode(errors="replace")
+            strings.append(data.decode(errors="replace"))
         found = self._tokenizer.encode_batch_fast(strings, add_special_tokens=False)
-        ids = [np.array(encoding.ids, np.uint32) for encoding in found]
-        return [
-            np.array(list(self._spelled(text)), np.uint32)
-            if self._is_control[ids_N].any()
-            else ids_N
-            for text, ids_N in zip(strings, ids, strict=True)
-        ]
+        ids_of_texts = []
+        for text, encoding in zip(strings, found, strict=True):
+            ids_N = np.array(encoding.ids, np.uint32)
+            if self._is_control[ids_N].any():
+                ids_N = np.array(list(self._spelled(text)), np.uint32)
+            ids_of_texts.append(ids_N)
+        return ids_of_texts
 
     def encode(self, text: str | bytes) -> np.ndarray:
         return self.encode_batch([text])[0]
@@ -147,32 +151,32 @@ class HuggingFaceTokenizer:
         return self._tokenizer.decode([int(token) for token in ids if 0 <= token < self.vocab_size])
 
     def _mark_special(self) -> list[str]:
-        """Call special what is a control token in all but name; returns what was not called so."""
+        """Mark control tokens as special that the file does not; returns their spellings."""
         marked = []
         for _, token in sorted(self._tokenizer.get_added_tokens_decoder().items()):
-            known = token.content in (*END_OF_DOCUMENT, *_CONTROL, self.eos)
-            if not token.special and (known or _CONTROL_FORM.fullmatch(token.content)):
+            is_control = token.content in (*END_OF_DOCUMENT, *_CONTROL, self.eos)
+            is_control = is_control or _CONTROL_FORM.fullmatch(token.content)
+            if is_control and not token.special:
                 token.special = True
                 self._tokenizer.add_special_tokens([token])
                 marked.append(token.content)
         return marked
 
     def _control_ids(self) -> np.ndarray:
-        """By id, whether no text may make it."""
+        """(V,) bool: whether an id is a control token, which no text may make."""
         added = self._tokenizer.get_added_tokens_decoder()
         is_control = np.zeros(self.vocab_size, bool)
-        is_control[[number for number, token in added.items() if token.special] + [self.eos_id]] = (
-            True
-        )
+        is_control[self.eos_id] = True
+        for number, token in added.items():
+            if token.special:
+                is_control[number] = True
         return is_control
 
     def _spelled(self, text: str) -> Iterator[int]:
-        """Ids of a text of which the model itself makes a control token.
+        """The ids of a text that spells a control token, without that token.
 
-        Its vocabulary holds such tokens as words.
-
-        Such a token is cut in two in the text, and what lies before and behind the cut is encoded
-        by itself.
+        The model of such a tokenizer has control tokens as words of its vocabulary. The text is cut
+        within the control token, and the parts before and behind the cut are encoded apart.
         """
         waiting = [text]
         while waiting:
@@ -181,19 +185,16 @@ class HuggingFaceTokenizer:
             cut = self._first_cut(piece, found)
             if cut is None:
                 yield from found.ids
-            # else a single character that is a control token: it has no other spelling
+            # A single character that is a control token has no other spelling and is left out.
             elif len(piece) > 1:
                 waiting += [piece[cut:], piece[:cut]]
 
     def _first_cut(self, piece: str, found) -> int | None:
-        """Where to cut a piece of text within the first control token that it spells.
-
-        None if it spells none.
-        """
+        """A place within the first control token that a text spells; None if it spells none."""
         for token, (start, end) in zip(found.ids, found.offsets, strict=True):
             spelled = piece[start:end].strip() == self._tokenizer.id_to_token(token)
-            # What is not in the vocabulary is the unknown token, rightly, unless the text spells
-            # just that.
+            # Text that is not in the vocabulary rightly becomes the unknown token. Text that spells
+            # the unknown token must not.
             if self._is_control[token] and (token != self._unknown_id or spelled):
                 return min(max((start + end) // 2, 1), len(piece) - 1)
         return None
@@ -212,7 +213,7 @@ def load(spec: str) -> Tokenizer:
 
 
 def library() -> ModuleType:
-    """The `tokenizers` library, which only these tokenizers need."""
+    """The library `tokenizers`, which only a tokenizer.json needs."""
     try:
         import tokenizers
     except ImportError:
@@ -224,13 +225,13 @@ def library() -> ModuleType:
 
 
 def _declared_ends(directory: Path, vocabulary: dict[str, int]) -> Iterator[str]:
-    """Tokens of the vocabulary that the files beside a tokenizer.json call the end of a text."""
+    """Tokens of the vocabulary that files beside a tokenizer.json name as the end of a text."""
     spellings = {number: token for token, number in vocabulary.items()}
     for name, key in _SETTINGS:
         try:
             value = json.loads((directory / name).read_bytes()).get(key)
         except (OSError, ValueError, AttributeError, RecursionError):
-            continue  # absent, or of something else
+            continue  # the file is absent or has another content
         first = value[0] if isinstance(value, list) and value else value
         token = first.get("content") if isinstance(first, dict) else first
         token = spellings.get(token) if isinstance(token, int) else token
@@ -243,7 +244,7 @@ def _unknown_id(tokenizer) -> int | None:
     token = getattr(tokenizer.model, "unk_token", None)
     if token is not None:
         return tokenizer.token_to_id(token)
-    # The library tells that of a Unigram model in the file alone.
+    # For a Unigram model the library tells it only in the file.
     is_unigram = type(tokenizer.model).__name__ == "Unigram"
     return json.loads(tokenizer.to_str())["model"].get("unk_id") if is_unigram else None
 

@@ -1,9 +1,11 @@
 """Batches of fixed windows, addressed by one integer.
 
-Window i of a stream is tokens [i T, i T + T]; its inputs are all but the last, its targets all but
-the first. Every target is in exactly one window. A training batch is a pure function of (corpus,
-seed, rows read before it): resuming costs nothing, also in batches of another size, and a batch has
-the same rows in the same order whether one process reads all of it or several read some each.
+Window i of a stream has the tokens [i T, i T + T]. Its inputs are all but the last token, and its
+targets are all but the first. Every target is in exactly one window.
+
+A training batch is a pure function of (corpus, seed, rows read before it). A resumed run therefore
+reads nothing again, also with batches of another size. A batch has the same rows in the same order
+whether one process reads it or several processes read parts of it.
 """
 
 import functools
@@ -16,7 +18,7 @@ from moe_erc.checks import BadInput
 from moe_erc.data.mixture import Mixture
 from moe_erc.data.streams import Corpus, Stream
 
-# batches, prepared while the device computes
+# Batches are prepared while the device computes.
 _READING = grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)
 
 
@@ -29,7 +31,7 @@ def count_windows(stream: Stream, sequence_length: int) -> int:
 
 
 class Windows:
-    """The full windows of a stream as a source of random access."""
+    """The full windows of a stream, with random access."""
 
     def __init__(self, stream: Stream, sequence_length: int):
         self._tokens_N = stream.tokens_N
@@ -53,23 +55,35 @@ def train_batches(
     start_row: int = 0,
     rows: Sequence[int] | None = None,
 ) -> Iterator[dict[str, np.ndarray]]:
-    """The endless training batches from `start_row` on, shuffled by `seed` and anew in every epoch.
+    """The endless training batches from `start_row` on, shuffled anew in every epoch.
 
-    `start_row` counts the rows (windows) that all batches before had together, whatever their sizes
-    were: it need not be a multiple of `batch_size`. It is given by name, so that nobody passes a
-    number of steps for it. `batch_size` counts the rows of all processes; `rows` are those of each
-    batch that are read here, None reads all. Every source is a random permutation of the windows of
-    all its domains, then another.
+    The windows of a source, of all its domains, are read in a random permutation, and then in
+    another one.
+
+    Args:
+      corpus: the token streams
+      sequence_length: tokens of a window, T
+      batch_size: rows of a batch, of all processes together
+      seed: of the permutations
+      start_row: how many rows (windows) all batches before have had together. It need not be a
+        multiple of `batch_size`, because those batches may have had other sizes. It must be given
+        by name, so that nobody passes a number of steps.
+      rows: the rows of each batch that this process reads; None reads all
     """
     rows = range(batch_size) if rows is None else rows
     train = corpus.streams["train"].values()
-    groups = [
-        [stream for stream in train if stream.source == source] for source in corpus.weights
-    ] or [list(train)]
-    shuffled = [
-        _shuffled(group, sequence_length, (seed, position)) for position, group in enumerate(groups)
-    ]
-    mixture = Mixture(list(corpus.weights.values()) or [1], batch_size, rows, start_row)
+    # Without weights all streams are one group, in proportion to their sizes.
+    groups = [list(train)]
+    weights = [1]
+    if corpus.weights:
+        weights = list(corpus.weights.values())
+        groups = []
+        for source in corpus.weights:
+            groups.append([stream for stream in train if stream.source == source])
+    shuffled = []
+    for position, group in enumerate(groups):
+        shuffled.append(_shuffled(group, sequence_length, (seed, position)))
+    mixture = Mixture(weights, batch_size, rows, start_row)
     windows = grain.MapDataset.select_from_datasets(shuffled, mixture)
     of_windows = functools.partial(_inputs_and_targets, _document_end(corpus))
     return iter(windows.batch(len(rows)).map(of_windows).to_iter_dataset(_READING))
@@ -80,10 +94,8 @@ def validation_batches(
 ) -> Iterator[dict[str, np.ndarray]]:
     """Every target of a domain's validation stream once, in order, in batches of one shape.
 
-    Padding has mask False.
-
-    `limit` bounds the number of windows: the ones read are then spread evenly over the stream. 0
-    and None mean all.
+    Padding has mask False. `limit` is the largest number of windows, which are then spread evenly
+    over the stream; 0 and None mean all.
     """
     streams = corpus.streams["validation"]
     if domain not in streams:
@@ -98,16 +110,17 @@ def validation_batches(
 
 
 def documents_per_window(corpus: Corpus, sequence_length: int) -> float:
-    """How many documents a training window meets on average, whole or in part."""
+    """How many documents a training window has on average, whole or in part."""
     train = corpus.streams["train"].values()
     weights = corpus.weights or {None: 1}
     expected = 0.0
     for source, weight in weights.items():
         streams = [stream for stream in train if source in (None, stream.source)]
-        ends_per_token = sum(stream.documents for stream in streams) / sum(
-            len(stream.tokens_N) for stream in streams
-        )
-        expected += weight / sum(weights.values()) * (1 + (sequence_length - 1) * ends_per_token)
+        documents = sum(stream.documents for stream in streams)
+        tokens = sum(len(stream.tokens_N) for stream in streams)
+        ends_per_token = documents / tokens
+        share = weight / sum(weights.values())
+        expected += share * (1 + (sequence_length - 1) * ends_per_token)
     return expected
 
 
@@ -135,23 +148,22 @@ def _shuffled(
     streams: list[Stream], sequence_length: int, entropy: tuple[int, int]
 ) -> grain.MapDataset:
     """All windows of some streams, epoch after epoch, each epoch a new permutation."""
-    sets = [
-        grain.MapDataset.source(Windows(stream, sequence_length))
-        for stream in streams
-        if count_windows(stream, sequence_length)
-    ]
-    # each source has a permutation of its own
+    sets = []
+    for stream in streams:
+        if count_windows(stream, sequence_length):
+            sets.append(grain.MapDataset.source(Windows(stream, sequence_length)))
+    # Each source has a permutation of its own.
     seed = int(np.random.SeedSequence(entropy).generate_state(1)[0])
     return grain.MapDataset.concatenate(sets).shuffle(seed).repeat()
 
 
 def _document_end(corpus: Corpus) -> int | None:
-    """The token at which attention ends, None where it crosses documents."""
+    """The token at which attention ends, or None if attention crosses documents."""
     return None if corpus.attend_across_documents else corpus.tokenizer.eos_id
 
 
 def _inputs_and_targets(eos_id: int | None, window_BT: np.ndarray) -> dict[str, np.ndarray]:
-    """Windows of T + 1 tokens as T predictions each, all counted.
+    """Windows of T + 1 tokens as T predictions each, none of which is masked.
 
     With `eos_id` their documents are numbered.
     """
@@ -161,18 +173,16 @@ def _inputs_and_targets(eos_id: int | None, window_BT: np.ndarray) -> dict[str, 
         "targets_BT": window_BT[:, 1:],
         "mask_BT": np.ones_like(window_BT[:, 1:], bool),
     }
-    return (
-        batch
-        if eos_id is None
-        else batch | {"segments_BT": _number_documents(batch["inputs_BT"], eos_id)}
-    )
+    if eos_id is not None:
+        batch["segments_BT"] = _number_documents(batch["inputs_BT"], eos_id)
+    return batch
 
 
 def _number_documents(inputs_BT: np.ndarray, eos_id: int) -> np.ndarray:
     """(B, T) int32: how many documents ended in the window before each token.
 
-    The end-of-document token is the last of its own document, and what it predicts is the first
-    token of the next: that target is counted too, so that a loss is over the same targets whether
+    The end-of-document token is the last token of its own document. It predicts the first token of
+    the next document. That target is not masked, so that a loss has the same targets whether
     attention crosses documents or not.
     """
     ends_BT = inputs_BT == eos_id

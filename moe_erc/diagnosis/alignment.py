@@ -1,10 +1,12 @@
-"""How much of the strongest direction of its expert's gate does a router row hold? (arXiv 2606.12397)
+"""How much of the strongest direction of its expert's gate a router row holds (arXiv 2606.12397).
 
-    alignment = |r @ W| / (|r| sigma_max(W))     in [0, 1]; 1 if r is the gate's first left singular vector
+    alignment = |r @ W| / (|r| sigma_max(W))
 
-sigma_max without an SVD, which is slow on TPUs: for the Gram matrix G of W, P = G^(2^s) is all but
-rank 1, and sigma_max^2 = tr(G P) / tr(P). Squarings double the power; each is renormalised, or it
-would leave the range of float32.
+It is in [0, 1], and 1 if r is the first left singular vector of the gate.
+
+sigma_max is found without an SVD, which is slow on TPUs. For the Gram matrix G of W, the power
+P = G^(2^s) is nearly of rank 1, and sigma_max^2 = tr(G P) / tr(P). Each squaring doubles the power.
+Each is renormalised, because it would leave the range of float32 otherwise.
 """
 
 import jax
@@ -15,28 +17,32 @@ from jax.sharding import PartitionSpec as P
 from moe_erc.measures.weights import unit_rows
 from moe_erc.numerics import divide
 
-SQUARINGS = (
-    10  # 1,024 power steps: sigma_max to 1e-5 for random gates, to log(min(D, F)) / 2,048 for any
-)
+# Ten squarings are 1,024 power steps. The relative error of sigma_max is then 1e-5 for random gates
+# and at most log(min(D, F)) / 2,048 for any gate.
+SQUARINGS = 10
 
 
-def alignment(router_LED, w_gate_LEDF, mesh=None):
-    """By expert, (L, E) float32; 0 for a zero row or a zero gate. One layer at a time in float32.
+def alignment(
+    router_LED: jax.Array, w_gate_LEDF: jax.Array, mesh: jax.sharding.Mesh | None = None
+) -> jax.Array:
+    """The alignment of every expert, (L, E) float32; 0 for a zero row or a zero gate.
 
-    With the mesh on which the gates lie, P(None, expert, None, data): a device's own experts,
-    whole; split by expert.
+    One layer at a time is in float32. `mesh` is the one on which the gates lie as
+    P(None, expert, None, data). Each device then gathers its own experts whole, and the result is
+    split by expert.
     """
     if mesh is None:
-        return lax.map(lambda layer: _of_layer(*layer), (router_LED, w_gate_LEDF))
+        return lax.map(_of_layer, (router_LED, w_gate_LEDF))
     data, expert = mesh.axis_names
 
     def local(router_LJD, w_gate_LJDF):
         def layer(router_and_gates):
             router_JD, w_slice_JDF = router_and_gates
-            return _of_layer(router_JD, lax.all_gather(w_slice_JDF, data, axis=2, tiled=True))
+            w_gate_JDF = lax.all_gather(w_slice_JDF, data, axis=2, tiled=True)
+            return _of_layer((router_JD, w_gate_JDF))
 
-        # Devices along data have computed the same, which the type of what they gathered does not
-        # tell.
+        # Devices along `data` have computed the same values, but the type of a gathered array does
+        # not say so. The maximum of equal values makes it known.
         return lax.pmax(lax.map(layer, (router_LJD, w_gate_LJDF)), data)
 
     specs = (P(None, expert), P(None, expert, None, data))
@@ -45,17 +51,18 @@ def alignment(router_LED, w_gate_LEDF, mesh=None):
     )
 
 
-def _of_layer(router_ED, w_gate_EDF):
+def _of_layer(router_and_gates):
+    router_ED, w_gate_EDF = router_and_gates
     unit_ED = unit_rows(router_ED)
     w_gate_EDF = w_gate_EDF.astype(jnp.float32)
     response_EF = jnp.einsum("ed,edf->ef", unit_ED, w_gate_EDF, precision="highest")
     return divide(jnp.linalg.norm(response_EF, axis=-1), largest_singular_value(w_gate_EDF))
 
 
-def largest_singular_value(w_EDF):
-    """sigma_max of every matrix, (E,) float32, never above it by more than rounding.
+def largest_singular_value(w_EDF: jax.Array) -> jax.Array:
+    """sigma_max of every matrix, (E,) float32; 0 for a matrix of zeros.
 
-    0 for a matrix of zeros.
+    The value exceeds sigma_max by no more than rounding.
     """
     w_EDF = w_EDF.astype(jnp.float32)
     scale_E = jnp.max(jnp.abs(w_EDF), axis=(1, 2))

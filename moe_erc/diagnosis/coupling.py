@@ -1,7 +1,7 @@
 """The measures of router rows and gates of a model in training, wherever its parameters lie.
 
-`layers.py` asks more, of any model, on the host. All matmuls are in full float32, on every
-platform.
+`layers.py` computes more measures of any model, on the host. All matmuls are in full float32 on
+every platform.
 """
 
 import functools
@@ -23,10 +23,11 @@ def measure_coupling(
 ) -> dict[str, jax.Array]:
     """The measures of coupling matrices and weights, by key, (L,) each.
 
-    One layer is in memory at a time. With the mesh on which the gates lie, each device has its own
-    part of it, and all get the results.
+    One layer is in memory at a time. `mesh` is the one on which the gates lie. Each device then has
+    its own part of the layer, and all devices get the results.
     """
-    # The program depends on what is in the table: measures are its arguments, and not read inside.
+    # The compiled program depends on which measures are registered. They are therefore its static
+    # arguments and are not read inside.
     return _measure(router_LED, w_gate_LEDF, mesh, reading("matrix"), reading("weights"))
 
 
@@ -48,5 +49,5 @@ def _measure(router_LED, w_gate_LEDF, mesh, of_matrix, of_weights):
 
 
 def gate_norms(w_gate_EDF: jax.Array) -> jax.Array:
-    """Frobenius norms in float32, (E,); leading axes stay."""
+    """Frobenius norm of every gate in float32, (E,); leading axes stay."""
     return jnp.sqrt(jnp.sum(jnp.square(w_gate_EDF.astype(jnp.float32)), axis=(-2, -1)))

@@ -1,4 +1,7 @@
-"""The curves of a run, read back from metrics.jsonl: {"step": 7, "loss/lm": 1.5, "coupling/erc": [0, 0.2]} a line."""
+"""The curves of a run, read back from metrics.jsonl.
+
+A line is {"step": 7, "loss/lm": 1.5, "coupling/erc": [0, 0.2]}.
+"""
 
 import collections
 import json
@@ -9,14 +12,15 @@ from etils import epath
 from moe_erc.checks import BadInput
 
 
-def read_metrics(path):
-    """{metric name: (steps_N, values_N)}, or values_NL of a metric that has a value a layer; null reads as NaN.
+def read_metrics(path: epath.PathLike) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """The curve of every metric: {metric name: (steps_N, values_N)}.
 
-    Steps ascend; what was written last of a step counts. A last line that a killed run tore is left
-    out.
+    A metric with one value for every layer has values_NL. null becomes NaN. Steps ascend, and the
+    last value that was written for a step is taken. A last line that a killed run left incomplete
+    is ignored.
 
     Raises:
-      ValueError: for any other line that is not JSON.
+      BadInput: for any other line that is not the JSON of a step.
     """
     values = collections.defaultdict(dict)
     lines = epath.Path(path).read_bytes().decode(errors="replace").splitlines()

@@ -1,6 +1,6 @@
 """The documents with figures: report.html of one run or of several, diagnosis.md of a model.
 
-They need the extra `plot`; every figure is a file of its own as well.
+They need the extra `plot`. Every figure is also written to a file of its own.
 """
 
 import re
@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from etils import epath
 
 from moe_erc.diagnosis.figures import png
 from moe_erc.diagnosis.html import Picture, Section, Table, page
@@ -19,20 +20,27 @@ from moe_erc.measures.coupling import MATRIX
 from moe_erc.measures.registry import GROUPS, of_group
 
 
-def write_figures(directory, runs: Mapping[str, Mapping]) -> dict[str, tuple[bytes, str]]:
-    """figures/*.png of `run_figures`; {path below the directory: (PNG, caption)}."""
+def write_figures(
+    directory: epath.Path, runs: Mapping[str, Mapping]
+) -> dict[str, tuple[bytes, str]]:
+    """Write the figures of `run_figures` to figures/*.png.
+
+    Returns {path below the directory: (PNG, caption)}.
+    """
     written = {}
     for name, (figure, caption) in run_figures(runs).items():
         path = f"figures/{re.sub('[^a-z0-9]+', '-', name.lower())}.png"
-        written[path] = png(figure), f"{name[0].upper()}{name[1:]}. {caption}"
-        write_bytes(directory / path, written[path][0])
+        image = png(figure)
+        title = f"{name[0].upper()}{name[1:]}"
+        written[path] = (image, f"{title}. {caption}")
+        write_bytes(directory / path, image)
     return written
 
 
-def write_run_report(directory, runs: Mapping[str, Mapping]) -> None:
-    """report.html, which needs nothing beside it, and its figures.
+def write_run_report(directory: epath.Path, runs: Mapping[str, Mapping]) -> None:
+    """Write report.html, which contains its figures, and the figures as files.
 
-    `runs` are those of `run_figures`, each with its "measures".
+    `runs` are as for `run_figures`; each must have its "measures".
     """
     pictures = []
     for image, text in write_figures(directory, runs).values():
@@ -46,8 +54,13 @@ def write_run_report(directory, runs: Mapping[str, Mapping]) -> None:
 
 
 def compare(measured: Mapping[str, Mapping[str, Any]]) -> list[Table]:
-    """Runs side by side: a table for every group, a row for every measure, means over layers."""
-    keys = list(dict.fromkeys(key for found in measured.values() for key in found))
+    """Runs side by side: a table for every group and in it a row for every measure.
+
+    The cell of a measure by layer is the mean over layers.
+    """
+    keys = {}  # a dict keeps the order in which the measures are met
+    for found in measured.values():
+        keys |= dict.fromkeys(found)
     made = []
     for name, group in GROUPS.items():
         rows = []
@@ -69,8 +82,10 @@ def _mean(measure, found):
     return measure.show(np.mean(value))
 
 
-def report_diagnosis(directory, name: str, layers: Iterable, numbers: Sequence[int]) -> None:
-    """Diagnoses layers (router_ED, w_gate_EDF), numbered so; prints and writes what is found."""
+def report_diagnosis(
+    directory: epath.Path, name: str, layers: Iterable, numbers: Sequence[int]
+) -> None:
+    """Diagnose layers (router_ED, w_gate_EDF) with these numbers; print and write what is found."""
     found = diagnose(layers, numbers)
     print_tables(of_layers(found))
     print(f"{name}: {verdict(found.measures)}")
@@ -80,8 +95,13 @@ def report_diagnosis(directory, name: str, layers: Iterable, numbers: Sequence[i
     write_diagnosis(directory, name, found, captions)
 
 
-def write_diagnosis(directory, name: str, found: Layers, pictures: Mapping[str, str]) -> None:
-    """diagnosis.json and diagnosis.md, with pictures: {path below the directory: caption}."""
+def write_diagnosis(
+    directory: epath.Path, name: str, found: Layers, pictures: Mapping[str, str]
+) -> None:
+    """Write diagnosis.json and diagnosis.md.
+
+    `pictures` are {path below the directory: caption}.
+    """
     measured = {
         "layers": list(found.numbers),
         "measures": found.measures,

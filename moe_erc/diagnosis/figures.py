@@ -6,6 +6,7 @@ pyplot: no window, no global figures.
 """
 
 import io
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -45,30 +46,35 @@ MARKERS = ("o", "s", "^", "D", "v")  # the three lengths share no factor: 140 li
 
 
 @matplotlib.rc_context(LOOK)
-def png(figure):
-    """The same bytes for the same figure."""
+def png(figure: Figure) -> bytes:
+    """The figure as PNG; the same figure gives the same bytes."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", metadata={"Software": None})
     return buffer.getvalue()
 
 
 @matplotlib.rc_context(LOOK)
-def curves(panels, xlabel, runs=()):
-    """A panel a measure, {its label (its unit): {run: (x_N, y_N)}}; a run has one look, by its place in `runs`.
+def curves(
+    panels: Mapping[str, Mapping[str, tuple]], xlabel: str, runs: Iterable[str] = ()
+) -> Figure:
+    """A panel for every measure: {label (unit): {run: (x_N, y_N)}}.
 
-    Of values by layer, y_NL, the line is the mean and the band reaches from the lowest layer to the
-    highest.
+    The place of a run in `runs` decides its colour, dash and marker, which are the same in all
+    panels. For values by layer, y_NL, the line is the mean over layers, and the band reaches from
+    the lowest layer to the highest.
     """
-    runs = list(dict.fromkeys([*runs, *(run for series in panels.values() for run in series)]))
+    runs = dict.fromkeys(runs)  # a dict keeps the order
+    for series in panels.values():
+        runs |= dict.fromkeys(series)
+    runs = list(runs)
     figure, axes = _panels(len(panels), 2, 0.65, sharex=True)
     lines = {}
     for ax, (ylabel, series) in zip(axes, panels.items(), strict=True):
         for run, (x_N, y) in series.items():
             y_NL = np.reshape(np.asarray(y, float), (len(x_N), -1))
             style = _style(runs.index(run))
-            (lines[run],) = ax.plot(
-                x_N, y_NL.mean(axis=1), markevery=-(-len(x_N) // 12), label=run, **style
-            )
+            every = -(-len(x_N) // 12)  # at most twelve markers on a line
+            (lines[run],) = ax.plot(x_N, y_NL.mean(axis=1), markevery=every, label=run, **style)
             if y_NL.shape[1] > 1:
                 ax.fill_between(
                     x_N,
@@ -89,8 +95,10 @@ def curves(panels, xlabel, runs=()):
 
 
 @matplotlib.rc_context(LOOK)
-def erc_by_alpha(erc, alphas, layers):
-    """A panel a run, {run: erc_LA}: a line a layer, the lighter the deeper."""
+def erc_by_alpha(
+    erc: Mapping[str, np.ndarray], alphas: Sequence[float], layers: Sequence[int]
+) -> Figure:
+    """A panel for every run, {run: erc_LA}: a line is a layer, and deeper layers are lighter."""
     figure, axes = _panels(len(erc), 3, 0.8, sharey=True)
     shades = ListedColormap(matplotlib.colormaps["viridis"](np.linspace(0, 0.9, len(layers))))
     for ax, (run, erc_LA) in zip(axes, erc.items(), strict=True):
@@ -106,34 +114,39 @@ def erc_by_alpha(erc, alphas, layers):
     return figure
 
 
-def coupling_maps(M_LEE, layers):
-    """A panel a layer: the diagonal stands out where router and experts are coupled."""
-    labels = "expert", "router row (proxy)", MATRIX.axis
+def coupling_maps(M_LEE: np.ndarray, layers: Sequence[int]) -> Figure:
+    """A panel for every layer: the diagonal is bright where router and experts are coupled."""
+    labels = ("expert", "router row (proxy)", MATRIX.axis)
     return _square_maps(M_LEE, layers, labels)
 
 
-def coactivation_maps(share_LEE, layers):
-    """A panel a layer, without the diagonal, which is 1."""
-    labels = "expert chosen as well", "chosen expert", COACTIVATION.unit
-    return _square_maps(
-        np.where(np.eye(share_LEE.shape[-1], dtype=bool), np.nan, share_LEE), layers, labels
-    )
+def coactivation_maps(share_LEE: np.ndarray, layers: Sequence[int]) -> Figure:
+    """A panel for every layer, without the diagonal, which is 1."""
+    labels = ("expert chosen as well", "chosen expert", COACTIVATION.unit)
+    is_diagonal_EE = np.eye(share_LEE.shape[-1], dtype=bool)
+    return _square_maps(np.where(is_diagonal_EE, np.nan, share_LEE), layers, labels)
 
 
 @matplotlib.rc_context(LOOK)
-def load_maps(panels, ylabel, rows=None):
-    """A panel a title, {title: shares of every expert}, with the names of its rows or their numbers."""
+def load_maps(
+    panels: Mapping[str, np.ndarray], ylabel: str, rows: Sequence[str] | None = None
+) -> Figure:
+    """A panel for every title: {title: shares (rows, E)}.
+
+    `rows` are the names of the rows; without them the rows are numbered.
+    """
     figure, axes = _panels(len(panels), 2, 0.5)
     image = _draw(axes, panels, ("expert", ylabel), "auto")
-    for ax in axes if rows else ():
-        ax.set_yticks(**_ticks(rows))
+    if rows:
+        for ax in axes:
+            ax.set_yticks(**_ticks(rows))
     _colorbar(figure, axes, image, LOAD.unit)
     return figure
 
 
 @matplotlib.rc_context(LOOK)
-def gate_points(points_N2, owner_N):
-    """The map of `diagnosis/gate_map.py`: a colour and a marker an expert."""
+def gate_points(points_N2: np.ndarray, owner_N: np.ndarray) -> Figure:
+    """The map of `diagnosis/gate_map.py`; every expert has its own colour and marker."""
     figure, (ax,) = _panels(1, 2, 1.1)
     for number, expert in enumerate(np.unique(owner_N)):
         style = _style(number) | {"linestyle": "none", "markersize": 2, "markeredgewidth": 0}
@@ -146,15 +159,16 @@ def gate_points(points_N2, owner_N):
 @matplotlib.rc_context(LOOK)
 def _square_maps(matrix_LEE, layers, labels):
     figure, axes = _panels(len(layers), 4, 1)
-    panels = {
-        f"layer {layer}": matrix_EE for layer, matrix_EE in zip(layers, matrix_LEE, strict=True)
-    }
-    _colorbar(figure, axes, _draw(axes, panels, labels[:2], "equal"), labels[2])
+    panels = {}
+    for layer, matrix_EE in zip(layers, matrix_LEE, strict=True):
+        panels[f"layer {layer}"] = matrix_EE
+    image = _draw(axes, panels, labels[:2], "equal")
+    _colorbar(figure, axes, image, labels[2])
     return figure
 
 
 def _draw(axes, panels, labels, aspect):
-    """Every matrix in its axes, on one scale from 0; the last image stands for the scale."""
+    """Draw every matrix in its axes, on one scale from 0; returns the last image."""
     highest = max(np.nanmax(matrix) for matrix in panels.values())
     for ax, (title, matrix) in zip(axes, panels.items(), strict=True):
         image = ax.imshow(matrix, vmin=0, vmax=highest, aspect=aspect)
@@ -165,17 +179,18 @@ def _draw(axes, panels, labels, aspect):
 
 
 def _colorbar(figure, axes, mappable, label):
-    return figure.colorbar(mappable, ax=axes, label=label, aspect=20 * axes[0].get_gridspec().nrows)
+    rows = axes[0].get_gridspec().nrows
+    return figure.colorbar(mappable, ax=axes, label=label, aspect=20 * rows)
 
 
 def _ticks(names):
-    """At most twelve."""
+    """At most twelve ticks with their names."""
     every = -(-len(names) // 12)
     return {"ticks": range(0, len(names), every), "labels": names[::every]}
 
 
 def _panels(count, columns, aspect, **share):
-    """A figure, and its axes row by row: as wide as the page, or half as wide for one."""
+    """A figure and its axes, row by row: as wide as the page, or half as wide for one panel."""
     rows = -(-count // columns)
     columns = min(count, columns)
     width = WIDTH / max(columns, 2)

@@ -58,7 +58,7 @@ img { max-width: 100%; background: white; }
 
 
 class Table(NamedTuple):
-    """Cells are shown by `str`."""
+    """A table of a report; its cells are shown by `str`."""
 
     columns: tuple
     rows: list
@@ -66,7 +66,7 @@ class Table(NamedTuple):
 
 
 class Picture(NamedTuple):
-    """`alt` is what is read to someone who does not see the picture."""
+    """A picture of a report; `alt` is read to people who cannot see it."""
 
     png: bytes
     alt: str

@@ -1,7 +1,7 @@
 """The measures by layer that every method can be compared by, of a model in training.
 
-Coupling is read off the parameters, for routers that have a row for every expert. The measures that
-read a layer see it on one fixed batch.
+Coupling is computed from the parameters, for routers that have a row for every expert. The measures
+that read a layer see the layer on one fixed batch.
 """
 
 import functools
@@ -28,8 +28,8 @@ HEADLINE = (
 class Diagnosis:
     """The measures that read layers, coupling matrices and weights, of the model of `run(weights)`.
 
-    `probe` is the fixed batch, on the devices of the model. Every expert runs on all its tokens for
-    output cosine.
+    `probe` is the fixed batch, on the devices of the model. Output cosine needs every expert on
+    every token of it.
     """
 
     def __init__(self, model: Any, probe: Mapping[str, jax.Array]):
@@ -40,7 +40,7 @@ class Diagnosis:
 
         @functools.partial(jax.jit, out_shardings=replicate(model.mesh))
         def measure(weights, probe):
-            tokens = probe["inputs_BT"], probe["mask_BT"]
+            tokens = (probe["inputs_BT"], probe["mask_BT"])
             variables = {"params": weights.params}
             output = probed.apply(variables, *tokens, weights.router, of_batch(probe))
             rows_LED = model.router_rows(weights.params)
@@ -52,11 +52,14 @@ class Diagnosis:
         self._measure = measure
 
     def run(self, weights: Any) -> dict[str, np.ndarray]:
-        """{key: (L,)}, on the host; nothing of coupling for a router without rows."""
+        """The measures by layer, {key: (L,)}, on the host.
+
+        A router without rows has none of coupling.
+        """
         return jax.device_get(self._measure(weights, self._probe))
 
 
 def headline(found: Mapping[str, Any]) -> str:
-    """What an evaluation found, in a few words: means over layers."""
+    """What an evaluation found, in one line; measures by layer are given as means over layers."""
     shown = [measure for measure in HEADLINE if measure.key in found]
     return ", ".join(f"{measure.label} {np.mean(found[measure.key]):.4g}" for measure in shown)

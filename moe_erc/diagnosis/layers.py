@@ -1,9 +1,8 @@
-"""The diagnosis of any MoE, whoever trained it, from its router rows and gates: one layer at a
-time, on the host.
+"""The diagnosis of any MoE from its router rows and gates, one layer at a time, on the host.
 
-Beside the measures that a run has of itself there are the noisy ERC and the best one-to-one
-matching, and those of the coupling matrix once more for a matrix without its scales, which compares
-directions alone:
+The measures are those that a run computes in training, the noisy ERC and the best one-to-one
+matching. The measures of the coupling matrix are also computed for a matrix without its scales,
+which compares directions alone:
 
     normalized M[i, j] = sqrt(D) M[i, j] / (|proxy_i| |w_j|_F)        1 for an isotropic matrix
 """
@@ -27,18 +26,17 @@ from moe_erc.measures.erc import ERC, NOISY
 from moe_erc.measures.registry import reading
 from moe_erc.numerics import divide
 
-SMALL = 32  # at most so wide, LAPACK is asked for all singular values
+SMALL = 32  # up to this width LAPACK computes all singular values
 
 
 class Layers(NamedTuple):
-    """What is found of the layers of a model; every array has a leading axis L."""
+    """The measures of the layers of a model; every array has a leading axis L."""
 
     numbers: Sequence[int]  # of the layers in the model
     measures: dict[str, np.ndarray]  # by key, (L,)
-    normalized: dict[str, np.ndarray]  # those of the coupling matrix, of M without its scales
-    matrices: dict[
-        str, np.ndarray
-    ]  # (L, E, E): "raw", "normalized", and "noisy", the mean of the raw one over draws
+    normalized: dict[str, np.ndarray]  # by key, (L,), of the coupling matrix without its scales
+    # (L, E, E): "raw", "normalized", and "noisy", which is the mean of the raw one over draws
+    matrices: dict[str, np.ndarray]
 
 
 def diagnose(
@@ -47,10 +45,10 @@ def diagnose(
     draws: int = 16,
     seed: int = 0,
 ) -> Layers:
-    """The diagnosis of layers (router_ED, w_gate_EDF), arrays of any float type; computes in
-    float32.
+    """The diagnosis of layers (router_ED, w_gate_EDF) of any float type, computed in float32.
 
-    A layer is let go before the next is asked for. `draws` of the noise make the noisy ERC.
+    A layer is released before the next one is read. The noisy ERC is the mean over `draws` of the
+    noise, which `seed` determines.
     """
     rng = jax.random.key(seed)
     found = []
@@ -59,7 +57,12 @@ def diagnose(
         found.append(_diagnose_layer(layer, keys))
         del layer
         gc.collect()  # until then jax keeps what it read in place
-    return Layers(numbers, *jax.tree.map(lambda *leaves: np.stack(leaves), *found))
+    measures, normalized, matrices = jax.tree.map(_stack, *found)
+    return Layers(numbers, measures, normalized, matrices)
+
+
+def _stack(*leaves):
+    return np.stack(leaves)
 
 
 def _diagnose_layer(layer, keys):
@@ -80,7 +83,7 @@ def _without_float16(array):
 
 @functools.partial(jax.jit, static_argnums=(3, 4))
 def _on_device(router_ED, w_gate_EDF, keys, of_matrix, of_weights):
-    """All but what libraries of the host find."""
+    """All measures but those that libraries of the host compute."""
     router_ED = router_ED.astype(jnp.float32)
     gate_norm_E = gate_norms(w_gate_EDF)
 
@@ -108,22 +111,22 @@ def _on_device(router_ED, w_gate_EDF, keys, of_matrix, of_weights):
 def _matching(M_EE):
     rows_E, experts_E = linear_sum_assignment(M_EE, maximize=True)
     diagonal = np.trace(M_EE)
-    return {
-        DISPLACED.key: np.mean(rows_E != experts_E),
-        MATCHING_GAIN.key: M_EE[rows_E, experts_E].sum() / diagonal - 1 if diagonal > 0 else np.inf,
-    }
+    matched = M_EE[rows_E, experts_E].sum()
+    gain = matched / diagonal - 1 if diagonal > 0 else np.inf
+    return {DISPLACED.key: np.mean(rows_E != experts_E), MATCHING_GAIN.key: gain}
 
 
 def _alignment(router_ED, w_gate_EDF, response_E):
     """Mean over experts of |r W| / (|r| sigma_max(W)), 0 for zeros; |r W| is M's diagonal."""
     largest_E = np.linalg.norm(np.asarray(router_ED, np.float32), axis=-1)
+    # A gate at a time is converted: all of them in float32 may not fit into memory.
     largest_E *= [_largest_singular_value(np.asarray(w_DF, np.float32)) for w_DF in w_gate_EDF]
     zeros_E = np.zeros_like(response_E)
     return np.mean(np.divide(response_E, largest_E, out=zeros_E, where=largest_E > 0))
 
 
 def _largest_singular_value(w_DF):
-    """By Lanczos steps on the smaller Gram matrix: a hundredth of the work of a whole SVD."""
+    """sigma_max by Lanczos steps on the smaller Gram matrix, a hundredth of the work of an SVD."""
     scale = np.abs(w_DF).max()
     if scale == 0 or min(w_DF.shape) <= SMALL:
         return np.linalg.norm(w_DF, 2)

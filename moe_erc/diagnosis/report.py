@@ -1,7 +1,7 @@
-"""report.json and eval.json: what was measured of a run, written and read back.
+"""report.json and eval.json: the measures of a run, written and read back.
 
-{"step": 300, "history": [...], "measures": {"validation/mean": 1.9, "coupling/alignment": [0.4,
-0.5], ...}}
+{"step": 300, "history": [...],
+ "measures": {"validation/mean": 1.9, "coupling/alignment": [0.4, 0.5], ...}}
 """
 
 import json
@@ -11,15 +11,14 @@ from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 
 from moe_erc.measures.load import LOAD
 from moe_erc.measures.registry import of_load
 
 
 def make_report(step: int, history: Sequence[str], found: Mapping[str, Any]) -> dict:
-    """The report of a step, from the measures that evaluators found; those of the load are
-    added.
-    """
+    """The report of a step: the measures that evaluators found, and those of the load."""
     return {
         "step": step,
         "history": list(history),
@@ -27,20 +26,21 @@ def make_report(step: int, history: Sequence[str], found: Mapping[str, Any]) -> 
     }
 
 
-def write_report(path, report: Mapping[str, Any]) -> None:
-    """`report` as JSON, null for None and numbers that are not finite."""
+def write_report(path: epath.Path, report: Mapping[str, Any]) -> None:
+    """Write `report` as JSON; None and numbers that are not finite become null."""
     write_text(path, json.dumps(_plain(report), indent=1))
 
 
-def read_report(path, step: int) -> dict | None:
-    """The report at `path` if it is of that step, with NaN where a number was not finite; None
-    without one.
+def read_report(path: epath.Path, step: int) -> dict | None:
+    """The report at `path` if it is of that step, else None.
+
+    Numbers that were not finite are NaN.
     """
     if not path.exists():
         return None
     try:
         report = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # it is written anew
+    except (OSError, ValueError):  # a damaged report is written anew
         return None
     if not isinstance(report, dict) or report.get("step") != step or "measures" not in report:
         return None
@@ -48,7 +48,7 @@ def read_report(path, step: int) -> dict | None:
 
 
 def _with_nan(value):
-    """Lists of numbers as `_plain` found them; a part that is None stays so."""
+    """The inverse of `_plain` for lists of numbers; a whole value that is None stays None."""
     if isinstance(value, dict):
         return {name: _with_nan(item) for name, item in value.items()}
     if isinstance(value, list):
@@ -56,15 +56,15 @@ def _with_nan(value):
     return value
 
 
-def write_text(path, text: str) -> None:
-    """As `write_bytes`, in UTF-8."""
+def write_text(path: epath.Path, text: str) -> None:
+    """Write a text in UTF-8, as `write_bytes` does."""
     write_bytes(path, text.encode())
 
 
-def write_bytes(path, content: bytes) -> None:
-    """A reader sees the old file or the new one, never a part; its directory is made.
+def write_bytes(path: epath.Path, content: bytes) -> None:
+    """Write a file in one step: a reader sees the old file or the whole new one.
 
-    On a pod process 0 writes; `path` is an `etils.epath.Path`, local or in a bucket.
+    The directory is created. On a pod only process 0 writes. The path may be local or in a bucket.
     """
     if jax.process_index() == 0:
         path.parent.mkdir(parents=True, exist_ok=True)

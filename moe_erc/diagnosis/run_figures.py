@@ -1,4 +1,4 @@
-"""The figures of one run, or of several side by side, each with what there is to see in it."""
+"""The figures of one run, or of several side by side, each with a caption that explains it."""
 
 from collections.abc import Mapping
 
@@ -32,14 +32,16 @@ def run_figures(runs: Mapping[str, Mapping]) -> dict[str, tuple[Figure, str]]:
       "gates"     {"layer": its number, "points_N2", "owner_N": what `gate_map` found}
     """
     shared = _over_training(runs) | _by_layer(runs) | _by_alpha(runs) | _load_by_layer(runs)
-    return shared | {
-        f"{name} of {run}": made for run in runs for name, made in _of_one(runs[run]).items()
-    }
+    own = {}
+    for run in runs:
+        for name, made in _of_one(runs[run]).items():
+            own[f"{name} of {run}"] = made
+    return shared | own
 
 
 def _over_training(runs):
     """A figure for every group, a panel for every metric of it that any of the runs has."""
-    keys = list(dict.fromkeys(key for run in runs.values() for key in run.get("metrics", {})))
+    keys = _keys(runs, "metrics")
     made = {}
     for name, group in GROUPS.items():
         shown = of_group(name, keys)
@@ -47,13 +49,13 @@ def _over_training(runs):
             panels = {measure.axis: _found(runs, "metrics", measure.key) for measure in shown}
             figure = curves(panels, "step", runs)
             band = BAND if any(measure.per_layer for measure in shown) else ""
-            made[f"{group.title} over training"] = figure, group.caption + band
+            made[f"{group.title} over training"] = (figure, group.caption + band)
     return made
 
 
 def _by_layer(runs):
     """A figure for every group, a panel for every measure by layer that any of the runs has."""
-    keys = list(dict.fromkeys(key for run in runs.values() for key in run.get("measures", {})))
+    keys = _keys(runs, "measures")
     made = {}
     for name, group in GROUPS.items():
         panels = {}
@@ -62,7 +64,7 @@ def _by_layer(runs):
             if series:
                 panels[measure.axis] = series
         if panels:
-            made[f"{group.title} by layer"] = curves(panels, "layer", runs), group.caption
+            made[f"{group.title} by layer"] = (curves(panels, "layer", runs), group.caption)
     return made
 
 
@@ -71,7 +73,8 @@ def _vectors(runs, measure):
     series = {}
     for run, value_L in _found(runs, "measures", measure.key).items():
         if measure.per_layer and np.ndim(value_L) == 1:
-            series[run] = runs[run].get("layers", range(len(value_L))), value_L
+            numbers = runs[run].get("layers", range(len(value_L)))
+            series[run] = (numbers, value_L)
     return series
 
 
@@ -82,16 +85,18 @@ def _by_alpha(runs):
         by_alpha = [runs[run]["measures"][measure.key] for measure in erc.AT_ALPHAS]
         penalties[run] = np.stack(by_alpha, axis=1)
     if penalties:
-        figure = erc_by_alpha(penalties, erc.ALPHAS, range(max(map(len, penalties.values()))))
+        most_layers = max(len(erc_LA) for erc_LA in penalties.values())
+        figure = erc_by_alpha(penalties, erc.ALPHAS, range(most_layers))
         caption = "ERC of the clean router: a coupled layer is at 0 from alpha 1 on, others later."
-        made["ERC by alpha"] = figure, caption
+        made["ERC by alpha"] = (figure, caption)
     bounds = _found(runs, "measures", coupling.NOISE_BOUND.key)
     alphas = _found(runs, "alpha")
     points = sorted((alphas[run], np.mean(bounds[run])) for run in alphas.keys() & bounds.keys())
     if len(points) > 1:
-        panels = {coupling.NOISE_BOUND.axis: {"mean over layers": tuple(zip(*points, strict=True))}}
+        alphas_N, bounds_N = zip(*points, strict=True)
+        panels = {coupling.NOISE_BOUND.axis: {"mean over layers": (alphas_N, bounds_N)}}
         caption = "The mean over layers; in the paper it falls as alpha rises (Figure 5a)."
-        made[f"{coupling.NOISE_BOUND.label} by alpha"] = curves(panels, "alpha"), caption
+        made[f"{coupling.NOISE_BOUND.label} by alpha"] = (curves(panels, "alpha"), caption)
     return made
 
 
@@ -115,11 +120,12 @@ def _of_one(run):
         caption = (
             "How strongly row i excites expert j: a coupled layer is brightest on its diagonal."
         )
-        made["coupling matrices"] = coupling_maps(matrix_LEE, layers), caption
-    if gates := run.get("gates"):
+        made["coupling matrices"] = (coupling_maps(matrix_LEE, layers), caption)
+    gates = run.get("gates")
+    if gates:
         of_layer = f"Hidden units of the gates of layer {gates['layer']}"
         caption = f"{of_layer}: those of specialised experts lie together."
-        made["gate map"] = gate_points(gates["points_N2"], gates["owner_N"]), caption
+        made["gate map"] = (gate_points(gates["points_N2"], gates["owner_N"]), caption)
     if expert_use.LOAD.key in found:
         caption = (
             "An expert of one domain is bright in one row. "
@@ -128,7 +134,7 @@ def _of_one(run):
         share_LGE = np.swapaxes(expert_use.expert_shares(found[expert_use.LOAD.key]), 0, 1)
         panels = {f"layer {layer}": share_GE for layer, share_GE in enumerate(share_LGE)}
         figure = load_maps(panels, "domain", validation.domains(found))
-        made[expert_use.LOAD.label] = figure, caption
+        made[expert_use.LOAD.label] = (figure, caption)
     if expert_use.COACTIVATION.key in found:
         caption = (
             "Experts that are chosen together are bright. "
@@ -136,8 +142,16 @@ def _of_one(run):
         )
         share_LEE = found[expert_use.COACTIVATION.key]
         figure = coactivation_maps(share_LEE, range(len(share_LEE)))
-        made[expert_use.COACTIVATION.label] = figure, caption
+        made[expert_use.COACTIVATION.label] = (figure, caption)
     return made
+
+
+def _keys(runs, kind):
+    """The keys of that kind that any of the runs has, in the order in which they are met."""
+    keys = {}
+    for run in runs.values():
+        keys |= dict.fromkeys(run.get(kind, {}))
+    return list(keys)
 
 
 def _found(runs, *keys):

@@ -1,4 +1,4 @@
-"""What was measured as tables, by domain and by layer, and in a few words."""
+"""The measures of a run as tables, by domain and by layer, and as a verdict in words."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -63,26 +63,27 @@ def by_domain(found: Mapping[str, Any]) -> Table:
 
 
 def print_found(found: Mapping[str, Any]) -> None:
-    """The measures of a report, on screen. A layer is a row, so that any number of them fits."""
+    """Print the measures of a report. A layer is a row, so that any number of layers fits."""
     domains = by_domain(found)
     print_table(domains.caption, domains.columns, domains.rows[:-1], domains.rows[-1:])
     print_tables(by_layer(found))
 
 
 def print_tables(tables: Sequence[Table]) -> None:
-    """On screen."""
+    """Print tables on the screen."""
     for table in tables:
         print_table(table.caption, table.columns, [tuple(map(str, row)) for row in table.rows])
 
 
 def of_layers(layers: Layers) -> list[Table]:
-    """The tables of a diagnosis: of the matrices with their scales and without (paper, Table 2),
-    and of the weights.
+    """The tables of a diagnosis.
+
+    The measures of the coupling matrix are shown with its scales and without (paper, Table 2).
     """
-    without = ", without the norms of rows and gates"
-    return by_layer(layers.measures, layers.numbers) + by_layer(
-        layers.normalized, layers.numbers, without
-    )
+    with_scales = by_layer(layers.measures, layers.numbers)
+    addition = ", without the norms of rows and gates"
+    without_scales = by_layer(layers.normalized, layers.numbers, addition)
+    return with_scales + without_scales
 
 
 def verdict(found: Mapping[str, np.ndarray]) -> str:
@@ -105,8 +106,11 @@ def verdict(found: Mapping[str, np.ndarray]) -> str:
 def markdown(table: Table) -> str:
     """A `Table` in Markdown."""
     rule = ["---"] * len(table.columns)
-    rows = ["| " + " | ".join(map(str, row)) + " |" for row in (table.columns, rule, *table.rows)]
-    return f"**{table.caption}**\n\n" + "\n".join(rows)
+    lines = []
+    for row in (table.columns, rule, *table.rows):
+        cells = " | ".join(map(str, row))
+        lines.append(f"| {cells} |")
+    return f"**{table.caption}**\n\n" + "\n".join(lines)
 
 
 def catalogue() -> str:

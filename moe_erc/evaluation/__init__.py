@@ -1,1 +1,1 @@
-"""What a trained model is worth: perplexity beside simple baselines, benchmark tasks, and the text it writes."""
+"""Evaluation of a trained model: perplexity and baselines, benchmark tasks, and samples of text."""

@@ -1,15 +1,26 @@
-"""The text behind a prompt, as its tokens come: where it ends, and how much of it no later token can change."""
+"""The text behind a prompt, token by token.
+
+It knows where the text ends, and which part of it no later token can change.
+"""
+
+from collections.abc import Iterable
+
+from moe_erc.data.tokenizer import Tokenizer
+from moe_erc.evaluation.sampling import Sampling
 
 INCOMPLETE = "\ufffd"  # what a decoder writes for a character of which bytes are missing
 
 
 class Continuation:
-    """Ends before a stop token, one of them the end of text, or before the first stop string to be complete."""
+    """The text that continues one prompt.
 
-    def __init__(self, tokenizer, prompt, sampling):
-        self.prompt_ids = list(tokenizer.encode(prompt)) or [
-            tokenizer.eos_id
-        ]  # after which a document starts
+    It ends before a stop token, or before the first stop string that is complete. The end of text
+    is always a stop token.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, prompt: str, sampling: Sampling):
+        # An empty prompt is the end of a text, after which a document starts.
+        self.prompt_ids = list(tokenizer.encode(prompt)) or [tokenizer.eos_id]
         self.text = ""
         self.ended = False
         self._ids = []
@@ -18,27 +29,33 @@ class Continuation:
         self._stop_ids = {tokenizer.eos_id, *sampling.stop_ids}
         self._stop_texts = sampling.stop_texts
 
-    def extend(self, ids):
-        """Appends tokens; those behind the end are dropped."""
+    def extend(self, ids: Iterable[int]) -> None:
+        """Append tokens; those behind the end are dropped."""
         for token in ids:
             self.ended |= token in self._stop_ids
             if self.ended:
                 break
             self._ids.append(token)
-        # Decoded together with the prompt: some tokenizers write the first token of a text in
+        # The prompt is decoded too, because some tokenizers write the first token of a text in
         # another way.
         text = self._decode(self.prompt_ids + self._ids)[self._prompt_length :]
-        found = [(at + len(stop), at) for stop in self._stop_texts if (at := text.find(stop)) >= 0]
+        found = []  # (end, start) of stop strings: the one that ends first was complete first
+        for stop in self._stop_texts:
+            start = text.find(stop)
+            if start >= 0:
+                found.append((start + len(stop), start))
         self.ended |= bool(found)
         self.text = text[: min(found)[1]] if found else text
 
     @property
-    def settled(self):
-        """The text without what may still become another character, or a stop string."""
+    def settled(self) -> str:
+        """The text without an end that may still become another character or a stop string."""
         if self.ended:
             return self.text
         text = self.text.removesuffix(INCOMPLETE)
-        begun = (stop[:length] for stop in self._stop_texts for length in range(len(stop)))
-        return text[
-            : len(text) - max((len(start) for start in begun if text.endswith(start)), default=0)
-        ]
+        open_end = 0  # characters at the end that a stop string may begin with
+        for stop in self._stop_texts:
+            for length in range(len(stop)):
+                if text.endswith(stop[:length]):
+                    open_end = max(open_end, length)
+        return text[: len(text) - open_end]

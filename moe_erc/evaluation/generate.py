@@ -1,12 +1,18 @@
-"""Text from a model: prompts run through it once and fill a key/value cache, then every token costs one position.
+"""Text from a model.
+
+The prompts run through the model once and fill a key/value cache. Every further token then runs one
+position.
 
     slot     0  1  2  3 | 4  5  6  7  8
-    row 0    .  .  t  h | e  .               prompts end together; a row that is done stays where it is
+    row 0    .  .  t  h | e  .
     row 1    m  a  i  n | (  )  :
 
-Rows, prompts and slots are filled up to powers of two: few programs are compiled, and none for
-another `Sampling`.
+All prompts end in the same slot. A row that is done is not extended. Rows, prompts and slots are
+padded to powers of two, so that few programs are compiled. Another `Sampling` needs no new program.
 """
+
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,13 +21,15 @@ from jax import lax
 
 from moe_erc import sharding
 from moe_erc.checks import BadInput
+from moe_erc.data.tokenizer import Tokenizer
 from moe_erc.evaluation.continuation import Continuation
 from moe_erc.evaluation.sampling import Sampling, draw
 from moe_erc.measures.validation import SAMPLE
 from moe_erc.model.context import cached, empty_cache
+from moe_erc.model.transformer import Transformer
 
 __all__ = ["Generator", "Sample", "Sampling"]
-# tokens between two looks at the text, which alone shows whether a row has reached a stop string
+# Tokens between two checks of the text. Only the text shows whether a row has met a stop string.
 CHUNK = 32
 
 
@@ -31,7 +39,7 @@ class Generator:
     Rows are split over the mesh.
     """
 
-    def __init__(self, model, tokenizer, largest_context=32_768):
+    def __init__(self, model: Transformer, tokenizer: Tokenizer, largest_context: int = 32_768):
         self._model = model
         self._tokenizer = tokenizer
         self._largest_context = largest_context
@@ -42,33 +50,34 @@ class Generator:
             self._extend, donate_argnames="cache", out_shardings=(with_rows, everywhere)
         )
 
-    def check(self, prompt, sampling):
+    def check(self, prompt: str, sampling: Sampling) -> None:
         """BadInput for a prompt that `run` would refuse, before anything is compiled."""
         self._lay_out([Continuation(self._tokenizer, prompt, sampling)], sampling.new_tokens)
 
-    def run(self, weights, prompts, sampling):
-        """The continuations alone.
+    def run(self, weights: Any, prompts: Sequence[str], sampling: Sampling) -> list[str]:
+        """The continuations, without their prompts.
 
-        Row b draws from its own key, whatever the other rows are and wherever it lies.
+        Row b draws from its own key. It does not depend on other rows or on the device.
         """
         continuations = [Continuation(self._tokenizer, prompt, sampling) for prompt in prompts]
         for _ in self._write(weights, continuations, sampling, CHUNK):
             pass
         return [continuation.text for continuation in continuations]
 
-    def stream(self, weights, prompt, sampling):
-        """Yields the continuation, the same text, in pieces as they come."""
+    def stream(self, weights: Any, prompt: str, sampling: Sampling) -> Iterator[str]:
+        """Yield the same continuation in pieces, each as soon as it is settled."""
         continuation = Continuation(self._tokenizer, prompt, sampling)
         shown = 0
         for _ in self._write(weights, [continuation], sampling, 1):
-            if piece := continuation.settled[shown:]:
+            piece = continuation.settled[shown:]
+            if piece:
                 yield piece
                 shown += len(piece)
         if shown < len(continuation.text):
             yield continuation.text[shown:]
 
     def _write(self, weights, continuations, sampling, chunk):
-        """Extends the continuations by so many tokens at a time until all have ended, and yields in between."""
+        """Extend the continuations until all have ended; yields after every `chunk` tokens."""
         rows, slot = self._lay_out(continuations, sampling.new_tokens)
         rule = {name: getattr(sampling, name) for name in ("temperature", "top_k", "top_p")}
         ids_V = np.arange(self._tokenizer.vocab_size)
@@ -87,29 +96,24 @@ class Generator:
             yield
 
     def _lay_out(self, continuations, new_tokens):
-        """(rows, the slot behind the prompts); rows that no prompt needs are done."""
+        """(rows, the slot behind the prompts); a row without a prompt is done from the start."""
         prompts = [continuation.prompt_ids for continuation in continuations]
         slot = max(map(len, prompts), default=1)
         devices = self._model.mesh.size
         if slot + new_tokens > self._largest_context:
             raise BadInput(
-                f"prompt: {slot} tokens and {new_tokens} new ones are more than the {self._largest_context} there is "
-                "room for; shorten it, or lower new_tokens"
+                f"prompt: {slot} tokens and {new_tokens} new ones are more than the "
+                f"{self._largest_context} there is room for; shorten it, or lower new_tokens"
             )
-        shape = (
-            devices * _power_of_two(-(-len(prompts) // devices), 1),
-            _power_of_two(slot + new_tokens),
-        )
-        tokens_BS = np.zeros(shape, np.int32)
-        first_B = np.full(shape[0], slot - 1, np.int32)
+        rows_per_device = _power_of_two(-(-len(prompts) // devices), 1)
+        rows = devices * rows_per_device
+        tokens_BS = np.zeros((rows, _power_of_two(slot + new_tokens)), np.int32)
+        first_B = np.full(rows, slot - 1, np.int32)
         for row, prompt in enumerate(prompts):
             first_B[row] = slot - len(prompt)
             tokens_BS[row, first_B[row] : slot] = prompt
-        return {
-            "tokens_BS": tokens_BS,
-            "first_B": first_B,
-            "done_B": np.arange(shape[0]) >= len(prompts),
-        }, slot
+        done_B = np.arange(rows) >= len(prompts)
+        return {"tokens_BS": tokens_BS, "first_B": first_B, "done_B": done_B}, slot
 
     def _apply(self, weights, tokens_BT, context):
         every_BT = jnp.ones_like(tokens_BT, bool)
@@ -118,9 +122,9 @@ class Generator:
         )
 
     def _fill(self, weights, rows, length):
-        """A cache that knows the first `length` slots.
+        """A cache of the first `length` slots.
 
-        What is written there behind the prompts is written again.
+        Slots behind the prompts are filled too; they are written again when their tokens are drawn.
         """
         cache = empty_cache(self._model.config, *rows["tokens_BS"].shape)
         context = cached(cache, rows["first_B"], 0, length)
@@ -128,9 +132,9 @@ class Generator:
 
     def _extend(self, weights, cache, rows, span, rule):
         """(cache, tokens_BS) with the slots of `span` written, or fewer when all rows are done."""
-        keys_B = jax.vmap(jax.random.fold_in, (None, 0))(
-            jax.random.key(rule["seed"]), jnp.arange(len(rows["done_B"]))
-        )
+        # A row has a key of its own, and a token another one by its place behind the prompt.
+        key_of_row = jax.vmap(jax.random.fold_in, (None, 0))
+        keys_B = key_of_row(jax.random.key(rule["seed"]), jnp.arange(len(rows["done_B"])))
 
         def unfinished(state):
             slot, _, _, done_B = state
@@ -141,22 +145,21 @@ class Generator:
             last_B1 = lax.dynamic_slice_in_dim(tokens_BS, slot - 1, 1, axis=1)
             output = self._apply(weights, last_B1, cached(cache, rows["first_B"], slot - 1, 1))
             logits_BV = output.x_BTD[:, 0].astype(jnp.float32) @ output.head_VD.T
-            known_BV = logits_BV[
-                :, : self._tokenizer.vocab_size
-            ]  # the head may be padded beyond the tokenizer
+            # The head may have more rows than the tokenizer has ids.
+            known_BV = logits_BV[:, : self._tokenizer.vocab_size]
             now_B = jax.vmap(jax.random.fold_in)(keys_B, slot - rows["first_B"])
-            drawn_B = draw(
-                known_BV, now_B, rule["temperature"], rule["top_k"], rule["top_p"]
-            ).astype(jnp.int32)
+            drawn_B = draw(known_BV, now_B, rule["temperature"], rule["top_k"], rule["top_p"])
+            drawn_B = drawn_B.astype(jnp.int32)
             tokens_BS = lax.dynamic_update_slice_in_dim(tokens_BS, drawn_B[:, None], slot, axis=1)
             return slot + 1, output.cache, tokens_BS, done_B | rule["stops_V"][drawn_B]
 
-        state = span[0], cache, rows["tokens_BS"], rows["done_B"]
-        return lax.while_loop(unfinished, one, state)[1:3]
+        state = (span[0], cache, rows["tokens_BS"], rows["done_B"])
+        _, cache, tokens_BS, _ = lax.while_loop(unfinished, one, state)
+        return cache, tokens_BS
 
 
 class Sample:
-    """How the model of `run(weights)` continues a prompt; nothing of an empty one."""
+    """An evaluator that continues a prompt; it finds nothing for an empty prompt."""
 
     def __init__(self, generator: Generator, prompt: str, sampling: Sampling):
         generator.check(prompt, sampling)
@@ -164,7 +167,7 @@ class Sample:
         self._prompt = prompt
         self._sampling = sampling
 
-    def run(self, weights) -> dict[str, str]:
+    def run(self, weights: Any) -> dict[str, str]:
         """The prompt with its continuation."""
         if not self._prompt:
             return {}

@@ -1,20 +1,23 @@
-"""A model as the lm-evaluation-harness knows one (EleutherAI, `lm_eval`): strings in, scores or text out.
+"""A model for the lm-evaluation-harness (EleutherAI, `lm_eval`): strings in, scores or text out.
 
-Every process of a run asks the same and is told the same; the harness itself knows of one process
-only.
+The harness knows of one process only. Every process of a run therefore asks the same requests and
+gets the same answers.
 """
 
 import collections
 import functools
 import os
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from moe_erc.checks import BadInput
+from moe_erc.data.tokenizer import Tokenizer
 from moe_erc.evaluation import generate
 from moe_erc.evaluation.scoring import Scorer, grow
+from moe_erc.model.transformer import Transformer
 
-os.environ.setdefault(
-    "DISABLE_MULTIPROC", "1"
-)  # the harness would fork a process that has the threads of JAX
+# Set before the import: the harness would fork this process, which has the threads of JAX.
+os.environ.setdefault("DISABLE_MULTIPROC", "1")
 try:
     from lm_eval.api.model import TemplateLM
     from lm_eval.evaluator import evaluate
@@ -27,16 +30,18 @@ except ImportError:
     ) from None
 
 __all__ = ("LanguageModel", "Rehearsal", "TaskManager", "evaluate")
-NEW_TOKENS = 256  # at most, where a task does not say
+NEW_TOKENS = 256  # at most, for tasks that set no limit
 
 
 class LanguageModel(TemplateLM):
-    """Of a run or of a checkpoint; rows have at most the time steps of `shape_BT`, as in training.
+    """A model of a run or of a checkpoint; a row has at most as many tokens as `shape_BT` says.
 
-    `weights` may be exchanged for others of the same shapes: nothing is compiled again.
+    `weights` may be replaced by others of the same shapes without a new compilation.
     """
 
-    def __init__(self, model, weights, tokenizer, shape_BT):
+    def __init__(
+        self, model: Transformer, weights: Any, tokenizer: Tokenizer, shape_BT: tuple[int, int]
+    ):
         super().__init__()
         self.weights = weights
         self._model = model
@@ -49,44 +54,53 @@ class LanguageModel(TemplateLM):
         return generate.Generator(self._model, self._tokenizer)
 
     @property
-    def max_length(self):
+    def max_length(self) -> int:
         return self._scorer.limit
 
     @property
-    def eot_token_id(self):
+    def eot_token_id(self) -> int:
         return self._tokenizer.eos_id
 
-    def tok_encode(self, string, add_special_tokens=None, **_):
+    def tok_encode(
+        self, string: str, add_special_tokens: bool | None = None, **_: Any
+    ) -> list[int]:
         return self._tokenizer.encode(string).tolist()
 
-    def loglikelihood(self, requests, disable_tqdm=True):
+    def loglikelihood(
+        self, requests: Sequence[Any], disable_tqdm: bool = True
+    ) -> list[tuple[float, bool]]:
         return super().loglikelihood(requests, disable_tqdm)
 
     def _loglikelihood_tokens(self, requests, **_):
-        return self._scorer.run(
-            self.weights, [(context, continuation) for _, context, continuation in requests]
-        )
+        return self._scorer.run(self.weights, _without_text(requests))
 
-    def loglikelihood_rolling(self, requests, disable_tqdm=True):
-        """Every token once, in windows of the whole length, of which the first begins after an end of text."""
+    def loglikelihood_rolling(
+        self, requests: Sequence[Any], disable_tqdm: bool = True
+    ) -> list[float]:
+        """Every token is scored once, in windows of the whole length.
+
+        The first window begins with the end of text.
+        """
         windows = []
         owners = []
         for owner, request in enumerate(requests):
             tokens = self.tok_encode(request.args[0])
-            for window in get_rolling_token_windows(
+            rolling = get_rolling_token_windows(
                 tokens, self.prefix_token_id, self.max_length, context_len=1
-            ):
+            )
+            for window in rolling:
                 windows.append(make_disjoint_window(window))
                 owners.append(owner)
         totals = [0.0] * len(requests)
-        for owner, (score, _) in zip(owners, self._scorer.run(self.weights, windows), strict=True):
+        answers = self._scorer.run(self.weights, windows)
+        for owner, (score, _) in zip(owners, answers, strict=True):
             totals[owner] += score
         return totals
 
-    def generate_until(self, requests, disable_tqdm=True):
-        """Prompts of the same settings together, longest first.
+    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[str]:
+        """Continue prompts; those of the same settings run together, longest first.
 
-        A batch draws by a seed of its own.
+        A batch draws with a seed of its own.
         """
         by_settings = collections.defaultdict(list)
         found = [None] * len(requests)
@@ -94,22 +108,22 @@ class LanguageModel(TemplateLM):
             by_settings[repr(request.args[1])].append(place)
         for places in by_settings.values():
             options = self._sampling(requests[places[0]].args[1])
-            prompts = {
-                place: self._cut(requests[place].args[0], options["new_tokens"]) for place in places
-            }
+            prompts = {}
+            for place in places:
+                prompts[place] = self._cut(requests[place].args[0], options["new_tokens"])
+            # Prompts of a batch are padded to the longest, so similar lengths belong together.
             places.sort(key=lambda place: len(prompts[place]), reverse=True)
             for start in range(0, len(places), self._rows):
                 batch = places[start : start + self._rows]
                 sampling = generate.Sampling(**options, seed=start)
-                texts = self._generator.run(
-                    self.weights, [prompts[place] for place in batch], sampling
-                )
+                batch_prompts = [prompts[place] for place in batch]
+                texts = self._generator.run(self.weights, batch_prompts, sampling)
                 for place, text in zip(batch, texts, strict=True):
                     found[place] = text
         return found
 
-    def _sampling(self, settings):
-        """The harness's words for it in ours."""
+    def _sampling(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """The harness's settings as fields of `Sampling`."""
         kwargs = normalize_gen_kwargs(settings, min(NEW_TOKENS, self.max_length // 2))
         return {
             "new_tokens": kwargs["max_gen_toks"],
@@ -120,7 +134,7 @@ class LanguageModel(TemplateLM):
         }
 
     def _cut(self, prompt, new_tokens):
-        """The end of a prompt that is too long beside the tokens to come."""
+        """The prompt, or its end if it is too long together with the new tokens."""
         room = self.max_length - new_tokens
         tokens = self._tokenizer.encode(prompt)
         if room < 1:
@@ -131,17 +145,27 @@ class LanguageModel(TemplateLM):
 
 
 class Rehearsal(LanguageModel):
-    """Is asked like the model and computes nothing: ValueError for a request that its rows cannot hold."""
+    """Takes the requests of a model and computes nothing.
+
+    BadInput for a request that the rows of the model cannot hold.
+    """
 
     def _loglikelihood_tokens(self, requests, **_):
-        grow([(context, continuation) for _, context, continuation in requests], self.max_length)
+        grow(_without_text(requests), self.max_length)
         return []
 
-    def loglikelihood_rolling(self, requests, disable_tqdm=True):
+    def loglikelihood_rolling(
+        self, requests: Sequence[Any], disable_tqdm: bool = True
+    ) -> list[float]:
         return []  # its windows are made to fit
 
-    def generate_until(self, requests, disable_tqdm=True):
+    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[str]:
         for request in requests:
             prompt, settings = request.args
             self._cut(prompt, self._sampling(settings)["new_tokens"])
         return []
+
+
+def _without_text(requests):
+    """(context, continuation) of requests (text, context, continuation)."""
+    return [(context, continuation) for _, context, continuation in requests]

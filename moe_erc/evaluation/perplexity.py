@@ -1,12 +1,13 @@
-"""Validation loss and bits per byte by domain, and where the tokens went.
+"""Validation loss and bits per byte by domain, and the load of the experts.
 
-Loads are counts of assignments over all domains, divided once. Under top-p a domain whose tokens
-meet more experts has more of them.
+A load counts assignments over all domains and is divided once, at the end. Under top-p a domain
+whose tokens meet more experts has more assignments.
 """
 
 import copy
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -14,27 +15,36 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_erc.checks import BadInput
-from moe_erc.data.text import validation_batches
+from moe_erc.data.text import Corpus, validation_batches
 from moe_erc.measures import validation
 from moe_erc.measures.load import LOAD
 from moe_erc.model.context import of_batch
+from moe_erc.model.transformer import Transformer
 from moe_erc.sharding import replicate
 
 PROBE_ROWS = 8  # sequences on which the outputs of all experts are compared
 
 
 class Perplexity:
-    """Measures the model of `run(weights)` on `windows` of each domain, or on every target of every validation stream.
+    """Measures a model on `windows` of each domain, or on every target of every validation stream.
 
-    `token_losses(x_BTD, head_VD, targets_BT)` is the loss the model trains with; `put` places whole
-    batches on devices.
+    `token_losses(x_BTD, head_VD, targets_BT)` is the loss that the model trains with. `put` places
+    whole batches on devices.
     """
 
-    def __init__(self, model, corpus, token_losses, put, shape_BT, windows=None):
+    def __init__(
+        self,
+        model: Transformer,
+        corpus: Corpus,
+        token_losses: Callable,
+        put: Callable,
+        shape_BT: tuple[int, int],
+        windows: int | None = None,
+    ):
         if not corpus.streams["validation"]:
             raise BadInput(
-                "data.validation_fraction: no document is held out; raise it, or give a source with a validation split "
-                "(a directory of text may hold train/ and validation/)"
+                "data.validation_fraction: no document is held out; raise it, or give a source "
+                "with a validation split (a directory of text may hold train/ and validation/)"
             )
         self._corpus = corpus
         self._put = put
@@ -43,7 +53,7 @@ class Perplexity:
 
         @functools.partial(jax.jit, out_shardings=replicate(model.mesh))
         def sums(weights, batch):
-            tokens = batch["inputs_BT"], batch["mask_BT"]
+            tokens = (batch["inputs_BT"], batch["mask_BT"])
             output = model.apply(
                 {"params": weights.params}, *tokens, weights.router, of_batch(batch)
             )
@@ -63,7 +73,7 @@ class Perplexity:
         return other
 
     def run(self, weights: Any) -> dict[str, Any]:
-        """Loss, bits per byte and tokens by domain, the mean loss, and the load (L, E), as shares."""
+        """Loss, bits per byte and tokens by domain, the mean loss, and the load (L, E)."""
         found = {}
         losses = []
         assignments_LE = 0
@@ -80,12 +90,16 @@ class Perplexity:
         found[LOAD.key] = assignments_LE / np.maximum(assignments_LE.sum(axis=-1, keepdims=True), 1)
         return found
 
-    def probe(self, devices):
-        """The first rows of the first domain, on the devices: the same tokens for every model and mesh."""
+    def probe(self, devices: int) -> dict[str, jax.Array]:
+        """The first rows of the first domain, placed on the devices.
+
+        The tokens are the same for every model and mesh.
+        """
         rows = -(-PROBE_ROWS // devices) * devices
         domain = next(iter(self._corpus.streams["validation"]))
         batch = next(iter(validation_batches(self._corpus, domain, self._shape_BT[1], rows, None)))
-        counted_B1 = np.arange(rows)[:, None] < PROBE_ROWS  # the others give every device its share
+        # Rows beyond the first ones only fill up every device; they are masked.
+        counted_B1 = np.arange(rows)[:, None] < PROBE_ROWS
         return self._put(batch | {"mask_BT": batch["mask_BT"] & counted_B1})
 
     def _total(self, weights, domain):
@@ -93,10 +107,10 @@ class Perplexity:
         batches = validation_batches(self._corpus, domain, length, batch_size, self._windows)
         totals = [jax.device_get(self._sums(weights, self._put(batch))) for batch in batches]
 
-        def total(*leaves):  # of many batches: counts as int64, losses as float64
-            wide = (
-                np.int64 if np.issubdtype(np.asarray(leaves[0]).dtype, np.integer) else np.float64
-            )
-            return np.sum(leaves, axis=0, dtype=wide)
+        return jax.tree.map(_sum, *totals)
 
-        return jax.tree.map(total, *totals)
+
+def _sum(*leaves):
+    """The sum over batches: counts in int64, losses in float64."""
+    is_count = np.issubdtype(np.asarray(leaves[0]).dtype, np.integer)
+    return np.sum(leaves, axis=0, dtype=np.int64 if is_count else np.float64)

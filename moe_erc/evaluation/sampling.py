@@ -1,9 +1,11 @@
 """How the next token is taken from its logits.
 
-It is the most probable one, or drawn at a temperature from the likely ones:
+It is the most probable token, or it is drawn from the likely ones with the probabilities
 
-p = softmax(logits / temperature), cut to the top_k most probable, of them to the smallest prefix
-that sums to top_p
+    p = softmax(logits / temperature)
+
+The likely tokens are the `top_k` most probable ones, and of these the smallest prefix whose
+probabilities sum to `top_p`.
 """
 
 import dataclasses
@@ -17,7 +19,7 @@ from moe_erc.checks import BadInput, check_fields, within
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """What is asked of a continuation; BadInput for a value beyond its limit."""
+    """The options of a continuation; BadInput for a value beyond its limit."""
 
     new_tokens: int = within(least=1, default=128)  # at most
     temperature: float = within(least=0, default=0.0)  # 0 takes the most probable token
@@ -47,20 +49,23 @@ def draw(
     top_k: jax.Array,
     top_p: jax.Array,
 ) -> jax.Array:
-    """A token for every row, with a key of its own."""
+    """A token for every row, (B,); each row draws with its own key."""
 
     def sample():
-        # From the highest down, so that no temperature overflows.
+        # The highest logit becomes 0, so that a low temperature does not overflow.
         cold_BV = (logits_BV - jnp.max(logits_BV, axis=-1, keepdims=True)) / temperature
         return jax.vmap(jax.random.categorical)(keys_B, likely(cold_BV, top_k, top_p))
 
-    return lax.cond(temperature > 0, sample, lambda: jnp.argmax(logits_BV, axis=-1))
+    def most_probable():
+        return jnp.argmax(logits_BV, axis=-1)
+
+    return lax.cond(temperature > 0, sample, most_probable)
 
 
 def likely(logits_BV: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array:
-    """The logits, and -inf where a token is not likely.
+    """The logits of likely tokens, and -inf for all others.
 
-    Likely are the top_k, and of these the prefix that reaches top_p.
+    The likely tokens are the top_k, and of these the smallest prefix that reaches top_p.
     """
     rank_V = jnp.arange(logits_BV.shape[-1])
     among_V = (top_k == 0) | (rank_V < top_k)

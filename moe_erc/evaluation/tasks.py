@@ -1,7 +1,7 @@
-"""Tasks of the lm-evaluation-harness by name: found, loaded, and what a model reaches in them.
+"""Tasks of the lm-evaluation-harness: they are found by name and loaded, and a model is scored.
 
-Several processes all load and run the same. The `eval` extra is imported where there is a task, and
-not before.
+Of several processes all load and run the same tasks. The extra `eval` is imported only where there
+is a task.
 """
 
 import collections
@@ -10,23 +10,30 @@ import difflib
 import io
 import pathlib
 import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 
 from moe_erc.checks import BadInput
 from moe_erc.data import bars, paths
+from moe_erc.data.tokenizer import Tokenizer
 from moe_erc.measures.validation import TASK
+from moe_erc.model.transformer import Transformer
 from moe_erc.tables import print_table
 
 PAPER = {  # the tasks of the ERC paper's two models
     "paper_3b": (
-        "arc_challenge", "commonsense_qa", "copa", "boolq", "hellaswag", "openbookqa", "sciq", "social_iqa",
-        "winogrande", "mmlu",
+        "arc_challenge", "commonsense_qa", "copa", "boolq", "hellaswag", "openbookqa", "sciq",
+        "social_iqa", "winogrande", "mmlu",
     ),
-    "paper_15b": ("mmlu", "ceval-valid", "mmlu_pro", "agieval", "bbh", "minerva_math", "gsm8k", "triviaqa"),
+    "paper_15b": (
+        "mmlu", "ceval-valid", "mmlu_pro", "agieval", "bbh", "minerva_math", "gsm8k", "triviaqa",
+    ),
 }  # fmt: skip
-SEED = 1234  # of the examples shown; the harness's own
+SEED = 1234  # of the few-shot examples; it is that of the harness
 RESAMPLES = 1000  # for the standard error of a metric that has no formula for it
+# What is kept of the harness's results.
 KEPT = (
     "results",
     "groups",
@@ -38,13 +45,21 @@ KEPT = (
 )
 
 
-def load_tasks(names, directory="", num_fewshot=None):
-    """Tasks with their data, as `TaskScores` takes them; {} of no names.
+def load_tasks(
+    names: Sequence[str], directory: str = "", num_fewshot: int | None = None
+) -> dict[str, Any]:
+    """Load tasks with their data for `TaskScores`; {} if there are no names.
 
-    A name is a task, group or tag of the YAML files in `directory` or of the harness, or a key of
-    PAPER. To index the harness's takes half a minute: they are left out if the directory has all.
-    `num_fewshot` examples are shown, where a task does not insist on none. ValueError or OSError,
-    of one line, for a name that is unknown or data out of reach.
+    Args:
+      names: tasks, groups or tags of the YAML files in `directory` or of the harness, or keys of
+        PAPER. The tasks of the harness are indexed, which takes half a minute, only if the
+        directory does not have all names.
+      directory: of YAML files; "" is none
+      num_fewshot: how many examples are shown; a task that sets 0 itself shows none
+
+    Raises:
+      BadInput: for an unknown name.
+      OSError: for data that cannot be reached.
     """
     if not names:
         return {}
@@ -58,7 +73,10 @@ def load_tasks(names, directory="", num_fewshot=None):
             raise BadInput(f"tasks: {name!r} is no text; give names in quotes, such as ('sciq',)")
     from moe_erc.evaluation import harness
 
-    names = list(dict.fromkeys(task for name in names for task in PAPER.get(name, (name,))))
+    wanted = {}  # a dict keeps the order and drops what is named twice
+    for name in names:
+        wanted |= dict.fromkeys(PAPER.get(name, (name,)))
+    names = list(wanted)
     manager = harness.TaskManager(include_path=directory, include_defaults=False)
     if not set(names) <= set(manager.all_tasks):
         manager = harness.TaskManager(include_path=directory or None)
@@ -76,38 +94,45 @@ def load_tasks(names, directory="", num_fewshot=None):
 
 
 class TaskScores:
-    """What the model of `run(weights)` reaches in the tasks of `load_tasks`, on `limit` documents of each, 0 for all.
+    """An evaluator of the tasks of `load_tasks`, on `limit` documents of each, 0 for all.
 
-    ValueError, before anything is compiled, for a task with a request that the model could not
-    answer.
+    BadInput, before any compilation, for a task with a request that the model cannot answer.
     """
 
-    def __init__(self, tasks, limit, model, tokenizer, shape_BT):
+    def __init__(
+        self,
+        tasks: Mapping[str, Any],
+        limit: int,
+        model: Transformer,
+        tokenizer: Tokenizer,
+        shape_BT: tuple[int, int],
+    ):
         self._tasks = tasks
         self._limit = limit or None
         self._requests = 0
-        if tasks:
-            from moe_erc.evaluation import harness
+        if not tasks:
+            return
+        from moe_erc.evaluation import harness
 
-            self._language_model = harness.LanguageModel(model, None, tokenizer, shape_BT)
-            rehearsal = harness.Rehearsal(model, None, tokenizer, shape_BT)
-            for name, task in tasks["tasks"].items():
-                try:
-                    with _without_bars():
-                        self._requests += _rehearse(rehearsal, task, self._limit)
-                except BadInput as error:
-                    raise BadInput(
-                        f"tasks: {name}: {error}; leave it out or train on longer rows"
-                    ) from None
+        self._language_model = harness.LanguageModel(model, None, tokenizer, shape_BT)
+        rehearsal = harness.Rehearsal(model, None, tokenizer, shape_BT)
+        for name, task in tasks["tasks"].items():
+            try:
+                with _without_bars():
+                    self._requests += _rehearse(rehearsal, task, self._limit)
+            except BadInput as error:
+                raise BadInput(
+                    f"tasks: {name}: {error}; leave it out or train on longer rows"
+                ) from None
 
-    def run(self, weights) -> dict[str, float]:
-        """{"tasks/TASK/METRIC": number}, as `task_metrics` makes it of the answers."""
+    def run(self, weights: Any) -> dict[str, float]:
+        """{"tasks/TASK/METRIC": number}, the answers in the form of `task_metrics`."""
         return task_metrics(self.answer(weights))
 
-    def answer(self, weights) -> dict:
+    def answer(self, weights: Any) -> dict:
         """The harness's results, {"results": {task: {"metric,filter": number}}, …}, plain JSON.
 
-        {} of no tasks.
+        {} if there are no tasks.
         """
         if not self._tasks:
             return {}
@@ -117,13 +142,12 @@ class TaskScores:
         for task in self._tasks["tasks"].values():
             task.set_fewshot_seed(SEED)  # every run shows the same
         options = {"limit": self._limit, "bootstrap_iters": RESAMPLES, "log_samples": False}
-        shown = (
-            bars.bar("Answering tasks", self._requests, "requests")
-            if jax.process_index() == 0
-            else None
-        )
+        shown = None
+        if jax.process_index() == 0:
+            shown = bars.bar("Answering tasks", self._requests, "requests")
         with shown or contextlib.nullcontext():
-            with contextlib.redirect_stderr(io.StringIO()):  # a progress bar for every task
+            # The harness would show a progress bar for every task.
+            with contextlib.redirect_stderr(io.StringIO()):
                 found = harness.evaluate(lm=self._language_model, task_dict=self._tasks, **options)
             if shown:
                 shown.update(self._requests)
@@ -131,19 +155,17 @@ class TaskScores:
 
 
 def _without_bars():
-    """In a log: the libraries' bars, which write over their line, are left out.
+    """A context in which libraries show no progress bars in a log, where they would be noise.
 
-    What they log is not.
+    Messages that they log are still shown.
     """
-    return (
-        contextlib.nullcontext()
-        if sys.stderr.isatty()
-        else contextlib.redirect_stderr(io.StringIO())
-    )
+    if sys.stderr.isatty():
+        return contextlib.nullcontext()
+    return contextlib.redirect_stderr(io.StringIO())
 
 
 def _rehearse(rehearsal, task, limit):
-    """Asks the rehearsal all that the model will be asked, and returns how much that is."""
+    """Send all requests of a task to the rehearsal; returns how many there are."""
     task.set_fewshot_seed(SEED)
     task.build_all_requests(limit=limit)
     by_kind = collections.defaultdict(list)
@@ -154,30 +176,34 @@ def _rehearse(rehearsal, task, limit):
     return len(task.instances)
 
 
-def task_metrics(found):
+def task_metrics(found: Mapping[str, Any]) -> dict[str, float]:
     """{"tasks/TASK/METRIC": number} of the results of a run, without standard errors.
 
-    A filter but "none" is added.
+    The name of a filter follows the metric, unless it is "none".
     """
-    return {
-        TASK.of(f"{task}/{'/'.join(part for part in name.split(',') if part != 'none')}").key: value
-        for task, values in found.get("results", {}).items()
-        for name, value in values.items()
-        if isinstance(value, int | float) and "," in name and "_stderr," not in name
-    }
+    metrics = {}
+    for task, values in found.get("results", {}).items():
+        for name, value in values.items():
+            is_metric = "," in name and "_stderr," not in name
+            if is_metric and isinstance(value, int | float):
+                parts = [part for part in name.split(",") if part != "none"]
+                metrics[TASK.of("/".join([task, *parts])).key] = value
+    return metrics
 
 
 def print_tasks(found: dict) -> None:
-    """The results of `TaskScores.answer` as tables, of tasks and of groups."""
+    """Print the results of `TaskScores.answer` as tables of tasks and of groups."""
     for kind in ("results", "groups"):
         if kind in found:
             columns = ("task", "metric", "value", "stderr", "filter", "n-shot", "version")
-            rows = [row for task in found[kind] for row in _rows(found, kind, task)]
+            rows = []
+            for task in found[kind]:
+                rows += _rows(found, kind, task)
             print_table("Tasks" if kind == "results" else "Groups of tasks", columns, rows)
 
 
 def _rows(found, kind, task):
-    """A row per metric of a task or a group."""
+    """A row for every metric of a task or a group."""
     values = found[kind][task]
     shown = str(values.get("alias", task))
     told = [str(found.get(key, {}).get(task, "")) for key in ("n-shot", "versions")]

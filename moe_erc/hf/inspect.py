@@ -1,11 +1,14 @@
-"""Router and gate weights of a Hugging Face MoE, read layer by layer from its safetensors; no model is built.
+"""Router and gate weights of a Hugging Face MoE, read layer by layer from its safetensors.
 
     for router_ED, w_gate_EDF in open_moe(directory):
         M_EE = coupling_matrix(router_ED, w_gate_EDF)
 
-Dense layers and shared experts are left out, no router row being theirs, and so are biases.
+No model is built. Dense layers and shared experts are left out, because they have no router row.
+Biases are left out too.
 """
 
+import os
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -19,10 +22,11 @@ from moe_erc.hf.shards import find_tensors, read_config
 
 @dataclass(frozen=True)
 class Moe:
-    """The MoE layers of a checkpoint: iterating reads them one by one as (router_ED, w_gate_EDF), NumPy float32.
+    """The MoE layers of a checkpoint.
 
-    Row e of the router is expert e's, and x @ w_gate[e] is what its gate makes of x. No layer is
-    kept: beside the one that the caller still holds there is at most the next.
+    Iterating reads them one by one as (router_ED, w_gate_EDF), NumPy float32. Row e of the router
+    belongs to expert e, whose gate computes x @ w_gate[e]. No layer is kept: in memory are the
+    layer that the caller still holds and at most the next one.
     """
 
     family: str
@@ -37,25 +41,31 @@ class Moe:
     def __len__(self):
         return len(self._layers)
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         for layer in self._layers.values():
             yield np.array(layer.router.read(), np.float32), _read_gates(layer)
 
 
 def _read_gates(layer):
-    """Expert after expert into an array (E, F, D), as torch has them, seen as (E, D, F): a layer is in memory once."""
+    """The gates of a layer, (E, D, F).
+
+    They are read one expert after the other into an array (E, F, D), the order of torch, of which a
+    transposed view is returned. So a layer is in memory once.
+    """
     w_gate_EFD = np.empty(layer.gates_shape, np.float32)
     for gate_FD, gate in zip(w_gate_EFD, layer.gates, strict=True):
         gate_FD[:] = gate.read()
     return w_gate_EFD.swapaxes(1, 2)
 
 
-def open_moe(directory) -> Moe:
-    """The MoE in a local directory, as a release of one of `families.py` lays it out, or `save_pretrained` does.
+def open_moe(directory: os.PathLike | str) -> Moe:
+    """The MoE in a local directory, as its family was released or as `save_pretrained` writes it.
 
-    Reads config.json and the headers of the shards, no tensor. ValueError or FileNotFoundError of
-    one line for an unknown family, and where names, dtypes, shapes or counts in the shards are not
-    what config.json makes them.
+    This reads config.json and the headers of the shards, and no tensor.
+
+    Raises:
+      BadInput: for an unknown family, and if names, dtypes, shapes or counts in the shards do not
+        agree with config.json.
     """
     directory = paths.local(directory)
     config = read_config(directory)

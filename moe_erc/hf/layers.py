@@ -1,23 +1,30 @@
-"""The MoE layers that config.json announces, found in the shards: every count, name, dtype and shape is checked."""
+"""The MoE layers that config.json announces, found in the shards.
+
+Every count, name, dtype and shape is checked.
+"""
 
 import re
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from moe_erc.checks import BadInput
 from moe_erc.hf.families import ROUTER, Family, Layout
 from moe_erc.hf.shards import Tensor
 
-MOST = 2**20  # layers, experts, width: a config.json beyond it is no model's
+MOST = 2**20  # of layers, experts or width; no model has more
 
 
 class Matrix(NamedTuple):
-    """A router, or the gate of one expert: its tensors, and how to take it out of them."""
+    """A router, or the gate of one expert: its tensors, and how it is read from them."""
 
     parts: tuple[Tensor, ...]
     layout: Layout
     expert: int
 
-    def read(self):
+    def read(self) -> np.ndarray:
+        """The matrix as torch has it: a router (E, D), a gate (F, D)."""
         return self.layout.read(*(part.map() for part in self.parts), self.expert)
 
 
@@ -29,10 +36,13 @@ class Layer(NamedTuple):
     gates_shape: tuple[int, int, int]  # (E, F, D)
 
 
-def locate_layers(config, family: Family, tensors) -> dict[int, Layer]:
+def locate_layers(
+    config: Mapping[str, Any], family: Family, tensors: Mapping[str, Tensor]
+) -> dict[int, Layer]:
     """The MoE layers by their numbers in the model.
 
-    ValueError of one line if shards and config.json disagree.
+    Raises:
+      BadInput: if shards and config.json disagree.
     """
     sizes = (
         _number(config, "num_experts", "num_local_experts", "n_routed_experts"),
@@ -48,7 +58,10 @@ def locate_layers(config, family: Family, tensors) -> dict[int, Layer]:
 
 
 def _announced(config):
-    """All layers but those that Qwen lists or steps over, and those that DeepSeek begins with."""
+    """The numbers of the MoE layers: all but the dense ones, which config.json tells.
+
+    Qwen lists dense layers or steps over them; DeepSeek begins with some.
+    """
     first = _number(config, "first_k_dense_replace", least=0, default=0)
     step = _number(config, "decoder_sparse_step", default=1)
     dense = config.get("mlp_only_layers", [])
@@ -61,18 +74,22 @@ def _announced(config):
 
 
 def _check_routers(layers, config, family, tensors):
-    """Those layers have a router and no others, save the ones behind the last that predict tokens further on."""
+    """Refuse shards in which other layers than the announced ones have a router.
+
+    Layers behind the last one, which predict several tokens ahead, may have one.
+    """
     end = _number(config, "num_hidden_layers")
     further = range(end, end + _number(config, "num_nextn_predict_layers", least=0, default=0))
-    names = (re.fullmatch(r"model\.layers\.(\d{1,7})\.(.+)", name) for name in tensors)
-    found = {int(name[1]) for name in names if name and name[2] in family.routers}.difference(
-        further
-    )
-    differing = sorted(found ^ layers)
+    found = set()
+    for name in tensors:
+        match = re.fullmatch(r"model\.layers\.(\d{1,7})\.(.+)", name)
+        if match and match[2] in family.routers:
+            found.add(int(match[1]))
+    differing = sorted(found.difference(further) ^ layers)
     if differing:
         raise BadInput(
-            f"layers {str(differing[:8])[1:-1]}, {len(differing)} in all, have a router in the shards and none by "
-            "config.json, or the reverse; take both from one model"
+            f"layers {str(differing[:8])[1:-1]}, {len(differing)} in all, have a router in the "
+            "shards and none by config.json, or the reverse; take both from one model"
         )
     if not layers:
         raise BadInput(
@@ -88,39 +105,37 @@ def _locate_layer(prefix, family, tensors, sizes):
         surplus = name.format(expert=E)
         if surplus != name and surplus in tensors:
             raise BadInput(
-                f"{surplus!r} is in the shards, config.json has {E} experts; take both from one model"
+                f"{surplus!r} is in the shards, config.json has {E} experts; "
+                "take both from one model"
             )
     router = _locate(routers, 0, tensors, sizes)
     return Layer(router, [_locate(gates, expert, tensors, sizes) for expert in range(E)], (E, F, D))
 
 
 def _locate(candidates, expert, tensors, sizes):
-    """The one candidate that is there: its first part tells, by name and dtype."""
-    candidates = [
-        (name.format(expert=expert), layout.parts[0], layout) for name, layout in candidates
-    ]
-    found = [
-        (name, layout)
-        for name, first, layout in candidates
-        if name + first.suffix in tensors and tensors[name + first.suffix].dtype in first.dtypes
-    ]
+    """The one candidate (name, layout) in the shards; its first part decides, by name and dtype."""
+    found = []
+    forms = []
+    for pattern, layout in candidates:
+        name = pattern.format(expert=expert)
+        first = layout.parts[0]
+        tensor = tensors.get(name + first.suffix)
+        if tensor is not None and tensor.dtype in first.dtypes:
+            found.append((name, layout))
+        forms.append(f"{name}{first.suffix} ({'/'.join(first.dtypes)})")
     if not found:
-        known = " or ".join(
-            f"{name}{first.suffix} ({'/'.join(first.dtypes)})" for name, first, _ in candidates
-        )
         raise BadInput(
-            f"the shards have no {known}; download them all, of a release in one of these forms"
+            f"the shards have no {' or '.join(forms)}; "
+            "download them all, of a release in one of these forms"
         )
     if len(found) > 1:
         raise BadInput(
-            f"the shards have both {found[0][0]!r} and {found[1][0]!r}; save the model again, in one form"
+            f"the shards have both {found[0][0]!r} and {found[1][0]!r}; "
+            "save the model again, in one form"
         )
     [(name, layout)] = found
-    return Matrix(
-        tuple(_checked(name + part.suffix, part, tensors, sizes) for part in layout.parts),
-        layout,
-        expert,
-    )
+    parts = [_checked(name + part.suffix, part, tensors, sizes) for part in layout.parts]
+    return Matrix(tuple(parts), layout, expert)
 
 
 def _checked(name, part, tensors, sizes):
@@ -130,17 +145,18 @@ def _checked(name, part, tensors, sizes):
     shape = part.shape(*sizes)
     if tensor.dtype not in part.dtypes or tensor.shape != shape:
         raise BadInput(
-            f"{name!r} is {tensor.dtype} {tensor.shape}, by config.json {' or '.join(part.dtypes)} {shape}; "
-            "take both from one model"
+            f"{name!r} is {tensor.dtype} {tensor.shape}, "
+            f"by config.json {' or '.join(part.dtypes)} {shape}; take both from one model"
         )
     return tensor
 
 
 def _number(config, *names, least=1, default=None):
-    """The first of these that config.json has."""
+    """The value of the first of these names that config.json has."""
     value = next((config[name] for name in names if name in config), default)
     if type(value) is not int or not least <= value <= MOST:
         raise BadInput(
-            f"config.json: {' or '.join(names)} is {value!r}; the model needs a whole number of {least} to {MOST}"
+            f"config.json: {' or '.join(names)} is {value!r}; "
+            f"the model needs a whole number of {least} to {MOST}"
         )
     return value

@@ -1,6 +1,9 @@
 """The README.md of an exported run: what was trained, how, on what, how far, and how to load it."""
 
+from typing import Any
+
 from moe_erc.measures.validation import LOSS
+from moe_erc.model.config import ModelConfig
 
 CARD = """\
 ---
@@ -11,8 +14,8 @@ tags: [olmoe, mixture-of-experts, moe_erc]
 
 # {name}
 
-A Mixture-of-Experts language model of the OLMoE architecture, trained with moe_erc. It has {parameters:,} parameters,
-of which a token meets {active:,}.
+A Mixture-of-Experts language model of the OLMoE architecture, trained with moe_erc. It has
+{parameters:,} parameters, of which a token meets {active:,}.
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -29,7 +32,7 @@ tokenizer = AutoTokenizer.from_pretrained("{name}")
 |---|---|---|
 {losses}
 
-The model was trained on their weighted sum. Nothing of them remains in the checkpoint but what they taught.
+The model was trained on their weighted sum. The checkpoint holds nothing of the losses themselves.
 
 ## Run
 
@@ -43,20 +46,24 @@ ATTENTION = {  # of training and validation, by data.attend_across_documents
 }
 
 
-def model_card(name, model, earlier, validation):
-    """Markdown of a run: its name, ModelConfig, what its checkpoint says of it, and validation loss or None.
+def model_card(name: str, model: ModelConfig, earlier: Any, validation: float | None) -> str:
+    """The card of a run in Markdown.
 
-    earlier: `step`, `rows`, `config` (`configs/base.py`) and `history` of the run: {"from_step",
-    "key", …} each.
+    Args:
+      name: of the directory
+      model: the configuration of the model
+      earlier: `step`, `rows`, `config` (`configs/base.py`) and `history` of the run, as its
+        checkpoint has them; an entry of `history` is {"from_step", "key", "before", "after"}
+      validation: the mean validation loss, or None
     """
     config = earlier.config
     step = earlier.step
     data = config["data"]
     train = config["train"]
     tokens = earlier.rows * data["sequence_length"]
-    found = (
-        "not measured" if validation is None else f"{validation:.4f} {LOSS.unit}, mean over domains"
-    )
+    found = "not measured"
+    if validation is not None:
+        found = f"{validation:.4f} {LOSS.unit}, mean over domains"
     run = {
         "step": f"{step:,}",
         "tokens": f"{tokens:,}, in batches of {train['batch_size']} x {data['sequence_length']}",
@@ -70,15 +77,18 @@ def model_card(name, model, earlier, validation):
         "seed": config["seed"],
     }
     for change in earlier.history:
-        run |= {
-            f"{change['key']}, from step {change['from_step']} on": f"{change['after']}, {change['before']} before"
-        }
+        what = f"{change['key']}, from step {change['from_step']} on"
+        run[what] = f"{change['after']}, {change['before']} before"
+    losses = []
+    for loss, options in config["losses"].items():
+        if options["weight"]:
+            losses.append(_loss(loss, options))
     return CARD.format(
         name=name,
         parameters=model.parameters(),
         active=model.active_parameters(),
         router=model.router.describe(model),
-        losses="\n".join(_loss(*loss) for loss in config["losses"].items() if loss[1]["weight"]),
+        losses="\n".join(losses),
         run="\n".join(f"| {what} | {value} |" for what, value in run.items()),
     )
 

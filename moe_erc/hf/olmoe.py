@@ -1,17 +1,19 @@
-"""OLMoE as transformers and vLLM read it, made of our parameters, and our parameters made of it.
+"""OLMoE checkpoints as transformers and vLLM read them, from our parameters and to them.
 
-    params = open_olmoe(directory, config, abstract).read()        export_olmoe(directory, model, params)
+    params = open_olmoe(directory, config, abstract).read()
+    export_olmoe(directory, model, params)
 
-Neither needs torch, nor memory for a second model: tensors are read where the map of the file has
-them, each device's share alone, and written as they are gathered, of one parameter one layer at a
-time.
+Neither direction needs torch, or memory for a second model. Files are mapped into memory, and only
+the share of each device is read. One layer of one parameter is gathered and written at a time.
 """
 
 import collections
 import dataclasses
 import functools
 import itertools
+import os
 import re
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -26,18 +28,20 @@ from moe_erc.hf.olmoe_config import check_plain, check_same, config_json, model_
 from moe_erc.hf.olmoe_names import PACKED, TABLE, by_path, entries, path_name
 from moe_erc.hf.shard_writer import new_directory, write_json, write_shards
 from moe_erc.hf.shards import DTYPES, Tensor, find_tensors, read_config
+from moe_erc.model.config import ModelConfig
 from moe_erc.model.export import as_softmax_router
+from moe_erc.model.transformer import Transformer
 
 
 @dataclasses.dataclass(frozen=True)
 class Olmoe:
-    """A checkpoint that fits a model: where its numbers lie is known, none is read yet."""
+    """A checkpoint that fits a model: the places of its numbers are known, none is read yet."""
 
     _abstract: Any
     _tensors: dict[str, Tensor] = dataclasses.field(repr=False)
 
-    def read(self):
-        """The parameters, a float32 array in its sharding each."""
+    def read(self) -> Any:
+        """The tree of parameters: float32 arrays, each in its sharding."""
 
         def read(path, leaf):
             share_of = functools.partial(_read, TABLE[path_name(path)], self._tensors, leaf)
@@ -46,13 +50,17 @@ class Olmoe:
         return jax.tree_util.tree_map_with_path(read, self._abstract)
 
 
-def open_olmoe(directory, config, abstract) -> Olmoe:
+def open_olmoe(directory: os.PathLike | str, config: ModelConfig, abstract: Any) -> Olmoe:
     """An OLMoE in a local directory: released, written by `save_pretrained`, or exported here.
 
-    config: the ModelConfig that shall compute with its parameters; its sizes must be the
-    checkpoint's. abstract: the parameters' tree, a `jax.ShapeDtypeStruct` with a sharding for each.
-    ValueError or FileNotFoundError of one line for what is no such model, and for tensors that are
-    missing, unknown, there twice, or of another shape.
+    Args:
+      directory: of config.json and the shards
+      config: of the model that will use the parameters; it must have the sizes of the checkpoint
+      abstract: the tree of parameters, each a `jax.ShapeDtypeStruct` with a sharding
+
+    Raises:
+      BadInput: for another kind of model, and for tensors that are missing, unknown, present twice,
+        or of another shape.
     """
     directory = paths.local(directory)
     check_same(config, model_fields(read_config(directory)), directory)
@@ -61,21 +69,22 @@ def open_olmoe(directory, config, abstract) -> Olmoe:
     return Olmoe(abstract, tensors)
 
 
-def import_olmoe(directory, config, abstract):
-    """The parameters of `open_olmoe`, read."""
+def import_olmoe(directory: os.PathLike | str, config: ModelConfig, abstract: Any) -> Any:
+    """The parameters of the checkpoint that `open_olmoe` opens, read."""
     return open_olmoe(directory, config, abstract).read()
 
 
 def _unpacked(tensors):
-    """The same with a tensor for every matrix of packed experts: nothing is moved, they lie in a row."""
+    """The tensors, with one for every matrix where experts are packed into one tensor.
+
+    The matrices of a packed tensor lie one after the other, so that only offsets are computed.
+    """
     found = {}
     for name, tensor in tensors.items():
         packed = re.fullmatch(r"(.+\.experts)\.(gate_up_proj|down_proj)", name)
-        matrices = (
-            PACKED[packed[2]]
-            if packed and tensor.dtype in FLOATS and len(tensor.shape) == 3
-            else ()
-        )
+        matrices = ()
+        if packed and tensor.dtype in FLOATS and len(tensor.shape) == 3:
+            matrices = PACKED[packed[2]]
         if not matrices or not all(tensor.shape) or tensor.shape[1] % len(matrices):
             found[name] = tensor
             continue
@@ -86,7 +95,8 @@ def _unpacked(tensors):
             single = f"{packed[1]}.{expert}.{matrix}.weight"
             if single in tensors:
                 raise BadInput(
-                    f"the shards have both {name!r} and {single!r}; save the model again, in one form"
+                    f"the shards have both {name!r} and {single!r}; "
+                    "save the model again, in one form"
                 )
             offset = tensor.offset + number * rows * columns * DTYPES[tensor.dtype].itemsize
             found[single] = Tensor(tensor.path, offset, tensor.dtype, (rows, columns))
@@ -94,41 +104,52 @@ def _unpacked(tensors):
 
 
 def _check_tensors(tensors, wanted):
-    """Stops at the first that is not there: what config.json announces may be without bounds."""
+    """Refuse missing, misshapen and unknown tensors.
+
+    It stops at the first missing one, because config.json may announce any number of tensors.
+    """
     names = set()
     for name, _, _, shape in wanted:
         if name not in tensors:
             raise BadInput(
-                f"no tensor {name!r} in the shards, which config.json announces; download them again"
+                f"no tensor {name!r} in the shards, which config.json announces; "
+                "download them again"
             )
-        if tensors[name].shape != shape or tensors[name].dtype not in FLOATS:
+        tensor = tensors[name]
+        if tensor.shape != shape or tensor.dtype not in FLOATS:
             raise BadInput(
-                f"{name!r} is {tensors[name].dtype} {tensors[name].shape}, by config.json {' or '.join(FLOATS)} "
-                f"{shape}; take both from one model"
+                f"{name!r} is {tensor.dtype} {tensor.shape}, "
+                f"by config.json {' or '.join(FLOATS)} {shape}; take both from one model"
             )
         names.add(name)
-    if unknown := sorted(tensors.keys() - names):
+    unknown = sorted(tensors.keys() - names)
+    if unknown:
         raise BadInput(
-            f"{unknown[0]!r}, {len(unknown)} in all: an OLMoE of this config.json has no such tensor"
+            f"{unknown[0]!r}, {len(unknown)} in all: "
+            "an OLMoE of this config.json has no such tensor"
         )
 
 
 def _read(stored, tensors, leaf, share):
-    """A share of a parameter, given as a slice along every axis, matrix by matrix."""
+    """A share of a parameter, read matrix by matrix; `share` has a slice for every axis."""
     ranges = [range(size)[part] for part, size in zip(share, leaf.shape, strict=True)]
     array = np.empty([len(chosen) for chosen in ranges], leaf.dtype)
+    # Leading axes, of layer and expert, are in the names of tensors. `place` counts within the
+    # share, `index` within the whole parameter.
     leading = ranges[: stored.axes]
-    for place, index in zip(
-        np.ndindex(*map(len, leading)), itertools.product(*leading), strict=True
-    ):
-        array[place] = stored.orient(tensors[stored.name.format(*index)].map())[
-            share[stored.axes :]
-        ]
+    of_matrix = share[stored.axes :]
+    places = np.ndindex(*map(len, leading))
+    for place, index in zip(places, itertools.product(*leading), strict=True):
+        tensor = tensors[stored.name.format(*index)]
+        array[place] = stored.orient(tensor.map())[of_matrix]
     return array
 
 
 class About(NamedTuple):
-    """What a checkpoint says beside its weights: entries of config.json, and other files by name."""
+    """The parts of a checkpoint beside its weights.
+
+    `entries` are those of config.json; `files` are {name: content}.
+    """
 
     entries: dict
     files: dict[str, str]
@@ -137,13 +158,30 @@ class About(NamedTuple):
 NOTHING = About({}, {})
 
 
-def export_olmoe(directory, model, params, about=NOTHING, dtype=None, shard_bytes=5 * 10**9):
-    """Writes a model as an OLMoE into a new local directory: config.json, generation_config.json, safetensors, `about`.
+def export_olmoe(
+    directory: os.PathLike | str,
+    model: Transformer,
+    params: Mapping[str, Any],
+    about: About = NOTHING,
+    dtype: str | None = None,
+    shard_bytes: int = 5 * 10**9,
+) -> None:
+    """Write a model as an OLMoE into a new local directory.
 
-    dtype: float32, bfloat16 or float16, by default what the model computes in. The same model gives
-    the same bytes. Of several processes all call it and the first writes. ValueError or OSError of
-    one line, with nothing left behind, for a model that no OLMoE computes, numbers that `dtype`
-    cannot hold, and a directory that is not empty.
+    The files are config.json, generation_config.json, the safetensors, and those of `about`. The
+    same model gives the same bytes. All processes of a run call this; the first one writes.
+
+    Args:
+      directory: new or empty
+      model: whose parameters these are
+      params: the tree of parameters
+      about: more entries of config.json, and more files
+      dtype: float32, bfloat16 or float16; by default the dtype in which the model computes
+      shard_bytes: the largest size of a file, unless one tensor is larger
+
+    Raises:
+      BadInput: for a model that OLMoE cannot express, numbers that `dtype` cannot hold, and a
+        directory that is not empty. Nothing is left behind.
     """
     check_plain(model.config)
     model, params = as_softmax_router(model, params)
@@ -151,27 +189,26 @@ def export_olmoe(directory, model, params, about=NOTHING, dtype=None, shard_byte
     known = [DTYPES[code].name for code in FLOATS]
     if dtype not in known:
         raise BadInput(f"an OLMoE in {dtype!r} cannot be written; use one of {', '.join(known)}")
+    # Sorted by layer, so that a layer of a parameter is gathered once.
     by_layer = sorted(entries(params), key=lambda entry: entry.index[:1])
     tensors = _gather(model.mesh, params, by_layer, dtype)
     if jax.process_index() > 0:
-        collections.deque(tensors, maxlen=0)  # takes its part in the gathering
+        # The other processes take part in gathering every tensor, and write none.
+        collections.deque(tensors, maxlen=0)
         return
     config = config_json(model.config, dtype) | about.entries
     with new_directory(directory) as unfinished:
         write_json(unfinished / "config.json", config)
-        write_json(
-            unfinished / "generation_config.json",
-            {name: config[name] for name in config if "token_id" in name},
-        )
+        token_ids = {name: config[name] for name in config if "token_id" in name}
+        write_json(unfinished / "generation_config.json", token_ids)
         for name, content in about.files.items():
             (unfinished / name).write_text(content, encoding="utf-8")
-        write_shards(
-            unfinished, {entry.name: entry.shape for entry in by_layer}, tensors, dtype, shard_bytes
-        )
+        shapes = {entry.name: entry.shape for entry in by_layer}
+        write_shards(unfinished, shapes, tensors, dtype, shard_bytes)
 
 
 def _gather(mesh, params, by_layer, dtype):
-    """The tensors one by one on the host."""
+    """Yield the tensors one by one on the host, in the order of `by_layer`."""
     everywhere = None if mesh is None else NamedSharding(mesh, P())
     leaves = by_path(params)
     # XLA has no program for float16 on a processor that cannot convert it (no F16C); NumPy converts
@@ -182,16 +219,13 @@ def _gather(mesh, params, by_layer, dtype):
     def take(stored, array, *layer):
         return stored.orient(array[layer]).astype(on_device)
 
-    for (path, layer), group in itertools.groupby(
-        by_layer, lambda entry: (entry.path, entry.index[:1])
-    ):
-        with np.errstate(over="ignore"):  # what does not fit is refused below
-            taken = jax.device_get(take(TABLE[path], leaves[path], *layer)).astype(
-                dtype, copy=False
-            )
+    groups = itertools.groupby(by_layer, lambda entry: (entry.path, entry.index[:1]))
+    for (path, layer), group in groups:
+        taken = jax.device_get(take(TABLE[path], leaves[path], *layer))
+        with np.errstate(over="ignore"):  # a number that does not fit is refused below
+            taken = taken.astype(dtype, copy=False)
         if not np.isfinite(taken).all():
-            raise BadInput(
-                f"{TABLE[path].name.format(*layer, '*')} is not finite in {dtype}; use another dtype"
-            )
+            name = TABLE[path].name.format(*layer, "*")
+            raise BadInput(f"{name} is not finite in {dtype}; use another dtype")
         for entry in group:
             yield taken[entry.index[1:]]

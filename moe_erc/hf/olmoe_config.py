@@ -1,6 +1,9 @@
 """config.json of an OLMoE and the fields of our ModelConfig: one table, read both ways."""
 
 import dataclasses
+import os
+from collections.abc import Mapping
+from typing import Any
 
 from moe_erc.checks import BadInput
 from moe_erc.hf.layers import MOST
@@ -22,7 +25,7 @@ FIELDS = {  # config.json -> ModelConfig
     "tie_word_embeddings": "tie_embeddings",
 }
 RENORMALIZE = "norm_topk_prob"  # an option of the router
-# What config.json does not say, of a model that is to be run.
+# Fields of a model to be run that config.json does not have.
 PLAIN = {
     "shared_experts": 0,
     "init_std": 0.02,
@@ -32,7 +35,7 @@ PLAIN = {
     "attention_implementation": "auto",
     "experts_implementation": "auto",
 }
-# As transformers has them, whose clip_qkv is null where ours is 0.
+# The defaults of transformers; its clip_qkv is null where ours is 0.
 DEFAULTS = {
     "norm_topk_prob": False,
     "rms_norm_eps": 1e-5,
@@ -44,10 +47,13 @@ ABSENT = ("quantization_config", "sliding_window")
 KINDS = {field.name: field.type for field in dataclasses.fields(ModelConfig)}
 
 
-def model_fields(config):
-    """{field of ModelConfig: value} of a config.json; ValueError of one line for no OLMoE, or one that ours cannot be.
+def model_fields(config: Mapping[str, Any]) -> dict[str, Any]:
+    """{field of ModelConfig: value} of a config.json.
 
-    A key that it leaves out or has as null means what it means to transformers.
+    A key that is absent or null has the default of transformers.
+
+    Raises:
+      BadInput: for a model that is no OLMoE, or that our model cannot express.
     """
     if config.get("model_type") != "olmoe":
         raise BadInput(
@@ -56,29 +62,32 @@ def model_fields(config):
     for name, only in (FIXED | dict.fromkeys(ABSENT)).items():
         if config.get(name, only) != only:
             raise BadInput(f"config.json: {name} is {config[name]!r}; only {only!r} can be read")
-    config = DEFAULTS | {"num_key_value_heads": config.get("num_attention_heads")} | config
-    config |= {"rope_theta": _rope_theta(config)}
-    fields = {
-        field: _checked(name, config.get(name), KINDS[field]) for name, field in FIELDS.items()
-    }
-    return fields | {
-        "router": Softmax(renormalize=_checked(RENORMALIZE, config[RENORMALIZE], bool))
-    }
+    config = DEFAULTS | {"num_key_value_heads": config.get("num_attention_heads")} | dict(config)
+    config["rope_theta"] = _rope_theta(config)
+    fields = {}
+    for name, field in FIELDS.items():
+        fields[field] = _checked(name, config.get(name), KINDS[field])
+    renormalize = _checked(RENORMALIZE, config[RENORMALIZE], bool)
+    return fields | {"router": Softmax(renormalize=renormalize)}
 
 
-def context_length(config):
-    """For how many tokens a config.json says that its model is; 4096, as OLMoE, if it does not."""
+def context_length(config: Mapping[str, Any]) -> int:
+    """The context length in tokens that config.json gives; without one that of OLMoE, 4096."""
     return _checked("max_position_embeddings", config.get("max_position_embeddings", 4096), int)
 
 
 def _rope_theta(config):
-    """Of the releases, of transformers 5, or the default of both; scaled positions are refused."""
+    """rope_theta as releases write it, or as transformers 5 does, or the default of both.
+
+    Scaled positions are refused.
+    """
     thetas = [config["rope_theta"]] if "rope_theta" in config else []
     for name in ("rope_parameters", "rope_scaling"):
         options = config.get(name, {})
-        if not isinstance(options, dict) or any(
-            options[key] != "default" for key in options if key != "rope_theta"
-        ):
+        is_plain = isinstance(options, dict) and all(
+            options[key] == "default" for key in options if key != "rope_theta"
+        )
+        if not is_plain:
             raise BadInput(
                 f"config.json: {name} is {options!r}; only rope_type 'default' can be read"
             )
@@ -94,19 +103,24 @@ def _checked(name, value, kind):
     if kind is float and type(value) is int:
         value = float(value)
     if type(value) is not kind or (kind is int and not 1 <= value <= MOST):
-        wanted = {int: f"a whole number of 1 to {MOST}", float: "a number", bool: "true or false"}[
-            kind
-        ]
-        raise BadInput(f"config.json: {name} is {value!r}; the model needs {wanted}")
+        wanted = {int: f"a whole number of 1 to {MOST}", float: "a number", bool: "true or false"}
+        raise BadInput(f"config.json: {name} is {value!r}; the model needs {wanted[kind]}")
     return value
 
 
-def check_same(config: ModelConfig, fields, directory):
-    """ValueError, naming the first field that differs, unless parameters of an OLMoE of these fields fit `config`."""
+def check_same(
+    config: ModelConfig, fields: Mapping[str, Any], directory: os.PathLike | str
+) -> None:
+    """Refuse an OLMoE of these fields whose parameters do not fit `config`.
+
+    Raises:
+      BadInput: with the first field that differs.
+    """
     router = config.router
     if not router.is_softmax:
         raise BadInput(
-            f"model.router: {router.name!r} cannot start from an OLMoE, whose router is softmax; use that"
+            f"model.router: {router.name!r} cannot start from an OLMoE, "
+            "whose router is softmax; use that"
         )
     if config.shared_experts:
         raise BadInput(
@@ -123,10 +137,10 @@ def check_same(config: ModelConfig, fields, directory):
             )
 
 
-def check_plain(config: ModelConfig):
-    """BadInput if the model has what no OLMoE has.
+def check_plain(config: ModelConfig) -> None:
+    """Refuse a model with parts that no OLMoE has, but for its router.
 
-    Its router answers for itself: `Router.exports_as`.
+    The router itself says whether it can be exported: `Router.exports_as`.
     """
     if config.shared_experts:
         raise BadInput(
@@ -135,10 +149,10 @@ def check_plain(config: ModelConfig):
         )
 
 
-def config_json(config: ModelConfig, dtype):
-    """The config.json of a model of `as_softmax_router` that `check_plain` lets pass.
+def config_json(config: ModelConfig, dtype: str) -> dict[str, Any]:
+    """The config.json of a model of `as_softmax_router` that passed `check_plain`.
 
-    Ids of special tokens are null, to be replaced.
+    The ids of special tokens are null; the caller replaces those that it knows.
     """
     fields = {name: getattr(config, field) for name, field in FIELDS.items()}
     return {
@@ -148,12 +162,12 @@ def config_json(config: ModelConfig, dtype):
         **fields,
         RENORMALIZE: config.router.renormalize,
         "clip_qkv": config.clip_qkv or None,
-        # transformers 5 reads rope_parameters; 4 reads rope_theta, and takes 1e4 where there is
-        # none.
+        # transformers 5 reads rope_parameters. Version 4 reads rope_theta; its default is 1e4.
         "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
         "initializer_range": config.init_std,
         "dtype": dtype,
         "use_cache": True,
-        # Not null by default there: row 1 of the embedding would be padding, which has no gradient.
+        # The default of transformers is not null: row 1 of the embedding would be padding, and
+        # padding has no gradient.
         **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id")),
     }

@@ -1,28 +1,34 @@
 """OLMoE's tensors and our parameters: one table of names, read both ways.
 
-A tensor there is one matrix of one layer and one expert, (out, in) as torch has it; ours are (in,
-out), stacked over layers and over experts.
+A tensor of OLMoE is one matrix of one layer and one expert, (out, in) as torch has it. Ours are
+(in, out) and stacked over layers and experts.
 """
 
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
 
+Array = TypeVar("Array", jax.Array, np.ndarray)
+
 
 class TensorName(NamedTuple):
-    """How a parameter is stored: the name of its tensors, with {} for its leading axes, layer and expert."""
+    """How a parameter is stored.
+
+    The name of its tensors has {} for each leading axis: the layer, and the expert.
+    """
 
     name: str
     transposed: bool = False
 
     @property
-    def axes(self):
+    def axes(self) -> int:
         """How many of the parameter's axes are in the name."""
         return self.name.count("{}")
 
-    def orient(self, array):
-        """A matrix or a stack of them, ours as it is stored and stored as it is ours."""
+    def orient(self, array: Array) -> Array:
+        """A matrix or a stack of matrices, from our layout to the stored one, and back."""
         return array.swapaxes(-1, -2) if self.transposed else array
 
 
@@ -45,7 +51,8 @@ TABLE = {
     "final_norm": TensorName("model.norm.weight"),
     "head": TensorName("lm_head.weight"),  # absent where it is the embedding
 }
-# All experts of a layer in one tensor, as transformers has them in memory: their matrices in a row.
+# All experts of a layer in one tensor, as transformers has them in memory: matrices one after the
+# other.
 PACKED = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 
 
@@ -58,22 +65,22 @@ class Entry(NamedTuple):
     shape: tuple[int, ...]  # as stored
 
 
-def entries(params):
-    """Every tensor of the model that these parameters, arrays or abstract ones, are of."""
+def entries(params: Any) -> Iterator[Entry]:
+    """Every tensor of the checkpoint of these parameters, which may be arrays or abstract."""
     for path, leaf in by_path(params).items():
         stored = TABLE[path]
         shape = leaf.shape[stored.axes :]
+        if stored.transposed:
+            shape = shape[::-1]
         for index in np.ndindex(*leaf.shape[: stored.axes]):
-            yield Entry(
-                stored.name.format(*index), path, index, shape[::-1] if stored.transposed else shape
-            )
+            yield Entry(stored.name.format(*index), path, index, shape)
 
 
-def by_path(params):
-    """{path of the table: leaf}."""
+def by_path(params: Any) -> dict[str, Any]:
+    """{path of the table: leaf} of a tree of parameters."""
     return {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
 
 
-def path_name(path):
-    """The keys on the way to a leaf, as the table has them."""
+def path_name(path: tuple) -> str:
+    """The path of a leaf in the tree of parameters, as the table spells it."""
     return jax.tree_util.keystr(path, simple=True, separator=".")

@@ -1,8 +1,8 @@
-"""Safetensors written tensor by tensor, and directories that are there once they are complete.
+"""Safetensors written tensor by tensor, and directories that exist only once they are complete.
 
-Sizes are known before numbers are, so a shard's header is written first and its tensors stream
-behind it: the memory taken is that of one tensor, whatever the model's size. The same tensors give
-the same bytes.
+All sizes are known before the numbers. The header of a shard is therefore written first, and its
+tensors follow one by one: one tensor is in memory, whatever the size of the model. The same tensors
+give the same bytes.
 """
 
 import contextlib
@@ -12,7 +12,11 @@ import math
 import os
 import secrets
 import shutil
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from moe_erc.checks import BadInput
 from moe_erc.data import paths
@@ -21,23 +25,34 @@ from moe_erc.hf.shards import DTYPES
 CODES = {dtype.name: code for code, dtype in DTYPES.items()}
 
 
-def write_shards(directory: Path, shapes, tensors, dtype, shard_bytes):
-    """Writes model.safetensors, or several of at most `shard_bytes` (or one tensor) and their index.
+def write_shards(
+    directory: Path,
+    shapes: Mapping[str, tuple[int, ...]],
+    tensors: Iterable[np.ndarray],
+    dtype: str,
+    shard_bytes: int,
+) -> None:
+    """Write model.safetensors, or several shards and their index.
 
-    shapes: {name: shape} in the order in which `tensors` yields arrays of `dtype`.
+    Args:
+      directory: which exists
+      shapes: {name: shape} in the order of `tensors`
+      tensors: arrays of `dtype`
+      dtype: the name of a NumPy dtype
+      shard_bytes: of tensors in a shard at most, unless one tensor alone has more
     """
     shards = _fill(shapes, dtype, shard_bytes)
     tensors = iter(tensors)
     files = ["model.safetensors"]
     if len(shards) > 1:
-        files = [
-            f"model-{number:05}-of-{len(shards):05}.safetensors"
-            for number in range(1, len(shards) + 1)
-        ]
-        write_json(directory / "model.safetensors.index.json", {
-            "metadata": {"total_size": sum(_bytes(shape, dtype) for shape in shapes.values())},
-            "weight_map": {name: file for file, shard in zip(files, shards, strict=True) for name in shard},
-        })  # fmt: skip
+        numbers = range(1, len(shards) + 1)
+        files = [f"model-{number:05}-of-{len(shards):05}.safetensors" for number in numbers]
+        total_size = sum(_bytes(shape, dtype) for shape in shapes.values())
+        weight_map = {}
+        for file, shard in zip(files, shards, strict=True):
+            weight_map |= dict.fromkeys(shard, file)
+        index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
+        write_json(directory / "model.safetensors.index.json", index)
     for file, shard in zip(files, shards, strict=True):
         with open(directory / file, "wb") as opened:
             opened.write(_header(shard, dtype))
@@ -46,7 +61,7 @@ def write_shards(directory: Path, shapes, tensors, dtype, shard_bytes):
 
 
 def _fill(shapes, dtype, shard_bytes):
-    """[{name: shape}], each as many tensors in a row as a shard holds."""
+    """The shards, [{name: shape}]; each has as many consecutive tensors as it can hold."""
     shards = [{}]
     free = shard_bytes
     for name, shape in shapes.items():
@@ -67,7 +82,7 @@ def _header(shard, dtype):
         end = end + _bytes(shape, dtype)
         header[name] = {"dtype": CODES[dtype], "shape": shape, "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # the numbers behind it are aligned
+    text += b" " * (-len(text) % 8)  # so that the numbers behind it are aligned
     return len(text).to_bytes(8, "little") + text
 
 
@@ -75,15 +90,16 @@ def _bytes(shape, dtype):
     return math.prod(shape) * DTYPES[CODES[dtype]].itemsize
 
 
-def write_json(path: Path, value):
-    """The same value gives the same bytes."""
+def write_json(path: Path, value: Any) -> None:
+    """Write a value as JSON; the same value gives the same bytes."""
     path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def free_path(directory) -> Path:
+def free_path(directory: os.PathLike | str) -> Path:
     """The local path of this name.
 
-    ValueError or FileExistsError of one line if it is none, or something is there.
+    Raises:
+      BadInput: if it is in a bucket, or if something is there already.
     """
     if paths.is_remote(directory):
         raise BadInput(f"{directory} is in a bucket; give a local directory, and copy it there")
@@ -94,10 +110,10 @@ def free_path(directory) -> Path:
 
 
 @contextlib.contextmanager
-def new_directory(directory):
-    """A directory that takes this name when the block is through, all at once.
+def new_directory(directory: os.PathLike | str) -> Iterator[Path]:
+    """A context that yields a directory to fill, and gives it this name in one step at its end.
 
-    Of one that fails nothing is left.
+    If the block fails, nothing is left.
     """
     path = free_path(directory)
     unfinished = path.with_name(f".{path.name}.{secrets.token_hex(4)}")

@@ -1,9 +1,9 @@
-"""The tensors of a directory of safetensors, mapped into memory as they are asked for.
+"""The tensors of a directory of safetensors, mapped into memory when they are read.
 
-A shard is 8 bytes, the length N of the header; N bytes of JSON, {name: {"dtype", "shape",
-"data_offsets"}}; numbers. Nothing of a checkpoint is run, and what it claims of itself is checked
-before a number is read. The format is parsed here since the NumPy side of the `safetensors` package
-knows no float8 and does not tell where a tensor lies.
+A shard has three parts: the length N of the header in 8 bytes; the header, N bytes of JSON,
+{name: {"dtype", "shape", "data_offsets"}}; and the numbers. No code of a checkpoint is run, and its
+header is checked before a number is read. The format is parsed here because the NumPy side of the
+package `safetensors` has no float8 and does not tell where a tensor lies.
 """
 
 import itertools
@@ -25,7 +25,7 @@ DTYPES = {
     "U8": np.dtype(np.uint8),
 }
 JSON_LIMIT = 100_000_000  # bytes; the format's own limit for a header
-MOST_AXES = 8  # the product of a shape of millions would take hours
+MOST_AXES = 8  # the product of a shape with millions of axes would take hours
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
@@ -37,8 +37,8 @@ class Tensor(NamedTuple):
     dtype: str
     shape: tuple[int, ...]
 
-    def map(self):
-        """The tensor as an array that reads what is indexed.
+    def map(self) -> np.memmap:
+        """The tensor as an array whose numbers are read when it is indexed.
 
         The file is closed with the last reference to it.
         """
@@ -52,29 +52,28 @@ def find_tensors(directory: Path) -> dict[str, Tensor]:
         for name, tensor in _header(path):
             if name in tensors:
                 raise BadInput(
-                    f"tensor {name!r} is in {tensors[name].path} and in {path}; delete the stale shard"
+                    f"tensor {name!r} is in {tensors[name].path} and in {path}; "
+                    "delete the stale shard"
                 )
             tensors[name] = tensor
     return tensors
 
 
 def read_config(directory: Path) -> dict:
-    """config.json of a checkpoint, without what is null there."""
-    if not (directory / "config.json").is_file():
+    """config.json of a checkpoint, without the keys that are null."""
+    path = directory / "config.json"
+    if not path.is_file():
         raise BadInput(
             f"no config.json in {directory}; give the local directory of a Hugging Face model"
         )
-    return {
-        name: value
-        for name, value in read_json(directory / "config.json").items()
-        if value is not None
-    }
+    return {name: value for name, value in read_json(path).items() if value is not None}
 
 
 def read_json(path: Path) -> dict:
     """The object in a JSON file.
 
-    ValueError of one line if there is none, or if it is too large to be honest.
+    Raises:
+      BadInput: if the file holds no object, or is larger than any genuine one.
     """
     size = path.stat().st_size
     if size > JSON_LIMIT:
@@ -112,7 +111,8 @@ def _listed(directory, name):
     path = directory / name
     if path.parent != directory or path.suffix != ".safetensors":
         raise BadInput(
-            f"the index in {directory} lists {name!r}, which is no .safetensors file beside it; refused"
+            f"the index in {directory} lists {name!r}, "
+            "which is no .safetensors file beside it; refused"
         )
     if not path.is_file():
         raise BadInput(f"{directory} has no shard {name!r}, which its index lists; download it too")
@@ -125,21 +125,20 @@ def _header(path):
         length = int.from_bytes(file.read(8), "little")
         if length > min(size - 8, JSON_LIMIT):
             raise BadInput(
-                f"{path} announces a header of {length} bytes; it may have {JSON_LIMIT} and the file has {size}; "
-                "download it again"
+                f"{path} announces a header of {length} bytes; "
+                f"it may have {JSON_LIMIT} and the file has {size}; download it again"
             )
         header = _parse_json(file.read(length), f"the header of {path}")
     header.pop("__metadata__", None)
-    tensors = {
-        name: _tensor(path, name, entry, start=8 + length, size=size)
-        for name, entry in header.items()
-    }
+    tensors = {}
+    for name, entry in header.items():
+        tensors[name] = _tensor(path, name, entry, start=8 + length, size=size)
     _check_disjoint(path, {name: entry["data_offsets"] for name, entry in header.items()})
     return tensors.items()
 
 
 def _check_disjoint(path, offsets):
-    """ValueError if two tensors share bytes; those of no bytes share none."""
+    """Refuse tensors that share bytes; a tensor of no bytes shares none."""
     filled = sorted((begin, end, name) for name, (begin, end) in offsets.items() if begin < end)
     for (_, end, name), (begin, _, following) in itertools.pairwise(filled):
         if begin < end:
@@ -148,14 +147,16 @@ def _check_disjoint(path, offsets):
 
 def _tensor(path, name, entry, start, size):
     try:
-        dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-        sound = isinstance(dtype, str) and len(shape) <= MOST_AXES
-        sound = sound and all(type(n) is int and n >= 0 for n in (*shape, begin, end - begin))
-        if sound and dtype in DTYPES:
-            sound = math.prod(shape) * DTYPES[dtype].itemsize == end - begin
+        dtype = entry["dtype"]
+        shape = tuple(entry["shape"])
+        begin, end = entry["data_offsets"]
+        is_sound = isinstance(dtype, str) and len(shape) <= MOST_AXES
+        is_sound = is_sound and all(type(n) is int and n >= 0 for n in (*shape, begin, end - begin))
+        if is_sound and dtype in DTYPES:
+            is_sound = math.prod(shape) * DTYPES[dtype].itemsize == end - begin
     except (KeyError, TypeError, ValueError):
-        sound = False
-    if not sound:
+        is_sound = False
+    if not is_sound:
         raise BadInput(
             f"{path}: dtype, shape and data_offsets of {name!r} do not agree; download it again"
         )

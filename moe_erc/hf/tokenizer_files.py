@@ -1,6 +1,7 @@
-"""The tokenizer of a checkpoint: tokenizer.json, and what transformers wants to know of it."""
+"""The tokenizer of a checkpoint: tokenizer.json, and the settings that transformers reads."""
 
 import json
+import os
 
 from moe_erc.checks import BadInput
 from moe_erc.data import paths
@@ -12,11 +13,15 @@ END_OF_DOCUMENT = "<|endoftext|>"
 def _byte_level():
     """Plain bytes as a tokenizer.json: the id of a byte is the byte, and 256 ends a document.
 
-    A byte-pair encoding without merges. The library spells bytes as characters that can be seen:
-    those of Latin-1 that can be stand for themselves, the others for the characters from 256 on.
+    It is a byte-pair encoding without merges. The library spells every byte as a visible character.
+    A visible character of Latin-1 stands for itself; the other bytes have the characters from 256
+    on.
     """
     seen = {*range(33, 127), *range(161, 173), *range(174, 256)}
     unseen = iter(range(256, 512))
+    vocabulary = {}
+    for byte in range(256):
+        vocabulary[chr(byte if byte in seen else next(unseen))] = byte
     level = {
         "type": "ByteLevel",
         "add_prefix_space": False,
@@ -41,7 +46,7 @@ def _byte_level():
         "decoder": level,
         "model": {
             "type": "BPE",
-            "vocab": {chr(byte if byte in seen else next(unseen)): byte for byte in range(256)},
+            "vocab": vocabulary,
             "merges": [],
         },
     }
@@ -50,8 +55,14 @@ def _byte_level():
 BYTE_LEVEL = json.dumps(_byte_level(), indent=1)
 
 
-def tokenizer_files(spec, end_of_document, length):
-    """{name: content} of what `data.tokenizer` names, whose documents end with that token, for so many tokens."""
+def tokenizer_files(spec: str, end_of_document: str, length: int) -> dict[str, str]:
+    """The files of a tokenizer, {name: content}.
+
+    Args:
+      spec: `data.tokenizer`, "bytes" or the path of a tokenizer.json
+      end_of_document: the token at the end of every document
+      length: the context length of the model in tokens
+    """
     options = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "eos_token": end_of_document,
@@ -62,11 +73,14 @@ def tokenizer_files(spec, end_of_document, length):
     return {"tokenizer.json": content, "tokenizer_config.json": json.dumps(options, indent=1)}
 
 
-def tokenizer_of(directory, spec):
-    """`data.tokenizer` of a run that starts from a checkpoint: its tokenizer.json where `spec` was left at "bytes".
+def tokenizer_of(directory: os.PathLike | str, spec: str) -> str:
+    """`data.tokenizer` of a run that starts from a checkpoint, or from nothing ("").
 
-    One that is plain bytes, as `tokenizer_files` writes it, is "bytes" again. FileNotFoundError if
-    there is none. `spec` as it is for a run that starts from nothing, "".
+    It is `spec`, but if `spec` was left at "bytes", the tokenizer.json of the checkpoint takes its
+    place. A tokenizer.json of plain bytes, as `tokenizer_files` writes it, is "bytes" again.
+
+    Raises:
+      BadInput: if the checkpoint has no tokenizer.json.
     """
     if not directory or spec != BYTES:
         return spec

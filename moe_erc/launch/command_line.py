@@ -1,4 +1,4 @@
-"""The command line: what a user got wrong is one line and exit code 2, before any compilation."""
+"""The command line: bad input is refused in one line, with exit code 2, before any compilation."""
 
 import contextlib
 import functools
@@ -19,9 +19,11 @@ CONFIG = re.compile(r"--?config(=|$)")
 OVERRIDE = re.compile(r"--?(?:no)?config\.([^=]*)")
 PREFIX = re.compile(r"^(?:\w+Error: )+")  # of a message that a library wraps
 ANY = 2**31 - 1  # steps and sizes are int32 on the devices
+# Real numbers are float32 on the devices.
 SMALLEST = 1.2e-38
-LARGEST = 3.4e38  # of the real numbers, which are float32 there
-# Of the numbers that scripts read themselves; those of a block are fields of its dataclass.
+LARGEST = 3.4e38
+# The limits of the numbers that scripts read themselves. Those of a block that has a dataclass are
+# in its fields.
 LIMITS = {
     "seed": Range(0, 2**32 - 1),
     "train.steps": Range(1, ANY),
@@ -39,10 +41,10 @@ LIMITS = {
 
 @contextlib.contextmanager
 def refusing_bad_input() -> Iterator[None]:
-    """Ends the program with one line and exit code 2 on what a user can mend.
+    """A context that ends the program in one line, with exit code 2, on what a user can mend.
 
-    That is a `BadInput`, and a file that the system does not give. Everything else is a fault of
-    the program and goes through: a traceback and exit code 1.
+    That is a `BadInput`, or a file that the system does not give. Every other exception is a fault
+    of the program. It is raised, and the program ends with a traceback and exit code 1.
     """
     try:
         yield
@@ -64,16 +66,17 @@ def run(
     block: str = "",
     arguments: Sequence[str] = (),
 ) -> None:
-    """`absl.app.run` that refuses in one line and prints help of its own.
+    """Run a program as `absl.app.run` does, refuse bad input in one line, and print our own help.
 
-    An unknown flag, config file or config key is refused, as is another number of arguments.
+    An unknown flag, config file or config key is refused, and so is a wrong number of arguments.
 
     Args:
-      main: gets the name of the program and its arguments. The docstring of its module is the help.
-      default_config: gives the program --config=FILE[:SIZE] and --config.a.b=value, read as
-        `flags.FLAGS.config`. A config has to have the keys of this one.
-      block: such as "data.", if the program reads no other keys than those.
-      arguments: the names of what is given without a flag.
+      main: takes the name of the program and its arguments. The docstring of its module is the
+        help.
+      default_config: if given, the program has --config=FILE[:SIZE] and --config.a.b=value, which
+        it reads as `flags.FLAGS.config`. A config must have the keys of this one.
+      block: the start of the keys that the program reads, such as "data."; "" is all keys.
+      arguments: the names of the arguments without a flag.
     """
     console.make_safe()
     default_config = config_file.beside_the_script(default_config)
@@ -82,11 +85,11 @@ def run(
             "Config file and size, as --config=configs/vanilla.py:tiny; "
             f"{default_config} if not given"
         )
-        # The library would read overrides of its own default while it is being defined, where
-        # nothing can be refused. A file of flags is read here already.
+        # The flag has no default here: the library would apply overrides to it while the flag is
+        # defined, where nothing can be refused. A file of flags is read here already.
         with refusing_bad_input(), _refusing_flags():
             config_flags.DEFINE_config_file("config", None, text)
-    # Before anything is parsed: help is printed beside a flag that is wrong, too.
+    # Help comes before parsing, so that it is printed also if another flag is wrong.
     if help_text.asked(sys.argv[1:]):
         full = any(argument.endswith("helpfull") for argument in sys.argv)
         help_text.show(sys.modules[main.__module__], full, default_config)
@@ -98,13 +101,13 @@ def run(
 
 
 def config_name() -> str:
-    """What runs are named after: erc-tiny for configs/erc.py:tiny, and for configs/erc.py."""
+    """The name of a run by its config: erc-tiny for configs/erc.py:tiny and for configs/erc.py."""
     path, _, size = config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")
     return f"{pathlib.Path(path).stem}-{size or 'tiny'}"
 
 
 def check_numbers(config: ConfigDict) -> None:
-    """Refuses numbers of a config that are beyond LIMITS, or beyond what devices hold."""
+    """Refuse numbers of a config that are beyond LIMITS, or that devices cannot represent."""
     for key, limit in LIMITS.items():
         value = functools.reduce(getattr, key.split("."), config)
         in_range(key, value, limit)
@@ -114,9 +117,9 @@ def check_numbers(config: ConfigDict) -> None:
 
 
 def _check_representable(key: str, value: object) -> None:
-    """Refuses what devices and file systems cannot hold.
+    """Refuse numbers that devices cannot represent, and text that file systems cannot.
 
-    Whether inf and nan are allowed the owner of a key knows.
+    inf and nan pass here; the reader of a key decides whether they are allowed.
     """
     if isinstance(value, int) and abs(value) > ANY:
         raise BadInput(f"{key}: {value} is beyond {ANY}; give a number nearer to 0")
@@ -137,7 +140,7 @@ def _parse(
             _check_config(default_config, block, argv)
         remaining = flags.FLAGS(argv)
         if not flags.FLAGS["verbosity"].present:
-            # The libraries tell too much at the default.
+            # By default the libraries log too much.
             logging.set_verbosity(logging.WARNING)
         _check_arguments(remaining[1:], arguments)
         if "config" in flags.FLAGS:
@@ -146,7 +149,7 @@ def _parse(
 
 
 def _check_arguments(given: Sequence[str], wanted: Sequence[str]) -> None:
-    """Refuses what is given without a flag, unless it is as much as is wanted."""
+    """Refuse a wrong number of arguments without a flag."""
     if len(given) == len(wanted):
         return
     if not wanted:
@@ -161,7 +164,7 @@ def _check_arguments(given: Sequence[str], wanted: Sequence[str]) -> None:
 
 @contextlib.contextmanager
 def _refusing_flags():
-    """What the libraries raise for flags is bad input; their last line says it."""
+    """A context that turns errors of flags into bad input, with the last line of their message."""
     try:
         yield
     except flags.Error as error:
@@ -169,30 +172,31 @@ def _refusing_flags():
 
 
 def _check_config(default_config, block, argv):
-    """Checks every config file, and every `--config.a.b` against the keys of the last one.
+    """Check every config file, and every `--config.a.b` against the keys of the last file.
 
-    The library would tell of a missing file in two sentences, and suggest nothing for a key that is
-    far from any.
+    This comes before the library's own checks, which have no clear message for a missing file, and
+    no suggestion for most unknown keys.
     """
     argv = flags.FLAGS.read_flags_from_files(argv, force_gnu=False)
     named = []
     for argument, following in zip(argv, [*argv[1:], ""], strict=True):
-        if match := CONFIG.match(argument):
-            named.append(argument[match.end() :] if match[1] else following)
+        match = CONFIG.match(argument)
+        if match:
+            has_equals_sign = bool(match[1])
+            named.append(argument[match.end() :] if has_equals_sign else following)
     configs = [config_file.load(name) for name in named]
     config_file.check_fields(named[-1], configs[-1], config_file.load(default_config), block)
     known = [key for key, _ in config_file.leaves(configs[-1])]
-    for override in filter(None, map(OVERRIDE.match, argv)):
-        if override[1] not in known:
+    for argument in argv:
+        override = OVERRIDE.match(argument)
+        if override and override[1] not in known:
             key = override[1]
-            raise BadInput(
-                f"config.{key}: no such key; the nearest is config.{config_file.nearest_key(key, known)}"
-            )
+            nearest = config_file.nearest_key(key, known)
+            raise BadInput(f"config.{key}: no such key; the nearest is config.{nearest}")
 
 
 def _check_values(default_config, block):
-    """The types of values once more, now with those of the command line."""
-    config = flags.FLAGS.config
-    config_file.check_fields(
-        flags.FLAGS["config"].config_filename, config, config_file.load(default_config), block
-    )
+    """Check the types of values again, now with the values of the command line."""
+    name = flags.FLAGS["config"].config_filename
+    reference = config_file.load(default_config)
+    config_file.check_fields(name, flags.FLAGS.config, reference, block)

@@ -1,6 +1,6 @@
 """A config file as `--config` names it, FILE[:SIZE].
 
-It is read, or refused in one line that names the nearest.
+It is read, or it is refused in one line with the nearest name.
 """
 
 import importlib.machinery
@@ -17,9 +17,9 @@ NO_CONFIGS = ("__init__.py", "sizes.py")
 
 
 def load(argument: str) -> ConfigDict:
-    """What `get_config` of the file returns, called with the size if one is given.
+    """The config that `get_config` of the file returns; it is called with the size if one is given.
 
-    Whatever the file's own code raises is a fault of that file: BadInput with its line.
+    An exception of the file's own code becomes a BadInput with the line of the file.
     """
     path, colon, size = argument.partition(":")
     check_exists(path)
@@ -30,7 +30,7 @@ def load(argument: str) -> ConfigDict:
             raise BadInput(
                 f"--config: {path!r} has no function get_config(size), which returns a config"
             )
-        config = module.get_config(*([size] if colon else []))
+        config = module.get_config(size) if colon else module.get_config()
     except (BadInput, OSError):
         raise
     except Exception as error:
@@ -42,16 +42,15 @@ def load(argument: str) -> ConfigDict:
 
 
 def check_exists(path: str) -> None:
-    """BadInput for what is no file, with the config that was probably meant."""
+    """Refuse a path that is no file, with the config that was probably meant."""
     if not path:
         raise BadInput(
             "--config: no file is named; give FILE[:SIZE], such as "
             f"{next(known_files(), 'my_config.py')}"
         )
     if pathlib.Path(path).is_dir():
-        inside = [
-            name for name in known_files() if pathlib.Path(path) in pathlib.Path(name).parents
-        ]
+        directory = pathlib.Path(path)
+        inside = [name for name in known_files() if directory in pathlib.Path(name).parents]
         mend = f", such as {inside[0]}" if inside else ""
         raise BadInput(f"--config: {path!r} is a directory; name a file in it{mend}")
     if not pathlib.Path(path).is_file():
@@ -61,10 +60,7 @@ def check_exists(path: str) -> None:
 
 
 def beside_the_script(argument: str | None) -> str | None:
-    """The same where the current directory has that file.
-
-    Else that of the project, wherever it was started from.
-    """
+    """FILE[:SIZE] in the current directory if it exists there, else in the project."""
     project = pathlib.Path(__file__).parents[2]
     if argument and not pathlib.Path(argument.partition(":")[0]).exists():
         return str(project / argument)
@@ -72,10 +68,7 @@ def beside_the_script(argument: str | None) -> str | None:
 
 
 def known_files() -> Iterator[str]:
-    """The configs below the directory `configs` of the current directory, else of the project.
-
-    Ablations last.
-    """
+    """The configs in `configs` of the current directory, or of the project; subfolders last."""
     here = pathlib.Path("configs")
     project = pathlib.Path(__file__).parents[2] / "configs"
     found = (here if here.is_dir() else project).rglob("*.py")
@@ -85,9 +78,9 @@ def known_files() -> Iterator[str]:
 
 
 def check_fields(argument: str, config: ConfigDict, reference: ConfigDict, block: str = "") -> None:
-    """Refuses a config that has not the keys of the reference, of the same types.
+    """Refuse a config whose keys or types are not those of the reference.
 
-    With a `block` only the keys of that block have to be there.
+    With a `block`, keys of other blocks may be missing.
     """
     kinds = dict(leaves(reference))
     found = dict(leaves(config))
@@ -111,14 +104,14 @@ def check_fields(argument: str, config: ConfigDict, reference: ConfigDict, block
 
 
 def nearest_key(key: str, known: list[str]) -> str:
-    """The key that was probably meant: one of the same name in another block, if there is one."""
+    """The key that was probably meant; a key of the same name in another block comes first."""
     name = key.rpartition(".")[2]
     namesakes = [other for other in known if other.rpartition(".")[2] == name]
     return nearest(key, namesakes or known)
 
 
 def leaves(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, object]]:
-    """(dotted key, value) of everything that is no block."""
+    """(dotted key, value) of every value that is not a block."""
     for name, value in config.items():
         if isinstance(value, ConfigDict):
             yield from leaves(value, f"{prefix}{name}.")
@@ -137,9 +130,9 @@ def _fits(value: object, like: object) -> bool:
 
 
 def _nearest_file(path: str) -> str:
-    """Of the same name with or without .py first, else by likeness.
+    """The config that was probably meant, or "" if there are no configs.
 
-    "" where there is none at all.
+    A file of the same name in another folder, or without .py, comes before similar names.
     """
     known = list(known_files())
     wanted = pathlib.Path(path).with_suffix("")
@@ -152,11 +145,8 @@ def _nearest_file(path: str) -> str:
 
 def _blame(path: str, error: Exception) -> str:
     """The line of the config file in which it fails."""
-    lines = [
-        frame.lineno
-        for frame in traceback.extract_tb(error.__traceback__)
-        if frame.filename == path
-    ]
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [frame.lineno for frame in frames if frame.filename == path]
     reason = str(error)
     if isinstance(error, SyntaxError):
         lines = [error.lineno] if error.lineno else []

@@ -1,4 +1,4 @@
-"""What `--help` prints: the text of a program, its flags with examples, where config keys are."""
+"""The output of `--help`: the text of a program, its flags with examples, where config keys are."""
 
 import textwrap
 from types import ModuleType
@@ -19,10 +19,10 @@ def asked(arguments: list[str]) -> bool:
 
 
 def show(module: ModuleType, full: bool, default_config: str | None) -> None:
-    """Prints the help of a program to standard output.
+    """Print the help of a program to standard output.
 
     Args:
-      module: that of the program: its docstring, and the flags that it defines.
+      module: of the program; its docstring and the flags that it defines are shown.
       full: whether every key of the default config is listed with its value.
       default_config: FILE[:SIZE]; None for a program without configs.
     """
@@ -41,22 +41,19 @@ def show(module: ModuleType, full: bool, default_config: str | None) -> None:
 
 
 def own_flags(module: ModuleType) -> list[flags.Flag]:
-    """Those that the program defines itself, by name, `config` first."""
+    """The flags that the program defines itself, by name, `config` first."""
     found = flags.FLAGS.get_key_flags_for_module(module)
     found += flags.FLAGS.flags_by_module_dict().get("moe_erc.launch.command_line", [])
     by_name = {flag.name: flag for flag in found}
-    names = sorted(by_name, key=lambda name: (name != "config", name))
-    return [by_name[name] for name in names]
+    first = [by_name.pop("config")] if "config" in by_name else []
+    return first + [by_name[name] for name in sorted(by_name)]
 
 
 def _show_config(full, default_config):
     print("  --config.a.b=VALUE")
-    print(
-        _indented(
-            "Changes one key of the config, as --config.train.steps=100 or "
-            "--config.data.sources=\"('c4/en',)\"."
-        )
-    )
+    example = "--config.data.sources=\"('c4/en',)\""
+    text = f"Changes one key of the config, as --config.train.steps=100 or {example}."
+    print(_indented(text))
     print(
         "\nEvery config key is listed with its default and meaning in configs/base.py; "
         "sizes are in configs/sizes.py."

@@ -1,13 +1,13 @@
 """Memory in huge pages for training on a CPU.
 
-XLA allocates the temporaries of a step anew for every step. glibc takes such large blocks from the
-system and gives them back, so that every page of 4 KiB is faulted in and zeroed again at every
-step. In pages of 2 MiB that work is next to nothing, but glibc asks for those only if its
-environment said so when the process started. So `train.py` starts itself anew, once.
+XLA allocates the temporaries of a step anew in every step. glibc takes such large blocks from the
+system and returns them. The system therefore maps and zeroes every page of 4 KiB again in every
+step. Pages of 2 MiB need next to no such work. glibc uses them only if its environment says so when
+the process starts, so `train.py` starts itself anew, once.
 
 Measured on 2 cores, medians of a step (docs/performance.md): 348 ms without and 284 ms with huge
 pages at `tiny`, 762 and 682 ms at E 16, 1,322 and 1,137 ms at E 64. The second start takes 2.3 s.
-`GLIBC_TUNABLES=glibc.malloc.hugetlb=0` in the environment turns it off.
+`GLIBC_TUNABLES=glibc.malloc.hugetlb=0` in the environment turns huge pages off.
 """
 
 import os
@@ -20,11 +20,11 @@ TUNABLE = "glibc.malloc.hugetlb"
 
 
 def enable() -> None:
-    """Starts the program anew with huge pages, to be called before it has done anything but import.
+    """Start the program anew with huge pages.
 
-    Does nothing where huge pages are asked for or refused already, where the system does not leave
-    the choice to programs, and where the process is not that of the program alone, as in a notebook
-    or a test.
+    This must be called before the program has done anything but import. Nothing is done if the
+    environment asks for huge pages or refuses them, if the system does not leave the choice to
+    programs, or if other code runs in the process, as in a notebook or a test.
     """
     given = os.environ.get(VARIABLE, "")
     if TUNABLE in given or not _left_to_programs():

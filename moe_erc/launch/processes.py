@@ -1,8 +1,8 @@
 """Several processes as one run: how they find each other, what process 0 does first, how they end.
 
-jax itself finds the processes of SLURM, Open MPI, Kubernetes and TPU pods. Processes started by
-hand are told by three environment variables. A process started alone stays alone: it waits for
-nobody and asks nothing of the network.
+jax itself finds the processes of SLURM, Open MPI, Kubernetes and TPU pods. Three environment
+variables connect processes that are started by hand. A process that is started alone waits for
+nobody and does not use the network.
 """
 
 import contextlib
@@ -25,29 +25,30 @@ ADDRESS = "JAX_COORDINATOR_ADDRESS"
 COUNT = "JAX_NUM_PROCESSES"
 PROCESS = "JAX_PROCESS_ID"
 BY_HAND = (ADDRESS, COUNT, PROCESS)
-LIMIT = "MOE_ERC_COORDINATOR_TIMEOUT"  # seconds within which all processes must have come
-_A_DAY = 24 * 60 * 60  # for a corpus to be prepared; a process that died is noticed long before
-_LATER = 60  # seconds by which the limit of jax is beyond ours
+LIMIT = "MOE_ERC_COORDINATOR_TIMEOUT"  # seconds within which all processes must have met
+# Seconds for process 0 to prepare a corpus. A process that has died is noticed long before.
+_A_DAY = 24 * 60 * 60
+_LATER = 60  # seconds by which the limit of jax is later than ours
 _MESSAGE_BYTES = 16384
 _exchanges = itertools.count()
 
 
 class KnownToAll(BadInput):
-    """Raised by every process at once: nobody is left to be told."""
+    """A refusal that every process raises at the same time, so that none must be told."""
 
 
 class FaultElsewhere(RuntimeError):
-    """Another process has failed by a fault of the program: here, too, it is no bad input."""
+    """Another process has failed by a fault of the program, which is no bad input here either."""
 
 
 def initialize() -> None:
-    """Joins the other processes of the run, if it has any, before any device is touched.
+    """Join the other processes of the run, if it has any, before any device is used.
+
+    If the processes have not all met within `LIMIT` seconds, 300 by default, each of them ends with
+    one line and exit code 2.
 
     Raises:
-      BadInput: for environment variables that do not make a run.
-
-    If the processes have not all come within `LIMIT` seconds, 300 by default, every one of them
-    ends with one line and exit code 2.
+      BadInput: for environment variables that do not define a run.
     """
     limit = _whole_number(LIMIT, 1) if LIMIT in os.environ else 300
     if any(name in os.environ for name in BY_HAND):
@@ -73,7 +74,10 @@ def initialize() -> None:
 
 
 def mute_all_but_first() -> None:
-    """Standard output of process 0 alone goes on, that of C++ included; standard error of all."""
+    """Close standard output, also for C++, on all processes but process 0.
+
+    Standard error stays open on all processes.
+    """
     if jax.process_index() > 0:
         sys.stdout.flush()
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -81,9 +85,9 @@ def mute_all_but_first() -> None:
 
 @contextlib.contextmanager
 def first() -> Iterator[None]:
-    """Process 0 goes through the block, then the others; none goes on until all are through.
+    """A context that process 0 runs first, and then the others; none leaves before all are done.
 
-    Process 0 fills what all others read.
+    Process 0 can fill a cache in it that the others read.
     """
     if jax.process_index() > 0:
         _exchange({})
@@ -95,25 +99,25 @@ def first() -> Iterator[None]:
 
 @contextlib.contextmanager
 def ending_together() -> Iterator[None]:
-    """What is wrong with one process inside ends all of them with the line of that process."""
+    """A context in which an error of one process ends all processes, with the line of that one."""
     try:
         yield
     except (KnownToAll, FaultElsewhere):
         raise
     except Exception as error:
-        # Another process may have failed as well: each tells its own error.
+        # Another process may have failed as well. Then each raises its own error.
         with contextlib.suppress(KnownToAll, FaultElsewhere):
             _exchange({"error": str(error)[:1000], "refusal": is_refusal(error)})
         raise
 
 
 def agree(description: Mapping[str, object]) -> None:
-    """Refuses processes that differ in `description`, which is plain JSON.
+    """Refuse processes that differ in `description`, which is plain JSON.
 
     Raises:
       KnownToAll: on every process, with the first key that differs.
     """
-    # jax connects processes that were told different numbers of processes.
+    # jax also connects processes that were given different numbers of processes.
     description = {COUNT: os.environ.get(COUNT)} | description
     digests = {}
     for key, value in description.items():
@@ -129,14 +133,14 @@ def agree(description: Mapping[str, object]) -> None:
 
 
 def _exchange(message: dict) -> list[dict]:
-    """The messages of all processes, in order, once the last one has come.
+    """The messages of all processes, in order; this waits for the last one.
 
     Raises:
       KnownToAll, FaultElsewhere: if the message of another process is an error.
     """
     if not jax.distributed.is_initialized():
         return [message]
-    # Device collectives have short time limits of their own: first wait where waiting is cheap.
+    # Device collectives have short time limits of their own, so a barrier without one comes first.
     wait_for_all = ocp.multihost.get_barrier_sync_fn()
     wait_for_all(key=f"moe_erc exchange {next(_exchanges)}", timeout_ms=1000 * _A_DAY)
     padded = json.dumps(message).encode().ljust(_MESSAGE_BYTES)
@@ -150,10 +154,10 @@ def _exchange(message: dict) -> list[dict]:
 
 
 def _connect(limit: int, who: str, **known) -> None:
-    """Has jax connect the processes it is told of or detects; without any it does nothing.
+    """Let jax connect the processes that it is told of or detects; one alone is left alone.
 
-    jax ends a process whose time is up by an abort with a stack trace (exit code 134). A timer
-    ends it before, with a line.
+    After its own limit jax aborts a process with a stack trace (exit code 134). A timer ends the
+    process before that, with one line.
     """
     late = threading.Timer(limit, _give_up, [limit, who])
     late.daemon = True
@@ -161,7 +165,7 @@ def _connect(limit: int, who: str, **known) -> None:
     try:
         jax.distributed.initialize(initialization_timeout=limit + _LATER, **known)
     except ValueError as error:
-        # jax misses the address where it detects no cluster.
+        # jax complains of a missing address if it detects no cluster: this process is alone.
         if "coordinator_address" not in str(error):
             raise
     except RuntimeError as error:
@@ -177,15 +181,16 @@ def _give_up(limit: int, who: str) -> None:
 
 
 def _started_alone():
-    """Whether jax would detect a cluster in what is one process.
+    """Whether jax would detect a cluster though this process is alone.
 
-    That is the only task of a job, or a pod that is in no job.
+    It is then the only task of a job, or a pod outside of a job.
     """
     numbers = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")
     tasks = {os.environ[name] for name in numbers if name in os.environ}
     of_a_job = ("JOB_COMPLETION_INDEX", "TPU_WORKER_HOSTNAMES")
-    pod_of_a_job = any(name in os.environ for name in of_a_job)
-    return tasks == {"1"} or ("KUBERNETES_SERVICE_HOST" in os.environ and not pod_of_a_job)
+    is_in_job = any(name in os.environ for name in of_a_job)
+    is_pod = "KUBERNETES_SERVICE_HOST" in os.environ
+    return tasks == {"1"} or (is_pod and not is_in_job)
 
 
 def _variable(name):

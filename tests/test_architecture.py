@@ -115,8 +115,9 @@ def encodings(path):
             ("os.", "tensorstore.")
         ):
             name = getattr(node.func, "attr", getattr(node.func, "id", ""))
-            texts = [item.value for item in (*node.args, *(keyword.value for keyword in node.keywords))
-                     if isinstance(item, ast.Constant) and isinstance(item.value, str)]  # fmt: skip
+            given = [*node.args, *(keyword.value for keyword in node.keywords)]
+            constants = [item.value for item in given if isinstance(item, ast.Constant)]
+            texts = [value for value in constants if isinstance(value, str)]
             binary = any("b" in text and set(text) <= set("rwxab+") for text in texts)
             if name in ("read_text", "write_text") or (name == "open" and not binary):
                 yield node.lineno, any(keyword.arg == "encoding" for keyword in node.keywords)
@@ -164,3 +165,73 @@ def test_no_measure_is_named_in_a_second_place():
                 f"{path}:{line}: {text}" for line, text in texts(path) if text in keys | labels
             ]
     assert not found
+
+
+SCRIPTS = [ROOT / "train.py", ROOT / "eval.py", *ROOT.glob("study.py")]
+READ = sorted([*(ROOT / "moe_erc").rglob("*.py"), *SCRIPTS])
+FUNCTION = (ast.FunctionDef, ast.AsyncFunctionDef)
+LONGEST = 40  # statements
+
+
+def statements(function):
+    """How many statements a function has; those of functions inside it are theirs."""
+    found = 0
+    waiting = list(function.body)
+    while waiting:
+        node = waiting.pop()
+        found += isinstance(node, ast.stmt)
+        if not isinstance(node, FUNCTION):
+            waiting.extend(ast.iter_child_nodes(node))
+    return found
+
+
+def functions(path):
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    return [node for node in ast.walk(tree) if isinstance(node, FUNCTION)]
+
+
+@pytest.mark.parametrize("path", READ, ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_function_is_longer_than_forty_statements(path):
+    long = {node.name: statements(node) for node in functions(path) if statements(node) > LONGEST}
+    assert not long
+
+
+def folded(path):
+    """Lines that hold two statements: a semicolon, a body behind a colon, or a pair of values."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    seen = set()
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.stmt):
+            continue
+        if node.lineno in seen:
+            yield node.lineno
+        seen.add(node.lineno)
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Tuple):
+            yield from (target.lineno for target in node.targets if isinstance(target, ast.Tuple))
+
+
+@pytest.mark.parametrize("path", READ, ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_line_holds_one_statement(path):
+    assert not sorted(set(folded(path)))
+
+
+def untyped(body, owner=""):
+    """Names of public functions and methods that leave an argument or the result without a type."""
+    for node in body:
+        if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+            yield from untyped(node.body, f"{node.name}.")
+        if not isinstance(node, FUNCTION) or node.name.startswith("_"):
+            continue
+        arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+        if owner and arguments and arguments[0].arg in ("self", "cls"):
+            arguments = arguments[1:]
+        arguments += [rest for rest in (node.args.vararg, node.args.kwarg) if rest]
+        if node.returns is None or any(argument.annotation is None for argument in arguments):
+            yield f"{owner}{node.name}"
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "moe_erc").rglob("*.py")), ids=lambda path: str(path.relative_to(ROOT))
+)
+def test_public_functions_carry_types(path):
+    assert not list(untyped(ast.parse(path.read_text(encoding="utf-8")).body))

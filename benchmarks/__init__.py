@@ -1,8 +1,8 @@
 """Scripts that measure; each prints a table and writes JSON. Tests assert none of their results.
 
 Each of the things that are compared is a subject. It has a process of its own, which sleeps while
-another subject is measured. Thread pools of two frameworks therefore never share the cores, and each
-subject compiles once. Subjects take turns, so that a slow minute of the machine meets all of them.
+another subject is measured. Thread pools of two frameworks therefore never share the cores, and
+each subject compiles once. Subjects take turns, so that a slow minute of the machine meets all.
 """
 
 import contextlib

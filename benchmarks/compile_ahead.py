@@ -1,12 +1,13 @@
-"""Compiles the train step for devices that need not be there: memory, FLOPs, bytes sent, ERC's share.
+"""Compiles the train step for devices that need not be there: memory, FLOPs, bytes, ERC's share.
 
     python -m benchmarks.compile_ahead --config=configs/erc.py:15b --topology=v5p:4x4x4
     python -m benchmarks.compile_ahead --config=configs/erc.py:debug --devices=cpu:8
 
---topology needs the extra `tpu`. No array is made. Figures are of one device and one optimizer step.
-FLOPs are those of matmuls alone; a loop counts as often as it turns. The losses on parameters (ERC)
-are compiled alone as well, values and gradients with every hinge active. --difference also compiles
-the step without them. Exit code 1 says that the step does not fit, 2 that the input is bad.
+--topology needs the extra `tpu`. No array is made. Figures are of one device and one optimizer
+step. FLOPs are those of matmuls alone; a loop counts as often as it turns. The losses on parameters
+(ERC) are compiled alone as well, values and gradients with every hinge active. --difference also
+compiles the step without them. Exit code 1 says that the step does not fit, 2 that the input is
+bad.
 """
 
 import dataclasses

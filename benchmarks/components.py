@@ -1,8 +1,8 @@
 """The time of a training step by part of the model, forward and backward.
 
-    python -m benchmarks.components [--experts=16] [--experts_per_token=4] [--method=erc] [--steps=5]
+    python -m benchmarks.components [--experts=16] [--experts_per_token=4] [--method=erc]
 
-Some steps of the shape `peer` of `benchmarks.step` are traced. Every operation of the compiled step
+Some steps of the shape `peer` of `benchmarks.step` are traced. Each operation of the compiled step
 has the name of the traced line that it comes from. The time of an operation is without the
 operations that run inside it. It is summed over all devices and threads, and includes the time of
 waiting for other devices.
@@ -26,7 +26,7 @@ from benchmarks.step import SHAPES
 from moe_erc.launch import huge_pages
 
 WARM_UP = 3  # steps
-PARTS = (  # the first whose words are all in the operation's origin
+PARTS = (  # name, words of an operation's origin; see `part_of`
     ("attention projections", ("/attention/dot_general",)),
     ("attention", ("/attention/",)),
     ("experts", ("/moe/", "while")),

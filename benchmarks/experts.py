@@ -1,12 +1,13 @@
-"""The experts of one MoE layer: time and memory, forward and with gradients, by implementation, routing and number.
+"""The experts of one MoE layer by implementation, routing and number: time and memory.
 
     python -m benchmarks.experts [--experts=8,64,256] [--tokens=4096] [--json=FILE]
 
-K is 8; so many tokens meet E experts, each a SwiGLU of width F, over all devices. "balanced"
-spreads them evenly, "zipf" chooses expert e with a probability like 1 / (e + 1), "one" sends every
-row to one expert. FLOPs are 6 D F a row, three times that with gradients; what is recomputed does
-not count. Bytes are weights, tokens and their gradients, once each. The share is of what the
-machine's own matmul and copy would take, measured in the same turns.
+K is 8. The tokens meet E experts, each a SwiGLU of width F, over all devices. Routing "balanced"
+spreads the rows evenly, "zipf" chooses expert e with a probability like 1 / (e + 1), and "one"
+sends every row to one expert. FLOPs are 6 D F a row, and three times that with gradients;
+recomputation does not count. Bytes are weights, tokens and their gradients, once each. The share is
+the time that the machine's own matmul and copy would take, by the time measured; both are measured
+in the same turns.
 """
 
 import argparse
@@ -31,22 +32,20 @@ from moe_erc.moe import experts, parallel, routing
 
 K = 8
 ROUTINGS = ("balanced", "zipf", "one")
-EXPANDING = (
-    "dense",
-    "ragged",
-)  # off a TPU, at E / K the work: measured for few experts and balanced routing alone
+# Off a TPU these do E / K times the work. They are measured only for few experts and balanced
+# routing.
+EXPANDING = ("dense", "ragged")
 
 
 def route(kind, tokens, count):
-    """(N, K) experts of every token, those of a token distinct but in "one"."""
+    """(N, K) experts of every token; except in "one", those of a token are distinct."""
     rng = np.random.default_rng(0)
     if kind == "one":
         return np.zeros((tokens, K), np.int32)
     odds_E = np.ones(count) if kind == "balanced" else 1 / (np.arange(count) + 1)
-    # the K largest of log odds plus Gumbel noise are a draw without putting back
-    return np.argsort(-(np.log(odds_E) + rng.gumbel(size=(tokens, count))), axis=1)[:, :K].astype(
-        np.int32
-    )
+    # The K largest of log odds plus Gumbel noise are a draw without replacement.
+    noisy_NE = np.log(odds_E) + rng.gumbel(size=(tokens, count))
+    return np.argsort(-noisy_NE, axis=1)[:, :K].astype(np.int32)
 
 
 def build(implementation, kind, count, shape, gradients, dtype=np.float32):
@@ -64,19 +63,17 @@ def build(implementation, kind, count, shape, gradients, dtype=np.float32):
     def normal(*of):
         return (0.1 * rng.standard_normal(of, np.float32)).astype(dtype)
 
-    rows = sharding.put_whole_batch(
-        mesh,
-        {
-            "x": normal(tokens, 1, width),
-            "weights": normal(tokens, 1, K).astype(np.float32),
-            "experts": route(kind, tokens, count)[:, None],
-        },
-    )
-    shapes = {"w_gate": (width, hidden), "w_up": (width, hidden), "w_down": (hidden, width)}
-    matrices = {
-        name: jax.device_put(normal(count, *of), NamedSharding(mesh, sharding.PARAMETERS[name]))
-        for name, of in shapes.items()
+    on_host = {
+        "x": normal(tokens, 1, width),
+        "weights": normal(tokens, 1, K).astype(np.float32),
+        "experts": route(kind, tokens, count)[:, None],
     }
+    rows = sharding.put_whole_batch(mesh, on_host)
+    shapes = {"w_gate": (width, hidden), "w_up": (width, hidden), "w_down": (hidden, width)}
+    matrices = {}
+    for name, of in shapes.items():
+        placement = NamedSharding(mesh, sharding.PARAMETERS[name])
+        matrices[name] = jax.device_put(normal(count, *of), placement)
 
     def layer(x, weights, matrices):
         return parallel.apply(run, mesh, x, routing.Routing(weights, rows["experts"]), matrices)[0]
@@ -85,9 +82,13 @@ def build(implementation, kind, count, shape, gradients, dtype=np.float32):
         y, pull_back = jax.vjp(layer, *inputs)
         return y, pull_back(y)
 
-    inputs = rows["x"], rows["weights"], matrices
+    inputs = (rows["x"], rows["weights"], matrices)
     compiled = jax.jit(pulled if gradients else layer).lower(*inputs).compile()
-    return (lambda: jax.block_until_ready(compiled(*inputs))), memory(compiled).temporaries
+
+    def step():
+        return jax.block_until_ready(compiled(*inputs))
+
+    return step, memory(compiled).temporaries
 
 
 def measure(rows, shape, turns):
@@ -95,7 +96,8 @@ def measure(rows, shape, turns):
     subjects = limits.subjects()
     temporaries = {}
     for row in rows:
-        step, temporaries[row] = build(*row[:3], shape, row[3])
+        implementation, kind, count, gradients = row
+        step, temporaries[row] = build(implementation, kind, count, shape, gradients)
         subjects[row] = types.SimpleNamespace(run=timed(step))
     seconds = take_turns(subjects, turns, 3)
     best = limits.rates(seconds)
@@ -144,11 +146,17 @@ def show(best, rows, shape):
     for row in rows:
         low, high = row["seconds_range"]
         table.add_row(
-            str(row["experts"]), f"{shape[0] * K // row['experts']:,}", row["routing"], row["implementation"],
-            "with gradients" if row["gradients"] else "forward", f"{1e3 * row['seconds']:.1f}",
-            f"{1e3 * low:.1f}-{1e3 * high:.1f}", f"{row['flops_per_s'] / 1e9:.0f}", f"{row['share']:.0%}",
+            str(row["experts"]),
+            f"{shape[0] * K // row['experts']:,}",
+            row["routing"],
+            row["implementation"],
+            "with gradients" if row["gradients"] else "forward",
+            f"{1e3 * row['seconds']:.1f}",
+            f"{1e3 * low:.1f}-{1e3 * high:.1f}",
+            f"{row['flops_per_s'] / 1e9:.0f}",
+            f"{row['share']:.0%}",
             f"{row['temporary_bytes'] / 1e6:.1f}",
-        )  # fmt: skip
+        )
     console = Console(width=130)
     console.print(table)
     console.print(limits.describe(best))
@@ -175,13 +183,13 @@ def main():
     counts = [int(count) for count in flags.experts.split(",")]
     shape = (flags.tokens, flags.width, flags.expert_width)
     on_tpu = jax.default_backend() == "tpu"
-    rows = [
-        row
-        for row in itertools.product(
-            flags.implementations.split(","), ROUTINGS, counts, (False, True)
-        )
-        if on_tpu or row[0] not in EXPANDING or (row[1] == "balanced" and row[2] == min(counts))
-    ]
+    rows = []
+    implementations = flags.implementations.split(",")
+    for row in itertools.product(implementations, ROUTINGS, counts, (False, True)):
+        implementation, kind, count, _ = row
+        is_cheap = kind == "balanced" and count == min(counts)
+        if on_tpu or is_cheap or implementation not in EXPANDING:
+            rows.append(row)
     best, found = measure(rows, shape, flags.rounds)
     show(best, found, shape)
     if flags.json:

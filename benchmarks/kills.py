@@ -1,10 +1,10 @@
-"""Kills a run again and again, at random moments, and compares what it ends with to the run that nobody killed.
+"""Kills a run again and again at random moments, and compares it with a run that nobody killed.
 
-    python -m benchmarks.kills --kills=20                       about half a minute for each on two cores
+    python -m benchmarks.kills --kills=20
 
-The moments are in turn: while the corpus is prepared, before the first step, in a step, while a
-checkpoint is written, in an evaluation, and right after a line of metrics. Parameters, moments and
-metrics must be the same bit for bit.
+A kill takes about half a minute on two cores. The moments take turns: while the corpus is prepared,
+before the first step, in a step, while a checkpoint is written, in an evaluation, and right after a
+line of metrics. At the end parameters, optimizer moments and metrics must be equal bit for bit.
 """
 
 import argparse
@@ -32,19 +32,23 @@ SAVE = 5
 
 
 def in_corpus(run, chance):
-    """Once the first directory of the cache is there, which `kill` has removed before."""
-    yield from until(lambda: run.cache.exists() and any(run.cache.iterdir()))
+    """As soon as the cache, which `kill` removes before, has its first directory."""
+
+    def is_filling():
+        return run.cache.exists() and any(run.cache.iterdir())
+
+    yield from until(is_filling)
     time.sleep(chance.uniform(0, 0.5))
 
 
 def before_the_first_step(run, chance):
-    """At any time of the imports, the restoring and the compilation."""
+    """At any time during the imports, the restoring and the compilation."""
     end = time.monotonic() + chance.uniform(0, 15)
     yield from until(lambda: time.monotonic() > end)
 
 
 def in_a_step(run, chance):
-    """Within a few thousandths of a second after the metrics of an earlier one."""
+    """Within a few milliseconds after the metrics of an earlier step."""
     yield from until(lines_more(run, chance.randrange(1, STEPS_A_KILL // 2)))
     time.sleep(chance.uniform(0, 0.02))
 
@@ -59,9 +63,12 @@ def in_a_save(run, chance):
 def in_an_evaluation(run, chance):
     """Between the metrics of a step and those of the evaluation behind it."""
     yield from until(lines_more(run, 1))
-    yield from until(
-        lambda: (last := run.metrics()[-1])["step"] % EVALUATE == 0 and "loss/lm" in last
-    )
+
+    def is_evaluating():
+        last = run.metrics()[-1]
+        return last["step"] % EVALUATE == 0 and "loss/lm" in last
+
+    yield from until(is_evaluating)
     time.sleep(chance.uniform(0, 0.1))
 
 
@@ -76,21 +83,21 @@ MOMENTS = (in_corpus, before_the_first_step, in_a_step, in_a_save, in_an_evaluat
 
 
 def until(condition):
-    """Yields until it holds."""
+    """Yield every half millisecond until the condition is true."""
     while not condition():
         time.sleep(0.0005)
         yield
 
 
 def lines_more(run, count):
-    """() -> whether so many lines of metrics have been added since the run was started."""
+    """A condition: `count` lines of metrics have been added since the run was started."""
     before = run.metrics()
     first = before[-1]["step"] if before else 0
     fresh = time.time()
     path = run.workdir / "metrics.jsonl"
 
     def added():
-        if not path.exists() or path.stat().st_mtime < fresh:  # still the killed run's
+        if not path.exists() or path.stat().st_mtime < fresh:  # it is still that of the killed run
             return False
         lines = run.metrics()
         return bool(lines) and lines[-1]["step"] >= max(first - SAVE, 0) + count
@@ -99,7 +106,7 @@ def lines_more(run, count):
 
 
 def kill(run, moment, chance):
-    """Starts the run and kills it at a moment; whether it was still running then."""
+    """Start the run and kill it at a moment; returns whether it was still running then."""
     if moment is in_corpus:
         shutil.rmtree(run.cache, ignore_errors=True)
     waiting = moment(run, chance)
@@ -118,9 +125,8 @@ def final_state(workdir, steps):
     shapes = build(config).abstract_state
     with Checkpoints(workdir / "checkpoints") as checkpoints:
         if checkpoints.newest_intact() != steps:
-            raise SystemExit(
-                f"{workdir}: the last checkpoint is of step {checkpoints.latest_step()}, not of {steps}"
-            )
+            last = checkpoints.latest_step()
+            raise SystemExit(f"{workdir}: the last checkpoint is of step {last}, not of {steps}")
         state, _ = checkpoints.restore(shapes)
     return jax.device_get(state.replace(rng=jax.random.key_data(state.rng)))
 
@@ -145,9 +151,8 @@ def main():
         "checkpoint.every": SAVE,
         "log.every": 1,
     }
-    undisturbed, killed = (
-        Watched(directory, directory / name, **settings) for name in ("undisturbed", "killed")
-    )
+    undisturbed = Watched(directory, directory / "undisturbed", **settings)
+    killed = Watched(directory, directory / "killed", **settings)
     undisturbed.start()
     undisturbed.finish()
 
@@ -158,10 +163,9 @@ def main():
     killed.start()
     killed.finish()
 
-    jax.tree.map(
-        np.testing.assert_array_equal,
-        *(final_state(run.workdir, steps) for run in (undisturbed, killed)),
-    )
+    right = final_state(undisturbed.workdir, steps)
+    found = final_state(killed.workdir, steps)
+    jax.tree.map(np.testing.assert_array_equal, found, right)
     if killed.metrics() != undisturbed.metrics():
         raise SystemExit(f"the metrics of {killed.workdir} and {undisturbed.workdir} differ")
     table = Table(

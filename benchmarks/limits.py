@@ -53,7 +53,7 @@ def rates(seconds):
 
 
 def least_seconds(flops, moved, best):
-    """The time of computing or of moving bytes, whichever is longer, at the rates of the machine."""
+    """The time of computing or of moving bytes at the machine's rates, whichever is longer."""
     return max(flops / best["flops_per_s"], moved / best["bytes_per_s"])
 
 

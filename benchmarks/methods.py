@@ -5,10 +5,10 @@
 Every config has a process of its own, and they take turns, as in `benchmarks/step.py`. Memory is
 that of one device by the compiled program: arguments + outputs - aliased + temporaries + program.
 FLOPs are the model's matmuls, the backward counted twice the forward, at the largest number of
-experts that a token may meet (top-p: 2 K; routing-free: its target K). The work of losses is only in
-the time. Tokens are random. The number of experts that run is measured after a warm-up, and shown
-beside each method. CompeteSMoE is measured with no layer competing and with the largest number of
-competing layers; its expected step is interpolated between both.
+experts that a token may meet (top-p: 2 K; routing-free: its target K). The work of losses is only
+in the time. Tokens are random. The number of experts that run is measured after a warm-up, and
+shown beside each method. CompeteSMoE is measured with no layer competing and with the largest
+number of competing layers; its expected step is interpolated between both.
 """
 
 import argparse

@@ -1,18 +1,22 @@
-"""What only an accelerator can tell, one stage at a time, the most telling first.
+"""Measurements that need an accelerator, in stages; the most important stage comes first.
 
-    bash benchmarks/on_device.sh [--size=debug] [--output=DIR] [STAGE …]      stages in processes of their own
-    python -m benchmarks.on_device STAGE [--size=debug] [--output=DIR]        one of them
+    bash benchmarks/on_device.sh [--size=debug] [--output=DIR] [STAGE …]
+    python -m benchmarks.on_device STAGE [--size=debug] [--output=DIR]
 
-- kernels: every grouped matmul and every attention against float64, forward and gradients. -
-matmuls: their rates at the shapes of OLMoE-1B-7B and of the paper's 3B, by tile, beside a dense
-matmul. - layer: the experts of one layer by implementation, sorting, gathering and summing
-included. - step: tokens per second, share of the peak (MFU) and memory of whole optimizer steps,
-ERC, vanilla and AoE. - profile: where the time of a step goes, by kernel. - peer: OLMoE of
-`transformers` in PyTorch with the paper's pseudocode, the same shapes.
+The first command runs stages in processes of their own, the second runs one stage.
 
-Each stage prints a table and appends one JSON line per row to OUTPUT/STAGE.jsonl as soon as it is
-measured, so a stage that is cut off keeps what it has. `--size=debug` runs every stage on a CPU in
-a minute; its times say nothing.
+- kernels: every grouped matmul and every attention against float64, forward and gradients.
+- matmuls: rates of grouped matmuls at the shapes of OLMoE-1B-7B and of the paper's 3B, by tile,
+  beside a dense matmul.
+- layer: the experts of one layer by implementation, with sorting, gathering and summing.
+- step: tokens per second, share of the peak (MFU) and memory of whole optimizer steps of ERC,
+  vanilla and AoE.
+- profile: the time of a step by kernel.
+- peer: OLMoE of `transformers` in PyTorch with the paper's pseudocode, at the same shapes.
+
+Each stage prints rows and appends one JSON line per row to OUTPUT/STAGE.jsonl as soon as the row is
+measured, so that a stage that is cut off keeps its rows. `--size=debug` runs every stage on a CPU
+in a minute; its times mean nothing.
 """
 
 import argparse
@@ -36,14 +40,15 @@ from benchmarks import environment
 from configs import sizes
 
 PROFILED = 3  # steps
+CHANGES = {"model.dtype": "bfloat16", "model.remat": "block"}  # of the configs
 PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bfloat16 per second, as published
 
-# (M, D, F, E) of a grouped matmul: K 8 of 16,384 tokens
+# (M, D, F, E) of a grouped matmul: K is 8 for 16,384 tokens.
 MATMULS = {
     "full": {"olmoe_1b_7b": (131_072, 2048, 1024, 64), "3b": (131_072, 1536, 768, 64)},
     "debug": {"debug": (256, 64, 32, 8)},
 }
-# name, method, changes of the model's sizes, (sequences, length)
+# Name of the sizes, method, changes of the sizes, (sequences, length).
 STEPS = {
     "full": [
         ("3b", "erc", {}, (8, 4096)),
@@ -54,8 +59,8 @@ STEPS = {
     ],
     "debug": [("debug", "erc", {}, (2, 16)), ("debug", "vanilla", {"layers": 1}, (2, 16))],
 }
-# rows and columns of a tile, bytes of a row of an operand multiplied at a time, warps, pipeline
-# stages
+# Rows and columns of a tile, bytes of an operand's row that are multiplied at a time, warps, and
+# pipeline stages.
 TILES = {
     "full": [
         (128, 128, 128, 8, 3),
@@ -71,7 +76,7 @@ TILES = {
 
 
 class Rows:
-    """Rows of a stage: printed and written one by one."""
+    """The rows of a stage, which are printed and written one by one."""
 
     def __init__(self, output: pathlib.Path, stage: str):
         output.mkdir(parents=True, exist_ok=True)
@@ -79,7 +84,7 @@ class Rows:
         self.add(**environment(), devices=[device.device_kind for device in jax.devices()])
 
     def add(self, **row):
-        """Prints a row and appends it."""
+        """Print a row and append it to the file."""
         print("  ".join(f"{key}={_short(value)}" for key, value in row.items()), flush=True)
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
@@ -90,10 +95,7 @@ def _short(value):
 
 
 def seconds(run, repeats: int = 10, rounds: int = 3) -> float:
-    """Median over rounds of the mean time of a call.
-
-    Calls of a round are queued and waited for together.
-    """
+    """Median over rounds of the mean time of a call; the calls of a round are queued together."""
     jax.block_until_ready(run())
     found = []
     for _ in range(rounds):
@@ -106,7 +108,7 @@ def seconds(run, repeats: int = 10, rounds: int = 3) -> float:
 
 
 def kernels(rows: Rows, size: str):
-    """Correctness on this device: relative errors against float64, by norm and by the largest element."""
+    """Correctness on this device: relative errors, by norm, against float64."""
     from moe_erc.moe import experts, self_test
 
     _check_attention(rows, size)
@@ -121,17 +123,17 @@ def kernels(rows: Rows, size: str):
     sizes_E[E // 2] += sizes_E[1]
     sizes_E[1] = 0  # an empty expert
     for dtype in (jnp.bfloat16, jnp.float32):
-        shapes = (M, D), (E, D, F), (M, F)
-        x, w, dy = (rng.standard_normal(shape).astype(dtype) for shape in shapes)
+        x = rng.standard_normal((M, D)).astype(dtype)
+        w = rng.standard_normal((E, D, F)).astype(dtype)
+        dy = rng.standard_normal((M, F)).astype(dtype)
         right = _grouped_in_float64(x, w, dy, sizes_E)
         for name, matmul in experts.MATMULS.items():
             try:
-                found = _value_and_gradients(matmul)(*map(jnp.asarray, (x, w, dy, sizes_E)))
-                errors = dict(
-                    zip(("value", "dx", "dw"), map(_relative_error, found, right), strict=True)
-                )
-            except Exception as error:  # what a compiler raises is what this stage is to show
-                errors = {"failed": f"{type(error).__name__}: {error}"[:300]}
+                run = _value_and_gradients(matmul)
+                found = run(*map(jnp.asarray, (x, w, dy, sizes_E)))
+                errors = _relative_errors(("value", "dx", "dw"), found, right)
+            except Exception as error:  # this stage shows what a compiler raises
+                errors = {"failed": _failure(error, 300)}
             rows.add(
                 check="grouped matmul", implementation=name, dtype=jnp.dtype(dtype).name, **errors
             )
@@ -140,14 +142,19 @@ def kernels(rows: Rows, size: str):
 def _value_and_gradients(matmul):
     @jax.jit
     def run(x_MD, w_EDF, dy_MF, sizes_E):
-        y_MF, pull_back = jax.vjp(lambda x_MD, w_EDF: matmul(x_MD, w_EDF, sizes_E), x_MD, w_EDF)
+        def multiply(x_MD, w_EDF):
+            return matmul(x_MD, w_EDF, sizes_E)
+
+        y_MF, pull_back = jax.vjp(multiply, x_MD, w_EDF)
         return y_MF, *pull_back(dy_MF)
 
     return run
 
 
 def _grouped_in_float64(x, w, dy, sizes_E):
-    x, w, dy = (leaf.astype(np.float64) for leaf in (x, w, dy))
+    x = x.astype(np.float64)
+    w = w.astype(np.float64)
+    dy = dy.astype(np.float64)
     y = np.zeros_like(dy)
     dx = np.zeros_like(x)
     dw = np.zeros_like(w)
@@ -161,9 +168,18 @@ def _grouped_in_float64(x, w, dy, sizes_E):
     return y, dx, dw
 
 
-def _relative_error(found, right):
-    found = np.asarray(found, np.float64)
-    return float(np.linalg.norm(found - right) / np.linalg.norm(right))
+def _relative_errors(names, found, right):
+    """{name: relative error by norm} of arrays."""
+    errors = {}
+    for name, array, right_array in zip(names, found, right, strict=True):
+        difference = np.asarray(array, np.float64) - np.asarray(right_array)
+        errors[name] = float(np.linalg.norm(difference) / np.linalg.norm(right_array))
+    return errors
+
+
+def _failure(error, length):
+    """The beginning of an error, for a row."""
+    return f"{type(error).__name__}: {error}"[:length]
 
 
 def _check_attention(rows, size):
@@ -171,15 +187,15 @@ def _check_attention(rows, size):
 
     B, T, H, G, D = (2, 512, 16, 4, 128) if size == "full" else (2, 64, 2, 1, 16)
     keys = jax.random.split(jax.random.key(0), 4)
-    of_float32 = [
-        jax.random.normal(key, (B, T, heads, D))
-        for key, heads in zip(keys, (H, G, G, H), strict=True)
-    ]
+    of_float32 = []
+    for key, heads in zip(keys, (H, G, G, H), strict=True):
+        of_float32.append(jax.random.normal(key, (B, T, heads, D)))
     segments_BT = jnp.asarray(np.sort(np.random.default_rng(2).integers(5, size=(B, T)), axis=1))
 
     def value_and_gradients(attend, segments, of):
         def run(query, key, value, dy):
-            y, pull_back = jax.vjp(lambda *of: attend(*of, segments_BT=segments), query, key, value)
+            within = functools.partial(attend, segments_BT=segments)
+            y, pull_back = jax.vjp(within, query, key, value)
             return y, *pull_back(dy)
 
         return jax.jit(run)(*of)
@@ -191,15 +207,9 @@ def _check_attention(rows, size):
         for name in ("attend", "attend_by_cudnn"):
             try:
                 found = value_and_gradients(getattr(attention, name), segments, half)
-                errors = dict(
-                    zip(
-                        ("value", "dq", "dk", "dv"),
-                        map(_relative_error, found, map(np.asarray, right)),
-                        strict=True,
-                    )
-                )
+                errors = _relative_errors(("value", "dq", "dk", "dv"), found, right)
             except Exception as error:
-                errors = {"failed": f"{type(error).__name__}: {error}"[:300]}
+                errors = {"failed": _failure(error, 300)}
             rows.add(
                 check="attention", implementation=name, segments=segments is not None, **errors
             )
@@ -211,44 +221,51 @@ def matmuls(rows: Rows, size: str):
 
     n = 8192 if size == "full" else 256
     a, b = jax.random.normal(jax.random.key(0), (2, n, n), jnp.bfloat16)
-    dense = jax.jit(jnp.matmul)
-    rows.add(dense=n, tflops=2e-12 * n**3 / seconds(lambda: dense(a, b)))
+    dense = functools.partial(jax.jit(jnp.matmul), a, b)
+    rows.add(dense=n, tflops=2e-12 * n**3 / seconds(dense))
     copied = jnp.ones(2**28 if size == "full" else 2**16, jnp.float32)
-    add_one = jax.jit(lambda leaf: leaf + 1)
-    rows.add(
-        copy_bytes=copied.nbytes, tb_per_s=2e-12 * copied.nbytes / seconds(lambda: add_one(copied))
-    )
+    copy = functools.partial(jax.jit(_add_one), copied)
+    rows.add(copy_bytes=copied.nbytes, tb_per_s=2e-12 * copied.nbytes / seconds(copy))
     for shape, (M, D, F, E) in MATMULS[size].items():
         operands = _operands(M, D, F, E)
         candidates = {}
         for tile in TILES[size]:
             candidates["pallas", tile] = _lowered_with_tile(tile, operands)
-        for name in ("tokamax",):
-            candidates[name, None] = _lowered(experts.MATMULS[name], operands)
+        candidates["tokamax", None] = _lowered(experts.MATMULS["tokamax"], operands)
         _time_all(rows, shape, 2 * M * D * F, candidates, operands)
+
+
+def _add_one(array):
+    return array + 1
 
 
 def _operands(M, D, F, E):
     rng = np.random.default_rng(0)
-    sizes_E = rng.multinomial(M, rng.dirichlet(np.full(E, 20.0))).astype(
-        np.int32
-    )  # as a trained router: within 2 x
-    keys = jax.random.split(jax.random.key(1), 3)
-    x, w, dy = (
-        jax.random.normal(key, shape, jnp.bfloat16)
-        for key, shape in zip(keys, ((M, D), (E, D, F), (M, F)), strict=True)
-    )
+    # Loads differ by up to a factor of two, as those of a trained router.
+    sizes_E = rng.multinomial(M, rng.dirichlet(np.full(E, 20.0))).astype(np.int32)
+    x_key, w_key, dy_key = jax.random.split(jax.random.key(1), 3)
+    x = jax.random.normal(x_key, (M, D), jnp.bfloat16)
+    w = jax.random.normal(w_key, (E, D, F), jnp.bfloat16)
+    dy = jax.random.normal(dy_key, (M, F), jnp.bfloat16)
     return x, w, dy, jnp.asarray(sizes_E)
 
 
 def _lowered(matmul, operands):
-    """{"value", "dx", "dw": what is lowered, or the error}."""
+    """{"value", "dx" and "dw": the lowered program, or the error}."""
 
     def dx(x, w, dy, sizes_E):
-        return jax.vjp(lambda x: matmul(x, w, sizes_E), x)[1](dy)
+        def of_rows(x):
+            return matmul(x, w, sizes_E)
+
+        _, pull_back = jax.vjp(of_rows, x)
+        return pull_back(dy)
 
     def dw(x, w, dy, sizes_E):
-        return jax.vjp(lambda w: matmul(x, w, sizes_E), w)[1](dy)
+        def of_matrices(w):
+            return matmul(x, w, sizes_E)
+
+        _, pull_back = jax.vjp(of_matrices, w)
+        return pull_back(dy)
 
     def value(x, w, dy, sizes_E):
         return matmul(x, w, sizes_E)
@@ -276,30 +293,41 @@ def _lowered_with_tile(tile, operands):
 
 
 def _fresh(kernels):
-    """The matmul as a new function: a trace that was kept with other tiles does not serve."""
-    return lambda x, w, sizes_E: kernels.pallas_matmul(x, w, sizes_E)
+    """The matmul as a new function, so that jax does not reuse a trace with other tiles."""
+
+    def matmul(x, w, sizes_E):
+        return kernels.pallas_matmul(x, w, sizes_E)
+
+    return matmul
 
 
 def _time_all(rows, shape, flops, candidates, operands):
-    """Compiles side by side, then measures one by one."""
+    """Compile all candidates at the same time, then measure one after the other."""
 
     def compiled(lowered):
+        if isinstance(lowered, Exception):
+            return lowered
         try:
-            return lowered.compile() if not isinstance(lowered, Exception) else lowered
+            return lowered.compile()
         except Exception as error:
             return error
 
-    names = [(name, part) for name, parts in candidates.items() for part in parts]
+    names = []
+    lowered = []
+    for (implementation, tile), parts in candidates.items():
+        for part, program in parts.items():
+            names.append((implementation, tile, part))
+            lowered.append(program)
     with ThreadPoolExecutor(8) as pool:
-        programs = list(pool.map(lambda name: compiled(candidates[name[0]][name[1]]), names))
-    for (name, part), program in zip(names, programs, strict=True):
-        row = {"shape": shape, "implementation": name[0], "tile": name[1], "part": part}
+        programs = list(pool.map(compiled, lowered))
+    for (implementation, tile, part), program in zip(names, programs, strict=True):
+        row = {"shape": shape, "implementation": implementation, "tile": tile, "part": part}
         try:
             if isinstance(program, Exception):
                 raise program
             row["tflops"] = 1e-12 * flops / seconds(functools.partial(program, *operands))
         except Exception as error:
-            row["failed"] = f"{type(error).__name__}: {error}"[:200]
+            row["failed"] = _failure(error, 200)
         rows.add(**row)
 
 
@@ -324,25 +352,22 @@ def layer(rows: Rows, size: str):
                         "temp_gb": 1e-9 * temporaries,
                     }
                 except Exception as error:
-                    row["failed"] = f"{type(error).__name__}: {error}"[:200]
+                    row["failed"] = _failure(error, 200)
                 rows.add(**row)
 
 
 def step(rows: Rows, size: str, only: str = ""):
-    """Whole optimizer steps of configs; the peer's shapes are these."""
+    """Whole optimizer steps of configs, at the shapes of the peer."""
     from benchmarks import ours
 
-    changes = {"dtype": "bfloat16", "remat": "block"}
     for name, method, resized, (batch_size, length) in STEPS[size]:
         if only and f"{name}-{method}" not in only.split(","):
             continue
         row = {"config": name, "method": method, **resized, "batch": batch_size, "length": length}
         try:
-            run, facts = ours.build(method, _model(name, resized), batch_size, length, changes)
-            row |= {
-                key: facts[key]
-                for key in ("compile_s", "parameters", "active_parameters", "temp_bytes")
-            }
+            run, facts = ours.build(method, _model(name, resized), batch_size, length, CHANGES)
+            for key in ("compile_s", "parameters", "active_parameters", "temp_bytes"):
+                row[key] = facts[key]
             taken = run(7 if size == "full" else 2)[1:]
             median = statistics.median(taken)
             row |= {
@@ -353,22 +378,20 @@ def step(rows: Rows, size: str, only: str = ""):
             row["mfu"] = facts["flops_per_token"] * row["tokens_per_s"] / _peak()
             row["peak_gib"] = _peak_memory()
         except Exception as error:
-            row["failed"] = f"{type(error).__name__}: {error}"[:400]
+            row["failed"] = _failure(error, 400)
         rows.add(**row)
-        run = None  # its state leaves the device
+        run = None  # so that its state leaves the device
 
 
 def profile(rows: Rows, size: str, only: str = ""):
-    """Where the time of a step goes: microseconds per step by kernel, and by the operation it belongs to."""
+    """The time of a step: microseconds by kernel and by the operation to which it belongs."""
     from benchmarks import ours
 
     for name, method, resized, (batch_size, length) in STEPS[size]:
         if f"{name}-{method}" not in (only or "3b-vanilla,debug-erc").split(","):
             continue
-        changes = {"dtype": "bfloat16", "remat": "block"}
-        compiled, state, batch, _ = ours.compile_step(
-            method, _model(name, resized), batch_size, length, changes
-        )
+        model = _model(name, resized)
+        compiled, state, batch, _ = ours.compile_step(method, model, batch_size, length, CHANGES)
         operations = dict(re.findall(r'%([\w.-]+) = .*?op_name="([^"]*)"', compiled.as_text()))
         with tempfile.TemporaryDirectory() as directory:
             state, _ = jax.block_until_ready(compiled(state, batch()))
@@ -380,20 +403,22 @@ def profile(rows: Rows, size: str, only: str = ""):
             (trace,) = pathlib.Path(directory).rglob("*.xplane.pb")
             planes = jax.profiler.ProfileData.from_file(str(trace)).planes
         kernels = collections.Counter()
-        for plane in planes:
-            if not plane.name.startswith("/device:"):
-                continue
-            for line in plane.lines:
-                if not line.name.startswith("Stream"):
-                    continue
-                for event in line.events:
-                    operation = str(dict(event.stats).get("hlo_op", event.name))
-                    kernels[event.name, operations.get(operation, operation)] += (
-                        event.duration_ns / PROFILED
-                    )
+        for event in _events_of_devices(planes):
+            operation = str(dict(event.stats).get("hlo_op", event.name))
+            kernel = (event.name, operations.get(operation, operation))
+            kernels[kernel] += event.duration_ns / PROFILED
         rows.add(config=name, method=method, step_s=taken, busy_s=1e-9 * sum(kernels.values()))
         for (kernel, operation), nanoseconds in kernels.most_common(60):
             rows.add(us=nanoseconds / 1e3, kernel=kernel[:80], operation=operation[-160:])
+
+
+def _events_of_devices(planes):
+    """The events in the streams of devices."""
+    for plane in planes:
+        if plane.name.startswith("/device:"):
+            for line in plane.lines:
+                if line.name.startswith("Stream"):
+                    yield from line.events
 
 
 def _model(name, resized):
@@ -411,7 +436,7 @@ def _peak_memory():
 
 
 def peer(rows: Rows, size: str):
-    """PyTorch's OLMoE on the same device, bfloat16 throughout, a checkpoint per layer, as fused as it comes."""
+    """PyTorch's OLMoE on the same device, all in bfloat16, with the layers recomputed."""
     import torch
 
     from benchmarks import peer as benchmark
@@ -435,9 +460,9 @@ def peer(rows: Rows, size: str):
                 if torch.cuda.is_available():
                     row["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
             except Exception as error:
-                row["failed"] = f"{type(error).__name__}: {error}"[:400]
+                row["failed"] = _failure(error, 400)
             rows.add(**row)
-            run = None
+            run = None  # so that its state leaves the device
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
 
@@ -461,7 +486,8 @@ def main():
     parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("on_device"))
     parser.add_argument("--only", default="", help="stage step: as 3b-erc,3b-vanilla")
     flags = parser.parse_args()
-    absl.flags.FLAGS.mark_as_parsed()  # tokamax reads them, and would parse the command line itself
+    # tokamax reads flags of absl, and would otherwise parse the command line itself.
+    absl.flags.FLAGS.mark_as_parsed()
     jax.config.update("jax_num_cpu_devices", 1)  # of no effect beside an accelerator
     start = time.perf_counter()
     rows = Rows(flags.output, flags.stage)

@@ -1,8 +1,9 @@
-"""The peer of `benchmarks.step`: OLMoE of `transformers` in PyTorch, with ERC as in the paper's pseudocode.
+"""The peer of `benchmarks.step`: OLMoE of `transformers` in PyTorch, with the paper's ERC.
 
-Same shapes, loss terms, AdamW and clipping. A trial chooses the fastest of the built-in experts implementations and
-torch.compile (a sixth less time at E 16, K 4; 0-6 % at E 64, K 8); all trials are in the JSON. Needs the `hf` extra.
-ERC is the naive form on all experts at once: M[i, j] = |proxy_i @ w_gate_j| by one einsum "id,jdf->ijf", per layer.
+It has the same shapes, loss terms, AdamW and clipping, and needs the extra `hf`. A trial chooses
+the fastest of the built-in implementations of experts, with and without torch.compile; all trials
+are in the JSON. ERC has the naive form, on all experts of a layer at once: M[i, j] =
+|proxy_i @ w_gate_j| by one einsum "id,jdf->ijf".
 """
 
 import shutil
@@ -13,8 +14,8 @@ from transformers import OlmoeConfig, OlmoeForCausalLM
 from benchmarks import timed
 
 COMPILED = ", compiled"
-# Not batched_mm: it copies three weight matrices for every assignment, 6 GB a layer at K 8; 60 x
-# slower at E 8, K 4.
+# batched_mm is left out: it copies three weight matrices for every assignment, 6 GB a layer at K 8,
+# and is 60 times slower at E 8, K 4.
 EXPERTS = ("eager", "grouped_mm", "grouped_mm" + COMPILED)
 
 
@@ -26,7 +27,7 @@ def build(model, batch_size, length, threads):
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     network = OlmoeForCausalLM(olmoe_config(model, length))
-    # fused: one kernel over each parameter, the fastest AdamW of torch on CPU
+    # The fused AdamW, one kernel for each parameter, is the fastest of torch on a CPU.
     adamw = torch.optim.AdamW(
         network.parameters(), 4e-4, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, fused=True
     )
@@ -34,9 +35,8 @@ def build(model, batch_size, length, threads):
     forward = network
 
     def step():
-        train_step(
-            forward, network, adamw, torch.randint(model["vocab_size"], (batch_size, length))
-        )
+        tokens_BT = torch.randint(model["vocab_size"], (batch_size, length))
+        train_step(forward, network, adamw, tokens_BT)
 
     def use(trial):
         nonlocal forward
@@ -45,9 +45,10 @@ def build(model, batch_size, length, threads):
 
     run = timed(step)
     trials = {}
-    for trial in (*EXPERTS, *EXPERTS):  # by turns, so that one disturbance does not choose
+    # Trials take turns, twice, so that one disturbance does not decide.
+    for trial in (*EXPERTS, *EXPERTS):
         if trial.endswith(COMPILED) and not shutil.which("g++"):
-            continue  # what torch.compile compiles with
+            continue  # torch.compile needs it
         use(trial)
         trials[trial] = min(*run(4)[1:], trials.get(trial, float("inf")))
     fastest = min(trials, key=trials.get)
@@ -57,8 +58,11 @@ def build(model, batch_size, length, threads):
 
 
 def build_on_device(model, batch_size, length, trial):
-    """`run` of one trial on the GPU where there is one: parameters, moments and matmuls in bfloat16, scaled-dot-product
-    attention, layers recomputed in the backward."""
+    """`run` of one trial, on a GPU if there is one.
+
+    Parameters, moments and matmuls are in bfloat16, attention is scaled-dot-product attention, and
+    layers are recomputed in the backward.
+    """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
     with torch.device(device):
@@ -71,7 +75,7 @@ def build_on_device(model, batch_size, length, trial):
     )
     forward = torch.compile(network) if trial.endswith(COMPILED) else network
 
-    def step():  # its loss is read: the step is over
+    def step():  # it reads the loss, and so waits for the end of the step
         tokens_BT = torch.randint(model["vocab_size"], (batch_size, length), device=device)
         train_step(forward, network, adamw, tokens_BT)
 
@@ -82,7 +86,11 @@ def build_matmul(size, threads):
     """(run, facts) of a square float32 matmul by PyTorch."""
     torch.set_num_threads(threads)
     a, b = torch.randn(2, size, size)
-    return timed(lambda: a @ b), {}
+
+    def step():
+        torch.matmul(a, b)
+
+    return timed(step), {}
 
 
 def olmoe_config(model, length):
@@ -100,7 +108,7 @@ def olmoe_config(model, length):
         output_router_logits=True,
         router_aux_loss_coef=0.01,
         use_cache=False,
-        eos_token_id=None,  # its default lies beyond a small vocabulary
+        eos_token_id=None,  # the default is beyond a small vocabulary
     )
 
 
@@ -108,9 +116,10 @@ def train_step(forward, network, adamw, tokens_BT):
     """Forward, backward, clip, update; returns the loss."""
     layers = network.model.layers
     loss = forward(input_ids=tokens_BT, labels=tokens_BT).loss
-    loss = loss + sum(
-        naive_erc(layer.mlp.gate.weight, layer.mlp.experts.gate_up_proj) for layer in layers
-    ) / len(layers)
+    erc = 0
+    for layer in layers:
+        erc = erc + naive_erc(layer.mlp.gate.weight, layer.mlp.experts.gate_up_proj)
+    loss = loss + erc / len(layers)
     adamw.zero_grad(set_to_none=True)
     loss.backward()
     torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
@@ -119,7 +128,7 @@ def train_step(forward, network, adamw, tokens_BT):
 
 
 def naive_erc(router_ED, gate_up_EGD, alpha=1.0):
-    """ERC of one layer on all pairs at once: an (E, E, F) array, no expert skipped."""
+    """ERC of one layer on all pairs at once: an (E, E, F) array, without skipping any expert."""
     experts = len(router_ED)
     w_gate_EDF = gate_up_EGD[:, : gate_up_EGD.shape[1] // 2].transpose(1, 2)
     with torch.no_grad():

@@ -1,10 +1,11 @@
-"""What a device computes, holds and sends as a step is spread over more of them: read off the compiled programs.
+"""The work, memory and traffic of one device, by the mesh over which a step is spread.
 
-    python -m benchmarks.scale [--config=FILE:SIZE] [--meshes=1x1,1x2,2x1,2x2,1x4,4x1,2x4,8x1] [--json=FILE]
+    python -m benchmarks.scale [--config=FILE:SIZE] [--meshes=1x1,1x2,2x1,2x2] [--json=FILE]
 
-Meshes of (data, expert) virtual devices that share one machine: nothing is run, so nothing is said
-about time. FLOPs are matmuls of one device and step; those of the experts' loop, whose length
-depends on routing, are the model's own count at equal load, with the backward twice the forward.
+The figures are read from compiled programs for meshes of (data, expert) virtual devices. Nothing is
+run, so there are no times. FLOPs are matmuls of one device and step. The length of the loop over
+experts depends on routing; its FLOPs are the model's own count at equal load, the backward twice
+the forward.
 """
 
 import json
@@ -26,20 +27,16 @@ MESHES = flags.DEFINE_string(
 
 def measure(config, devices, mesh):
     """The figures of one device on one mesh."""
-    config.mesh.data, config.mesh.expert = mesh
-    size = mesh[0] * mesh[1]
+    data, expert = mesh
+    config.mesh.data = data
+    config.mesh.expert = expert
+    size = data * expert
     facts, programs = compile_ahead.lower(config, devices[:size])
     found = compile_ahead.compile_program(programs["step"])
     model = ModelConfig.of(config)
-    experts = (
-        3
-        * 6
-        * model.layers
-        * model.experts_per_token
-        * model.width
-        * model.expert_width
-        * facts["tokens"]
-    )
+    # 6 D F forward, and three times that with the backward.
+    expert_token = 3 * 6 * model.width * model.expert_width
+    experts = model.layers * model.experts_per_token * expert_token * facts["tokens"]
     return {
         "mesh": mesh,
         "tokens": facts["tokens"],
@@ -55,9 +52,8 @@ def main(_):
     config = flags.FLAGS.config
     with command_line.refusing_bad_input():
         meshes = [tuple(map(int, mesh.split("x"))) for mesh in MESHES.value.split(",")]
-        devices, _ = chips.described(
-            None, 1, f"cpu:{max(data * expert for data, expert in meshes)}"
-        )
+        largest = max(data * expert for data, expert in meshes)
+        devices, _ = chips.described(None, 1, f"cpu:{largest}")
     rows = [measure(config, devices, mesh) for mesh in meshes]
     columns = (
         "mesh",
@@ -75,10 +71,14 @@ def main(_):
     )
     for row in rows:
         table.add_row(
-            "{} x {}".format(*row["mesh"]), f"{row['tokens']:,.0f}", f"{row['expert_flops'] / 1e9:.2f}",
-            f"{row['other_flops'] / 1e9:.2f}", f"{row['arguments'] / 1e6:.1f}", f"{row['temporaries'] / 1e6:.1f}",
+            "{} x {}".format(*row["mesh"]),
+            f"{row['tokens']:,.0f}",
+            f"{row['expert_flops'] / 1e9:.2f}",
+            f"{row['other_flops'] / 1e9:.2f}",
+            f"{row['arguments'] / 1e6:.1f}",
+            f"{row['temporaries'] / 1e6:.1f}",
             f"{row['wire_bytes'] / 1e6:.1f}",
-        )  # fmt: skip
+        )
     Console(width=120).print(table)
     if compile_ahead.JSON.value:
         found = {"benchmark": "scale", "environment": environment(), "rows": rows}

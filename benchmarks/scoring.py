@@ -1,16 +1,17 @@
-"""Scoring throughput: `evaluation/scoring.py` beside the transformers backend of the lm-evaluation-harness.
+"""Scoring throughput of `evaluation/scoring.py` and of the harness's backend for transformers.
 
     python -m benchmarks.scoring [--peer] [--json=FILE]
 
-One OLMoE of size `tiny` with random weights, float32, and the same random requests: "sentences",
-each a context with four continuations of some tokens, and "letters", with four continuations of
-one. Every subject lives in a process of its own and they take turns (`benchmarks/__init__.py`);
-timed is the way from the token ids of all requests to their scores. Ours has the batch of the
-config, as in eval.py; for the peer a trial chooses batch and experts implementation.
+Both score the same random requests with an OLMoE of size `tiny`, random weights and float32. In
+"sentences" a context has four continuations of some tokens; in "letters" it has four of one token.
+Every subject has a process of its own, and they take turns (`benchmarks/__init__.py`). The time is
+that from the token ids of all requests to their scores. Ours has the batch of the config, as in
+eval.py. For the peer a trial chooses the batch and the implementation of experts.
 """
 
 import argparse
 import functools
+import itertools
 import json
 import pathlib
 import statistics
@@ -23,7 +24,7 @@ from rich.table import Table
 from benchmarks import Subject, cores, environment, take_turns, timed
 from configs import base
 
-# documents, answers to each, tokens of a context and of an answer: drawn evenly from first to last
+# Documents, answers to each, and the ranges (first, last) of the tokens of a context and an answer.
 KINDS = {
     "sentences": (50, 4, (20, 120), (4, 32)),
     "letters": (50, 4, (60, 250), (1, 1)),
@@ -41,7 +42,11 @@ def draw_requests(kind, vocabulary):
         return rng.integers(vocabulary, size=rng.integers(first, last + 1)).tolist()
 
     contexts = [draw(*context_range) for _ in range(documents)]
-    return [(context, draw(*answer_range)) for context in contexts for _ in range(answers)]
+    requests = []
+    for context in contexts:
+        for _ in range(answers):
+            requests.append((context, draw(*answer_range)))
+    return requests
 
 
 def build(kind):
@@ -99,29 +104,34 @@ def build_peer(kind, threads):
         network.set_experts_implementation(experts)
 
     trials = {}
-    for trial in [(experts, batch) for experts in EXPERTS for batch in BATCHES] * 2:
+    for trial in [*itertools.product(EXPERTS, BATCHES)] * 2:
         use(trial)
         start = time.perf_counter()
         step(share=4)
         trials[trial] = min(time.perf_counter() - start, trials.get(trial, float("inf")))
     fastest = min(trials, key=trials.get)
     use(fastest)
-    facts = {"settings": f"{fastest[0]}, batches of {fastest[1]}", "requests": len(requests)}
-    return timed(step), facts | {
-        "trials_s": {f"{experts}, {batch}": s for (experts, batch), s in trials.items()}
+    experts, batch = fastest
+    facts = {
+        "settings": f"{experts}, batches of {batch}",
+        "requests": len(requests),
+        "trials_s": {f"{experts}, {batch}": s for (experts, batch), s in trials.items()},
     }
+    return timed(step), facts
 
 
 def summarize(subjects, seconds):
-    """Rows of what was measured, in plain values."""
+    """The rows of the measurements, in plain values."""
     rows = []
     for (kind, maker), subject in subjects.items():
         rates = [subject.facts["requests"] / turn for turn in seconds[kind, maker]]
-        rows.append(
-            subject.facts
-            | {"kind": kind, "maker": maker, "requests_per_s": statistics.median(rates)}
-        )
-        rows[-1]["requests_per_s_range"] = min(rates), max(rates)
+        figures = {
+            "kind": kind,
+            "maker": maker,
+            "requests_per_s": statistics.median(rates),
+            "requests_per_s_range": (min(rates), max(rates)),
+        }
+        rows.append(subject.facts | figures)
     speed = {(row["kind"], row["maker"]): row["requests_per_s"] for row in rows}
     for row in rows:
         peer = speed.get((row["kind"], "peer"))
@@ -134,9 +144,13 @@ def show(rows):
     for row in rows:
         low, high = row["requests_per_s_range"]
         table.add_row(
-            f"{row['requests']} {row['kind']}", row["maker"], row["settings"], f"{row['requests_per_s']:,.0f}",
-            f"{low:,.0f}-{high:,.0f}", f"{row['over_peer']:.2f}" if row["over_peer"] else "",
-        )  # fmt: skip
+            f"{row['requests']} {row['kind']}",
+            row["maker"],
+            row["settings"],
+            f"{row['requests_per_s']:,.0f}",
+            f"{low:,.0f}-{high:,.0f}",
+            f"{row['over_peer']:.2f}" if row["over_peer"] else "",
+        )
     Console(width=120).print(table)
 
 

@@ -1,10 +1,11 @@
-"""A long run at size debug with evaluations, saves and restarts: does anything grow, get lost or slow down?
+"""A long run at size debug with evaluations, saves and restarts: does anything grow or slow down?
 
-    python -m benchmarks.soak --steps=5000 --restarts=2        some minutes; its speeds are those of an idle machine
+    python -m benchmarks.soak --steps=5000 --restarts=2
 
-Memory and open files are read from /proc every second; growth is from the end of the warm-up, a
-fifth of a start's steps, to its end. Speeds are medians over the second and the last fifth of the
-steps of the longest start.
+It takes some minutes, and needs an idle machine for its speeds. It also checks that no line of
+metrics is missing. Memory and open files are read from /proc every second. Growth is that after the
+warm-up, the first fifth of the steps of a start. Speeds are medians over the second and over the
+last fifth of the steps of the longest start.
 """
 
 import argparse
@@ -26,7 +27,10 @@ WARM_UP = 0.2  # of the steps of a start
 
 
 def watch(run, until_step):
-    """[(step, resident bytes, open files)] from a start to a step, where it gets SIGTERM, or to its end."""
+    """[(step, resident bytes, open files)] from a start to a step, or to the end of the run.
+
+    At the step the run gets a SIGTERM.
+    """
     before = len(run.speeds())
     samples = []
     step = 0
@@ -34,13 +38,12 @@ def watch(run, until_step):
     while run.running() and step < until_step:
         time.sleep(1)
         speeds = run.speeds()
-        if (
-            len(speeds) > before and run.running()
-        ):  # the first line comes after everything was compiled
+        # The first line is written after everything was compiled.
+        if len(speeds) > before and run.running():
             step = speeds[-1][0]
             try:
                 samples.append((step, *run.resources()))
-            except OSError:  # it has just ended
+            except OSError:  # the process has just ended
                 break
     if step >= until_step:
         run.send(signal.SIGTERM)
@@ -50,15 +53,22 @@ def watch(run, until_step):
 
 
 def growth(samples):
-    """(MB after the warm-up, MB at the end, open files then and then) as medians of five seconds each."""
+    """(MB after the warm-up, MB at the end, open files after the warm-up, open files at the end).
+
+    Each is a median over five seconds.
+    """
     first = samples[0][0]
     last = samples[-1][0]
     warm = [sample for sample in samples if sample[0] >= first + WARM_UP * (last - first)]
-    start, end = (
-        [statistics.median(column) for column in zip(*part, strict=True)]
-        for part in (warm[:5], warm[-5:])
-    )
-    return start[1] / 1e6, end[1] / 1e6, int(start[2]), int(end[2])
+    bytes_at_start, files_at_start = medians(warm[:5])
+    bytes_at_end, files_at_end = medians(warm[-5:])
+    return bytes_at_start / 1e6, bytes_at_end / 1e6, int(files_at_start), int(files_at_end)
+
+
+def medians(samples):
+    """(resident bytes, open files), the median of each."""
+    _, resident, files = zip(*samples, strict=True)
+    return statistics.median(resident), statistics.median(files)
 
 
 def main():
@@ -113,11 +123,17 @@ def main():
 
     begin = ends[-1] if ends else 0
     fifth = (flags.steps - begin) / 5
-    rates = [
-        [rate for step, rate in run.speeds() if low < (step - begin) / fifth <= low + 1]
-        for low in (1, 4)
-    ]
-    start, end = map(statistics.median, rates)
+
+    def median_speed(part):
+        """Over a fifth of the steps, counted from 0."""
+        rates = []
+        for step, rate in run.speeds():
+            if part < (step - begin) / fifth <= part + 1:
+                rates.append(rate)
+        return statistics.median(rates)
+
+    start = median_speed(1)
+    end = median_speed(4)
     console.print(
         f"speed: {start:,.0f} tokens/s at the start, {end:,.0f} at the end, {end / start - 1:+.1%}"
     )

@@ -1,12 +1,13 @@
-"""Training throughput of the whole optimizer step: forward, losses, backward, clipping, AdamW, donated state.
+"""Training throughput of the whole optimizer step: forward, losses, backward, clipping, AdamW.
 
     python -m benchmarks.step [--shape=peer] [--peer] [--json=FILE]
 
-Rows are E and K with ERC, without (vanilla; `benchmarks/ours.py`) and, with --peer, PyTorch's OLMoE
-and naive ERC (`benchmarks/peer.py`). Every row lives in a process of its own and they take turns
-(`benchmarks/__init__.py`), a matmul of the machine's among them: its best rate is the limit. Tokens
-are random, fresh every step: routing stays near balance, nothing is learned. FLOPs are matmuls
-alone, backward counted twice the forward, recomputation not at all, ERC with all hinges active.
+For every E and K there is a row with ERC, one without (vanilla), both of `benchmarks/ours.py`, and
+with --peer one of PyTorch's OLMoE with naive ERC (`benchmarks/peer.py`). Every row has a process of
+its own, and they take turns (`benchmarks/__init__.py`). A matmul of the machine takes turns with
+them; its best rate is the limit. Tokens are random and new in every step, so that routing stays
+near balance and nothing is learned. FLOPs are those of matmuls alone. The backward counts twice the
+forward, recomputation does not count, and all hinges of ERC count as active.
 """
 
 import argparse
@@ -21,16 +22,30 @@ from benchmarks import Subject, cores, environment, take_turns
 from benchmarks.limits import MATMUL
 from moe_erc.launch import huge_pages
 
+PEER = {
+    "layers": 4,
+    "width": 256,
+    "heads": 4,
+    "kv_heads": 4,
+    "expert_width": 128,
+    "vocab_size": 512,
+}
+DEBUG = {
+    "layers": 2,
+    "width": 32,
+    "heads": 2,
+    "kv_heads": 2,
+    "expert_width": 16,
+    "vocab_size": 64,
+}
 SHAPES = {  # model block, (sequences, length) of a step, (E, K) of the rows
-    "peer": ({"layers": 4, "width": 256, "heads": 4, "kv_heads": 4, "expert_width": 128, "vocab_size": 512},
-             (8, 256), ((16, 4), (64, 8))),
-    "debug": ({"layers": 2, "width": 32, "heads": 2, "kv_heads": 2, "expert_width": 16, "vocab_size": 64},
-              (2, 16), ((4, 2), (8, 2))),
-}  # fmt: skip
+    "peer": (PEER, (8, 256), ((16, 4), (64, 8))),
+    "debug": (DEBUG, (2, 16), ((4, 2), (8, 2))),
+}
 
 
 def erc_flops(model, experts):
-    """Of one step: M is 2 E^2 D F a layer, the backward twice that."""
+    """FLOPs of ERC in one step: M takes 2 E^2 D F a layer, and the backward twice that."""
     return 3 * 2 * experts**2 * model["width"] * model["expert_width"] * model["layers"]
 
 
@@ -52,25 +67,34 @@ def start(shape, with_peer):
 
 
 def summarize(shape, subjects, seconds):
-    """(matmul rates by maker, rows): what was measured, in plain values."""
+    """(matmul rates by maker, rows) of the measurements, in plain values."""
     sizes, (batch_size, length), _ = SHAPES[shape]
     tokens = batch_size * length
-    matmul = {
-        name: 2 * MATMUL**3 / min(seconds[name]) for name in subjects if isinstance(name, str)
-    }
+    matmul = {}
+    for name in subjects:
+        if isinstance(name, str):
+            matmul[name] = 2 * MATMUL**3 / min(seconds[name])
     rows = []
-    for name in (name for name in subjects if name not in matmul):
+    for name in subjects:
+        if name in matmul:
+            continue
         experts, experts_per_token, method = name
         rates = [tokens / turn for turn in seconds[name]]
-        # The peer does the same sums: its FLOPs are counted by our count.
+        # The peer computes the same, so its FLOPs are those of our count.
         flops = subjects[experts, experts_per_token, "erc"].facts["flops_per_token"]
         flops += erc_flops(sizes, experts) / tokens if method != "vanilla" else 0
         flop_rate = flops * statistics.median(rates)
-        rows.append(subjects[name].facts | {
-            "experts": experts, "experts_per_token": experts_per_token, "method": method,
-            "tokens_per_s": statistics.median(rates), "tokens_per_s_range": (min(rates), max(rates)),
-            "flops_per_token": flops, "flops_per_s": flop_rate, "share_of_matmul": flop_rate / max(matmul.values()),
-        })  # fmt: skip
+        figures = {
+            "experts": experts,
+            "experts_per_token": experts_per_token,
+            "method": method,
+            "tokens_per_s": statistics.median(rates),
+            "tokens_per_s_range": (min(rates), max(rates)),
+            "flops_per_token": flops,
+            "flops_per_s": flop_rate,
+            "share_of_matmul": flop_rate / max(matmul.values()),
+        }
+        rows.append(subjects[name].facts | figures)
     speed = {
         (row["experts"], row["experts_per_token"], row["method"]): row["tokens_per_s"]
         for row in rows
@@ -82,7 +106,7 @@ def summarize(shape, subjects, seconds):
 
 
 def show(matmul, rows):
-    """The table, and the limit it is held against."""
+    """Print the table, and the limit to which the rates are compared."""
     table = Table(
         "E",
         "K",
@@ -99,12 +123,17 @@ def show(matmul, rows):
         low, high = row["tokens_per_s_range"]
         experts = row.get("experts_implementation")
         table.add_row(
-            str(row["experts"]), str(row["experts_per_token"]), row["method"] + (f" ({experts})" if experts else ""),
-            f"{row['tokens_per_s']:,.0f}", f"{low:,.0f}-{high:,.0f}", f"{row['flops_per_token'] / 1e6:.1f}",
-            f"{row['flops_per_s'] / 1e9:.1f}", f"{row['share_of_matmul']:.0%}",
+            str(row["experts"]),
+            str(row["experts_per_token"]),
+            f"{row['method']} ({experts})" if experts else row["method"],
+            f"{row['tokens_per_s']:,.0f}",
+            f"{low:,.0f}-{high:,.0f}",
+            f"{row['flops_per_token'] / 1e6:.1f}",
+            f"{row['flops_per_s'] / 1e9:.1f}",
+            f"{row['share_of_matmul']:.0%}",
             f"{row['temp_bytes'] / 1e6:.0f}" if "temp_bytes" in row else "",
             f"{row['over_peer']:.2f}" if row["over_peer"] else "",
-        )  # fmt: skip
+        )
     console = Console(width=120)  # a narrower one would cut the numbers
     console.print(table)
     console.print(

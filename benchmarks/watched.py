@@ -1,4 +1,4 @@
-"""A run of train.py at size debug in a process of its own, watched from outside: by its files, and by /proc."""
+"""A run of train.py at size debug in a process of its own, watched by its files and by /proc."""
 
 import json
 import os
@@ -10,9 +10,10 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 
 class Watched:
-    """Starts as often as it is told to, on this repository's own code, which is prepared in a second.
+    """A run that can be started again and again.
 
-    What it prints is in `directory`/out; runs of one directory share corpus and compilation cache.
+    Its text is the code of this repository, which is prepared in a second. Its output is in
+    `directory`/out. Runs of one directory share the corpus and the compilation cache.
     """
 
     def __init__(self, directory, workdir, **settings):
@@ -40,56 +41,53 @@ class Watched:
         self._process = None
 
     def start(self):
-        """Starts it; it goes on where its checkpoints are."""
+        """Start the run; it continues at its newest checkpoint."""
         with self._out.open("ab") as out:
             self._process = subprocess.Popen(
                 self._command, cwd=ROOT, env=self._environment, stdout=out, stderr=subprocess.STDOUT
             )
 
     def running(self):
-        """Whether it has not ended yet."""
+        """Whether the process has not ended yet."""
         return self._process.poll() is None
 
     def send(self, number):
-        """Sends a signal, if it still runs, and returns the exit code once it has ended."""
+        """Send a signal if the process still runs; returns its exit code."""
         if self.running():
             self._process.send_signal(number)
         return self._process.wait()
 
     def finish(self):
-        """Waits for the end, which must be an orderly one."""
-        if code := self._process.wait():
+        """Wait for the end of the process, which must have the exit code 0."""
+        code = self._process.wait()
+        if code:
             raise SystemExit(f"train.py ended with {code}:\n{self._out.read_text()[-2000:]}")
 
     def text(self):
-        """The metrics file as it is now."""
+        """The present content of the metrics file."""
         path = self.workdir / "metrics.jsonl"
         return path.read_text() if path.exists() else ""
 
     def metrics(self):
-        """Its complete lines, without what the clock says."""
-        lines = [
-            json.loads(line)
-            for line in self.text().splitlines(keepends=True)
-            if line.endswith("\n")
-        ]
-        return [
-            {name: value for name, value in line.items() if not name.startswith("speed/")}
-            for line in lines
-        ]
+        """The complete lines of metrics, without those that depend on the clock."""
+        found = []
+        for line in self._lines():
+            kept = {}
+            for name, value in line.items():
+                if not name.startswith("speed/"):
+                    kept[name] = value
+            found.append(kept)
+        return found
 
     def speeds(self):
-        """[(step, tokens a second)]."""
-        lines = [
-            json.loads(line)
-            for line in self.text().splitlines(keepends=True)
-            if line.endswith("\n")
-        ]
-        return [
-            (line["step"], line["speed/tokens_per_s"])
-            for line in lines
-            if "speed/tokens_per_s" in line
-        ]
+        """[(step, tokens per second)]."""
+        key = "speed/tokens_per_s"
+        return [(line["step"], line[key]) for line in self._lines() if key in line]
+
+    def _lines(self):
+        lines = self.text().splitlines(keepends=True)
+        # The last line may still be incomplete.
+        return [json.loads(line) for line in lines if line.endswith("\n")]
 
     def resources(self):
         """(resident bytes, open files) of the process."""

@@ -1,9 +1,9 @@
 """The largest temporary buffers of a compiled program, by name.
 
-They are read from XLA's account of where every value lies:
+They are read from XLA's account of the place of every value:
 
-allocation 5: size 1048576, preallocated-temp:
- value: <13 fusion.1 @0> (size=1048576,offset=0): f32[512,512]{1,0}
+    allocation 5: size 1048576, preallocated-temp:
+     value: <13 fusion.1 @0> (size=1048576,offset=0): f32[512,512]{1,0}
 """
 
 import pathlib
@@ -30,34 +30,34 @@ class Buffer(NamedTuple):
 
 
 def compile_with_account(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled, str]:
-    """(executable, account): `account` is XLA's text, "" of a compiler that writes none."""
+    """(executable, account); the account is XLA's text, or "" if the compiler writes none."""
     with tempfile.TemporaryDirectory() as directory:
         executable = lowered.compile({"xla_dump_to": directory})
-        accounts = sorted(
-            pathlib.Path(directory).glob("*buffer-assignment.txt"),
-            key=lambda path: path.stat().st_size,
-        )
-        return executable, accounts[-1].read_text(encoding="utf-8") if accounts else ""
+        account = ""
+        # Small programs beside the step may have accounts too; the longest one is that of the step.
+        for path in pathlib.Path(directory).glob("*buffer-assignment.txt"):
+            account = max(account, path.read_text(encoding="utf-8"), key=len)
+        return executable, account
 
 
 def largest(account: str, text: str, count: int) -> list[Buffer]:
-    """The `count` largest temporaries.
+    """The `count` largest temporaries of a program.
 
-    Values that share a place at different times are told once, by the largest.
-
-    `text` is the program's, `Compiled.as_text()`.
+    `text` is its `Compiled.as_text()`. Of values that share a place at different times only the
+    largest is listed.
     """
-    temporaries = [
-        part for part in ALLOCATION.split(account) if "preallocated-temp" in part.partition("\n")[0]
-    ]
-    values = [
-        (number, *value) for number, part in enumerate(temporaries) for value in VALUE.findall(part)
-    ]
+    values = []
+    for number, allocation in enumerate(ALLOCATION.split(account)):
+        heading = allocation.partition("\n")[0]
+        if "preallocated-temp" in heading:
+            for name, size, offset, shape in VALUE.findall(allocation):
+                values.append((number, name, int(size), offset, shape))
+    values.sort(key=lambda value: value[2], reverse=True)
     origins = hlo.origins(hlo.parse(text))
     places = set()
     found = []
-    for allocation, name, size, offset, shape in sorted(values, key=lambda value: -int(value[2])):
+    for allocation, name, size, offset, shape in values:
         if (allocation, offset) not in places and len(found) < count:
             places.add((allocation, offset))
-            found.append(Buffer(int(size), shape, origins.get(name) or name))
+            found.append(Buffer(size, shape, origins.get(name) or name))
     return found

@@ -1,7 +1,4 @@
-"""Devices to compile for that need not be there.
-
-They are TPUs, by the description that libtpu has of them, or virtual CPUs.
-"""
+"""Devices to compile for that need not be there: TPUs as libtpu describes them, or virtual CPUs."""
 
 import importlib.util
 import os
@@ -16,11 +13,11 @@ from moe_erc.checks import BadInput
 
 
 class Chip(NamedTuple):
-    """What a device is held against."""
+    """The limits of a device."""
 
     memory: float | None = None  # bytes that its compiler grants to a program
-    flops: float | None = None  # bfloat16, a second, as published
-    # makes libtpu describe one device a chip, where that is not its default
+    flops: float | None = None  # per second in bfloat16, as published
+    # With this option libtpu describes one device a chip, if that is not its default.
     config: str | None = None
 
 
@@ -32,24 +29,24 @@ CHIPS = {
 }
 
 LIBTPU = {
-    # Else it asks a metadata server about the machine it is on, and says at length that there is
-    # none.
+    # Without it libtpu asks a metadata server about the machine, and prints long messages if there
+    # is none.
     "TPU_ACCELERATOR_TYPE": "v5litepod-8",
     "TPU_WORKER_HOSTNAMES": "localhost",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # its lock is for the chips, and none are used
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # its lock is for chips, and none is used
 }
 
 
 def described(
     topology: str | None, slices: int, devices: str | None
 ) -> tuple[Sequence[jax.Device], Chip]:
-    """(devices, chip) of one of v5p:4x4x4 and cpu:64.
+    """(devices, chip) of a topology such as v5p:4x4x4, or of virtual devices such as cpu:64.
 
-    To be called before anything else wants a device.
+    It must be called before anything else uses a device.
     """
     if bool(topology) == bool(devices):
         raise BadInput("give one of --topology=v5p:4x4x4 and --devices=cpu:64")
-    jax.config.update("jax_platforms", "cpu")  # what is attached is not asked
+    jax.config.update("jax_platforms", "cpu")  # devices of this machine are not used
     return _tpus(topology, slices) if topology else (_virtual(devices), Chip())
 
 
@@ -66,9 +63,8 @@ def _tpus(topology, slices):
         os.environ.setdefault(name, value)
     options = {"chip_config_name": chip.config} if chip.config else {}
     try:
-        return topologies.get_topology_desc(
-            topology, "tpu", num_slices=slices, **options
-        ).devices, chip
+        description = topologies.get_topology_desc(topology, "tpu", num_slices=slices, **options)
+        return description.devices, chip
     except jax.errors.JaxRuntimeError as error:
         raise BadInput(f"--topology: {topology!r}: {error}") from error
 

@@ -4,10 +4,10 @@ They are read from its optimized HLO.
 
     cost(computation) = sum over its instructions
     cost(loop)        = trips x its body
-    cost(conditional) = its dearest branch
+    cost(conditional) = its most expensive branch
 
-`Compiled.cost_analysis` counts the body of a loop once, and so one layer of a scan over layers.
-Elementwise work is not counted: memory bounds it, not FLOPs.
+`Compiled.cost_analysis` counts the body of a loop once: of a scan over layers it counts one layer.
+Elementwise work is not counted, because its limit is memory and not FLOPs.
 """
 
 import functools
@@ -35,33 +35,33 @@ class Collective(NamedTuple):
 
     kind: str
     shapes: tuple[str, ...]  # of its results, the largest first
-    bytes: int  # of one run: a device's operands or its results, whichever are more
+    bytes: int  # of one run: those of a device's operands or of its results, whichever are more
     group: int  # devices that take part together
-    asynchronous: bool  # other work may run meanwhile
+    asynchronous: bool  # whether other work may run meanwhile
     origin: str  # the traced operation behind it
     times: int = 1
 
     @property
     def wire_bytes(self) -> float:
-        """The least that a device sends in all runs.
-
-        An all-reduce is a reduce-scatter and an all-gather.
-        """
-        rounds = {"all-reduce": 2, "collective-permute": self.group / max(self.group - 1, 1)}.get(
-            self.kind, 1
-        )
+        """The smallest number of bytes that a device sends in all runs."""
+        rounds = 1
+        if self.kind == "all-reduce":
+            rounds = 2  # it is a reduce-scatter and an all-gather
+        elif self.kind == "collective-permute":
+            rounds = self.group / max(self.group - 1, 1)  # a device sends all of its bytes
         return self.times * self.bytes * rounds * (self.group - 1) / self.group
 
 
 class Cost(NamedTuple):
-    """Of one run on one device."""
+    """The cost of one run on one device."""
 
     flops: int = 0  # matmuls and convolutions
     grouped_flops: int = 0  # ragged matmuls, as if every row belonged to one of the groups
     collectives: tuple[Collective, ...] = ()
-    # origins of loops whose length depends on data: counted as one turn
+    # Origins of loops whose length depends on data; they are counted as one turn.
     open_loops: tuple[str, ...] = ()
-    kernels: tuple[str, ...] = ()  # origins of calls that may multiply matrices: not counted
+    # Origins of calls that may multiply matrices; they are not counted.
+    kernels: tuple[str, ...] = ()
 
     @property
     def wire_bytes(self) -> float:
@@ -69,23 +69,23 @@ class Cost(NamedTuple):
 
 
 class Memory(NamedTuple):
-    """Bytes of one device."""
+    """The memory of a program on one device, in bytes."""
 
     arguments: int
     outputs: int
     aliased: int  # outputs that are written over donated arguments
     temporaries: int
     program: int
-    in_use: int  # at once, by the compiler's count; that of XLA:CPU leaves temporaries out
+    in_use: int  # at once, as the compiler counts; XLA:CPU leaves temporaries out
 
     @property
     def allocated(self) -> int:
-        """All of it."""
+        """All memory that is allocated."""
         return self.arguments + self.outputs - self.aliased + self.temporaries + self.program
 
 
 def memory(compiled: jax.stages.Compiled) -> Memory:
-    """What a `jax.stages.Compiled` says it needs."""
+    """The memory that a compiled program needs."""
     stats = compiled.memory_analysis()
     return Memory(
         stats.argument_size_in_bytes,
@@ -100,40 +100,42 @@ def memory(compiled: jax.stages.Compiled) -> Memory:
 def cost(text: str) -> Cost:
     """Cost of a program, given as `Compiled.as_text()`."""
     found = _of_computation(hlo.parse(text))
-    _of_computation.cache_clear()  # it holds the program
+    _of_computation.cache_clear()  # because the cache holds the program
     return found
 
 
-def _add(*costs):
-    return Cost(*(sum(parts[1:], start=parts[0]) for parts in zip(Cost(), *costs, strict=True)))
+def _add(costs):
+    """The sum of costs, field by field."""
+    total = Cost()
+    for cost in costs:
+        total = Cost(*(mine + other for mine, other in zip(total, cost, strict=True)))
+    return total
 
 
 @functools.cache
 def _of_computation(computation):
-    return _add(
-        *(_of_instruction(instruction, computation) for instruction in computation.instructions)
-    )
+    return _add(_of_instruction(inside, computation) for inside in computation.instructions)
 
 
 def _of_instruction(instruction, computation):
-    inside = [_of_computation(called) for called in instruction.called]
+    called = [_of_computation(computation) for computation in instruction.called]
     if instruction.opcode == "conditional":
-        return max(
-            inside, key=lambda branch: (branch.flops + branch.grouped_flops, branch.wire_bytes)
-        )
-    inside = _add(*inside)
+        return max(called, key=_expense)
+    inside = _add(called)
     if instruction.opcode == "while":
         trips = hlo.trip_count(instruction)
-        return (
-            _add(inside, Cost(open_loops=(instruction.origin,)))
-            if trips is None
-            else _repeat(inside, trips)
-        )
+        if trips is None:
+            return _add([inside, Cost(open_loops=(instruction.origin,))])
+        return _repeat(inside, trips)
     if instruction.opcode == "async-start":
-        inside = inside._replace(
-            collectives=tuple(one._replace(asynchronous=True) for one in inside.collectives)
-        )
-    return _add(inside, _own_cost(instruction, computation))
+        collectives = tuple(one._replace(asynchronous=True) for one in inside.collectives)
+        inside = inside._replace(collectives=collectives)
+    return _add([inside, _own_cost(instruction, computation)])
+
+
+def _expense(branch):
+    """The key by which branches of a conditional are compared."""
+    return branch.flops + branch.grouped_flops, branch.wire_bytes
 
 
 def _repeat(once, trips):
@@ -148,10 +150,8 @@ def _own_cost(instruction, computation):
     if instruction.opcode.removesuffix("-start") in COLLECTIVES:
         return Cost(collectives=_collective(instruction, computation))
     if instruction.opcode == "dot":
-        contracted = [
-            instruction.operands[0].shapes[0].sizes[axis]
-            for axis in instruction.numbers("lhs_contracting_dims")
-        ]
+        sizes = instruction.operands[0].shapes[0].sizes
+        contracted = [sizes[axis] for axis in instruction.numbers("lhs_contracting_dims")]
         return Cost(flops=2 * math.prod(instruction.shapes[0].sizes) * math.prod(contracted))
     if instruction.opcode == "convolution":
         return Cost(flops=_convolution_flops(instruction))
@@ -161,24 +161,25 @@ def _own_cost(instruction, computation):
 
 
 def _kernel_cost(instruction):
-    """The cost of a call, of which no more than its name is known.
+    """The cost of a call to a kernel.
 
-    Of libtpu's kernels behind `lax.ragged_dot` more is known.
+    It is known for libtpu's kernels of `lax.ragged_dot`. Of others only the name is known.
     """
     if instruction.name.startswith("ragged-dot-none"):
         (result,) = instruction.shapes
         (rows,) = instruction.operands[-2].shapes
         return Cost(grouped_flops=2 * math.prod(result.sizes) * rows.sizes[1])
-    multiplies = instruction.find(KERNELS) and not instruction.name.startswith(
-        "ragged-dot-metadata"
-    )
-    return Cost(kernels=(instruction.origin or instruction.name,)) if multiplies else Cost()
+    is_metadata = instruction.name.startswith("ragged-dot-metadata")
+    if is_metadata or not instruction.find(KERNELS):
+        return Cost()
+    return Cost(kernels=(instruction.origin or instruction.name,))
 
 
 def _collective(instruction, computation):
-    """The collective that an instruction is, or ().
+    """(the collective of an instruction,), or () for a repetition.
 
-    A TPU runs some as a chain of fusions that repeat the instruction.
+    A TPU runs some collectives as a chain of fusions, each of which repeats the instruction. Only
+    the start of a chain is counted.
     """
     links = "".join(
         other.attributes for other in computation.instructions if other.opcode == "custom-call"
@@ -189,15 +190,20 @@ def _collective(instruction, computation):
     kind = instruction.opcode.removesuffix("-start")
     if kind == "all-reduce" and computation.name.startswith("all-reduce-scatter"):
         kind = "reduce-scatter"  # on TPU a fusion of the sum and of the slice that is kept
-    operands = [shape for operand in instruction.operands for shape in operand.shapes]
+    operands = []
+    for operand in instruction.operands:
+        operands += operand.shapes
     results = instruction.shapes
-    # (operands, results, flags)
+    # Their result is a tuple (operands, results, flags).
     if instruction.opcode in ("all-gather-start", "collective-permute-start"):
         results = results[len(operands) : 2 * len(operands)]
+    largest_first = sorted(results, key=lambda shape: shape.bytes, reverse=True)
+    operand_bytes = sum(shape.bytes for shape in operands)
+    result_bytes = sum(shape.bytes for shape in results)
     found = Collective(
         kind=kind,
-        shapes=tuple(str(shape) for shape in sorted(results, key=lambda shape: -shape.bytes)),
-        bytes=max(sum(shape.bytes for shape in shapes) for shapes in (operands, results)),
+        shapes=tuple(map(str, largest_first)),
+        bytes=max(operand_bytes, result_bytes),
         group=hlo.group_size(instruction, computation.devices),
         asynchronous=instruction.opcode.endswith("-start") or starts_chain,
         origin=instruction.origin,
@@ -206,22 +212,22 @@ def _collective(instruction, computation):
 
 
 def _convolution_flops(instruction):
-    """The number of pairs that meet.
+    """FLOPs of a convolution, by the pairs of elements that are multiplied.
 
-    A TPU writes a batch axis of a dot as a window, dilated so that an element meets its own alone.
+    A TPU writes a batch axis of a dot as a window that is dilated, so that an element of the image
+    meets only its own element of the kernel.
     """
     labels = instruction.find(r"dim_labels=(\w+)_(\w+)->(\w+)")[0]
-    arrays = (
-        *(operand.shapes[0].sizes for operand in instruction.operands),
-        instruction.shapes[0].sizes,
-    )
+    arrays = (*instruction.operands, instruction)
     image, kernel, result = (
-        dict(zip(names, sizes, strict=True)) for names, sizes in zip(labels, arrays, strict=True)
+        dict(zip(names, array.shapes[0].sizes, strict=True))
+        for names, array in zip(labels, arrays, strict=True)
     )
-    windows = {axis: _window(instruction, int(axis)) for axis in image if axis.isdigit()}
-    pairs = math.prod(
-        _window_pairs(image[axis], result[axis], window) for axis, window in windows.items()
-    )
+    pairs = 1
+    for axis in image:
+        if axis.isdigit():
+            window = _window(instruction, int(axis))
+            pairs *= _window_pairs(image[axis], result[axis], window)
     return 2 * result["b"] * result["f"] * kernel["i"] * pairs
 
 
@@ -243,8 +249,7 @@ def _window(instruction, axis):
 
 def _window_pairs(image_size, result_size, window):
     size, stride, padding, image_dilation, kernel_dilation = window
-    position = (
-        np.arange(result_size)[:, None] * stride + np.arange(size) * kernel_dilation - padding
-    )
+    starts = np.arange(result_size)[:, None] * stride - padding
+    position = starts + np.arange(size) * kernel_dilation
     inside = (position >= 0) & (position <= (image_size - 1) * image_dilation)
     return int(np.sum(inside & (position % image_dilation == 0)))

@@ -1,12 +1,12 @@
 """XLA's HLO text as a graph: computations and their instructions.
 
-An instruction is a line, which says all of its shapes, loops and groups:
+An instruction is a line with its shapes, loops and groups:
 
     %name = f32[8,16]{1,0} opcode(%operand, …), attribute=value, …,
         metadata={op_name="where it comes from"}
 
-The text names nothing before it has defined it, so one pass links operands to instructions and
-calls to computations.
+Everything is defined before it is used, so one pass links operands to instructions and calls to
+computations.
 """
 
 import dataclasses
@@ -32,7 +32,9 @@ class Shape(NamedTuple):
     @property
     def bytes(self) -> int:
         width = re.search(r"\d+", self.dtype)
-        bits = 8 if self.dtype == "pred" else int(width[0]) if width else 0  # a token has none
+        bits = int(width[0]) if width else 0  # a token has none
+        if self.dtype == "pred":
+            bits = 8
         return math.prod(self.sizes) * bits // 8
 
     def __str__(self):
@@ -47,9 +49,9 @@ class Instruction:
     shapes: tuple[Shape, ...]  # of the result; several for a tuple
     opcode: str
     operands: tuple["Instruction", ...]
-    literal: str  # what stands between the parentheses, for constants
+    literal: str  # the text between the parentheses, for constants
     attributes: str
-    # not a loop's condition, nor what a reduction does to every element
+    # Without the condition of a loop, and without what a reduction does to every element.
     called: tuple["Computation", ...]
     condition: "Computation | None"
 
@@ -63,13 +65,11 @@ class Instruction:
         return re.findall(pattern, self.attributes)
 
     def numbers(self, attribute: str) -> list[int]:
-        """Of an attribute like lhs_contracting_dims={1,2}."""
-        return [
-            int(number)
-            for found in self.find(rf"\b{attribute}=\{{([\d,]*)\}}")
-            for number in found.split(",")
-            if number
-        ]
+        """The numbers of an attribute like lhs_contracting_dims={1,2}."""
+        numbers = []
+        for found in self.find(rf"\b{attribute}=\{{([\d,]*)\}}"):
+            numbers += [int(number) for number in found.split(",") if number]
+        return numbers
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -78,7 +78,7 @@ class Computation:
 
     name: str
     instructions: list[Instruction]
-    devices: int  # that the program runs on
+    devices: int  # of the program
 
     @property
     def root(self) -> Instruction:
@@ -86,19 +86,21 @@ class Computation:
 
 
 def parse(text: str) -> Computation:
-    """The entry computation of a program; the others hang on its instructions."""
+    """The entry computation of a program, whose instructions lead to all others."""
     partitions = re.search(r"num_partitions=(\d+)", text)
     devices = int(partitions[1]) if partitions else 1
     computations = {}
     scope = {}
     entry = None
     for line in text.splitlines():
-        if header := HEADER.match(line):
+        header = HEADER.match(line)
+        match = INSTRUCTION.match(line)
+        if header:
             scope = {}
             current = Computation(header[2], [], devices)
             computations[current.name] = current
             entry = current if header[1] else entry
-        elif match := INSTRUCTION.match(line):
+        elif match:
             instruction = _instruction(match, scope, computations)
             scope[instruction.name] = instruction
             current.instructions.append(instruction)
@@ -107,8 +109,12 @@ def parse(text: str) -> Computation:
 
 def _instruction(match, scope, computations):
     _, name, result, opcode, rest = match.groups()
-    literal, _, attributes = rest.partition(")" if opcode in ("constant", "parameter") else "), ")
-    names = [name for calls in CALLS.findall(attributes) for name in NAME.findall(" ".join(calls))]
+    # Operands end at the first "), ". A constant or a parameter may have nothing behind its ")".
+    end = ")" if opcode in ("constant", "parameter") else "), "
+    literal, _, attributes = rest.partition(end)
+    names = []
+    for calls in CALLS.findall(attributes):
+        names += NAME.findall(" ".join(calls))
     if opcode == "call":
         names += re.findall(r"to_apply=%?([\w.-]+)", attributes)
     condition = re.search(r"condition=%?([\w.-]+)", attributes)
@@ -125,14 +131,15 @@ def _instruction(match, scope, computations):
 
 
 def _shapes(text):
-    return tuple(
-        Shape(dtype, tuple(int(size) for size in sizes.split(",") if size))
-        for dtype, sizes in SHAPE.findall(text)
-    )
+    shapes = []
+    for dtype, sizes in SHAPE.findall(text):
+        numbers = [int(size) for size in sizes.split(",") if size]
+        shapes.append(Shape(dtype, tuple(numbers)))
+    return tuple(shapes)
 
 
 def origins(computation: Computation) -> dict[str, str]:
-    """{name: origin} of every instruction of a program, however deep."""
+    """{name: origin} of every instruction of a program, at any depth."""
     found = {}
     for instruction in computation.instructions:
         found[instruction.name] = instruction.origin
@@ -144,10 +151,11 @@ def origins(computation: Computation) -> dict[str, str]:
 def trip_count(loop: Instruction) -> int | None:
     """How often a while loop turns; None if that depends on data.
 
-    XLA's own word where it leaves one. Else the loop is one of jax's: a counter that goes up by one
+    XLA may have noted it. If not, the loop is one of jax's if it has a counter that goes up by one
     to a constant.
     """
-    if known := loop.find(r'known_trip_count":\{"n":"(\d+)"'):
+    known = loop.find(r'known_trip_count":\{"n":"(\d+)"')
+    if known:
         return int(known[0])
     test = loop.condition.root
     if test.opcode != "compare" or "direction=LT" not in test.attributes:
@@ -167,13 +175,16 @@ def _constant(instruction):
 def group_size(collective: Instruction, devices: int) -> int:
     """How many devices take part together.
 
-    replica_groups are listed, or told as a grid or by axes of a mesh.
+    replica_groups are listed, or given as a grid, or by axes of a mesh.
     """
-    if listed := collective.find(r"replica_groups=\{\{([\d,]*)\}"):
+    listed = collective.find(r"replica_groups=\{\{([\d,]*)\}")
+    if listed:
         return len(listed[0].split(","))
-    if grid := collective.find(r"replica_groups=\[\d+,(\d+)\]"):
+    grid = collective.find(r"replica_groups=\[\d+,(\d+)\]")
+    if grid:
         return int(grid[0])
-    if mesh := collective.find(r"replica_groups=mesh\[([^\]]*)\].*? \{([^}]*)\}"):
+    mesh = collective.find(r"replica_groups=mesh\[([^\]]*)\].*? \{([^}]*)\}")
+    if mesh:
         sizes = dict(re.findall(r"'(\w+)'=(\d+)", mesh[0][0]))
         axes = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", mesh[0][1])
         return math.prod(int(part or sizes[axis]) for axis, part in axes)

@@ -1,6 +1,6 @@
 """The tables of `benchmarks.compile_ahead`.
 
-Memory, FLOPs, collectives, and the share of the losses on parameters.
+They show memory, FLOPs, collectives, and the share of the losses on parameters.
 """
 
 import collections
@@ -25,7 +25,7 @@ SURROUNDINGS = (
 
 
 def show(facts: Mapping, programs: Mapping[str, Mapping]) -> None:
-    """Everything, of one device and one step."""
+    """Print all tables, of one device and one step."""
     console = Console(width=150)  # a narrower one would cut the numbers
     step = programs["step"]
     console.print(
@@ -44,24 +44,26 @@ def show(facts: Mapping, programs: Mapping[str, Mapping]) -> None:
     console.print(collectives_table(step["cost"].collectives))
     if "parameter losses" in programs:
         console.print(share_table(programs, facts))
-    for what, origins in (
-        ("counted as one turn, its length depends on data: loop of", step["cost"].open_loops),
-        ("not counted, a kernel of its own:", step["cost"].kernels),
-    ):
+    uncounted = {
+        "counted as one turn, its length depends on data: loop of": step["cost"].open_loops,
+        "not counted, a kernel of its own:": step["cost"].kernels,
+    }
+    for what, origins in uncounted.items():
         for origin, count in collections.Counter(map(describe, origins)).items():
-            console.print(f"{what} {origin}" + (f", {count} of them" if count > 1 else ""))
+            several = f", {count} of them" if count > 1 else ""
+            console.print(f"{what} {origin}{several}")
 
 
 def memory_table(memory: Memory, available: float | None) -> Table:
-    """By kind, against what there is."""
+    """Memory by kind, beside that of the device."""
     table = numbers("", "GiB", "of the device", title="Memory")
-    kept = {
+    kinds = {
         "arguments (state, batch)": memory.arguments,
         "outputs not in their place": memory.outputs - memory.aliased,
+        "temporaries": memory.temporaries,
+        "program": memory.program,
     }
-    for name, size in (
-        kept | {"temporaries": memory.temporaries, "program": memory.program}
-    ).items():
+    for name, size in kinds.items():
         table.add_row(name, gib(size), percent(size, available))
     table.add_section()
     table.add_row("allocated", gib(memory.allocated), percent(memory.allocated, available))
@@ -80,12 +82,14 @@ def flops_table(facts: Mapping, cost: Cost) -> Table:
     """Compiled FLOPs beside those of the model: its matmuls forward, and twice that backward."""
     rate = facts["flops_per_s"]
     model = facts["model_flops"]
-    table = numbers(
-        "", "TFLOP", "of the model's", *(["ms at the peak rate"] if rate else []), title="Matmuls"
-    )
-    rows = {"model, forward and backward": model, "compiled: dense": cost.flops}
-    rows |= {"compiled: experts, at equal load": cost.grouped_flops / facts["mesh"]["expert"]}
-    rows |= {"compiled": balanced_flops(facts, cost)}
+    times = ["ms at the peak rate"] if rate else []
+    table = numbers("", "TFLOP", "of the model's", *times, title="Matmuls")
+    rows = {
+        "model, forward and backward": model,
+        "compiled: dense": cost.flops,
+        "compiled: experts, at equal load": cost.grouped_flops / facts["mesh"]["expert"],
+        "compiled": balanced_flops(facts, cost),
+    }
     for name, flops in rows.items():
         milliseconds = [f"{1e3 * flops / rate:.4g}"] if rate else []
         table.add_row(name, f"{flops / 1e12:.4g}", percent(flops, model), *milliseconds)
@@ -93,7 +97,7 @@ def flops_table(facts: Mapping, cost: Cost) -> Table:
 
 
 def collectives_table(found: Sequence[Collective]) -> Table:
-    """Alike ones in a row, those that send most first."""
+    """A row for all collectives that are alike; those that send most come first."""
     table = numbers(
         "collective",
         "result",
@@ -107,36 +111,40 @@ def collectives_table(found: Sequence[Collective]) -> Table:
         text=(0, 1, 7),
     )
     alike = collections.defaultdict(list)
-    for collective in found:
-        alike[collective.kind, collective.shapes, collective.group, collective.asynchronous].append(
-            collective
-        )
-    rows = sorted(alike.items(), key=lambda item: -sum(one.wire_bytes for one in item[1]))
-    for (kind, shapes, group, asynchronous), members in rows[:ROWS]:
-        more = f" + {len(shapes) - 1} more" if len(shapes) > 1 else ""
+    for one in found:
+        alike[one.kind, one.shapes, one.group, one.asynchronous].append(one)
+    rows = sorted(alike.values(), key=sent_by, reverse=True)
+    for members in rows[:ROWS]:
+        first = members[0]
+        more = f" + {len(first.shapes) - 1} more" if len(first.shapes) > 1 else ""
         origins = list(dict.fromkeys(describe(one.origin) for one in members if one.origin))
         table.add_row(
-            kind,
-            shapes[0] + more,
-            str(group),
+            first.kind,
+            first.shapes[0] + more,
+            str(first.group),
             str(sum(one.times for one in members)),
-            f"{members[0].bytes / 1e6:.3g}",
-            f"{sum(one.wire_bytes for one in members) / 1e9:.3g}",
-            "yes" if asynchronous else "no",
+            f"{first.bytes / 1e6:.3g}",
+            f"{sent_by(members) / 1e9:.3g}",
+            "yes" if first.asynchronous else "no",
             "; ".join(origins[:2]) or "not told",
         )
     table.add_section()
-    rest = [one for _, members in rows[ROWS:] for one in members]
+    rest = []
+    for members in rows[ROWS:]:
+        rest += members
     for name, members in (("others", rest), ("all", found)):
-        sent = sum(one.wire_bytes for one in members) / 1e9
-        table.add_row(
-            name, "", "", str(sum(one.times for one in members)), "", f"{sent:.3g}", "", ""
-        )
+        runs = sum(one.times for one in members)
+        table.add_row(name, "", "", str(runs), "", f"{sent_by(members) / 1e9:.3g}", "", "")
     return table
 
 
+def sent_by(collectives: Sequence[Collective]) -> float:
+    """The bytes that a device sends in all of them."""
+    return sum(one.wire_bytes for one in collectives)
+
+
 def share_table(programs: Mapping[str, Mapping], facts: Mapping) -> Table:
-    """The losses on parameters beside the step, and what the step has more than one without."""
+    """The losses on parameters beside the step, and the difference to a step without them."""
     step = programs["step"]
     alone = programs["parameter losses"]
     without = programs.get("step without them")
@@ -155,32 +163,41 @@ def share_table(programs: Mapping[str, Mapping], facts: Mapping) -> Table:
             cells += [f"{value / unit:.4g}", percent(value, whole)]
         table.add_row(name, *cells)
 
-    add("matmuls, TFLOP", 1e12, lambda program: balanced_flops(facts, program["cost"]))
-    add("sent, GB", 1e9, lambda program: program["cost"].wire_bytes)
-    add("temporaries, GiB", 2**30, lambda program: program["memory"].temporaries)
+    def flops(program: Mapping) -> float:
+        return balanced_flops(facts, program["cost"])
+
+    def sent(program: Mapping) -> float:
+        return program["cost"].wire_bytes
+
+    def temporaries(program: Mapping) -> float:
+        return program["memory"].temporaries
+
+    add("matmuls, TFLOP", 1e12, flops)
+    add("sent, GB", 1e9, sent)
+    add("temporaries, GiB", 2**30, temporaries)
     return table
 
 
 def describe(origin: str) -> str:
     """The end of a traced operation's name, and whether it is of the backward pass.
 
-    The loops around it are left out.
+    The loops around the operation are left out.
     """
     first, *more = origin.split(":")  # operations that were merged
-    words = [
-        word.strip("()")
-        for word in first.split("/")
-        if not word.lstrip("(").startswith((*SURROUNDINGS, "jvp(", "transpose("))
-    ]
-    return (
-        "/".join(words[-3:])
-        + (f" + {len(more)}" if more else "")
-        + (" (backward)" if "transpose(" in first else "")
-    )
+    words = []
+    for word in first.split("/"):
+        if not word.lstrip("(").startswith((*SURROUNDINGS, "jvp(", "transpose(")):
+            words.append(word.strip("()"))
+    text = "/".join(words[-3:])
+    if more:
+        text += f" + {len(more)}"
+    if "transpose(" in first:
+        text += " (backward)"
+    return text
 
 
 def numbers(*columns: str, title: str, text: Sequence[int] = (0,)) -> Table:
-    """A table of right-aligned columns but for those of text."""
+    """A table whose columns are aligned to the right, except those of text."""
     table = Table(title=title, title_justify="left")
     for index, column in enumerate(columns):
         table.add_column(column, justify="left" if index in text else "right", overflow="fold")

@@ -1,4 +1,4 @@
-"""Intervals cover, tests have their size, and verdicts are right: on samples whose truth is known."""
+"""On samples whose truth is known intervals cover, tests have their size, verdicts are right."""
 
 import numpy as np
 import pytest
@@ -31,7 +31,7 @@ def test_welch_intervals_cover_with_unequal_variances():
 
 
 def test_several_arms_have_dunnetts_interval():
-    """Three arms and a control of six runs each: 20 degrees of freedom, for which tables give 2.54 at 5 %."""
+    """Three arms and a control of six runs have 20 degrees of freedom: 2.54 at 5 % in tables."""
     spread_N = np.array([-1.0, -0.6, -0.2, 0.2, 0.6, 1.0])
     arms = {"a": spread_N, "b": spread_N + 5, "c": spread_N - 5}
     found = statistics.compare(arms, spread_N, better="lower", margin=0.1)

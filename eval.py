@@ -1,36 +1,33 @@
 """Evaluates a run, or several, or a Hugging Face MoE.
 
     python eval.py --workdir=runs/erc-tiny                loss, load and coupling as tables, and in eval.json
-    python eval.py --workdir=runs/erc-tiny --coupling     all of its coupling: coupling.json, coupling.md, figures/
-    python eval.py --checkpoint=OLMoE-1B-7B --coupling    that of a Hugging Face MoE, into coupling/OLMoE-1B-7B
     python eval.py --workdir=runs/erc-tiny --figures      figures/ and report.html; of runs A,B, into comparison
     python eval.py --workdir=runs/erc-tiny --tasks=sciq   what it reaches in these, and tasks.json; or --tasks=paper_3b
 
 An OLMoE --checkpoint has tasks too. A workdir may be gs://bucket/path. Wrong input is one line, exit code 2.
+`python -m moe_erc.diagnose DIR` says all of the coupling of a run, or of any Hugging Face MoE.
 """
 
 from absl import flags
 
 from configs import base
 from moe_erc import sharding
-from moe_erc.analysis.report import print_report, write_report
-from moe_erc.analysis.survey_report import report_survey
 from moe_erc.checks import BadInput
 from moe_erc.data import paths
+from moe_erc.diagnosis.report import write_report
+from moe_erc.diagnosis.tables import print_found
 from moe_erc.evaluation.tasks import load_tasks
-from moe_erc.hf import inspect
 from moe_erc.launch import command_line, compilation_cache, processes
 from moe_erc.resume import history_lines
 from moe_erc.runs import open_checkpoint, open_run
 
 WORKDIR = flags.DEFINE_string("workdir", "", "Directories of runs of train.py, as --workdir=runs/a,runs/b")
 CHECKPOINT = flags.DEFINE_string(
-    "checkpoint", None, "A local directory of a Hugging Face MoE, as --checkpoint=OLMoE-1B-7B"
+    "checkpoint", None, "A local directory of a Hugging Face OLMoE, as --checkpoint=OLMoE-1B-7B"
 )
-COUPLING = flags.DEFINE_bool("coupling", False, "All there is to know of router rows and gates: --coupling")
 FIGURES = flags.DEFINE_bool("figures", False, "Figures of the run, or of several side by side: --figures")
 OUTPUT = flags.DEFINE_string(
-    "output", None, "Where --coupling, --figures and --tasks write, as --output=found; else as above"
+    "output", None, "Where --figures and --tasks write, as --output=found; else as above"
 )
 WINDOWS = flags.DEFINE_integer(
     "windows", None, "Windows of each domain, as --windows=8, 0 is all; by default as in the run", lower_bound=0
@@ -48,17 +45,12 @@ LIMIT = flags.DEFINE_integer("limit", 0, "Documents of each task, as --limit=100
 def main(_):
     with command_line.refusing_bad_input(), processes.ending_together():
         check_flags()
-        moe = inspect.open_moe(CHECKPOINT.value) if CHECKPOINT.value and COUPLING.value else None
-    if moe:
-        report_survey(output(f"coupling/{moe.name}"), moe.name, moe, moe.layers)
-        return
-    with command_line.refusing_bad_input(), processes.ending_together():
         processes.initialize()
         compilation_cache.enable()
         sharding.use_cpu_cores()
         processes.mute_all_but_first()
         tasks = load_tasks(TASKS.value, TASK_DIR.value, NUM_FEWSHOT.value)
-    reports = FIGURES.value or not (COUPLING.value or TASKS.value)
+    reports = FIGURES.value or not TASKS.value
     defaults = base.get_config().to_dict()
     evaluated = {}
     for place in workdirs() or [CHECKPOINT.value]:
@@ -68,25 +60,22 @@ def main(_):
                 if CHECKPOINT.value
                 else open_run(place, defaults, with_text=bool(reports))
             )
-            layers = opened.router_and_gates() if COUPLING.value else None
         print(place if opened.step is None else f"{place}: step {opened.step}")
         if WORKDIR.value:
             for line in history_lines(opened.earlier.history):
                 print(line)
-        if COUPLING.value:
-            report_survey(output(place), place, layers, range(opened.model.config.layers))
         with command_line.refusing_bad_input():
             if TASKS.value:
                 write_report(output(opened.directory) / "tasks.json", opened.print_tasks(tasks, LIMIT.value))
         if reports:
             report = opened.report(WINDOWS.value)
-            print_report(report)
+            print_found(report["measures"])
             if line := opened.compare_text(opened.directory / "eval.json", report):
                 print(line)
             write_report(opened.directory / "eval.json", report)
             evaluated[place] = opened.to_draw(report, WINDOWS.value) if FIGURES.value else None
     if FIGURES.value:
-        from moe_erc.analysis.run_report import write_run_report
+        from moe_erc.diagnosis.documents import write_run_report
 
         write_run_report(output("comparison" if len(evaluated) > 1 else place), evaluated)
 
@@ -95,14 +84,14 @@ def check_flags():
     given = CHECKPOINT.value
     if bool(WORKDIR.value) == bool(given):
         raise BadInput("--workdir, --checkpoint: give one of them, the directory of a run or of a Hugging Face MoE")
-    if given and (FIGURES.value or not (COUPLING.value or TASKS.value)):
-        raise BadInput(f"--checkpoint={given}: has --coupling and --tasks, but no --figures; give one")
+    if given and (FIGURES.value or not TASKS.value):
+        raise BadInput(f"--checkpoint={given}: has --tasks, but no --figures; give --tasks")
     if len(workdirs()) > 1 and OUTPUT.value and not FIGURES.value:
         raise BadInput(f"--output={OUTPUT.value}: is for one run; name one workdir")
     if OUTPUT.value and output("").exists() and not output("").is_dir():
         raise BadInput(f"--output={OUTPUT.value}: is a file; name a directory")
-    if FIGURES.value or COUPLING.value:
-        from moe_erc.analysis import figures  # noqa: F401  refuses where the extra `plot` is missing
+    if FIGURES.value:
+        from moe_erc.diagnosis import figures  # noqa: F401  refuses where the extra `plot` is missing
 
 
 def workdirs():

@@ -57,6 +57,7 @@ EXTRAS = {
 
 # What needs no config, and so no clone; each is `python -m moe_erc.NAME` as well.
 COMMANDS = [
+    "moe_erc-diagnose = moe_erc.diagnose:main",
     "moe_erc-export = moe_erc.export:main",
     "moe_erc-generate = moe_erc.generate:main",
 ]

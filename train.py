@@ -15,17 +15,21 @@ from absl import flags
 
 from configs import base
 from moe_erc import resume, sharding
-from moe_erc.analysis.diagnosis import Diagnosis, headline, summarize
-from moe_erc.analysis.report import print_report, read_report, write_report
 from moe_erc.data import paths, text
-from moe_erc.evaluation.generate import Generator, Sampling
+from moe_erc.diagnosis.in_training import Diagnosis, headline
+from moe_erc.diagnosis.report import make_report, read_report, write_report
+from moe_erc.diagnosis.tables import print_found
+from moe_erc.evaluation import evaluators
+from moe_erc.evaluation.generate import Generator, Sample, Sampling
 from moe_erc.evaluation.ngram import ngram_losses
-from moe_erc.evaluation.perplexity import Perplexity, validation_metrics
-from moe_erc.evaluation.tasks import TaskScores, load_tasks, task_metrics
+from moe_erc.evaluation.perplexity import Perplexity
+from moe_erc.evaluation.tasks import TaskScores, load_tasks
 from moe_erc.hf import olmoe, tokenizer_files
 from moe_erc.launch import command_line, compilation_cache, huge_pages, processes
 from moe_erc.losses.language_model import token_losses
 from moe_erc.losses.objective import Objective
+from moe_erc.measures import validation
+from moe_erc.measures.registry import curves
 from moe_erc.model.config import ModelConfig
 from moe_erc.model.transformer import Transformer
 from moe_erc.training.checkpoint import Checkpoints, holds_steps, prepare_directory
@@ -95,7 +99,7 @@ def main(_):
                 print(f"{gone}; the report of step {start} is the one in report.json")
                 corpus = None
         if corpus is None:
-            print_report(finished)
+            print_found(finished["measures"])
             return
         model_config.check_vocabulary(corpus.tokenizer.vocab_size)
         print("\n".join(text.describe(corpus, length, steps * batch_size)))
@@ -105,13 +109,14 @@ def main(_):
         # ---------------------------------------------------------------- evaluators
         put, put_whole = (functools.partial(put, mesh) for put in (sharding.put_batch, sharding.put_whole_batch))
         losses, rows = functools.partial(token_losses, chunk=config.losses.lm.chunk), (config.eval.batch_size, length)
-        perplexity = Perplexity(model, corpus, losses, put_whole, rows)
+        perplexity = Perplexity(model, corpus, losses, put_whole, rows, config.eval.windows)
         diagnosis = Diagnosis(model, perplexity.probe(mesh.size))
-        generator = Generator(model, corpus.tokenizer)
         sampling = Sampling(config.eval.sample_tokens, config.eval.temperature)
-        generator.check(config.eval.prompt, sampling)
+        sample = Sample(Generator(model, corpus.tokenizer), config.eval.prompt, sampling)
         tasks = load_tasks(config.eval.tasks, config.eval.task_dir)
         task_scores = TaskScores(tasks, config.eval.task_limit, model, corpus.tokenizer, rows)
+        while_training = [perplexity, diagnosis, task_scores, sample]
+        at_the_end = [perplexity.on(config.eval.report_windows), diagnosis]
 
         # ---------------------------------------------------------------- what the run is
         init = initializer(model, optimizer, config.seed)
@@ -135,19 +140,19 @@ def main(_):
 
     def evaluate(step, weights):
         with progress.paused():
-            found, measured = perplexity.run(weights, config.eval.windows), diagnosis.run(weights)
-            reached = task_scores.run(weights)
-            writer.write(step, validation_metrics(found) | summarize(measured) | task_metrics(reached))
+            found = evaluators.evaluate(while_training, weights)
+            writer.write(step, curves(found))
             writer.flush()
             writer.check()
-            print(f"step {step}: validation {found['loss']:.3f}, {headline(measured)}")
-            if prompt := config.eval.prompt:
-                print(repr(prompt + generator.run(weights, [prompt], sampling)[0]))
+            print(f"step {step}: {headline(found)}")
+            if config.eval.prompt:
+                print(repr(found[validation.SAMPLE.of(config.eval.prompt).key]))
 
     def evaluated(step):
         return step == steps or step % config.eval.every == 0
 
     # -------------------------------------------------------------------- loop
+    validation_loss = validation.LOSS.of(validation.MEAN).key
     step_size = (batch_size * length, 3 * model_config.flops_per_token(length) * batch_size * length)
 
     def batches_from(step, rows=None):
@@ -161,7 +166,7 @@ def main(_):
         writer = MetricWriter(workdir, config.log.tensorboard, config.log.wandb_project, settings, start + 1)
         progress = Progress(writer, config.log.every, (start, steps), step_size, guard)
         with checkpoints, writer, progress, StopRequest() as stop:
-            if start and evaluated(start) and not writer.holds(start, "validation/mean"):
+            if start and evaluated(start) and not writer.holds(start, validation_loss):
                 evaluate(start, state.weights)  # the run was killed between this checkpoint and its evaluation
             for step in range(start + 1, steps + 1):
                 trace.before(step)
@@ -186,15 +191,14 @@ def main(_):
         sys.exit(128 + stop.signal)
 
     # -------------------------------------------------------------------- report
-    validation = perplexity.run(state.weights, config.eval.report_windows)
-    report = {"step": max(start, steps), "history": resume.history_lines(meta["history"]), "validation": validation}
-    report |= {"baselines": ngram_losses(corpus)} | diagnosis.run(state.weights)
+    found = ngram_losses(corpus) | evaluators.evaluate(at_the_end, state.weights)
+    report = make_report(max(start, steps), resume.history_lines(meta["history"]), found)
     try:
         write_report(workdir / "report.json", report)
     except OSError as error:
         sys.exit(last_words.say(error, state, checkpoints.newest))
     finally:  # a full disk leaves the tables
-        print_report(report)
+        print_found(report["measures"])
 
 
 def open_checkpoints(workdir, keep):

@@ -13,6 +13,7 @@ from moe_erc import sharding
 from moe_erc.data import paths
 from moe_erc.hf import model_card, olmoe, shard_writer, tokenizer_files
 from moe_erc.launch import command_line, compilation_cache, processes
+from moe_erc.measures.validation import LOSS, MEAN
 from moe_erc.runs import Run, open_run
 
 
@@ -67,8 +68,8 @@ def _validation(run: Run) -> float | None:
     for name, step in (("eval.json", run.step), ("report.json", run.config["train"]["steps"])):
         path = run.directory / name
         report = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        if report and report.get("step", step) == run.step:
-            return report["validation"]["loss"]
+        if "measures" in report and report.get("step", step) == run.step:
+            return report["measures"][LOSS.of(MEAN).key]
     return None
 
 

@@ -11,12 +11,14 @@ import numpy as np
 from etils import epath
 
 from moe_erc import resume, sharding
-from moe_erc.analysis.curves import read_metrics
-from moe_erc.analysis.diagnosis import Diagnosis
-from moe_erc.analysis.gate_map import gate_map
 from moe_erc.checks import BadInput
 from moe_erc.data import paths, text
 from moe_erc.data.tokenizer import load as load_tokenizer
+from moe_erc.diagnosis.curves import read_metrics
+from moe_erc.diagnosis.gate_map import gate_map
+from moe_erc.diagnosis.in_training import Diagnosis
+from moe_erc.diagnosis.report import make_report
+from moe_erc.evaluation import evaluators
 from moe_erc.evaluation.expert_use import ExpertUse
 from moe_erc.evaluation.ngram import ngram_losses
 from moe_erc.evaluation.perplexity import Perplexity
@@ -25,6 +27,7 @@ from moe_erc.hf import olmoe, olmoe_config, shards, tokenizer_files
 from moe_erc.launch import processes
 from moe_erc.losses.erc import coupling_matrix
 from moe_erc.losses.language_model import token_losses
+from moe_erc.measures.coupling import MATRIX
 from moe_erc.model.config import ModelConfig
 from moe_erc.model.transformer import Transformer
 from moe_erc.training.checkpoint import Checkpoints
@@ -48,7 +51,7 @@ class Opened:
 
     def print_tasks(self, tasks, limit):
         """Prints and returns what it reaches in tasks of `load_tasks`, on so many documents of each (0: all)."""
-        reached = TaskScores(tasks, limit, self.model, self.tokenizer, self.shape_BT).run(self.weights)
+        reached = TaskScores(tasks, limit, self.model, self.tokenizer, self.shape_BT).answer(self.weights)
         print_tasks(reached)
         return {"step": self.step} | reached
 
@@ -62,16 +65,14 @@ class Run(Opened):
     earlier: resume.Earlier  # what its checkpoint says of it
 
     def report(self, windows=None):
-        """Coupling, specialisation, baselines, and validation on so many windows a domain (0: all, None: the run's)."""
+        """Diagnosis, baselines, and validation on so many windows of each domain (0: all, None: the run's)."""
         losses = functools.partial(token_losses, chunk=self.config["losses"]["lm"]["chunk"])
-        perplexity = Perplexity(self.model, self.corpus, losses, self._put, self.shape_BT)
-        return {
-            "step": self.step,
-            "history": resume.history_lines(self.earlier.history),
-            "text": self._text(windows),
-            "validation": perplexity.run(self.weights, self._windows(windows)),
-            "baselines": ngram_losses(self.corpus),
-        } | Diagnosis(self.model, perplexity.probe(self.model.mesh.size)).run(self.weights)
+        windows_read = self._windows(windows)
+        perplexity = Perplexity(self.model, self.corpus, losses, self._put, self.shape_BT, windows_read)
+        diagnosis = Diagnosis(self.model, perplexity.probe(self.model.mesh.size))
+        found = ngram_losses(self.corpus) | evaluators.evaluate([perplexity, diagnosis], self.weights)
+        report = make_report(self.step, resume.history_lines(self.earlier.history), found)
+        return report | {"text": self._text(windows)}
 
     def _text(self, windows):
         """What a loss was measured on, in words that are equal for equal text."""
@@ -89,13 +90,12 @@ class Run(Opened):
 
     def to_draw(self, report, windows=None):
         """What `run_figures` takes of a run, with its report: maps are of the clean router and of those windows."""
-        use = ExpertUse(self.model, self.corpus, self._put, self.shape_BT).run(self.weights, self._windows(windows))
-        found = {"report": report, "metrics": read_metrics(self.directory / "metrics.jsonl"), "use": use}
-        if report["coupling"]:
-            layers = range(self.model.config.layers)
-            matrix_LEE = np.stack([coupling_matrix(*layer) for layer in self.router_and_gates()])
-            found["coupling"] = {"layers": layers, "matrix_LEE": matrix_LEE}
-            middle = len(layers) // 2
+        use = ExpertUse(self.model, self.corpus, self._put, self.shape_BT, self._windows(windows))
+        measures = report["measures"] | evaluators.evaluate([use], self.weights)
+        found = {"measures": measures, "metrics": read_metrics(self.directory / "metrics.jsonl")}
+        if self.model.config.router.has_rows:
+            measures[MATRIX.key] = np.stack([coupling_matrix(*layer) for layer in self.router_and_gates()])
+            middle = self.model.config.layers // 2
             _, w_gate_EDF = next(itertools.islice(self.router_and_gates(), middle, None))
             points_N2, owner_N = gate_map(w_gate_EDF[..., :MAP_UNITS], range(len(w_gate_EDF))[:MAP_EXPERTS], 30, seed=0)
             found["gates"] = {"layer": middle, "points_N2": points_N2, "owner_N": owner_N}

@@ -16,7 +16,7 @@ import jax
 ROOT = pathlib.Path(__file__).parents[1]
 # The server imports these once, before any backend exists, and forks for every script.
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["tests.script", "moe_erc.runs", "moe_erc.analysis.survey_report"])
+SERVER.set_forkserver_preload(["tests.script", "moe_erc.runs", "moe_erc.diagnosis.tables"])
 FAST = {"JAX_DISABLE_MOST_OPTIMIZATIONS": True, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": 0}  # to compile
 AS_FOR_USERS = {"JAX_DISABLE_MOST_OPTIMIZATIONS": False, "JAX_ENABLE_COMPILATION_CACHE": False, "XLA_FLAGS": ""}
 OPTIONS = (

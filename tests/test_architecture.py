@@ -6,16 +6,19 @@ import sys
 
 import pytest
 
+from moe_erc.measures.registry import MEASURES
+
 ROOT = pathlib.Path(__file__).parents[1]
 ALLOWED = {
     "losses": {"losses", "numerics", "random_keys"},
     "moe": {"moe", "numerics", "random_keys", "sharding"},
     "model": {"model", "moe", "sharding"},
     "data": {"data"},
-    "training": {"training", "model", "moe", "losses", "numerics", "data", "random_keys", "sharding"},
-    "evaluation": {"evaluation", "model", "data", "sharding", "tables"},
-    "analysis": {"analysis", "model", "losses", "numerics", "sharding", "tables"},
-    "hf": {"hf", "model", "moe", "data"},
+    "measures": {"measures", "losses", "numerics"},
+    "training": {"training", "measures", "model", "moe", "losses", "numerics", "data", "random_keys", "sharding"},
+    "evaluation": {"evaluation", "measures", "model", "data", "sharding", "tables"},
+    "diagnosis": {"diagnosis", "measures", "model", "losses", "numerics", "sharding", "tables"},
+    "hf": {"hf", "measures", "model", "moe", "data"},
     "study": {"study"},
     "launch": {"launch", "console", "data"},
     "checks": set(),
@@ -25,19 +28,21 @@ ALLOWED = {
     "tables": {"console"},
     "sharding": {"tables"},
     "runs": {
-        "analysis",
         "data",
+        "diagnosis",
         "evaluation",
         "hf",
         "launch",
         "losses",
+        "measures",
         "model",
         "resume",
         "sharding",
         "training",
     },
     "resume": {"data", "model", "training"},
-    "export": {"data", "hf", "launch", "runs", "sharding"},
+    "diagnose": {"data", "diagnosis", "hf", "launch", "runs", "sharding"},
+    "export": {"data", "hf", "launch", "measures", "runs", "sharding"},
     "generate": {"console", "data", "evaluation", "launch", "runs", "sharding"},
     "train_tokenizer": {"data", "launch"},
     "__init__": {"losses"},
@@ -89,7 +94,7 @@ def encodings(path):
                 yield node.lineno, any(keyword.arg == "encoding" for keyword in node.keywords)
 
 
-OF_OUR_OWN = {"report.py", "survey_report.py", "run_report.py"}  # call analysis.report.write_text, which is UTF-8
+OF_OUR_OWN = {"report.py", "documents.py"}  # call diagnosis.report.write_text, which is UTF-8
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "moe_erc").rglob("*.py")), ids=lambda path: str(path.relative_to(ROOT)))
@@ -97,3 +102,25 @@ def test_no_text_is_read_or_written_in_the_encoding_of_the_console(path):
     """Where it is none of UTF-8, a file would be written in it, or not at all."""
     opened = dict(encodings(path)) if path.name not in OF_OUR_OWN else {}
     assert all(opened.values()), [line for line, named in opened.items() if not named]
+
+
+def texts(path):
+    """(line, text) of every string constant of a file but docstrings and parts of f-strings."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    bodies = [node.body for node in ast.walk(tree) if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)]
+    docstrings = {id(body[0].value) for body in bodies if isinstance(body[0], ast.Expr)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docstrings:
+            yield node.lineno, node.value
+
+
+def test_no_measure_is_named_in_a_second_place():
+    """Keys and labels stand in `moe_erc/measures/` alone; everything else takes them from there."""
+    keys = {measure.key for measure in MEASURES.values() if "/" in measure.key}
+    labels = {measure.label for measure in MEASURES.values() if " " in measure.label}
+    paths = [*(ROOT / "moe_erc").rglob("*.py"), ROOT / "train.py", ROOT / "eval.py"]
+    found = []
+    for path in paths:
+        if ROOT / "moe_erc" / "measures" not in path.parents:
+            found += [f"{path}:{line}: {text}" for line, text in texts(path) if text in keys | labels]
+    assert not found

@@ -200,12 +200,11 @@ def test_a_config_that_does_not_exist(arguments, words, tmp_path):
 @pytest.mark.parametrize("arguments, words", [
     ([], ["--workdir", "--checkpoint"]),
     (["--workdir=/no/run"], ["/no/run", "checkpoint"]),
-    (["--workdir=/no/run", "--checkpoint=/no/model", "--coupling"], ["--workdir", "--checkpoint", "one of them"]),
-    (["--checkpoint=/no/model"], ["/no/model", "--coupling", "--tasks"]),
-    (["--checkpoint=/no/model", "--coupling", "--figures"], ["/no/model", "--figures"]),
-    (["--checkpoint=/no/model", "--coupling"], ["/no/model", "config.json"]),
+    (["--workdir=/no/run", "--checkpoint=/no/model"], ["--workdir", "--checkpoint", "one of them"]),
+    (["--checkpoint=/no/model"], ["/no/model", "--tasks"]),
+    (["--checkpoint=/no/model", "--tasks=sciq", "--figures"], ["/no/model", "--figures"]),
     (["--workdir=/no/run", "--tasks=sciq", "--task_dir=/no/tasks"], ["task_dir", "/no/tasks"]),
-    (["--workdir=a,b", "--coupling", "--output=c"], ["--output=c", "one workdir"]),
+    (["--workdir=a,b", "--tasks=sciq", "--output=c"], ["--output=c", "one workdir"]),
     (["--workdir="], ["--workdir", "--checkpoint"]),
     (["--workdir=/no/run", "--windows=-3"], ["windows", "-3"]),
     (["--workdir=/no/run", "--windows=many"], ["windows", "many"]),
@@ -239,9 +238,22 @@ def test_generation_refuses(arguments, words, tmp_path):
     assert not os.path.exists("/no")
 
 
-def test_the_coupling_of_a_hugging_face_model(tmp_path):
+@pytest.mark.parametrize("arguments, words", [
+    ([], ["0 arguments", "DIR"]),
+    (["/no/model"], ["/no/model", "checkpoints/", "config.json"]),
+    (["tests", "configs"], ["2 arguments", "DIR"]),
+    (["tests", "--output=README.md"], ["--output=README.md", "is a file"]),
+    (["tests/hf/families/olmoe", "--coupling"], ["coupling"]),
+    ([""], ["''"]),
+])  # fmt: skip
+def test_diagnosis_refuses(arguments, words, tmp_path):
+    code, printed = script.run("moe_erc.diagnose", arguments, tmp_path / "out")
+    assert code == 2 and all(word in printed.splitlines()[-1] for word in words), printed
+    assert not os.path.exists("/no") and not (script.ROOT / "diagnosis").exists()
+
+
+def test_the_diagnosis_of_a_hugging_face_model(tmp_path):
     directory = script.ROOT / "tests" / "hf" / "families" / "olmoe"
-    arguments = [f"--checkpoint={directory}", "--coupling", f"--output={tmp_path / 'found'}"]
-    code, printed = script.run("eval.py", arguments, tmp_path / "out")
+    code, printed = script.run("moe_erc.diagnose", [directory, f"--output={tmp_path / 'found'}"], tmp_path / "out")
     assert code == 0 and "olmoe: " in printed and "layers are coupled" in printed, printed
-    assert {path.name for path in (tmp_path / "found").iterdir()} == {"coupling.json", "coupling.md", "figures"}
+    assert {path.name for path in (tmp_path / "found").iterdir()} == {"diagnosis.json", "diagnosis.md", "figures"}

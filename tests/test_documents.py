@@ -47,9 +47,9 @@ def test_eval_keeps_to_documents_as_the_run_did(run):
     workdir, _ = run
     code, printed = script.run("eval.py", [f"--workdir={workdir}"], workdir / "out")
     assert code == 0, printed
-    trained, found = (json.loads((workdir / name).read_text())["validation"] for name in ("report.json", "eval.json"))
+    trained, found = (json.loads((workdir / name).read_text())["measures"] for name in ("report.json", "eval.json"))
     # 2^9 tokens of validation, whose sum another mesh takes in another order: 2^9 x 2^-24
-    assert found["loss"] == pytest.approx(trained["loss"], rel=1e-4)
+    assert found["validation/mean"] == pytest.approx(trained["validation/mean"], rel=1e-4)
 
 
 def test_an_export_says_how_attention_was_trained(run, tmp_path):

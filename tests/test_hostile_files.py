@@ -14,9 +14,9 @@ import tracemalloc
 import jax.numpy as jnp
 import pytest
 
-from moe_erc.analysis.curves import read_metrics
 from moe_erc.data import streams, text, text_files, tfds_metadata, tfds_source, tokenizer
 from moe_erc.data.config import DataConfig
+from moe_erc.diagnosis.curves import read_metrics
 from moe_erc.hf import olmoe_config, tokenizer_files
 from moe_erc.hf.inspect import open_moe
 from moe_erc.hf.shards import find_tensors

@@ -59,7 +59,7 @@ def test_an_export_says_what_it_is(exported):
     assert config["rope_parameters"] == {"rope_type": "default", "rope_theta": 1e4}
     assert len(find_tensors(directory)) == 3 + 2 * (9 + 3 * 4)
     card = (directory / "README.md").read_text()
-    loss = json.loads((workdir / "report.json").read_text())["validation"]["loss"]
+    loss = json.loads((workdir / "report.json").read_text())["measures"]["validation/mean"]
     for words in (
         "# olmoe\n",
         "(MPI)",
@@ -95,10 +95,11 @@ def test_a_run_goes_on_from_an_export(flags, exported, tmp_path):
     going_on = [*vanilla(flags), *still, f"--config.init_from={source}", f"--workdir={tmp_path / 'run'}"]
     code, printed = script.run("train.py", going_on, tmp_path / "out")
     assert code == 0, printed
-    before, after = (json.loads((place / "report.json").read_text()) for place in (workdir, tmp_path / "run"))
+    reports = [json.loads((place / "report.json").read_text()) for place in (workdir, tmp_path / "run")]
+    before, after = (report["measures"] for report in reports)
     # two layers of five sums over widths of at most 32 and attention over as many, the head, and the power step
     terms = 2 * (5 * 32 + 32) + 32 + 48
-    assert after["validation"]["loss"] == pytest.approx(before["validation"]["loss"], rel=within(terms))
+    assert after["validation/mean"] == pytest.approx(before["validation/mean"], rel=within(terms))
     (source / "model.safetensors").unlink()  # a resumed run has its own weights
     code, printed = script.run("train.py", going_on, tmp_path / "out")
     assert code == 0 and "Validation" in printed, printed

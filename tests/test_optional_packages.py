@@ -144,7 +144,7 @@ def bucket():
 
 GCSFS = """
     from moe_erc.data import paths
-    from moe_erc.analysis.report import write_report
+    from moe_erc.diagnosis.report import write_report
     from moe_erc.training.checkpoint import holds_steps, prepare_directory
     from moe_erc.training.metrics import MetricWriter
 
@@ -206,8 +206,8 @@ PLOT = """
     import sys
     import numpy as np
     from matplotlib.figure import Figure
-    from moe_erc.analysis.figures import png
-    from moe_erc.analysis.gate_map import gate_map
+    from moe_erc.diagnosis.figures import png
+    from moe_erc.diagnosis.gate_map import gate_map
 
     points_N2, owner_N = gate_map(np.random.default_rng(0).normal(size=(2, 8, 8)), range(2), 5, seed=0)
     assert points_N2.shape == (16, 2) and np.isfinite(points_N2).all() and len(owner_N) == 16

@@ -67,10 +67,10 @@ def test_a_console_in_ascii_ends_no_run_and_a_log_has_a_line_every_so_many_steps
     assert "\r" not in printed and "\x1b" not in printed, printed
     lines = [line for line in printed.splitlines() if re.match(r"step \d+/6: total ", line)]
     assert [int(line.split()[1].split("/")[0]) for line in lines] == [2, 4, 6]
-    assert all(" lm " in line and " tok/s " in line and line.endswith(" left") for line in lines)
+    assert all(" lm " in line and " tokens_per_s " in line and line.endswith(" left") for line in lines)
     assert re.search(r"^Tokenising \w+: \d+ documents in ", printed, re.MULTILINE)
     # a line on standard error stands where it was printed, between those on standard output
-    assert printed.index("step 6/6") < printed.index("step 6: validation") < printed.index("Layers: coupling")
+    assert printed.index("step 6/6") < printed.index("step 6: validation") < printed.index("Router rows and gates")
 
 
 BEFORE_TRAINING = """

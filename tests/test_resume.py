@@ -117,13 +117,16 @@ def test_a_finished_run_says_its_report_again(arguments, undisturbed):
 def test_eval_reads_the_run(undisturbed):
     code, printed = script.run("eval.py", [f"--workdir={undisturbed}"], undisturbed / "eval")
     assert code == 0, printed
-    assert all(title in printed for title in ("Validation", "ERC of the clean router", "noise bound", "highest load"))
+    assert all(title in printed for title in ("Validation", "ERC of the clean router", "noise bound", "MaxVio"))
     report, found = (json.loads((undisturbed / name).read_text()) for name in ("report.json", "eval.json"))
     assert found.pop("step") == STEPS
     # two programs of the same sums: of layers, as in test_init_from.py, but without a power step
     terms = 2 * (5 * 32 + 32) + 32
-    assert found["validation"]["loss"] == pytest.approx(report["validation"]["loss"], rel=within(terms))
-    assert found["coupling"] == report["coupling"] and found["baselines"] == report["baselines"]
+    found, expected = found["measures"], report["measures"]
+    assert found.keys() == expected.keys()
+    assert found["validation/mean"] == pytest.approx(expected["validation/mean"], rel=within(terms))
+    same = [key for key in expected if key.split("/")[0] in ("erc", "coupling", "weights", "unigram", "bigram")]
+    assert len(same) > 16 and all(found[key] == expected[key] for key in same)
 
 
 def test_a_run_goes_on_with_a_prompt(undisturbed):
@@ -138,20 +141,27 @@ def test_a_run_goes_on_with_a_prompt(undisturbed):
     assert "error: prompt: 7 tokens" in printed.splitlines()[-1] and "Traceback" not in printed
 
 
-def test_eval_tells_all_of_its_coupling_and_draws_it(undisturbed, tmp_path):
-    flags = [f"--workdir={undisturbed}", "--coupling", "--figures", "--windows=2", f"--output={tmp_path}"]
-    code, printed = script.run("eval.py", flags, undisturbed / "eval")
+def test_a_run_is_diagnosed(undisturbed, tmp_path):
+    flags = [undisturbed, f"--output={tmp_path}"]
+    code, printed = script.run("moe_erc.diagnose", flags, undisturbed / "eval")
     assert code == 0, printed
     said = " ".join(printed.split())  # wrapped wherever a line was full
-    assert all(words in said for words in ("ERC by alpha", "without the norms", "layers are coupled", "Validation"))
-    report, found = (json.loads(path.read_text()) for path in (undisturbed / "report.json", tmp_path / "coupling.json"))
+    assert all(words in said for words in ("ERC of the clean router", "without the norms", "layers are coupled"))
+    report, found = (json.loads(path.read_text())["measures"] for path in (
+        undisturbed / "report.json", tmp_path / "diagnosis.json"
+    ))  # fmt: skip
     # sums over D = 32 and F = 16 and over 16 pairs, by two programs
-    found_LA, expected_LA = (np.float32(each["erc_LA"]) for each in (found, report["coupling"]))
-    assert_close(found_LA, expected_LA, terms=32 + 16 + 16)
-    named = {
-        line.split("](")[1].rstrip(")") for line in (tmp_path / "coupling.md").read_text().splitlines() if "](" in line
-    }
-    assert named <= {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.png")} and len(named) == 4
+    for key in (f"erc/alpha_{alpha}" for alpha in range(1, 6)):
+        assert_close(np.float32(found[key]), np.float32(report[key]), terms=32 + 16 + 16)
+    shown = (tmp_path / "diagnosis.md").read_text().splitlines()
+    named = {line.split("](")[1].rstrip(")") for line in shown if "](" in line}
+    assert named == {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.png")} and len(named) == 5
+
+
+def test_eval_draws_a_run(undisturbed, tmp_path):
+    flags = [f"--workdir={undisturbed}", "--figures", "--windows=2", f"--output={tmp_path}"]
+    code, printed = script.run("eval.py", flags, undisturbed / "eval")
+    assert code == 0 and "Validation" in printed, printed
     html = (tmp_path / "report.html").read_text()
     assert html.count("<img") == len(list(tmp_path.rglob("*.png"))) > 8 and f">{undisturbed}<" in html
 

@@ -16,9 +16,10 @@ from moe_erc import sharding
 from moe_erc.checks import BadInput
 from moe_erc.evaluation.continuation import Continuation
 from moe_erc.evaluation.sampling import Sampling, draw
+from moe_erc.measures.validation import SAMPLE
 from moe_erc.model.context import cached, empty_cache
 
-__all__ = ["Generator", "Sampling"]
+__all__ = ["Generator", "Sample", "Sampling"]
 CHUNK = 32  # tokens between two looks at the text, which alone shows whether a row has reached a stop string
 
 
@@ -117,6 +118,21 @@ class Generator:
 
         state = span[0], cache, rows["tokens_BS"], rows["done_B"]
         return lax.while_loop(unfinished, one, state)[1:3]
+
+
+class Sample:
+    """How the model of `run(weights)` continues a prompt; nothing of an empty one."""
+
+    def __init__(self, generator: Generator, prompt: str, sampling: Sampling):
+        generator.check(prompt, sampling)
+        self._generator, self._prompt, self._sampling = generator, prompt, sampling
+
+    def run(self, weights) -> dict[str, str]:
+        """The prompt with its continuation."""
+        if not self._prompt:
+            return {}
+        [continuation] = self._generator.run(weights, [self._prompt], self._sampling)
+        return {SAMPLE.of(self._prompt).key: self._prompt + continuation}
 
 
 def _power_of_two(size, least=16):

@@ -9,24 +9,29 @@ A language model that has not beaten the bigram has learnt no context.
 import numpy as np
 import scipy.sparse
 
+from moe_erc.measures.validation import BIGRAM, MEAN, UNIGRAM
+
 MOST_TOKENS = 20_000_000  # of each domain are counted
 
 
-def ngram_losses(corpus):
-    """{"unigram" | "bigram": {domain: nats per token}} of the validation streams; counts pool the training domains."""
+def ngram_losses(corpus) -> dict[str, float]:
+    """By measure and domain, and their means, of the validation streams; counts pool the training domains."""
     vocabulary = corpus.tokenizer.vocab_size
     pairs_VV = sum(_pairs(stream.tokens_N[:MOST_TOKENS], vocabulary) for stream in corpus.streams["train"].values())
     count_V = np.asarray(pairs_VV.sum(axis=0)).ravel()
     before_V = np.asarray(pairs_VV.sum(axis=1)).ravel()
     unigram_V = (count_V + 1) / (count_V.sum() + vocabulary)
-    losses = {"unigram": {}, "bigram": {}}
+    found = {}
     for domain, stream in corpus.streams["validation"].items():
         seen = _pairs(stream.tokens_N, vocabulary).tocoo()
         before, after, times = seen.row, seen.col, seen.data
         bigram = (np.asarray(pairs_VV[before, after]).ravel() + unigram_V[after]) / (before_V[before] + 1)
-        losses["unigram"][domain] = float(-times @ np.log(unigram_V[after]) / times.sum())
-        losses["bigram"][domain] = float(-times @ np.log(bigram) / times.sum())
-    return losses
+        found[UNIGRAM.of(domain).key] = float(-times @ np.log(unigram_V[after]) / times.sum())
+        found[BIGRAM.of(domain).key] = float(-times @ np.log(bigram) / times.sum())
+    for measure in (UNIGRAM, BIGRAM):
+        losses = [found[measure.of(domain).key] for domain in corpus.streams["validation"]]
+        found[measure.of(MEAN).key] = float(np.mean(losses))
+    return found
 
 
 def _pairs(tokens_N, vocabulary):

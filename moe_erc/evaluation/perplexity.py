@@ -1,13 +1,13 @@
 """Validation loss and bits per byte by domain, and where the tokens went.
 
-bits per byte = loss / ln 2 * tokens / bytes        comparable across tokenizers
-
 Loads are counts of assignments over all domains, divided once. Under top-p a domain whose tokens meet more experts has
 more of them.
 """
 
+import copy
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,8 @@ import numpy as np
 
 from moe_erc.checks import BadInput
 from moe_erc.data.text import validation_batches
+from moe_erc.measures import validation
+from moe_erc.measures.load import LOAD
 from moe_erc.model.context import of_batch
 from moe_erc.sharding import replicate
 
@@ -22,18 +24,19 @@ PROBE_ROWS = 8  # sequences on which the outputs of all experts are compared
 
 
 class Perplexity:
-    """Measures the model of `run(weights)` on every target of every validation stream, or on `windows` of each domain.
+    """Measures the model of `run(weights)` on `windows` of each domain, or on every target of every validation stream.
 
     `token_losses(x_BTD, head_VD, targets_BT)` is the loss the model trains with; `put` places whole batches on devices.
     """
 
-    def __init__(self, model, corpus, token_losses, put, shape_BT):
+    def __init__(self, model, corpus, token_losses, put, shape_BT, windows=None):
         if not corpus.streams["validation"]:
             raise BadInput(
                 "data.validation_fraction: no document is held out; raise it, or give a source with a validation split "
                 "(a directory of text may hold train/ and validation/)"
             )
         self._corpus, self._put, self._shape_BT = corpus, put, shape_BT
+        self._windows = windows
 
         @functools.partial(jax.jit, out_shardings=replicate(model.mesh))
         def sums(weights, batch):
@@ -48,23 +51,29 @@ class Perplexity:
 
         self._sums = sums
 
-    def run(self, weights, windows=None):
-        """{"loss": mean of domains, "domains": {name: {"loss", "bits_per_byte", "tokens"}}, "load_LE": shares}."""
-        domains = {}
+    def on(self, windows: int | None) -> "Perplexity":
+        """The same program on other windows of each domain; None and 0 are all."""
+        other = copy.copy(self)
+        other._windows = windows
+        return other
+
+    def run(self, weights: Any) -> dict[str, Any]:
+        """Loss, bits per byte and tokens by domain, the mean loss, and the load (L, E), as shares."""
+        found = {}
+        losses = []
         assignments_LE = 0
         for domain, stream in self._corpus.streams["validation"].items():
-            total = self._total(weights, domain, windows)
+            total = self._total(weights, domain)
             loss = float(total["loss"] / total["tokens"])
             tokens_per_byte = (len(stream.tokens_N) - 1) / stream.bytes
-            domains[domain] = {
-                "loss": loss,
-                "bits_per_byte": loss / math.log(2) * tokens_per_byte,
-                "tokens": int(total["tokens"]),
-            }
+            losses.append(loss)
+            found[validation.LOSS.of(domain).key] = loss
+            found[validation.BITS.of(domain).key] = loss / math.log(2) * tokens_per_byte
+            found[validation.TOKENS.of(domain).key] = int(total["tokens"])
             assignments_LE += total["assignments_LE"]
-        mean = float(np.mean([values["loss"] for values in domains.values()]))
-        load_LE = assignments_LE / np.maximum(assignments_LE.sum(axis=-1, keepdims=True), 1)
-        return {"loss": mean, "domains": domains, "load_LE": load_LE}
+        found[validation.LOSS.of(validation.MEAN).key] = float(np.mean(losses))
+        found[LOAD.key] = assignments_LE / np.maximum(assignments_LE.sum(axis=-1, keepdims=True), 1)
+        return found
 
     def probe(self, devices):
         """The first rows of the first domain, on the devices: the same tokens for every model and mesh."""
@@ -73,9 +82,9 @@ class Perplexity:
         counted_B1 = np.arange(rows)[:, None] < PROBE_ROWS  # the others give every device its share
         return self._put(batch | {"mask_BT": batch["mask_BT"] & counted_B1})
 
-    def _total(self, weights, domain, windows):
+    def _total(self, weights, domain):
         batch_size, length = self._shape_BT
-        batches = validation_batches(self._corpus, domain, length, batch_size, windows)
+        batches = validation_batches(self._corpus, domain, length, batch_size, self._windows)
         totals = [jax.device_get(self._sums(weights, self._put(batch))) for batch in batches]
 
         def total(*leaves):  # of many batches: counts as int64, losses as float64
@@ -83,9 +92,3 @@ class Perplexity:
             return np.sum(leaves, axis=0, dtype=wide)
 
         return jax.tree.map(total, *totals)
-
-
-def validation_metrics(found):
-    """{"validation/DOMAIN": loss, …, "validation/mean": loss} of the results of a run."""
-    losses = {name: values["loss"] for name, values in found["domains"].items()} | {"mean": found["loss"]}
-    return {f"validation/{name}": loss for name, loss in losses.items()}

@@ -14,6 +14,7 @@ import jax
 
 from moe_erc.checks import BadInput
 from moe_erc.data import bars, paths
+from moe_erc.measures.validation import TASK
 from moe_erc.tables import print_table
 
 PAPER = {  # the tasks of the ERC paper's two models
@@ -82,7 +83,11 @@ class TaskScores:
                 except BadInput as error:
                     raise BadInput(f"tasks: {name}: {error}; leave it out or train on longer rows") from None
 
-    def run(self, weights):
+    def run(self, weights) -> dict[str, float]:
+        """{"tasks/TASK/METRIC": number}, as `task_metrics` makes it of the answers."""
+        return task_metrics(self.answer(weights))
+
+    def answer(self, weights) -> dict:
         """The harness's results, {"results": {task: {"metric,filter": number}}, …}, plain JSON; {} of no tasks."""
         if not self._tasks:
             return {}
@@ -121,7 +126,7 @@ def _rehearse(rehearsal, task, limit):
 def task_metrics(found):
     """{"tasks/TASK/METRIC": number} of the results of a run, without standard errors; a filter but "none" is added."""
     return {
-        f"tasks/{task}/{'/'.join(part for part in name.split(',') if part != 'none')}": value
+        TASK.of(f"{task}/{'/'.join(part for part in name.split(',') if part != 'none')}").key: value
         for task, values in found.get("results", {}).items()
         for name, value in values.items()
         if isinstance(value, int | float) and "," in name and "_stderr," not in name
@@ -129,7 +134,7 @@ def task_metrics(found):
 
 
 def print_tasks(found: dict) -> None:
-    """The results of `TaskScores.run` as tables, of tasks and of groups."""
+    """The results of `TaskScores.answer` as tables, of tasks and of groups."""
     for kind in ("results", "groups"):
         if kind in found:
             columns = ("task", "metric", "value", "stderr", "filter", "n-shot", "version")

@@ -1,5 +1,7 @@
 """The README.md of an exported run: what was trained, how, on what, how far, and how to load it."""
 
+from moe_erc.measures.validation import LOSS
+
 CARD = """\
 ---
 library_name: transformers
@@ -49,11 +51,11 @@ def model_card(name, model, earlier, validation):
     config, step = earlier.config, earlier.step
     data, train = config["data"], config["train"]
     tokens = earlier.rows * data["sequence_length"]
-    found = "not measured" if validation is None else f"{validation:.4f} nats a token, mean over domains"
+    found = "not measured" if validation is None else f"{validation:.4f} {LOSS.unit}, mean over domains"
     run = {
         "step": f"{step:,}",
         "tokens": f"{tokens:,}, in batches of {train['batch_size']} x {data['sequence_length']}",
-        "validation loss": found,
+        LOSS.label: found,
         "data": ", ".join(data["sources"]),
         "attention": ATTENTION[data["attend_across_documents"]],
         "optimizer": "{name}, learning rate {learning_rate:g}, {schedule}".format(**config["optimizer"]),

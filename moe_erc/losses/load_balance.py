@@ -15,7 +15,6 @@ alone: the last micro-batch sees all counts, an earlier one those so far.
 """
 
 import dataclasses
-import math
 
 import jax
 import jax.numpy as jnp
@@ -48,29 +47,6 @@ def load_balance(load_LE: jax.Array, probability_LE: jax.Array) -> jax.Array:
     """Mean over layers of E <load, probability>; the gradient reaches the probability alone."""
     experts = load_LE.shape[-1]
     return experts * jnp.mean(jnp.sum(lax.stop_gradient(load_LE) * probability_LE, axis=-1))
-
-
-def load_measures(load_LE: jax.Array) -> dict[str, jax.Array]:
-    """How even the load of every layer is, by name; `load_LE` may be shares or counts.
-
-    max_load is the highest share over the mean share. max_violation (MaxVio, arXiv 2408.15664) is
-    what max_load exceeds 1 by. load_entropy is the entropy of the shares over log E: 1 when even
-    (and for E = 1), 0 when one expert takes everything. A layer of zeros counts as even.
-    """
-    load_LE = jnp.asarray(load_LE)
-    experts = load_LE.shape[-1]
-    # Of counts, the total is an integer: a float32 sum would round from 2^24 on.
-    total_L1 = jnp.sum(load_LE, axis=-1, keepdims=True)
-    share_LE = jnp.where(total_L1 > 0, divide(load_LE, total_L1), 1 / experts)
-    max_load_L = experts * jnp.max(share_LE, axis=-1)
-    # 0 log 0 is 0.
-    entropy_L = jnp.sum(share_LE * jnp.log(1 / jnp.where(share_LE > 0, share_LE, 1)), axis=-1)
-    evenness_L = entropy_L / math.log(experts) if experts > 1 else jnp.ones_like(entropy_L)
-    return {
-        "router/max_load": max_load_L,
-        "router/load_entropy": evenness_L,
-        "router/max_violation": max_load_L - 1,
-    }
 
 
 def compute(options: LoadBalanceOptions, output, batch, earlier_LE) -> jax.Array:

@@ -13,8 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_erc.checks import among, check_fields, within
-
-ZSCORE, SKIPPED, IN_A_ROW = "guard/zscore", "guard/skipped", "guard/skipped_in_a_row"
+from moe_erc.measures.training import IN_A_ROW, SKIPPED, TOTAL, ZSCORE
 
 
 class Stopped(Exception):
@@ -53,7 +52,7 @@ def initial():
 def judge(config, guard, metrics):
     """(whether the step counts, the guard for the next step, what is told of it) from the step's metrics."""
     finite = jnp.all(jnp.stack([jnp.all(jnp.isfinite(value)) for value in metrics.values()]))
-    distance = metrics["loss/total"] - guard["mean"]
+    distance = metrics[TOTAL.key] - guard["mean"]
     deviation = jnp.sqrt(guard["variance"] + 1e-12)  # losses that do not vary at all vary by a rounding
     z = jnp.where(guard["counted"] >= config.window, distance / deviation, 0)
     refused = ~finite | (z > config.zscore) if config.spike == "skip" else ~finite
@@ -70,18 +69,18 @@ def judge(config, guard, metrics):
     weight = jnp.where(finite, 1, config.limit if config.nonfinite == "stop" else 1)
     after["in_a_row"] = jnp.where(counts, 0, guard["in_a_row"] + weight)
     after["skipped"] = guard["skipped"] + ~counts
-    return counts, after, {ZSCORE: z, SKIPPED: after["skipped"], IN_A_ROW: after["in_a_row"]}
+    return counts, after, {ZSCORE.key: z, SKIPPED.key: after["skipped"], IN_A_ROW.key: after["in_a_row"]}
 
 
 def read(config, step, metrics):
     """What there is to say of a step, from its metrics on the host; "" for almost all. Stopped, where they must end."""
     bad = sorted(name for name, value in metrics.items() if not np.all(np.isfinite(value)))
     reason = f"not finite: {', '.join(bad)}" if bad else ""
-    if not bad and metrics[ZSCORE] > config.zscore:
-        total = metrics["loss/total"]
-        reason = f"the loss, {total:.4g}, is {metrics[ZSCORE]:.1f} standard deviations above its recent mean"
-    if metrics[IN_A_ROW] >= config.limit:
+    if not bad and metrics[ZSCORE.key] > config.zscore:
+        total = metrics[TOTAL.key]
+        reason = f"the loss, {total:.4g}, is {metrics[ZSCORE.key]:.1f} standard deviations above its recent mean"
+    if metrics[IN_A_ROW.key] >= config.limit:
         at_once = bad and config.nonfinite == "stop"
         raise Stopped(step, reason if at_once else f"{reason}; guard.limit: {config.limit} steps skipped in a row")
-    skipped = ", the step was skipped" if metrics[IN_A_ROW] else ""
+    skipped = ", the step was skipped" if metrics[IN_A_ROW.key] else ""
     return f"step {step}: {reason}{skipped}" if reason else ""

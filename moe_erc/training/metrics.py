@@ -167,7 +167,9 @@ class _WeightsAndBiases:
 
 
 def _scalars(values):
-    """("router/load", [[a, b]]) becomes ("router/load/0/0", a), ("router/load/0/1", b): a curve for every number."""
+    """A curve for every number: ("router/max_load", [a, b]) becomes ("router/max_load/0", a) and
+    ("router/max_load/1", b).
+    """
     for name, value in values.items():
         for index, number in np.ndenumerate(np.asarray(value)):
             yield "/".join([name, *map(str, index)]), float(number)

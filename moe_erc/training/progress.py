@@ -14,17 +14,12 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
+from moe_erc.measures.load import MAX_LOAD
+from moe_erc.measures.training import LM, LOSS, MFU, TOKENS_PER_S, TOTAL
 from moe_erc.training import guard
 from moe_erc.training.metrics import peak_flops
 
-SHOWN = {
-    "loss/total": "total",
-    "loss/lm": "lm",
-    "loss/erc": "erc",
-    "router/max_load": "load",
-    "speed/tokens_per_s": "tok/s",
-    "speed/mfu": "mfu",
-}
+SHOWN = (TOTAL, LM, LOSS.of("erc"), MAX_LOAD, TOKENS_PER_S, MFU)  # by the part of the key behind the slash
 
 
 class Progress:
@@ -55,15 +50,17 @@ class Progress:
             if step % self._every == 0:
                 metrics = metrics | self._speed()
                 self._writer.write(step, metrics)
-                found = {short: _short(np.max(metrics[name])) for name, short in SHOWN.items() if name in metrics}
+                found = {one.name: _short(np.max(metrics[one.key])) for one in SHOWN if one.key in metrics}
                 self._shown.show(step, found, self._rate)
 
     def _speed(self):
         self._rate = rate = self._timed_steps / self._seconds
         self._timed_steps, self._seconds = 0, 0.0
         peak = peak_flops(jax.devices()[0].device_kind)
-        speed = {"speed/tokens_per_s": rate * self._tokens}
-        return speed | ({"speed/mfu": rate * self._flops / (peak * jax.device_count())} if peak else {})
+        speed = {TOKENS_PER_S.key: rate * self._tokens}
+        if peak:
+            speed[MFU.key] = rate * self._flops / (peak * jax.device_count())
+        return speed
 
     @contextlib.contextmanager
     def paused(self):

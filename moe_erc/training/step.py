@@ -10,7 +10,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from moe_erc.losses.load_balance import load_measures
+from moe_erc.measures.load import EXPERTS_PER_TOKEN
+from moe_erc.measures.registry import of_load
+from moe_erc.measures.training import GRADIENT_NORM, LEARNING_RATE, LOSS, PARAMETER_NORM, SCALE, TOTAL
 from moe_erc.model.context import of_batch
 from moe_erc.moe.routers.base import RouterState
 from moe_erc.moe.routing import StepCounts
@@ -41,22 +43,22 @@ def make_train_step(
         params = objective.decouple(optax.apply_updates(state.params, updates))
         before = RouterState(state.router, state.loss_scales)
         router, scales = model.config.router.after_step(model.config, before, counts)
-        metrics = {f"loss/{name}": value for name, value in terms.items()} | load_measures(counts.assignments_LE)
-        metrics |= {f"scale/{name}": value for name, value in scales.items()}
+        metrics = {LOSS.of(name).key: value for name, value in terms.items()} | of_load(counts.assignments_LE)
+        metrics |= {SCALE.of(name).key: value for name, value in scales.items()}
         metrics |= {
-            "loss/total": objective.total(terms, state.loss_scales),
-            "router/experts_per_token": counts.experts_per_token_L,
-            "norm/gradient": optax.tree.norm(gradients),
+            TOTAL.key: objective.total(terms, state.loss_scales),
+            EXPERTS_PER_TOKEN.key: counts.experts_per_token_L,
+            GRADIENT_NORM.key: optax.tree.norm(gradients),
         }
         if schedule:
-            metrics["optimizer/learning_rate"] = schedule(updates_done(state.opt_state))
+            metrics[LEARNING_RATE.key] = schedule(updates_done(state.opt_state))
         # The guard judges what goes into the update. Were it to wait for the norm of what comes out, the whole update
         # would be computed twice: once for the norm, once more for the choice between old and new.
         accepted, after, told = judge(guard, state.guard, metrics)
         changed = {"params": params, "opt_state": opt_state, "router": router, "loss_scales": scales}
         kept = {name: getattr(state, name) for name in changed}
         changed = jax.tree.map(functools.partial(jnp.where, accepted), changed, kept)
-        metrics |= told | {"norm/parameters": optax.tree.norm(changed["params"])}
+        metrics |= told | {PARAMETER_NORM.key: optax.tree.norm(changed["params"])}
         return state.replace(step=state.step + 1, guard=after, **changed), metrics
 
     batch_shardings = shard_batch(model.mesh)

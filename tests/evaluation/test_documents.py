@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from moe_erc import sharding
-from moe_erc.analysis.diagnosis import Diagnosis
 from moe_erc.data.text import DataConfig, prepare, validation_batches
+from moe_erc.diagnosis.in_training import Diagnosis
 from moe_erc.evaluation.expert_use import ExpertUse
 from moe_erc.evaluation.perplexity import Perplexity
 from moe_erc.losses.language_model import token_losses
@@ -61,7 +61,7 @@ def measured(model, corpus, weights):
     """(Perplexity, ExpertUse, Diagnosis) of a corpus."""
     put = functools.partial(sharding.put_whole_batch, model.mesh)
     perplexity = Perplexity(model, corpus, functools.partial(token_losses, chunk=16), put, (4, LENGTH))
-    use = ExpertUse(model, corpus, put, (4, LENGTH)).run(weights)
+    use = ExpertUse(model, corpus, put, (4, LENGTH)).count(weights)
     return perplexity.run(weights), use, Diagnosis(model, perplexity.probe(1)).run(weights)
 
 
@@ -92,11 +92,13 @@ def test_the_loss_is_that_of_the_documents_alone(corpora, found, by_hand, alone)
     (within, _, _), (across, _, _) = found
     losses_N, _ = by_hand
     [stream] = corpora[0].streams["validation"].values()
-    [values], [others] = within["domains"].values(), across["domains"].values()
-    assert values["tokens"] == others["tokens"] == len(losses_N) == len(stream.tokens_N) - 1  # the same targets
+    [domain] = corpora[0].streams["validation"]
+    tokens = f"validation_tokens/{domain}"
+    assert within[tokens] == across[tokens] == len(losses_N) == len(stream.tokens_N) - 1  # the same targets
     assert len(alone["mask_BT"]) > stream.documents > 30
-    assert values["loss"] == pytest.approx(losses_N.mean(), rel=TOLERANCE)
-    assert abs(others["loss"] - values["loss"]) > 10 * TOLERANCE * values["loss"]
+    loss = within[f"validation/{domain}"]
+    assert loss == pytest.approx(losses_N.mean(), rel=TOLERANCE)
+    assert abs(across[f"validation/{domain}"] - loss) > 10 * TOLERANCE * loss
 
 
 def test_experts_met_are_those_of_the_documents_alone(found, by_hand):
@@ -120,6 +122,6 @@ def test_the_probe_keeps_to_documents(model_and_weights, corpora, found):
         for name, array_BT in alone.items():
             array_BT[place, : of_T.sum()] = batch[name][row, of_T]
     expected = Diagnosis(model, sharding.put_whole_batch(model.mesh, alone)).run(weights)
-    of = [measures["specialization"]["output_cosine_L"] for measures in (within, expected, across)]
+    of = [measures["experts/output_cosine"] for measures in (within, expected, across)]
     np.testing.assert_allclose(of[0], of[1], rtol=0, atol=TOLERANCE)  # of cosines, which are at most 1
     assert np.abs(of[2] - of[1]).max() > 10 * TOLERANCE

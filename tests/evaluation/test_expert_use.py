@@ -31,9 +31,8 @@ def test_every_token_counts_once_at_each_of_its_experts(changes, corpus, model_c
         jax.jit(functools.partial(init_weights, model))(jax.random.key(0)),
         functools.partial(sharding.put_whole_batch, model.mesh),
     )
-    use = ExpertUse(model, corpus, put, SHAPE).run(weights)
-    [(domain, stream)] = corpus.streams["validation"].items()
-    assert use["domains"] == [domain]
+    use = ExpertUse(model, corpus, put, SHAPE).count(weights)
+    [stream] = corpus.streams["validation"].values()
     seen_V = np.bincount(np.asarray(stream.tokens_N[:-1], int), minlength=model.config.vocab_size)
     np.testing.assert_array_equal(use["occurrences_V"], seen_V)
     of_token_LV, of_expert_LE = use["counts_LVE"].sum(axis=2), use["counts_LVE"].sum(axis=1)
@@ -44,6 +43,7 @@ def test_every_token_counts_once_at_each_of_its_experts(changes, corpus, model_c
     else:  # each of three experts, beside the two others and itself
         np.testing.assert_array_equal(of_token_LV, np.stack([3 * seen_V] * 2))
         np.testing.assert_array_equal(use["pairs_LEE"].sum(axis=2), 3 * of_expert_LE)
-    load_LE = Perplexity(model, corpus, functools.partial(token_losses, chunk=16), put, SHAPE).run(weights)["load_LE"]
+    perplexity = Perplexity(model, corpus, functools.partial(token_losses, chunk=16), put, SHAPE)
+    load_LE = perplexity.run(weights)["router/load"]
     assert_close(use["load_GLE"][0], of_expert_LE / of_expert_LE.sum(axis=1, keepdims=True), terms=4)
     np.testing.assert_array_equal(use["load_GLE"][0], load_LE)  # counts of assignments, divided once

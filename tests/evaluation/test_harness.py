@@ -18,8 +18,8 @@ pytest.importorskip("lm_eval")
 from lm_eval.api.instance import Instance
 
 from moe_erc import evaluation, sharding
-from moe_erc.analysis.report import write_report
 from moe_erc.data.tokenizer import ByteTokenizer
+from moe_erc.diagnosis.report import write_report
 from moe_erc.evaluation import generate, harness
 from moe_erc.evaluation.tasks import PAPER, TaskScores, load_tasks, print_tasks, task_metrics
 from moe_erc.model.transformer import Output
@@ -114,7 +114,7 @@ def alone(monkeypatch, tmp_path):
 
 def reached(names, limit=0, **options):
     tasks = load_tasks(names, DIRECTORY, **options)
-    return TaskScores(tasks, limit, StandIn(next_letter), ByteTokenizer(), (4, 16)).run(NO_WEIGHTS)
+    return TaskScores(tasks, limit, StandIn(next_letter), ByteTokenizer(), (4, 16)).answer(NO_WEIGHTS)
 
 
 def test_strings_become_the_tokens_that_are_scored():

@@ -60,10 +60,9 @@ def test_loss_is_the_mean_over_every_validation_token(corpus, model_and_weights)
         window = tokens_N[start : start + LENGTH + 1]
         log_probs = jax.nn.log_softmax(logits_of(model, weights, window[:-1]))
         total -= float(log_probs[np.arange(len(window) - 1), window[1:]].sum())
-    values = found["domains"][domain]
-    assert values["tokens"] == len(tokens_N) - 1
+    assert found[f"validation_tokens/{domain}"] == len(tokens_N) - 1
     # losses of one sign, each known to two layers of five sums over at most 32, and the head; batches of 4 * 32 tokens
     terms = 2 * 5 * 32 + 32 + 4 * LENGTH
-    assert_close(np.float32(values["loss"]), total / (len(tokens_N) - 1), terms)
-    assert_close(np.float32(values["bits_per_byte"]), total / math.log(2) / stream.bytes, terms)
-    assert_close(found["load_LE"].sum(axis=1), 1, terms=8)
+    assert_close(np.float32(found[f"validation/{domain}"]), total / (len(tokens_N) - 1), terms)
+    assert_close(np.float32(found[f"bits_per_byte/{domain}"]), total / math.log(2) / stream.bytes, terms)
+    assert_close(found["router/load"].sum(axis=1), 1, terms=8)

@@ -11,7 +11,7 @@ from tests import script
 
 TRAIN = ("config", "workdir")
 EVALUATE = (
-    "checkpoint", "coupling", "figures", "limit", "num_fewshot", "output", "task_dir", "tasks", "windows", "workdir",
+    "checkpoint", "figures", "limit", "num_fewshot", "output", "task_dir", "tasks", "windows", "workdir",
 )  # fmt: skip
 
 
@@ -37,6 +37,7 @@ def test_evaluation_names_its_flags(tmp_path):
 
 
 @pytest.mark.parametrize(("name", "says", "names"), [
+    ("diagnose", "Is the router of an MoE coupled", ("output",)),
     ("export", "Writes the model of a run as an OLMoE", ()),
     ("generate", "Continues a prompt", ("new_tokens", "seed", "temperature", "top_k", "top_p")),
 ])  # fmt: skip
@@ -51,7 +52,7 @@ def test_commands_of_the_package_are_installed_under_their_names():
     """As `setup.py` says: each entry is a function without arguments."""
     text = (script.ROOT / "setup.py").read_text()
     found = re.findall(r'"moe_erc-(\w+) = moe_erc\.(\w+):main"', text)
-    assert {"export", "generate"} <= {module for _, module in found}
+    assert {"diagnose", "export", "generate"} <= {module for _, module in found}
     for command, module in found:
         assert command == module
         assert callable(importlib.import_module(f"moe_erc.{module}").main)

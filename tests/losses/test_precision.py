@@ -10,7 +10,7 @@ import pytest
 from benchmarks.compiled import costs
 from configs import base
 from moe_erc import coupling_matrix, erc_loss, sharding
-from moe_erc.analysis.coupling import measure_coupling
+from moe_erc.diagnosis.coupling import measure_coupling
 from moe_erc.losses.objective import Objective
 from moe_erc.losses.precision import PRECISIONS, erc_flops, erc_share, resolve
 from moe_erc.model.config import ModelConfig

@@ -37,7 +37,7 @@ def test_the_defaults_are_those_of_the_configs():
 
 def test_the_distance_to_earlier_losses_in_standard_deviations():
     # Window 2: shares 1, 1/2, 1/2, so mean 4, 5, 6 and variance 0, 1/2 (0 + 1/2 2^2) = 1, 1/2 (1 + 1/2 2^2) = 1.5.
-    scores = [told[ZSCORE] for _, told in watch(GuardConfig(window=2), [4, 6, 7, 12])]
+    scores = [told[ZSCORE.key] for _, told in watch(GuardConfig(window=2), [4, 6, 7, 12])]
     assert scores[:2] == [0, 0]  # nothing to compare with yet
     assert_close(np.array(scores[2:]), [2.0, 6 / np.sqrt(1.5)], terms=16)  # a mean and a variance of three losses
 
@@ -45,12 +45,12 @@ def test_the_distance_to_earlier_losses_in_standard_deviations():
 def test_a_spike_is_reported_or_skipped_and_a_skipped_one_moves_no_mean():
     losses = [1.0, 1.1, 0.9, 1.0, 50.0, 1.0]
     reported = watch(GuardConfig(window=4), losses)
-    assert [counts for counts, _ in reported] == [True] * 6 and reported[4][1][ZSCORE] > 100
+    assert [counts for counts, _ in reported] == [True] * 6 and reported[4][1][ZSCORE.key] > 100
     skipped = watch(GuardConfig(window=4, spike="skip"), losses)
     assert [counts for counts, _ in skipped] == [True] * 4 + [False, True]
-    assert [told[SKIPPED] for _, told in skipped] == [0, 0, 0, 0, 1, 1]
-    assert [told[IN_A_ROW] for _, told in skipped] == [0, 0, 0, 0, 1, 0]
-    assert abs(skipped[5][1][ZSCORE]) < 0.1 and reported[5][1][ZSCORE] < -0.5
+    assert [told[SKIPPED.key] for _, told in skipped] == [0, 0, 0, 0, 1, 1]
+    assert [told[IN_A_ROW.key] for _, told in skipped] == [0, 0, 0, 0, 1, 0]
+    assert abs(skipped[5][1][ZSCORE.key]) < 0.1 and reported[5][1][ZSCORE.key] < -0.5
 
 
 def test_after_too_many_in_a_row_no_step_counts_any_more():
@@ -62,17 +62,17 @@ def test_after_too_many_in_a_row_no_step_counts_any_more():
 
 
 def test_what_is_said_of_a_step():
-    told = {ZSCORE: 0.0, SKIPPED: 0, IN_A_ROW: 0, "loss/total": 2.0}
+    told = {ZSCORE.key: 0.0, SKIPPED.key: 0, IN_A_ROW.key: 0, "loss/total": 2.0}
     assert guard.read(GuardConfig(), 7, told) == ""
-    assert guard.read(GuardConfig(), 7, told | {ZSCORE: 8.25}) == (
+    assert guard.read(GuardConfig(), 7, told | {ZSCORE.key: 8.25}) == (
         "step 7: the loss, 2, is 8.2 standard deviations above its recent mean"
     )
-    bad = told | {"loss/lm": np.nan, IN_A_ROW: 1}
+    bad = told | {"loss/lm": np.nan, IN_A_ROW.key: 1}
     assert guard.read(GuardConfig(), 7, bad) == "step 7: not finite: loss/lm, the step was skipped"
     with pytest.raises(Stopped, match=r"^step 7: not finite: loss/lm$"):
-        guard.read(GuardConfig(), 7, bad | {IN_A_ROW: 10})
+        guard.read(GuardConfig(), 7, bad | {IN_A_ROW.key: 10})
     with pytest.raises(Stopped, match=r"step 7: not finite: loss/lm; guard.limit: 10 steps skipped in a row"):
-        guard.read(GuardConfig(nonfinite="skip"), 7, bad | {IN_A_ROW: 10})
+        guard.read(GuardConfig(nonfinite="skip"), 7, bad | {IN_A_ROW.key: 10})
 
 
 @pytest.mark.parametrize("change, words", [
@@ -120,10 +120,10 @@ def test_a_step_that_is_not_finite_changes_nothing_but_its_number(trainer, token
     before = host(bad)
     after, metrics = step(bad, token_batch(BATCH, LENGTH))
     jax.tree.map(np.testing.assert_array_equal, before, host(after))
-    assert np.isnan(metrics["loss/lm"]) and after.step == 1 and metrics[SKIPPED] == metrics[IN_A_ROW] == 1
+    assert np.isnan(metrics["loss/lm"]) and after.step == 1 and metrics[SKIPPED.key] == metrics[IN_A_ROW.key] == 1
     good, metrics = step(start(), token_batch(BATCH, LENGTH))
     changed = jax.tree.map(lambda a, b: not np.array_equal(a, b), host(start()), host(good))
-    assert all(jax.tree.leaves(changed)) and metrics[SKIPPED] == 0
+    assert all(jax.tree.leaves(changed)) and metrics[SKIPPED.key] == 0
 
 
 def test_the_run_goes_on_behind_a_skipped_step_as_if_it_had_not_been(trainer, token_batch):
@@ -137,7 +137,7 @@ def test_the_run_goes_on_behind_a_skipped_step_as_if_it_had_not_been(trainer, to
     straight, _ = step(start(), batch)
     straight, _ = step(straight.replace(step=straight.step + 1), batch)
     jax.tree.map(np.testing.assert_array_equal, host(skipped), host(straight))
-    assert (int(metrics[SKIPPED]), int(metrics[IN_A_ROW])) == (1, 0)
+    assert (int(metrics[SKIPPED.key]), int(metrics[IN_A_ROW.key])) == (1, 0)
 
 
 def test_where_it_began_is_named(trainer, token_batch):

@@ -15,8 +15,8 @@ from fsspec.implementations.memory import MemoryFileSystem
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event
 
-from moe_erc.analysis.report import write_report
 from moe_erc.data.paths import absolute
+from moe_erc.diagnosis.report import write_report
 from moe_erc.training.checkpoint import prepare_directory
 from moe_erc.training.json_lines import LocalJsonLines, truncate
 from moe_erc.training.metrics import MetricWriter, check_package, peak_flops

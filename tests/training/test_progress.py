@@ -24,7 +24,7 @@ class Screen(io.StringIO):
 
 
 def metrics(loss):
-    told = {ZSCORE: 0.0, SKIPPED: 0, IN_A_ROW: 0}
+    told = {ZSCORE.key: 0.0, SKIPPED.key: 0, IN_A_ROW.key: 0}
     return told | {"loss/total": np.float32(loss), "loss/lm": np.float32(2.5), "router/max_load": np.array([1.5, 2.0])}
 
 
@@ -47,7 +47,7 @@ def test_a_log_has_a_line_every_so_many_steps_and_no_carriage_return(monkeypatch
     assert "\r" not in text and "\x1b" not in text
     lines = text.splitlines()
     assert [line.split(":")[0] for line in lines] == [f"step {step}/200" for step in range(10, 201, 10)]
-    assert all(": total 3.25, lm 2.5, load 2, tok/s " in line and line.endswith(" left") for line in lines)
+    assert all(": total 3.25, lm 2.5, max_load 2, tokens_per_s " in line and line.endswith(" left") for line in lines)
     assert lines[-1].endswith("00:00 left")
     assert "step 15: not finite: loss/total" in capsys.readouterr().out
 

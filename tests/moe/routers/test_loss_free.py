@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from moe_erc.losses.load_balance import load_measures
+from moe_erc.measures.registry import of_load
 from moe_erc.moe.routers.loss_free import balance_bias
 from tests.tolerance import assert_close
 
@@ -35,7 +35,7 @@ def test_a_skewed_router_is_balanced():
 
     def step(bias_LE, _):
         load_LE = load(bias_LE)
-        return balance_bias(bias_LE, load_LE, 1e-3), load_measures(load_LE)
+        return balance_bias(bias_LE, load_LE, 1e-3), of_load(load_LE)
 
     bias_LE, measures = jax.jit(lambda bias_LE: lax.scan(step, bias_LE, length=steps))(jnp.zeros((1, experts)))
     first, last = ({name: values_SL[index, 0] for name, values_SL in measures.items()} for index in (0, -1))

@@ -1,0 +1,76 @@
+"""Is the router of an MoE coupled to its experts? All that router rows and gates tell of it.
+
+    python -m moe_erc.diagnose runs/erc-tiny    a run of train.py, into its own directory
+    python -m moe_erc.diagnose OLMoE-1B-7B      a Hugging Face MoE, into diagnosis/OLMoE-1B-7B
+
+Prints tables and a verdict, and writes diagnosis.json, diagnosis.md and figures/. No text is read
+and no model is run: of a Hugging Face MoE two matrices of each layer are read from its safetensors,
+a layer at a time. A run may be gs://bucket/path. The extra `plot` draws the figures.
+"""
+
+from collections.abc import Iterable, Sequence
+
+from absl import flags
+
+from moe_erc import sharding
+from moe_erc.checks import BadInput
+from moe_erc.data import paths
+from moe_erc.hf import inspect
+from moe_erc.launch import command_line, compilation_cache, processes
+from moe_erc.runs import open_run
+
+OUTPUT = flags.DEFINE_string("output", None, "Where to write, as --output=found; else as above")
+
+
+def main() -> None:
+    """The command."""
+    command_line.run(diagnose, arguments=("DIR",))
+
+
+def diagnose(argv: list[str]) -> None:
+    """Prints and writes the diagnosis of the run or the checkpoint in the directory argv[1]."""
+    _, directory = argv
+    with command_line.refusing_bad_input(), processes.ending_together():
+        check(directory, OUTPUT.value)
+        from moe_erc.diagnosis.documents import report_diagnosis  # needs the extra `plot`
+
+        processes.initialize()
+        compilation_cache.enable()
+        sharding.use_cpu_cores()
+        processes.mute_all_but_first()
+        name, default, layers, numbers = open_layers(directory)
+    report_diagnosis(paths.absolute(OUTPUT.value or default), name, layers, numbers)
+
+
+def check(directory: str, output: str | None) -> None:
+    """BadInput for arguments that cannot be used, before anything is read."""
+    place = paths.absolute(directory)
+    if output and paths.absolute(output).exists() and not paths.absolute(output).is_dir():
+        raise BadInput(f"--output={output}: is a file; name a directory")
+    if not is_run(directory) and not (place / "config.json").exists():
+        raise BadInput(
+            f"{directory}: has neither checkpoints/ nor config.json; "
+            "name a run of train.py, or the local directory of a Hugging Face MoE"
+        )
+
+
+def is_run(directory: str) -> bool:
+    """Whether it is the directory of a run, and not of a Hugging Face MoE."""
+    return (paths.absolute(directory) / "checkpoints").exists()
+
+
+def open_layers(directory: str) -> tuple[str, str, Iterable, Sequence[int]]:
+    """(name, where its diagnosis is written by default, layers, their numbers).
+
+    A layer is (router_ED, w_gate_EDF).
+    """
+    if is_run(directory):
+        run = open_run(directory, with_text=False)
+        print(f"{directory}: step {run.step}")
+        return directory, directory, run.router_and_gates(), range(run.model.config.layers)
+    moe = inspect.open_moe(directory)
+    return moe.name, f"diagnosis/{moe.name}", moe, moe.layers
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Measures: one record each, and `registry.py`, the table of them all."""

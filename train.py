@@ -33,6 +33,7 @@ from moe_erc.measures.registry import curves
 from moe_erc.model.config import ModelConfig
 from moe_erc.model.transformer import Transformer
 from moe_erc.training.checkpoint import Checkpoints, holds_steps, prepare_directory
+from moe_erc.training.environment import environment
 from moe_erc.training.failure import EXPECTED, LastWords
 from moe_erc.training.guard import GuardConfig
 from moe_erc.training.interrupt import StopRequest
@@ -193,6 +194,7 @@ def main(_):
     # -------------------------------------------------------------------- report
     found = ngram_losses(corpus) | evaluators.evaluate(at_the_end, state.weights)
     report = make_report(max(start, steps), resume.history_lines(meta["history"]), found)
+    report |= {"environment": environment(mesh), "corpus": corpus.identity}
     try:
         write_report(workdir / "report.json", report)
     except OSError as error:

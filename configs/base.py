@@ -130,7 +130,7 @@ def _losses():
 def _data():
     """moe_erc/data/."""
     data = ConfigDict()
-    # embedded | TFDS name (c4/en) | prepared TFDS directory | directory of .txt, .jsonl, .json lines, also .gz
+    # embedded | planted | TFDS name (c4/en) | prepared TFDS directory | directory of .txt, .jsonl, .json lines, also .gz
     data.sources = ("embedded",)
     data.weights = ()  # one per source; () is in proportion to size
     data.tokenizer = "bytes"  # or the path of a Hugging Face tokenizer.json
@@ -142,7 +142,21 @@ def _data():
     # the window, other documents too. False: to its own document alone, in which positions start at 0; a document that
     # begins before the window starts at 0 where the window does. Evaluation follows the run's setting.
     data.attend_across_documents = True
+    data.planted = _planted()
     return data
+
+
+def _planted():
+    """Of the source "planted", moe_erc/data/planted.py: Markov chains, whose entropy is known."""
+    planted = ConfigDict()
+    planted.regimes = 8  # G, each a domain with a chain of its own
+    planted.alphabet = 32  # letters, which all regimes share
+    planted.mixing = 0.25  # share of the chain that all regimes have in common
+    planted.documents = 64  # of each regime, for training
+    planted.letters = 4096  # of a document
+    planted.validation = 4  # documents of each regime that are held out
+    planted.seed = 0  # of the chains and the documents
+    return planted
 
 
 def _optimizer():

@@ -177,7 +177,8 @@ def _text_of_the_beginning(earlier: Earlier, config: text.DataConfig, mend: str)
 
 
 def _content_changes(earlier: Earlier, config: text.DataConfig) -> list[Change]:
-    ours = {name: getattr(config, name) for name in earlier.config["data"] if hasattr(config, name)}
+    ours = dataclasses.asdict(config)
+    ours = {name: ours[name] for name in earlier.config["data"] if name in ours}
     saved = {name: earlier.config["data"][name] for name in ours}
     found = differences({"data": saved}, {"data": ours})
     # The path of a tokenizer says nothing, its content does: where the two paths differ, it is compared alone.

@@ -19,7 +19,7 @@ ALLOWED = {
     "evaluation": {"evaluation", "measures", "model", "data", "sharding", "tables"},
     "diagnosis": {"diagnosis", "measures", "model", "losses", "numerics", "sharding", "tables"},
     "hf": {"hf", "measures", "model", "moe", "data"},
-    "study": {"study"},
+    "study": {"study", "data", "diagnosis", "launch", "measures", "model"},
     "launch": {"launch", "console", "data"},
     "checks": set(),
     "numerics": set(),
@@ -75,6 +75,12 @@ def test_configs_import_ml_collections_each_other_and_the_way_to_refuse_alone(pa
     own = {"moe_erc.checks", "moe_erc.checks.BadInput"}
     modules = {module for module in imports(path) if module.split(".")[0] not in sys.stdlib_module_names}
     assert {module.split(".")[0] for module in modules - own} <= {"ml_collections", "configs"}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "studies").glob("*.py")), ids=lambda path: path.name)
+def test_studies_import_the_record_of_a_study_and_each_other_alone(path):
+    modules = {module for module in imports(path) if module.split(".")[0] not in sys.stdlib_module_names}
+    assert modules <= {"moe_erc.study.plan", "ml_collections"} | {f"studies.{p.stem}" for p in path.parent.glob("*.py")}
 
 
 def test_no_file_of_no_subject():

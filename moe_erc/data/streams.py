@@ -67,6 +67,8 @@ class Corpus:
     accounts: Mapping[str, Account] = dataclasses.field(default_factory=dict)  # by source
     # False: windows say which of their tokens are one document
     attend_across_documents: bool = True
+    # domain -> nats per token that no model can go below, where that is known
+    floors: Mapping[str, float] = dataclasses.field(default_factory=dict)
     # where it lies in the cache: `text.reopen`
     record: Mapping = dataclasses.field(default_factory=dict)
 

@@ -12,7 +12,7 @@
         )
 
 A run is one arm with one seed. Every run of a study has a seed of its own, so that the samples of
-two arms are independent. `runs.py` resolves a study into its runs.
+two arms are independent. `arms.py` resolves a study into its runs.
 """
 
 import dataclasses

@@ -35,6 +35,7 @@ RULES = {
     "data.text_key": CONTENT,
     "data.validation_fraction": CONTENT,
     "data.tokenizer": CONTENT,
+    "data.planted": CONTENT,
     "data.cache_dir": FREE,
     "optimizer": METHOD,
     "optimizer.learning_rate": SAID,  # the schedule: what is tuned while a run goes on

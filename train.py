@@ -120,7 +120,7 @@ def main(_):
         at_the_end = [perplexity.on(config.eval.report_windows), diagnosis]
 
         # ---------------------------------------------------------------- what the run is
-        init = initializer(model, optimizer, config.seed)
+        init = initializer(model, optimizer, config.seed, objective)
         shapes = abstract_state(init, model)
         resume.check_state(earlier, model, shapes)
         source = None if start else config.init_from
@@ -135,6 +135,8 @@ def main(_):
 
     # -------------------------------------------------------------------- state and step
     state = checkpoints.restore(shapes)[0] if start else create_state(init, shapes, given.read() if given else None)
+    with command_line.refusing_bad_input():
+        objective.check_scales(state.loss_scales)
     schedule = learning_rate_schedule(OptimizerConfig(**config.optimizer), steps)
     train_step = make_train_step(model, objective, optimizer, micro_batches, shardings(shapes), guard, schedule)
     resume.print_schedule(earlier, settings, int(updates_done(state.opt_state)))

@@ -59,6 +59,8 @@ def _model():
 def _routers():
     """moe_erc/moe/routers/, one file each; model.router names the one in use."""
     routers = ConfigDict()
+    # Routes evenly, whatever the router says: for benchmarks, whose time then depends on no weights.
+    routers.forced_balance = False
     routers.softmax = _top_k()  # one row of the model's width per expert
     routers.softmax.init = "normal"  # of the rows: as other matrices; or orthogonal
     routers.mpi = _top_k()  # rows turned towards their experts' gates
@@ -105,6 +107,9 @@ def _losses():
     losses.router_z.weight = 0.0
     losses.erc = ConfigDict()  # expert-router coupling
     losses.erc.weight = 0.0
+    # Above 0: the weight is multiplied by this over the loss of step 0. With weight 1 the term then
+    # begins at this value, so that two alphas are of equal strength.
+    losses.erc.weight_at_init = 0.0
     losses.erc.alpha = 1.0  # share of the matching response that a foreign one may reach; 0.5 best at E = 256
     losses.erc.noise = "uniform"  # "expected": integrated out; "none": the clean router rows
     losses.erc.activation = "gate"  # what is measured: gate, up, silu_gate, swiglu, output

@@ -13,6 +13,7 @@ from moe_erc.checks import BadInput
 from moe_erc.data import cache, origin, text
 from moe_erc.data.mixture import whole_weights
 from moe_erc.data.tokenizer import load as load_tokenizer
+from moe_erc.losses.objective import Objective
 from moe_erc.model.config import ModelConfig
 from moe_erc.model.transformer import Transformer
 from moe_erc.training.identity import (
@@ -99,12 +100,13 @@ def _filled(config: Mapping, defaults: Mapping) -> dict:
 
 def check_state(earlier: Earlier, model: Transformer, state) -> None:
     """Refuses an allowed change after which the arrays of the checkpoint are no state of the run any more."""
-    if not any(change.key.startswith(("model.", "routers.", "optimizer.")) for change in earlier.changes):
+    if not any(change.key.startswith(("model.", "routers.", "losses.", "optimizer.")) for change in earlier.changes):
         return
     before_model = Transformer(ModelConfig.of(earlier.config), model.mesh)
     optimizer_config = OptimizerConfig(**earlier.config["optimizer"])
     optimizer = make_optimizer(optimizer_config, earlier.config["train"]["steps"], before_model.config)
-    before = _shapes(jax.eval_shape(initializer(before_model, optimizer, 0)))
+    objective = Objective(earlier.config["losses"], before_model)
+    before = _shapes(jax.eval_shape(initializer(before_model, optimizer, 0, objective)))
     after = _shapes(state)
     for name in before | after:
         if before.get(name) != after.get(name):

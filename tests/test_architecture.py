@@ -40,7 +40,7 @@ ALLOWED = {
         "sharding",
         "training",
     },
-    "resume": {"data", "model", "training"},
+    "resume": {"data", "losses", "model", "training"},
     "diagnose": {"data", "diagnosis", "hf", "launch", "runs", "sharding"},
     "export": {"data", "hf", "launch", "measures", "runs", "sharding"},
     "generate": {"console", "data", "evaluation", "launch", "runs", "sharding"},

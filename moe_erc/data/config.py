@@ -1,7 +1,6 @@
 """The `config.data` block as a value: what text, in which proportions, cut into which tokens."""
 
 import dataclasses
-from collections.abc import Mapping
 
 from moe_erc.checks import BadInput, Range, check_fields, in_range, within
 from moe_erc.data.planted import Planted
@@ -29,7 +28,7 @@ class DataConfig:
     planted: Planted = Planted()  # of the source "planted"; a mapping is taken as its options
 
     def __post_init__(self):
-        if isinstance(self.planted, Mapping):
+        if not isinstance(self.planted, Planted):
             object.__setattr__(self, "planted", Planted(**self.planted))
         check_fields(self, "data")
         self._check_sources()

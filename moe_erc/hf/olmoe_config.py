@@ -24,6 +24,7 @@ FIELDS = {  # config.json -> ModelConfig
 RENORMALIZE = "norm_topk_prob"  # an option of the router
 # What config.json does not say, of a model that is to be run.
 PLAIN = {
+    "forced_balance": False,
     "shared_experts": 0,
     "init_std": 0.02,
     "dtype": "float32",

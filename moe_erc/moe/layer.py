@@ -114,6 +114,8 @@ class MoE(nn.Module):
 
         scored = score(x_BTD)
         scores, chosen, auxiliary = router.route(config, mesh, scored, router_state, run_all)
+        if config.forced_balance:
+            chosen = routing.even(scores.probabilities_BTE, config.experts_per_token)
 
         keep = tuple(sorted({name for _, _, needed in self.observers for name in needed}))
         low_of_constant_BTEr = None

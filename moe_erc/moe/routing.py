@@ -103,6 +103,17 @@ def shares(weights_BTK):
 
 
 
+def even(probabilities_BTE: jax.Array, experts_per_token: int) -> Routing:
+    """K experts of every token so that all experts are met equally often, whatever the router says.
+
+    Token n takes the experts n K, n K + 1, ..., n K + K - 1, modulo E, weighed by their probability. Loads are equal
+    where E divides B T K.
+    """
+    batch, length, experts = probabilities_BTE.shape
+    first_BT1 = experts_per_token * jnp.arange(batch * length, dtype=jnp.int32).reshape(batch, length, 1)
+    experts_BTK = (first_BT1 + jnp.arange(experts_per_token, dtype=jnp.int32)) % experts
+    return Routing(jnp.take_along_axis(probabilities_BTE, experts_BTK, axis=-1), experts_BTK)
+
 
 def full_slots(routing, experts, mask_BT):
     """The slots that hold an expert, of unmasked tokens, (B, T, K) bool."""

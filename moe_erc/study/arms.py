@@ -23,6 +23,8 @@ from moe_erc.model.config import ModelConfig
 from moe_erc.study.plan import Arm, Study
 
 SEED = "seed"  # the key of a configuration that is another one in every run
+# Blocks and keys without any influence on what a run finds.
+WITHOUT_INFLUENCE = ("checkpoint", "log", "resume", "data.cache_dir", "train.profile_step")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +34,8 @@ class Settings:
     arm: str
     arguments: tuple[str, ...]  # of train.py, without seed and workdir
     config: ConfigDict
-    values: Mapping[str, Any]  # {dotted key: value} but for the seed, as JSON keeps it
+    # {dotted key: value} of what has an influence, but for the seed, as JSON keeps it.
+    values: Mapping[str, Any]
 
     @property
     def digest(self) -> str:
@@ -115,7 +118,7 @@ def open_plan(path: str | pathlib.Path, seeds: int | None = None) -> Plan:
     _check_arms(study, settings)
     _check_evaluations(study, settings)
     aa = _open_aa(path, study, settings, seeds) if study.aa else None
-    defaults = _plain(config_file.load(_in_project("configs/base.py")))
+    defaults = _plain(config_file.load(config_file.beside_the_script("configs/base.py")))
     return Plan(path.stem, path, study, settings, measure, aa, defaults)
 
 
@@ -183,9 +186,7 @@ def _settings(study: Study, name: str, arm: Arm) -> Settings:
     ModelConfig.of(config)
     DataConfig(**config.data)
     arguments = (f"--config={argument}", *(f"--config.{key}={overrides[key]}" for key in overrides))
-    values = _plain(config)
-    del values[SEED]
-    return Settings(name, arguments, config, values)
+    return Settings(name, arguments, config, _plain(config))
 
 
 def _set(config, arm, key, value, like):
@@ -204,10 +205,12 @@ def _set(config, arm, key, value, like):
 
 
 def _plain(config: ConfigDict) -> dict[str, Any]:
-    """{dotted key: value}, with lists for tuples, as JSON keeps it."""
+    """{dotted key: value} of what has an influence, with lists for tuples, as JSON keeps it."""
     values = {}
     for key, value in config_file.leaves(config):
-        values[key] = list(value) if isinstance(value, tuple) else value
+        block = key.partition(".")[0]
+        if key != SEED and block not in WITHOUT_INFLUENCE and key not in WITHOUT_INFLUENCE:
+            values[key] = list(value) if isinstance(value, tuple) else value
     return values
 
 
@@ -257,7 +260,3 @@ def _open_aa(path, study, settings, seeds):
             f"{aa.study.evaluations} evaluations; give both studies the same"
         )
     return aa
-
-
-def _in_project(name):
-    return config_file.beside_the_script(name)

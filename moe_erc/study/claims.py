@@ -36,10 +36,11 @@ class Process(NamedTuple):
 def machine() -> str:
     """The name of this machine; another one after a restart, and in another container."""
     parts = [socket.gethostname()]
-    for path in ("/proc/sys/kernel/random/boot_id", "/proc/self/ns/pid"):
-        with contextlib.suppress(OSError):
-            link = pathlib.Path(path)
-            parts.append(os.readlink(link) if link.is_symlink() else link.read_text("utf-8").strip())
+    with contextlib.suppress(OSError):
+        boot = pathlib.Path("/proc/sys/kernel/random/boot_id")
+        parts.append(boot.read_text(encoding="utf-8").strip())
+    with contextlib.suppress(OSError):
+        parts.append(os.readlink("/proc/self/ns/pid"))
     return " ".join(parts)
 
 

@@ -24,6 +24,8 @@ from moe_erc.study.arms import Plan, Run
 from moe_erc.study.files import write_whole
 
 POLL = 0.5  # seconds between two looks at the runs
+REFUSED = 2  # the exit code of train.py for bad input, which no other run of the arm mends
+OUTPUT = "output.txt"  # what a run prints
 DIGEST = "config_digest"  # the file in the directory of a run that says of which config it is
 
 
@@ -109,7 +111,11 @@ def run_missing(plan: Plan, places: Places, jobs: int, stop: Stop) -> list[str]:
         for job in [job for job in running if job.process.poll() is not None]:
             running.remove(job)
             cores.append(job.core)
-            if not _finish(plan, job, places, commit) and not stop.signal:
+            made = _finish(plan, job, places, commit)
+            if job.process.returncode == REFUSED:
+                _stop(running)
+                raise BadInput(f"{job.run.name}: {_last_line(places.runs / job.run.name / OUTPUT)}")
+            if not made and not stop.signal:
                 failed.append(job.run.name)
         if stop.signal:
             _stop(running)
@@ -186,13 +192,13 @@ def _start(run: Run, claim: claims.Claim, places: Places, core: int | None) -> J
     environment = dict(os.environ)
     if core is not None:
         environment["JAX_NUM_CPU_DEVICES"] = "1"
-    with open(directory / "output.txt", "ab") as output, _on(core):
+    with open(directory / OUTPUT, "ab") as output, _on(core):
         # In a session of its own, Ctrl-C reaches this process alone, which then stops its runs.
         process = subprocess.Popen(
             command, stdout=output, stderr=output, env=environment, start_new_session=True
         )
     claim.name_training(process.pid)
-    print(f"{run.name} starts")
+    _say(f"{run.name} starts")
     return Job(run, claim, process, core, time.monotonic())
 
 
@@ -225,16 +231,16 @@ def _finish(plan: Plan, job: Job, places: Places, commit: str) -> bool:
             reason = str(error)
     job.claim.release()
     if made:
-        print(f"{job.run.name} is done")
+        _say(f"{job.run.name} is done")
     else:
-        print(f"{job.run.name} has no row ({reason}): {_last_line(directory / 'output.txt')}")
+        _say(f"{job.run.name} has no row ({reason}): {_last_line(directory / OUTPUT)}")
     return made
 
 
 def _last_line(path: pathlib.Path) -> str:
     lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
     spoken = [line.strip() for line in lines if line.strip()]
-    return spoken[-1] if spoken else f"'{path}' is empty"
+    return spoken[-1].removeprefix("error: ") if spoken else f"'{path}' is empty"
 
 
 def _stop(running: Sequence[Job]) -> None:
@@ -245,7 +251,11 @@ def _stop(running: Sequence[Job]) -> None:
     for job in running:
         job.process.wait()
         job.claim.release()
-        print(f"{job.run.name} is stopped; it goes on where its checkpoint is")
+        _say(f"{job.run.name} is stopped; it goes on where its checkpoint is")
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
 
 
 class Progress:
@@ -271,7 +281,7 @@ class Progress:
         if left:
             line += f", {len(running)} running, {left - len(running)} to come"
             line += f", {self._expected(left)}"
-        print(line)
+        _say(line)
 
     def _expected(self, left: int) -> str:
         done = self._first_left - left

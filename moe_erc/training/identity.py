@@ -96,7 +96,7 @@ def _differences(before: Mapping, after: Mapping, prefix: str = "") -> Iterator[
 def _is_idle(key: str, before: Mapping, after: Mapping) -> bool:
     """Whether it is an option of a loss or a router that is not in use, before or afterwards."""
     block, *names = key.split(".")
-    if block == "routers" and names:
+    if block == "routers" and len(names) > 1:
         return not all(config.get("model", {}).get("router") == names[0] for config in (before, after))
     if block != "losses" or len(names) < 2 or names[-1] == "weight":
         return False

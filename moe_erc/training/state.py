@@ -43,14 +43,21 @@ def init_weights(model, rng):
     return Weights(variables["params"], router)
 
 
-def initializer(model, optimizer, seed):
-    """() -> TrainState of step 0."""
+def initializer(model, optimizer, seed, objective=None):
+    """(params=None) -> TrainState of step 0, with parameters that are drawn if none are given.
 
-    def init():
+    objective: whose losses may be weighed by their value at step 0: `Objective.scales_at_init`.
+    """
+
+    def init(params=None):
         key = jax.random.key(seed)
         rng = named(key, "steps")
         weights = init_weights(model, named(key, "parameters"))
+        if params is not None:
+            weights = weights.replace(params=params)
         loss_scales = model.config.router.init_state(model.config).loss_scales
+        if objective is not None:
+            loss_scales = loss_scales | objective.scales_at_init(weights.params, jax.random.fold_in(rng, 0))
         opt_state = optimizer.init(weights.params)
         return TrainState(jnp.int32(0), weights.params, opt_state, rng, weights.router, loss_scales, guard.initial())
 
@@ -76,5 +83,6 @@ def create_state(init, abstract, params=None):
     """
     if params is None:
         return jax.jit(init, out_shardings=shardings(abstract))()
-    others = jax.jit(lambda: init().replace(params=None), out_shardings=shardings(abstract.replace(params=None)))
-    return others().replace(params=params)
+    without = shardings(abstract.replace(params=None))
+    others = jax.jit(lambda given: init(given).replace(params=None), out_shardings=without)
+    return others(params).replace(params=params)

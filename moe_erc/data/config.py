@@ -25,7 +25,8 @@ class DataConfig:
     cache_dir: str  # "" is $MOE_ERC_CACHE, or ~/.cache/moe_erc
     # Whether tokens attend to earlier documents of their window.
     attend_across_documents: bool = True
-    planted: Planted = Planted()  # of the source "planted"; a mapping is taken as its options
+    # Of the source "planted"; a mapping is taken as its options.
+    planted: Planted = dataclasses.field(default_factory=Planted)
 
     def __post_init__(self):
         if not isinstance(self.planted, Planted):

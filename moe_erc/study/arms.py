@@ -25,6 +25,8 @@ from moe_erc.study.plan import Arm, Study
 SEED = "seed"  # the key of a configuration that is another one in every run
 # Blocks and keys without any influence on what a run finds.
 WITHOUT_INFLUENCE = ("checkpoint", "log", "resume", "data.cache_dir", "train.profile_step")
+# Keys that are the method and not the size of a run.
+METHOD = ("losses.", "routers.", "model.router", "model.shared_experts")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,6 +152,8 @@ def _blame(path, error):
 
 def _measure(field: str, key: str) -> Measure:
     found = find(key)
+    if found is not None and not found.name:
+        raise BadInput(f"{field}: {key!r} is a family of measures; give one, such as '{key}/mean'")
     if found is None:
         known = [other for other in MEASURES if "/" in other]
         raise BadInput(
@@ -245,10 +249,10 @@ def _open_aa(path, study, settings, seeds):
     aa = open_plan(path.with_name(f"{study.aa}.py"), seeds)
     if not aa.study.is_aa:
         raise BadInput(f"study.aa: {study.aa!r} is no A/A study; its file has to set is_aa")
-    control = aa.settings[aa.study.control]
-    mine = settings[study.control]
-    if control.digest != mine.digest:
-        keys = [key for key in mine.values if mine.values[key] != control.values.get(key)]
+    theirs = aa.settings[aa.study.control].values
+    mine = settings[study.control].values
+    keys = [key for key in mine if mine[key] != theirs[key] and not key.startswith(METHOD)]
+    if keys:
         raise BadInput(
             f"study.aa: {study.aa!r} is of another size: its control differs from "
             f"{study.control!r} in {', '.join(keys)}"

@@ -14,6 +14,7 @@ import contextlib
 import json
 import os
 import pathlib
+import secrets
 import socket
 import time
 from typing import Literal, NamedTuple
@@ -135,7 +136,7 @@ def _is_alive(known) -> bool:
 
 def _age(path) -> float:
     """Seconds since it was touched, by the clock of the file system; 0 for one that is gone."""
-    probe = path.with_name(f".now-{os.getpid()}")
+    probe = path.with_name(f".now-{secrets.token_hex(4)}")
     try:
         probe.touch()
         age = probe.stat().st_mtime - path.stat().st_mtime

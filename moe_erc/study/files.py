@@ -4,13 +4,14 @@
 and so takes the devices, which a study leaves to its runs.
 """
 
-import os
 import pathlib
+import secrets
 
 
 def write_whole(path: pathlib.Path, text: str) -> None:
     """Writes the file; its directory is made."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    # Processes of several machines, which share the directory, may have one number.
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)

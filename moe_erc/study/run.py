@@ -16,9 +16,10 @@ from collections.abc import Iterator, Sequence
 
 from tqdm import tqdm
 
-from moe_erc.checks import BadInput
+from moe_erc.checks import BadInput, one_of
 from moe_erc.data import text
 from moe_erc.data.config import DataConfig
+from moe_erc.measures import validation
 from moe_erc.study import claims, rows
 from moe_erc.study.arms import Plan, Run
 from moe_erc.study.files import write_whole
@@ -72,16 +73,31 @@ def check(plan: Plan, places: Places) -> None:
     """BadInput for what would stop the study later: rows, texts and directories of other runs."""
     found = rows.collect(plan, places.runs)
     finished = {(row["arm"], row["seed"]) for row in found}
-    identities: dict[DataConfig, str] = {}
+    corpora: dict[DataConfig, text.Corpus] = {}
     for run in plan.runs:
         if (run.arm, run.seed) in finished:
             continue
         data = DataConfig(**run.settings.config.data)
         # The text is tokenised here, once, and not by several runs at a time.
-        if data not in identities:
-            identities[data] = text.prepare(data).identity
-        rows.check_corpus(found, run, identities[data])
+        if data not in corpora:
+            corpora[data] = text.prepare(data)
+        _check_outcome(plan, corpora[data])
+        rows.check_corpus(found, run, corpora[data].identity)
         _check_directory(run, places.runs / run.name)
+
+
+def _check_outcome(plan: Plan, corpus: text.Corpus) -> None:
+    """Refuses the loss of a domain that the corpus has not, or a distance to an unknown floor."""
+    family, _, name = plan.measure.key.partition("/")
+    known = {validation.LOSS.key: corpus.streams["validation"], validation.FLOOR_DISTANCE.key: corpus.floors}
+    if family not in known:
+        return
+    if not known[family]:
+        raise BadInput(
+            f"study.outcome: {plan.measure.key!r}, but the entropy of data.sources is not known; "
+            f"use the source 'planted', or '{validation.LOSS.of(validation.MEAN).key}'"
+        )
+    one_of("study.outcome: the domain", name, [validation.MEAN, *known[family]])
 
 
 def _check_directory(run: Run, directory: pathlib.Path) -> None:

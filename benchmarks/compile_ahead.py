@@ -8,6 +8,7 @@ The losses on parameters (ERC) are compiled alone as well, values and gradients 
 also compiles the step without them. Exit code 1: it does not fit; 2: wrong input.
 """
 
+import dataclasses
 import functools
 import json
 import pathlib
@@ -24,11 +25,9 @@ from moe_erc import sharding
 from moe_erc.launch import command_line
 from moe_erc.losses import LOSSES
 from moe_erc.losses.objective import Objective
-from moe_erc.model.config import ModelConfig
-from moe_erc.model.transformer import Transformer
-from moe_erc.training.optimizer import OptimizerConfig, make_optimizer
-from moe_erc.training.state import abstract_state, initializer, shardings
-from moe_erc.training.step import make_train_step, parameter_only
+from moe_erc.training.build import build
+from moe_erc.training.state import shardings
+from moe_erc.training.step import parameter_only
 
 TOPOLOGY = flags.DEFINE_string("topology", None, "TPUs of a slice, generation:torus: v5p:4x4x4, v5e:16x16")
 SLICES = flags.DEFINE_integer("slices", 1, "so many of them", lower_bound=1)
@@ -73,29 +72,26 @@ def main(_):
 
 def lower(config, devices):
     """(facts, {name: lowered program}): the step, its losses on parameters if it has any, the step without them."""
-    model = ModelConfig.of(config)
-    length, batch_size, micro_batches = config.data.sequence_length, config.train.batch_size, config.train.micro_batches
-    mesh = sharding.make_mesh(config.mesh.data, config.mesh.expert, devices)
-    sharding.check(mesh, model, batch_size, micro_batches, config.eval.batch_size)
-    network = Transformer(model, mesh)
-    optimizer = make_optimizer(OptimizerConfig(**config.optimizer), config.train.steps, model)
-    state = abstract_state(initializer(network, optimizer, config.seed), network)
+    training = build(config, devices)
+    mesh = training.mesh
+    model = training.model.config
+    length = config.data.sequence_length
+    batch_size = config.train.batch_size
     rows = functools.partial(jax.ShapeDtypeStruct, (batch_size, length), sharding=sharding.shard_batch(mesh))
     batch = {"inputs_BT": rows(jnp.int32), "targets_BT": rows(jnp.int32), "mask_BT": rows(bool)}
     if not config.data.attend_across_documents:
         batch["segments_BT"] = rows(jnp.int32)
 
-    def lower_step(objective):
-        return make_train_step(network, objective, optimizer, micro_batches, shardings(state)).lower(state, batch)
-
-    losses = config.losses.to_dict()
-    objective, objective_without = Objective(losses, network), Objective(batch_losses(losses), network)
-    programs = {"step": lower_step(objective)}
-    if objective != objective_without:
-        gradients = jax.jit(functools.partial(parameter_only, objective), out_shardings=(None, shardings(state.params)))
+    state = training.abstract_state
+    programs = {"step": training.step.lower(state, batch)}
+    without = Objective(batch_losses(config.losses.to_dict()), training.model)
+    if training.objective != without:
+        parameter_losses = functools.partial(parameter_only, training.objective)
+        gradients = jax.jit(parameter_losses, out_shardings=(None, shardings(state.params)))
         programs["parameter losses"] = gradients.lower(state.params, state.rng, {})
         if DIFFERENCE.value:
-            programs["step without them"] = lower_step(objective_without)
+            other = dataclasses.replace(training, objective=without)
+            programs["step without them"] = other.step.lower(state, batch)
     tokens = batch_size * length / mesh.size
     facts = {
         "config": command_line.config_name(),
@@ -103,7 +99,7 @@ def lower(config, devices):
         "mesh": dict(mesh.shape),
         "parameters": model.parameters(),
         "tokens": tokens,  # of one device and step
-        "micro_batches": micro_batches,
+        "micro_batches": training.micro_batches,
         "model_flops": 3 * tokens * model.flops_per_token(length),
     }
     return facts, programs

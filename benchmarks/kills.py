@@ -22,12 +22,8 @@ from rich.table import Table
 
 from benchmarks.watched import Watched
 from configs import erc
-from moe_erc import sharding
-from moe_erc.model.config import ModelConfig
-from moe_erc.model.transformer import Transformer
+from moe_erc.training.build import build
 from moe_erc.training.checkpoint import Checkpoints
-from moe_erc.training.optimizer import OptimizerConfig, make_optimizer
-from moe_erc.training.state import abstract_state, initializer
 
 STEPS_A_KILL, EVALUATE, SAVE = 40, 20, 5
 
@@ -112,9 +108,9 @@ def kill(run, moment, chance):
 def final_state(workdir, steps):
     """Everything in the last checkpoint, on the host."""
     config = erc.get_config("debug")
-    model = Transformer(ModelConfig.of(config), sharding.make_mesh(1, 1))
-    optimizer = make_optimizer(OptimizerConfig(**config.optimizer), steps, model.config)
-    shapes = abstract_state(initializer(model, optimizer, 0), model)
+    config.train.steps = steps
+    config.mesh.expert = 1
+    shapes = build(config).abstract_state
     with Checkpoints(workdir / "checkpoints") as checkpoints:
         if checkpoints.newest_intact() != steps:
             raise SystemExit(f"{workdir}: the last checkpoint is of step {checkpoints.latest_step()}, not of {steps}")

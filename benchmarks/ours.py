@@ -17,12 +17,7 @@ from benchmarks import timed
 from benchmarks.compiled.costs import memory
 from configs import sizes
 from moe_erc import sharding
-from moe_erc.losses.objective import Objective
-from moe_erc.model.config import ModelConfig
-from moe_erc.model.transformer import Transformer
-from moe_erc.training.optimizer import OptimizerConfig, make_optimizer
-from moe_erc.training.state import abstract_state, create_state, initializer, shardings
-from moe_erc.training.step import make_train_step
+from moe_erc.training.build import build as build_training
 
 
 def configure(method, model):
@@ -59,23 +54,19 @@ def compile_step(method, model, batch_size, length, changes=(), **options):
     """(the compiled step, its first state, a function that makes batches, facts); `options` are the compiler's."""
     config = configure(method, model)
     config.update_from_flattened_dict(dict(changes))
-    model_config = ModelConfig.of(config)
-    sharding.use_cpu_cores(batch_size, model_config.experts)
-    mesh = sharding.make_mesh(config.mesh.data, config.mesh.expert)
-    sharding.check(mesh, model_config, batch_size, 1, batch_size)
-    network = Transformer(model_config, mesh)
-    optimizer = make_optimizer(OptimizerConfig(**config.optimizer), config.train.steps, model_config)
-    init = initializer(network, optimizer, config.seed)
-    abstract = abstract_state(init, network)
-    state = create_state(init, abstract)
-    train_step = make_train_step(
-        network, Objective(config.losses.to_dict(), network), optimizer, 1, shardings(abstract)
-    )
+    config.train.update(batch_size=batch_size, micro_batches=1)
+    config.data.sequence_length = length
+    config.eval.batch_size = batch_size
+    sharding.use_cpu_cores(batch_size, config.model.experts)
+    training = build_training(config)
+    model_config = training.model.config
+    state = training.create_state()
+    shape_BT = (batch_size, length)
     batch = functools.partial(
-        random_batch, mesh, np.random.default_rng(0), model_config.vocab_size, (batch_size, length)
+        random_batch, training.mesh, np.random.default_rng(0), model_config.vocab_size, shape_BT
     )
     start = time.perf_counter()
-    compiled = train_step.lower(state, batch()).compile(options or None)
+    compiled = training.step.lower(state, batch()).compile(options or None)
     facts = {"compile_s": time.perf_counter() - start} | describe(model_config, length) | {
         "temp_bytes": memory(compiled).temporaries,  # of one device, as the next
         "allocated_bytes": memory(compiled).allocated,

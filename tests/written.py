@@ -6,18 +6,17 @@ import pathlib
 import jax
 
 from configs import erc
-from moe_erc import sharding
-from moe_erc.model.config import ModelConfig
-from moe_erc.model.transformer import Transformer
+from moe_erc.training.build import build
 from moe_erc.training.checkpoint import Checkpoints
-from moe_erc.training.optimizer import OptimizerConfig, make_optimizer
-from moe_erc.training.state import abstract_state, initializer
 
 
 def metrics(workdir: pathlib.Path) -> list[dict]:
     """Every line of the metrics file without what the clock says."""
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if not name.startswith("speed/")} for line in lines]
+    return [
+        {name: value for name, value in line.items() if not name.startswith("speed/")}
+        for line in lines
+    ]
 
 
 def saved_state(workdir: pathlib.Path, steps: int, mesh_shape=(1, 1)):
@@ -26,9 +25,9 @@ def saved_state(workdir: pathlib.Path, steps: int, mesh_shape=(1, 1)):
     The state is read onto a mesh of this process and fetched, its key as numbers.
     """
     config = erc.get_config("debug")
-    model = Transformer(ModelConfig.of(config), sharding.make_mesh(*mesh_shape))
-    optimizer = make_optimizer(OptimizerConfig(**config.optimizer), steps, model.config)
-    shapes = abstract_state(initializer(model, optimizer, 0), model)
+    config.train.steps = steps
+    config.mesh.data, config.mesh.expert = mesh_shape
+    shapes = build(config).abstract_state
     with Checkpoints(workdir / "checkpoints") as checkpoints:
         state, _ = checkpoints.restore(shapes)
         step = checkpoints.latest_step()

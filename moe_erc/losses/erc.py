@@ -17,7 +17,6 @@ device its slices, `_losses_of_layers` computes bounds, proxies, M (`responses.p
 """
 
 import dataclasses
-import math
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +24,7 @@ from jax import lax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from moe_erc.checks import BadInput
+from moe_erc.checks import BadInput, Range, among, check_fields, in_range, one_of
 from moe_erc.losses.base import Loss, Needs
 from moe_erc.losses.devices import Devices
 from moe_erc.losses.precision import PRECISIONS, resolve
@@ -53,33 +52,24 @@ class ErcOptions:
     """
 
     alpha: float | jax.Array
-    noise: str
-    activation: str
+    noise: str = among(*NOISES)
+    activation: str = among(*MATRICES)
     detach_router: bool
     normalize: bool
-    layer_reduction: str
-    precision: str
+    layer_reduction: str = among(*LAYER_REDUCTIONS)
+    precision: str = among("auto", *PRECISIONS)
 
     def __post_init__(self):
-        is_number = not isinstance(self.alpha, jax.core.Tracer)
-        if is_number and not 0 <= self.alpha < math.inf:
-            raise BadInput(f"alpha is {self.alpha}; it must be a finite number >= 0")
-        _check_word("noise", self.noise, NOISES)
-        _check_word("activation", self.activation, tuple(MATRICES))
-        _check_word("layer_reduction", self.layer_reduction, tuple(LAYER_REDUCTIONS))
-        _check_word("precision", self.precision, ("auto", *PRECISIONS))
+        check_fields(self)
+        if not isinstance(self.alpha, jax.core.Tracer):
+            in_range("alpha", float(self.alpha), Range(least=0))
         if self.activation in LINEAR:
             return
         reason = f"needs a linear activation ({' or '.join(LINEAR)}), not {self.activation!r}"
         if self.noise == "expected":
-            raise BadInput(f"noise 'expected' {reason}")
+            raise BadInput(f"noise: 'expected' {reason}")
         if self.normalize:
-            raise BadInput(f"normalize {reason}")
-
-
-def _check_word(name, word, known):
-    if word not in known:
-        raise BadInput(f"{name} is {word!r}; use one of {', '.join(known)}")
+            raise BadInput(f"normalize: True {reason}")
 
 
 # ------------------------------------------------------------------------------ noise and proxies
@@ -232,7 +222,7 @@ def erc_loss(
       BadInput: for a word that is none of the above, for one that has no meaning with a non-linear
         activation, and for noise "uniform" without a key.
     """
-    _check_word("precision", precision, PRECISIONS)
+    one_of("precision", precision, PRECISIONS)
     options = ErcOptions(
         alpha=alpha,
         noise=noise,

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from moe_erc.checks import BadInput
+from moe_erc.checks import check_fields, within
 from moe_erc.losses.base import Loss
 from moe_erc.numerics import masked_mean
 
@@ -20,11 +20,10 @@ from moe_erc.numerics import masked_mean
 class LanguageModelOptions:
     """chunk: time steps whose logits exist at once."""
 
-    chunk: int
+    chunk: int = within(least=1)
 
     def __post_init__(self):
-        if self.chunk < 1:
-            raise BadInput(f"chunk is {self.chunk}; it must be at least 1")
+        check_fields(self)
 
 
 def token_losses(

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from moe_erc.checks import BadInput
+from moe_erc.checks import among, check_fields
 from moe_erc.losses.base import Loss
 from moe_erc.numerics import divide
 
@@ -31,11 +31,10 @@ SCOPES = ("micro_batch", "step")
 class LoadBalanceOptions:
     """scope: "micro_batch" counts its own assignments; "step" adds the step's earlier ones."""
 
-    scope: str
+    scope: str = among(*SCOPES)
 
     def __post_init__(self):
-        if self.scope not in SCOPES:
-            raise BadInput(f"scope is {self.scope!r}; use one of {', '.join(SCOPES)}")
+        check_fields(self)
 
 
 def load(assignments_LE: jax.Array) -> jax.Array:

@@ -12,14 +12,13 @@ factor is kept in the state of the run.
 """
 
 import dataclasses
-import difflib
 import functools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 
-from moe_erc.checks import BadInput
+from moe_erc.checks import BadInput, Range, in_range, nearest
 from moe_erc.losses import LOSSES
 from moe_erc.losses.base import Loss
 from moe_erc.numerics import divide
@@ -152,16 +151,15 @@ def _descend(weight, parameter, gradient):
 
 def _check_name(name):
     if name not in LOSSES:
-        nearest = difflib.get_close_matches(name, LOSSES, n=1, cutoff=0)[0]
         raise BadInput(
-            f"losses.{name}: no such loss; the nearest is {nearest!r} of {', '.join(LOSSES)}"
+            f"losses.{name}: no such loss; "
+            f"the nearest is {nearest(name, LOSSES)!r} of {', '.join(LOSSES)}"
         )
 
 
 def _check_weights(name, block):
     for key in WEIGHTS:
-        if not 0 <= block.get(key, 0) < float("inf"):
-            raise BadInput(f"losses.{name}.{key}: {block[key]} is not a finite number >= 0")
+        in_range(f"losses.{name}.{key}", block.get(key, 0), Range(least=0))
     if block.get(AT_INIT) and LOSSES[name].kind != "parameters":
         raise BadInput(f"losses.{name}.{AT_INIT}: {block[AT_INIT]}, but the loss reads a batch; set 0")
 

@@ -246,7 +246,7 @@ def test_options_without_meaning_are_refused(options, named):
 
 @pytest.mark.parametrize("alpha", [-1.0, float("nan"), float("inf")])
 def test_an_alpha_that_is_no_share_is_refused(alpha):
-    with pytest.raises(ValueError, match="alpha is"):
+    with pytest.raises(ValueError, match=r"^alpha: "):
         moe_erc.erc_loss(random_params(), None, alpha=alpha, noise="none")
 
 

@@ -63,7 +63,7 @@ def test_a_precision_that_does_not_exist_is_refused():
     params = {name: jnp.ones(shape) for name, shape in SHAPES.items()}
     for mesh in (None, sharding.make_mesh(1, 1)):
         for word in ("higher", "auto"):  # what a step costs is unknown here
-            with pytest.raises(ValueError, match=f"precision is '{word}'; use one of default, high, highest"):
+            with pytest.raises(ValueError, match=f"precision: '{word}' is not one of default, high, highest"):
                 erc_loss(params, jax.random.key(0), precision=word, mesh=mesh)
 
 

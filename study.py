@@ -1,11 +1,11 @@
 """Is the difference real? Runs what is missing of a study, and says the verdict.
 
-    python study.py --study=studies/coupling_small.py --jobs=2      two runs side by side, each on its own core
-    python study.py --study=studies/coupling_small.py --report      tables and figures into docs/, from rows alone
+    python study.py --study=studies/coupling_small.py --jobs=2    two runs at a time, a core each
+    python study.py --study=studies/coupling_small.py --report    tables, figures, from rows alone
 
-A study is a file with arms, seeds, an outcome and a margin (docs/studies.md). A finished run is a row of
-studies/rows/NAME.jsonl. Started again, it goes on with what is missing. Several machines may work on one study
-in a directory that they share.
+A study is a file with arms, seeds, an outcome and a margin (docs/studies.md). A finished run is a
+row of studies/rows/NAME.jsonl. Started again, it goes on with what is missing. Several machines may
+work on one study in a directory that they share.
 """
 
 import pathlib
@@ -18,12 +18,22 @@ from moe_erc.launch import command_line
 from moe_erc.study import arms, report, rows, run
 
 ROOT = pathlib.Path(__file__).parent
-STUDY = flags.DEFINE_string("study", None, "The file of the study, as --study=studies/coupling_small.py")
-JOBS = flags.DEFINE_integer("jobs", 1, "Runs side by side, as --jobs=2; above 1 each has a core of its own", 1)
-SEEDS = flags.DEFINE_integer("seeds", None, "Runs of each arm, as --seeds=4; by default those of the study", 2)
+STUDY = flags.DEFINE_string(
+    "study", None, "The file of the study, as --study=studies/coupling_small.py"
+)
+JOBS = flags.DEFINE_integer(
+    "jobs", 1, "Runs side by side, as --jobs=2; above 1 each has a core of its own", 1
+)
+SEEDS = flags.DEFINE_integer(
+    "seeds", None, "Runs of each arm, as --seeds=4; by default those of the study", 2
+)
 REPORT = flags.DEFINE_bool("report", False, "Runs nothing; writes tables and figures: --report")
-RUNS = flags.DEFINE_string("runs", "runs/studies", "Where the directories of runs are, as --runs=/scratch/studies")
-DOCS = flags.DEFINE_string("docs", "docs", "Where --report writes results.md and figures/, as --docs=found")
+RUNS = flags.DEFINE_string(
+    "runs", "runs/studies", "Where the directories of runs are, as --runs=/scratch/studies"
+)
+DOCS = flags.DEFINE_string(
+    "docs", "docs", "Where --report writes results.md and figures/, as --docs=found"
+)
 
 
 def main(_):
@@ -35,7 +45,8 @@ def main(_):
         plans = [plan.aa, plan] if plan.aa else [plan]
 
         if REPORT.value:
-            print(report.write(plan, pathlib.Path(DOCS.value)))
+            for each in plans:
+                print(report.write(each, pathlib.Path(DOCS.value)))
             return
 
         # Everything is checked before anything is run.
@@ -53,7 +64,8 @@ def main(_):
     if stop.signal:
         sys.exit(128 + stop.signal)
     if failed:
-        sys.exit(f"error: {len(failed)} runs failed: {', '.join(failed)}; output.txt of each has the reason")
+        names = ", ".join(failed)
+        sys.exit(f"error: {len(failed)} runs failed: {names}; output.txt of each has the reason")
 
 
 def places(plan):

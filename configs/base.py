@@ -135,7 +135,8 @@ def _losses():
 def _data():
     """moe_erc/data/."""
     data = ConfigDict()
-    # embedded | planted | TFDS name (c4/en) | prepared TFDS directory | directory of .txt, .jsonl, .json lines, also .gz
+    # embedded | planted | TFDS name (c4/en) | prepared TFDS directory | directory of .txt, .jsonl,
+    # .json lines, also .gz
     data.sources = ("embedded",)
     data.weights = ()  # one per source; () is in proportion to size
     data.tokenizer = "bytes"  # or the path of a Hugging Face tokenizer.json

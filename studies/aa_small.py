@@ -7,7 +7,7 @@ from studies import settings
 def get_study() -> Study:
     """The study."""
     return Study(
-        hypothesis="Arms that differ in their seeds alone do not differ in their distance to the floor.",
+        hypothesis="Arms that differ in their seeds alone do not differ in distance to the floor.",
         control="vanilla",
         arms={"vanilla": Arm("configs/vanilla.py:tiny"), "again": Arm("configs/vanilla.py:tiny")},
         overrides=settings.SMALL,

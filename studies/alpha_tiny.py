@@ -7,7 +7,7 @@ from studies import settings
 def get_study() -> Study:
     """The study."""
     return Study(
-        hypothesis="A smaller alpha couples more and narrows the noise bound; the loss has its best between.",
+        hypothesis="A smaller alpha couples more and narrows the noise bound.",
         control="vanilla",
         arms={
             "vanilla": Arm("configs/vanilla.py:tiny"),

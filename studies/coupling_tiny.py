@@ -7,7 +7,7 @@ from studies import settings
 def get_study() -> Study:
     """The study."""
     return Study(
-        hypothesis="ERC couples router and experts without shrinking gates, and lowers the validation loss.",
+        hypothesis="ERC couples router and experts without shrinking gates, and lowers the loss.",
         control="vanilla",
         arms={
             "vanilla": Arm("configs/vanilla.py:tiny"),

@@ -7,7 +7,7 @@ from studies import settings
 def get_study() -> Study:
     """The study."""
     return Study(
-        hypothesis="With 64 experts ERC and MPI couple router and experts, and the loss does not tell them apart.",
+        hypothesis="With 64 experts ERC and MPI couple router and experts at the same loss.",
         control="vanilla",
         arms={
             "vanilla": Arm("configs/vanilla.py:tiny"),

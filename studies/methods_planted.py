@@ -8,8 +8,8 @@ def get_study() -> Study:
     """The study."""
     return Study(
         hypothesis=(
-            "A method that couples router and experts routes regimes to experts more purely, and comes "
-            "nearer to the floor."
+            "A method that couples router and experts routes regimes to experts more purely, and "
+            "comes nearer to the floor."
         ),
         control="vanilla",
         arms={

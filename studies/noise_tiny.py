@@ -8,8 +8,8 @@ def get_study() -> Study:
     """The study."""
     return Study(
         hypothesis=(
-            "At alpha 1 the noise has almost no mean effect: it raises all entries of a row of the matrix "
-            "alike where gate rows have equal norms."
+            "At alpha 1 the noise has almost no mean effect: it raises all entries of a row of the "
+            "matrix alike where gate rows have equal norms."
         ),
         control="uniform",
         arms={
@@ -23,7 +23,7 @@ def get_study() -> Study:
         outcome=settings.VALIDATION,
         evaluations=settings.TINY_EVALUATIONS,
         margin=0.005,
-        decision="Where all are equivalent, docs/erc.md recommends the expected noise, which needs no key.",
+        decision="Where all are equivalent, docs/erc.md recommends the expected noise.",
         also=settings.COUPLING,
         aa="aa_tiny",
     )

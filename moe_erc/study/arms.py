@@ -1,4 +1,4 @@
-"""A study file -> its runs: every arm as a whole configuration, or one line that says what is wrong.
+"""A study file -> its runs: every arm as a whole configuration, or one line that refuses it.
 
 Everything is checked before anything is run.
 """

@@ -63,11 +63,15 @@ class Study:
     def __post_init__(self):
         check_fields(self, "study")
         if len(self.arms) < 2:
-            raise BadInput(f"study.arms: {list(self.arms)} are too few; give the control and another")
+            raise BadInput(
+                f"study.arms: {list(self.arms)} are too few; give the control and another"
+            )
         one_of("study.control", self.control, self.arms)
         for name, arm in self.arms.items():
             if not name.isidentifier():
-                raise BadInput(f"study.arms: {name!r} names no directory; use letters, digits and _")
+                raise BadInput(
+                    f"study.arms: {name!r} names no directory; use letters, digits and _"
+                )
             if not isinstance(arm, Arm):
                 raise BadInput(f"study.arms: {name!r} is {arm!r}; give an Arm")
 

@@ -120,7 +120,9 @@ def _read(path: pathlib.Path) -> list[Row]:
         try:
             row = json.loads(line)
         except ValueError:
-            raise BadInput(f"{where}: this is no row; take it out, and its run is made again") from None
+            raise BadInput(
+                f"{where}: this is no row; take it out, and its run is made again"
+            ) from None
         if not isinstance(row, dict) or signed(row) != row:
             raise BadInput(
                 f"{where}: the digest fails, so the row was edited; "

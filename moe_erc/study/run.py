@@ -1,7 +1,7 @@
-"""Runs what is missing of a study: one `train.py` a run, several side by side, each on its own core.
+"""Runs what is missing of a study: one `train.py` a run, several at a time, each on its own core.
 
-A run is claimed, trained in a directory of its own, and becomes a row. A run that was killed goes on
-where its checkpoint is. A run that has a row is never made again.
+A run is claimed, trained in a directory of its own, and becomes a row. A run that was killed goes
+on where its checkpoint is. A run that has a row is never made again.
 """
 
 import contextlib
@@ -73,6 +73,7 @@ def check(plan: Plan, places: Places) -> None:
     """BadInput for what would stop the study later: rows, texts and directories of other runs."""
     found = rows.collect(plan, places.runs)
     finished = {(row["arm"], row["seed"]) for row in found}
+    _say_if_not_committed(plan.path)
     corpora: dict[DataConfig, text.Corpus] = {}
     for run in plan.runs:
         if (run.arm, run.seed) in finished:
@@ -89,7 +90,10 @@ def check(plan: Plan, places: Places) -> None:
 def _check_outcome(plan: Plan, corpus: text.Corpus) -> None:
     """Refuses the loss of a domain that the corpus has not, or a distance to an unknown floor."""
     family, _, name = plan.measure.key.partition("/")
-    known = {validation.LOSS.key: corpus.streams["validation"], validation.FLOOR_DISTANCE.key: corpus.floors}
+    known = {
+        validation.LOSS.key: corpus.streams["validation"],
+        validation.FLOOR_DISTANCE.key: corpus.floors,
+    }
     if family not in known:
         return
     if not known[family]:
@@ -157,13 +161,20 @@ def missing(plan: Plan, directory: pathlib.Path) -> list[Run]:
 
 
 def commit_of(directory: pathlib.Path) -> str:
-    """The commit of a git repository, with "+changes" where its files differ; "unknown" elsewhere."""
+    """The commit of a git repository, with "+changes" where its files differ; else "unknown"."""
     try:
         commit = _git(directory, "rev-parse", "--short=10", "HEAD")
         changes = _git(directory, "status", "--porcelain", "--untracked-files=no")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return f"{commit}+changes" if changes else commit
+
+
+def _say_if_not_committed(path: pathlib.Path) -> None:
+    """A study that may still be changed after its runs proves less."""
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        if _git(path.parent, "status", "--porcelain", "--", path.name):
+            _say(f"'{path}' is not committed; commit a study before its runs")
 
 
 def _git(directory, *arguments):
@@ -177,7 +188,9 @@ def _cores(jobs: int) -> list[int | None]:
         return [None] * jobs
     available = sorted(os.sched_getaffinity(0))
     if jobs > len(available):
-        raise BadInput(f"--jobs: {jobs} are more than the {len(available)} cores; use as many at most")
+        raise BadInput(
+            f"--jobs: {jobs} are more than the {len(available)} cores; use as many at most"
+        )
     return available[:jobs]
 
 

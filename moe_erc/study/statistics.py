@@ -1,9 +1,9 @@
-"""Is an arm of a study different from its control? Intervals, equivalence, power and a verdict in words.
+"""Is an arm of a study different from its control? Intervals, equivalence, power and a verdict.
 
     difference   mean(arm) - mean(control), with Welch's interval for unequal variances
-    family       of several arms each is compared with the same control: Dunnett's intervals and p values
+    family       of several arms each is compared with the same control: Dunnett's intervals
     equivalent   two one-sided Welch tests reject |difference| >= margin at the level 1 - confidence
-    detectable   the difference that samples of these sizes and deviations would show with the stated power
+    detectable   the difference that samples of these sizes and deviations show with the power
 
 Samples are one number per finished run. scipy.stats computes every test.
 """
@@ -26,7 +26,7 @@ MOST_RUNS = 10_000  # per arm; what needs more is not worth planning
 
 
 class Interval(NamedTuple):
-    """A difference of means with the ends of its confidence interval, in the unit of the outcome."""
+    """A difference of means with its confidence interval, in the unit of the outcome."""
 
     difference: float
     low: float
@@ -45,7 +45,9 @@ class Comparison(NamedTuple):
     verdict: str
 
 
-def welch(arm_N: Sequence[float], control_N: Sequence[float], confidence: float = CONFIDENCE) -> Interval:
+def welch(
+    arm_N: Sequence[float], control_N: Sequence[float], confidence: float = CONFIDENCE
+) -> Interval:
     """The difference of two means and Welch's confidence interval.
 
     Two samples without any deviation have an interval of length 0.
@@ -58,7 +60,7 @@ def welch(arm_N: Sequence[float], control_N: Sequence[float], confidence: float 
 
 
 def equivalence_p_value(arm_N: Sequence[float], control_N: Sequence[float], margin: float) -> float:
-    """The p value of two one-sided Welch tests: small where |difference| is shown to be below `margin`."""
+    """The p value of two one-sided Welch tests: small where |difference| is below `margin`."""
     if np.ptp(arm_N) == 0 and np.ptp(control_N) == 0:
         return float(abs(arm_N[0] - control_N[0]) >= margin)
     shifted_up_N = np.asarray(arm_N) + margin
@@ -69,7 +71,10 @@ def equivalence_p_value(arm_N: Sequence[float], control_N: Sequence[float], marg
 
 
 def power(
-    difference: float, deviations: tuple[float, float], runs: tuple[int, int], confidence: float = CONFIDENCE
+    difference: float,
+    deviations: tuple[float, float],
+    runs: tuple[int, int],
+    confidence: float = CONFIDENCE,
 ) -> float:
     """The probability that a two-sided Welch test finds a difference of means.
 
@@ -95,33 +100,45 @@ def power(
 
 
 def detectable_difference(
-    deviations: tuple[float, float], runs: tuple[int, int], confidence: float = CONFIDENCE, wanted: float = POWER
+    deviations: tuple[float, float],
+    runs: tuple[int, int],
+    confidence: float = CONFIDENCE,
+    wanted: float = POWER,
 ) -> float:
     """The smallest true difference that a study of these sizes finds with the power `wanted`."""
-    error = math.sqrt(sum(deviation**2 / count for deviation, count in zip(deviations, runs, strict=True)))
+    error = math.sqrt(
+        sum(deviation**2 / count for deviation, count in zip(deviations, runs, strict=True))
+    )
     if error == 0:
         return 0.0
     low, high = 0.0, error
     while power(high, deviations, runs, confidence) < wanted:
         high *= 2
     return float(
-        optimize.brentq(lambda difference: power(difference, deviations, runs, confidence) - wanted, low, high)
+        optimize.brentq(
+            lambda difference: power(difference, deviations, runs, confidence) - wanted, low, high
+        )
     )
 
 
 def runs_needed(
-    difference: float, deviations: tuple[float, float], confidence: float = CONFIDENCE, wanted: float = POWER
+    difference: float,
+    deviations: tuple[float, float],
+    confidence: float = CONFIDENCE,
+    wanted: float = POWER,
 ) -> int | None:
-    """How many runs per arm, as many for the control, find a true difference; None above `MOST_RUNS`."""
+    """How many runs of each arm find a true difference; None above `MOST_RUNS`."""
     for count in _growing(LEAST_RUNS, MOST_RUNS):
         if power(difference, deviations, (count, count), confidence) >= wanted:
             break
     else:
         return None
-    # The first count of the growing sequence that suffices lies at most a tenth above the smallest one.
+    # The first count of the growing sequence that suffices lies at most a tenth above the smallest.
     smallest = max(LEAST_RUNS, int(count / 1.1) - 1)
     candidates = range(smallest, count + 1)
-    return next(n for n in candidates if power(difference, deviations, (n, n), confidence) >= wanted)
+    return next(
+        n for n in candidates if power(difference, deviations, (n, n), confidence) >= wanted
+    )
 
 
 def _growing(first: int, last: int):
@@ -151,13 +168,19 @@ def compare(
       BadInput: for an arm with fewer than two runs, and for a margin that is not positive.
     """
     if not margin > 0:
-        raise BadInput(f"margin: {margin} is not above 0; give the largest difference that counts as none")
+        raise BadInput(
+            f"margin: {margin} is not above 0; give the largest difference that counts as none"
+        )
     for name, values in {"the control": control_N, **arms}.items():
         if len(values) < LEAST_RUNS:
-            raise BadInput(f"{name} has {len(values)} finished runs; a comparison needs at least {LEAST_RUNS}")
+            raise BadInput(
+                f"{name} has {len(values)} finished runs; a comparison needs at least {LEAST_RUNS}"
+            )
     intervals, p_values = _family(arms, control_N, confidence)
     return {
-        name: _compare_one(values, control_N, intervals[name], p_values[name], better, margin, confidence)
+        name: _compare_one(
+            values, control_N, intervals[name], p_values[name], better, margin, confidence
+        )
         for name, values in arms.items()
     }
 
@@ -166,13 +189,15 @@ def _family(arms, control_N, confidence):
     """({arm: interval}, {arm: p value}); Welch's for one arm, Dunnett's for several."""
     samples = list(arms.values())
     if len(samples) > 1 and any(np.ptp(values) > 0 for values in [*samples, control_N]):
-        # Dunnett's distribution is integrated by quasi Monte Carlo: a fixed generator gives the same digits each time.
+        # Dunnett's distribution is integrated by quasi Monte Carlo: a fixed generator gives the same
+        # digits each time.
         found = stats.dunnett(*samples, control=control_N, rng=np.random.default_rng(0))
         bounds = found.confidence_interval(confidence)
         ends = zip(arms, samples, bounds.low, bounds.high, strict=True)
         mean = np.mean(control_N)
         intervals = {
-            name: Interval(float(np.mean(values) - mean), float(low), float(high)) for name, values, low, high in ends
+            name: Interval(float(np.mean(values) - mean), float(low), float(high))
+            for name, values, low, high in ends
         }
         return intervals, dict(zip(arms, map(float, found.pvalue), strict=True))
     intervals = {name: welch(values, control_N, confidence) for name, values in arms.items()}

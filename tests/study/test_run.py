@@ -53,7 +53,8 @@ def test_every_run_becomes_a_row(make_plan, places, capsys):
     where = places(plan)
     failed, found = finish(plan, where)
     assert failed == []
-    assert [(row["arm"], row["seed"]) for row in found] == [("vanilla", 0), ("vanilla", 1), ("erc", 1000), ("erc", 1001)]
+    names = [f"{row['arm']}-{row['seed']}" for row in found]
+    assert names == ["vanilla-0", "vanilla-1", "erc-1000", "erc-1001"]
     assert found[1]["outcome"] == pytest.approx(2.01)
     assert found[1]["curve"] == [[1, pytest.approx(3.01)], [2, pytest.approx(2.01)]]
     assert found[1]["measures"]["erc/alpha_1"] == [0.0, 0.5]

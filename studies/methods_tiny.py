@@ -8,8 +8,8 @@ def get_study() -> Study:
     """The study."""
     return Study(
         hypothesis=(
-            "No method differs from vanilla by more than 0.02 nats at this size, and ERC beside MPI "
-            "has little left to do."
+            "No method differs from vanilla by more than 0.02 nats at this size, and ERC beside "
+            "MPI has little left to do."
         ),
         control="vanilla",
         arms={

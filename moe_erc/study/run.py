@@ -24,7 +24,8 @@ from moe_erc.study import claims, rows
 from moe_erc.study.arms import Plan, Run
 from moe_erc.study.files import write_whole
 
-POLL = 0.5  # seconds between two looks at the runs
+POLL = 0.5  # seconds between two looks at the own runs
+LOOK = 20.0  # seconds between two looks at the rows of others
 REFUSED = 2  # the exit code of train.py for bad input, which no other run of the arm mends
 OUTPUT = "output.txt"  # what a run prints
 DIGEST = "config_digest"  # the file in the directory of a run that says of which config it is
@@ -127,8 +128,11 @@ def run_missing(plan: Plan, places: Places, jobs: int, stop: Stop) -> list[str]:
     progress = Progress(plan, jobs)
     running: list[Job] = []
     failed: list[str] = []
+    unfinished = missing(plan, places.runs)
+    looked = time.monotonic()
     while True:
-        for job in [job for job in running if job.process.poll() is not None]:
+        ended = [job for job in running if job.process.poll() is not None]
+        for job in ended:
             running.remove(job)
             cores.append(job.core)
             made = _finish(plan, job, places, commit)
@@ -140,14 +144,20 @@ def run_missing(plan: Plan, places: Places, jobs: int, stop: Stop) -> list[str]:
         if stop.signal:
             _stop(running)
             return failed
+        if ended or time.monotonic() - looked > LOOK:
+            unfinished = missing(plan, places.runs)
+            looked = time.monotonic()
         names = [*failed, *(job.run.name for job in running)]
-        left = [run for run in missing(plan, places.runs) if run.name not in names]
+        left = [run for run in unfinished if run.name not in names]
         while cores and (claimed := _claim_one(left, places.runs)):
             run, claim = claimed
             left.remove(run)
             running.append(_start(run, claim, places, cores.pop(0)))
-        progress.show(len(missing(plan, places.runs)), running)
+        progress.show(len(unfinished), running)
         if not running and not _orphans(left, places.runs):
+            held = [run.name for run in left if _is_held(run, places.runs)]
+            if held:
+                _say(f"other processes have {', '.join(held)} and add their rows")
             return failed
         for job in running:
             job.claim.beat()
@@ -205,6 +215,10 @@ def _claim_one(left: Sequence[Run], directory: pathlib.Path) -> tuple[Run, claim
             continue
         return run, claim
     return None
+
+
+def _is_held(run: Run, directory: pathlib.Path) -> bool:
+    return claims.state(directory / run.name) == "held"
 
 
 def _orphans(left: Sequence[Run], directory: pathlib.Path) -> bool:

@@ -189,8 +189,8 @@ def _family(arms, control_N, confidence):
     """({arm: interval}, {arm: p value}); Welch's for one arm, Dunnett's for several."""
     samples = list(arms.values())
     if len(samples) > 1 and any(np.ptp(values) > 0 for values in [*samples, control_N]):
-        # Dunnett's distribution is integrated by quasi Monte Carlo: a fixed generator gives the same
-        # digits each time.
+        # Dunnett's distribution is integrated by quasi Monte Carlo: a fixed generator gives the
+        # same digits each time.
         found = stats.dunnett(*samples, control=control_N, rng=np.random.default_rng(0))
         bounds = found.confidence_interval(confidence)
         ends = zip(arms, samples, bounds.low, bounds.high, strict=True)

@@ -25,6 +25,7 @@ def places(tmp_path, monkeypatch):
     """Places of a plan, with the stand-in for train.py that reads the corpus of the plan."""
     monkeypatch.setenv("MOE_ERC_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(run, "POLL", 0.01)
+    monkeypatch.setattr(run, "LOOK", 0.1)
 
     def make(plan):
         corpus = text.prepare(DataConfig(**plan.settings["vanilla"].config.data)).identity

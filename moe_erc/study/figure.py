@@ -44,14 +44,18 @@ def _draw_curves(ax, found):
         if not curves:
             continue
         color = COLORS[place % len(COLORS)]
-        steps = [step for step, _ in curves[0]]
+        steps_S = np.array([step for step, _ in curves[0]])
         values_NS = np.array([[value for _, value in curve] for curve in curves], float)
+        # The first quarter falls so far that nothing would be seen of the differences at the end.
+        shown_S = steps_S >= steps_S[-1] / 4
+        steps_S = steps_S[shown_S]
+        values_NS = values_NS[:, shown_S]
         mean_S = values_NS.mean(axis=0)
         dash = DASHES[place % len(DASHES)]
-        ax.plot(steps, mean_S, color=color, linestyle=dash, label=arm)
+        ax.plot(steps_S, mean_S, color=color, linestyle=dash, label=arm)
         half_S = [half_width(values_N, found.plan.study.confidence) for values_N in values_NS.T]
-        ax.fill_between(steps, mean_S - half_S, mean_S + half_S, color=color, alpha=0.15)
-    ax.set(xlabel="step", ylabel=found.plan.measure.axis)
+        ax.fill_between(steps_S, mean_S - half_S, mean_S + half_S, color=color, alpha=0.15)
+    ax.set(xlabel="step", ylabel=found.plan.measure.axis.replace(" (", "\n("))
     ax.set_title(f"means over seeds and their {100 * found.plan.study.confidence:g} % intervals")
     ax.legend()
     ax.grid(axis="y")

@@ -136,9 +136,7 @@ def run_missing(plan: Plan, places: Places, jobs: int, stop: Stop) -> list[str]:
             running.remove(job)
             cores.append(job.core)
             made = _finish(plan, job, places, commit)
-            if job.process.returncode == REFUSED:
-                _stop(running)
-                raise BadInput(f"{job.run.name}: {_last_line(places.runs / job.run.name / OUTPUT)}")
+            _check_refusal(job, running, places)
             if not made and not stop.signal:
                 failed.append(job.run.name)
         if stop.signal:
@@ -155,9 +153,7 @@ def run_missing(plan: Plan, places: Places, jobs: int, stop: Stop) -> list[str]:
             running.append(_start(run, claim, places, cores.pop(0)))
         progress.show(len(unfinished), running)
         if not running and not _orphans(left, places.runs):
-            held = [run.name for run in left if _is_held(run, places.runs)]
-            if held:
-                _say(f"other processes have {', '.join(held)} and add their rows")
+            _say_who_has(left, places.runs)
             return failed
         for job in running:
             job.claim.beat()
@@ -217,8 +213,17 @@ def _claim_one(left: Sequence[Run], directory: pathlib.Path) -> tuple[Run, claim
     return None
 
 
-def _is_held(run: Run, directory: pathlib.Path) -> bool:
-    return claims.state(directory / run.name) == "held"
+def _check_refusal(job: Job, running: Sequence[Job], places: Places) -> None:
+    """Ends the study on bad input that train.py alone could find; every run of the arm has it."""
+    if job.process.returncode == REFUSED:
+        _stop(running)
+        raise BadInput(f"{job.run.name}: {_last_line(places.runs / job.run.name / OUTPUT)}")
+
+
+def _say_who_has(left: Sequence[Run], directory: pathlib.Path) -> None:
+    held = [run.name for run in left if claims.state(directory / run.name) == "held"]
+    if held:
+        _say(f"other processes have {', '.join(held)} and add their rows")
 
 
 def _orphans(left: Sequence[Run], directory: pathlib.Path) -> bool:

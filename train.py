@@ -36,6 +36,7 @@ from moe_erc.measures import validation
 from moe_erc.measures.registry import curves
 from moe_erc.training.build import Training, build
 from moe_erc.training.checkpoint import Checkpoints, holds_steps, prepare_directory
+from moe_erc.training.environment import environment
 from moe_erc.training.failure import EXPECTED, LastWords
 from moe_erc.training.interrupt import StopRequest
 from moe_erc.training.metrics import MetricWriter, check_package
@@ -244,6 +245,9 @@ def first_state(run):
         state, _ = start.checkpoints.restore(training.abstract_state)
     else:
         state = training.create_state(run.given.read() if run.given else None)
+    # Only now is it known what a loss is at step 0.
+    with command_line.refusing_bad_input():
+        training.objective.check_scales(state.loss_scales)
     resume.print_schedule(start.earlier, run.meta["config"], int(updates_done(state.opt_state)))
     return state
 
@@ -372,6 +376,8 @@ def report(run, state):
     history = resume.history_lines(run.meta["history"])
     step = max(run.start.step, run.config.train.steps)
     written = make_report(step, history, found)
+    # What a study keeps of a run beside what it found.
+    written |= {"environment": environment(run.training.mesh), "corpus": run.corpus.identity}
     try:
         write_report(run.workdir / "report.json", written)
     except OSError as error:

@@ -70,6 +70,8 @@ def _model():
 def _routers():
     """moe_erc/moe/routers/, one file each; model.router names the one in use."""
     routers = ConfigDict()
+    # Routes evenly, whatever the router says: for benchmarks, whose time then depends on no weights.
+    routers.forced_balance = False
     routers.softmax = _top_k()  # one row of the model's width per expert
     routers.softmax.init = "normal"  # of the rows: as other matrices; or orthogonal
     routers.mpi = _top_k()  # rows turned towards their experts' gates
@@ -117,6 +119,9 @@ def _losses():
     losses.router_z.weight = 0.0
     losses.erc = ConfigDict()  # expert-router coupling
     losses.erc.weight = 0.0
+    # Above 0: the weight is multiplied by this over the loss of step 0. With weight 1 the term then
+    # begins at this value, so that two alphas are of equal strength.
+    losses.erc.weight_at_init = 0.0
     # The share of the matching response that a foreign one may reach; 0.5 is best at E = 256.
     losses.erc.alpha = 1.0
     losses.erc.noise = "uniform"  # "expected": integrated out; "none": the clean router rows
@@ -151,8 +156,8 @@ def _losses():
 def _data():
     """moe_erc/data/."""
     data = ConfigDict()
-    # embedded | TFDS name (c4/en) | prepared TFDS directory | directory of .txt, .jsonl, .json
-    # lines, also .gz
+    # embedded | planted | TFDS name (c4/en) | prepared TFDS directory | directory of .txt, .jsonl,
+    # .json lines, also .gz
     data.sources = ("embedded",)
     data.weights = ()  # one per source; () is in proportion to size
     data.tokenizer = "bytes"  # or the path of a Hugging Face tokenizer.json
@@ -166,7 +171,21 @@ def _data():
     # which positions start at 0; a document that begins before the window starts at 0 where the
     # window does. Evaluation follows the run's setting.
     data.attend_across_documents = True
+    data.planted = _planted()
     return data
+
+
+def _planted():
+    """Of the source "planted", moe_erc/data/planted.py: Markov chains, whose entropy is known."""
+    planted = ConfigDict()
+    planted.regimes = 8  # G, each a domain with a chain of its own
+    planted.alphabet = 32  # letters, which all regimes share
+    planted.mixing = 0.25  # share of the chain that all regimes have in common
+    planted.documents = 64  # of each regime, for training
+    planted.letters = 4096  # of a document
+    planted.validation = 4  # documents of each regime that are held out
+    planted.seed = 0  # of the chains and the documents
+    return planted
 
 
 def _optimizer():

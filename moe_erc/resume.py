@@ -15,6 +15,7 @@ from moe_erc.checks import BadInput
 from moe_erc.data import cache, origin, text
 from moe_erc.data.mixture import whole_weights
 from moe_erc.data.tokenizer import load as load_tokenizer
+from moe_erc.losses.objective import Objective
 from moe_erc.model.config import ModelConfig
 from moe_erc.model.transformer import Transformer
 from moe_erc.training.identity import (
@@ -122,14 +123,15 @@ def _filled(config: Mapping, defaults: Mapping) -> dict:
 
 def check_state(earlier: Earlier, model: Transformer, state: Any) -> None:
     """Refuses an allowed change after which the checkpoint's arrays do not fit the run's state."""
-    deciding = ("model.", "routers.", "optimizer.")
+    deciding = ("model.", "routers.", "losses.", "optimizer.")
     if not any(change.key.startswith(deciding) for change in earlier.changes):
         return
     before_model = Transformer(ModelConfig.of(earlier.config), model.mesh)
     steps = earlier.config["train"]["steps"]
     optimizer_config = OptimizerConfig(**earlier.config["optimizer"])
     optimizer = make_optimizer(optimizer_config, steps, before_model.config)
-    before = _shapes(jax.eval_shape(initializer(before_model, optimizer, 0)))
+    objective = Objective(earlier.config["losses"], before_model)
+    before = _shapes(jax.eval_shape(initializer(before_model, optimizer, 0, objective)))
     after = _shapes(state)
     for name in before | after:
         if before.get(name) != after.get(name):
@@ -222,7 +224,8 @@ def _content_changes(earlier: Earlier, config: text.DataConfig) -> list[Change]:
 
     A tokenizer is compared by its content; its path says nothing.
     """
-    ours = {name: getattr(config, name) for name in earlier.config["data"] if hasattr(config, name)}
+    asked = dataclasses.asdict(config)
+    ours = {name: asked[name] for name in earlier.config["data"] if name in asked}
     saved = {name: earlier.config["data"][name] for name in ours}
     changes = []
     for change in differences({"data": saved}, {"data": ours}):

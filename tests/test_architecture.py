@@ -29,7 +29,7 @@ ALLOWED = {
     "evaluation": {"evaluation", "measures", "model", "data", "sharding", "tables"},
     "diagnosis": {"diagnosis", "measures", "model", "losses", "numerics", "sharding", "tables"},
     "hf": {"hf", "measures", "model", "moe", "data"},
-    "study": {"study"},
+    "study": {"study", "data", "diagnosis", "launch", "measures", "model"},
     "launch": {"launch", "console", "data"},
     "checks": set(),
     "numerics": set(),
@@ -50,7 +50,7 @@ ALLOWED = {
         "sharding",
         "training",
     },
-    "resume": {"data", "model", "training"},
+    "resume": {"data", "losses", "model", "training"},
     "diagnose": {"data", "diagnosis", "hf", "launch", "runs", "sharding"},
     "export": {"data", "hf", "launch", "measures", "runs", "sharding"},
     "generate": {"console", "data", "evaluation", "launch", "runs", "sharding"},
@@ -101,6 +101,17 @@ def test_configs_import_ml_collections_each_other_and_the_way_to_refuse_alone(pa
         module for module in imports(path) if module.split(".")[0] not in sys.stdlib_module_names
     }
     assert {module.split(".")[0] for module in modules - own} <= {"ml_collections", "configs"}
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "studies").glob("*.py")), ids=lambda path: path.name
+)
+def test_studies_import_the_record_of_a_study_and_each_other_alone(path):
+    modules = {
+        module for module in imports(path) if module.split(".")[0] not in sys.stdlib_module_names
+    }
+    outside = {module for module in modules if module.split(".")[0] != "studies"}
+    assert outside <= {"moe_erc.study.plan", "ml_collections"}
 
 
 def test_no_file_of_no_subject():

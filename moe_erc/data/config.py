@@ -3,6 +3,7 @@
 import dataclasses
 
 from moe_erc.checks import BadInput, Range, check_fields, in_range, within
+from moe_erc.data.planted import Planted
 
 WEIGHT = Range(above=0, note="give each source a share above 0, or drop it")
 
@@ -14,7 +15,7 @@ class DataConfig:
     BadInput for a value beyond its limit.
     """
 
-    sources: tuple[str, ...]  # "embedded", a directory, or a TFDS name such as "c4/en"
+    sources: tuple[str, ...]  # "embedded", "planted", a directory, or a TFDS name such as "c4/en"
     weights: tuple[float, ...]  # share of the training windows per source; () is by size
     tokenizer: str  # "bytes" or the path of a Hugging Face tokenizer.json
     text_key: str  # the feature (TFDS) or field (.jsonl) that holds the text
@@ -24,8 +25,12 @@ class DataConfig:
     cache_dir: str  # "" is $MOE_ERC_CACHE, or ~/.cache/moe_erc
     # Whether tokens attend to earlier documents of their window.
     attend_across_documents: bool = True
+    # Of the source "planted"; a mapping is taken as its options.
+    planted: Planted = dataclasses.field(default_factory=Planted)
 
     def __post_init__(self):
+        if not isinstance(self.planted, Planted):
+            object.__setattr__(self, "planted", Planted(**self.planted))
         check_fields(self, "data")
         self._check_sources()
         self._check_weights()

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from moe_erc.checks import BadInput
-from moe_erc.data import embedded, text_files
+from moe_erc.data import embedded, planted, text_files
 from moe_erc.data.python_source import installed_trees, versions
 
 MOST_FILES = 10_000  # of so many files names are kept; of more only their number and size
@@ -24,6 +24,8 @@ def describe(name: str) -> dict:
     """
     if name == embedded.NAME:
         return {"versions": versions(installed_trees())}
+    if name == planted.NAME:  # the configuration says all of it
+        return {}
     path = Path(name).expanduser()
     if (path / "dataset_info.json").is_file():
         return {"dataset": _name_and_version(path / "dataset_info.json")}

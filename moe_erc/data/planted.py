@@ -17,7 +17,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from moe_erc.checks import BadInput, check_fields, nearest, within
+from moe_erc.checks import check_fields, within
 from moe_erc.data.document import Document
 
 NAME = "planted"
@@ -27,7 +27,7 @@ CONCENTRATION = 0.1  # of the Dirichlet rows: from most letters a few others are
 
 @dataclasses.dataclass(frozen=True)
 class Planted:
-    """The options of the source, written as `planted:regimes=8,mixing=0.25`."""
+    """The options of the source, the block `data.planted` of a configuration."""
 
     regimes: int = within(1, 64, default=8)  # G
     alphabet: int = within(2, len(LETTERS), default=32)  # letters, A
@@ -38,7 +38,7 @@ class Planted:
     seed: int = within(0, 2**32 - 1, default=0)
 
     def __post_init__(self):
-        check_fields(self, f"data.sources: {NAME}")
+        check_fields(self, f"data.{NAME}")
 
     def chains(self) -> np.ndarray:
         """(G, A, A) float64: the probability of a letter after a letter, by regime."""
@@ -55,12 +55,12 @@ class Planted:
 
         The end of a document, one token, is predictable from its length and adds nothing.
         """
-        return {
-            _regime(number): (_entropy(start_A) + (self.letters - 1) * entropy_rate(chain_AA))
-            / (self.letters + 1)
-            for number, chain_AA in enumerate(self.chains())
-            for start_A in [stationary(chain_AA)]
-        }
+        floors = {}
+        for number, chain_AA in enumerate(self.chains()):
+            first = _entropy(stationary(chain_AA))
+            others = (self.letters - 1) * entropy_rate(chain_AA)
+            floors[_regime(number)] = (first + others) / (self.letters + 1)
+        return floors
 
     def texts(self) -> Iterator[Document]:
         """Every document, by regime and split."""
@@ -74,31 +74,6 @@ class Planted:
     def count(self) -> int:
         """The number of documents."""
         return self.regimes * (self.documents + self.validation)
-
-
-def parse(name: str) -> Planted:
-    """The options in a source name: `planted`, or `planted:regimes=8,mixing=0.25`.
-
-    Raises:
-      BadInput: for an option that does not exist, and for a value beyond its limit.
-    """
-    _, _, text = name.partition(":")
-    kinds = {field.name: field.type for field in dataclasses.fields(Planted)}
-    options = {}
-    for part in filter(None, text.split(",")):
-        key, _, value = part.partition("=")
-        if key not in kinds:
-            raise BadInput(
-                f"data.sources: {name!r} has no option {key!r}; "
-                f"the nearest is {nearest(key, kinds)!r}"
-            )
-        try:
-            options[key] = kinds[key](value)
-        except ValueError:
-            raise BadInput(
-                f"data.sources: {NAME}:{key}={value} is not a number; write {key}=…"
-            ) from None
-    return Planted(**options)
 
 
 def stationary(chain_AA: np.ndarray) -> np.ndarray:

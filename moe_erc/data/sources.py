@@ -1,4 +1,4 @@
-"""What a source name means: the embedded corpus, a directory, or a TFDS data set.
+"""What a source name means: the embedded or the planted corpus, a directory, or a TFDS data set.
 
 An existing directory wins over a data set of the same name; what looks like a path is never looked
 up as a name.
@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from moe_erc.checks import BadInput
-from moe_erc.data import cache, embedded, paths, text_files, tfds_source
+from moe_erc.data import cache, embedded, paths, planted, text_files, tfds_source
 from moe_erc.data.config import DataConfig
 from moe_erc.data.document import Account, Document
 from moe_erc.data.python_source import installed_trees, versions
@@ -37,6 +37,8 @@ def open_source(name: str, config: DataConfig) -> Source:
     """Find (and for TFDS prepare) what `name` stands for; no text is read before `documents()`."""
     if name == embedded.NAME:
         return _embedded()
+    if name == planted.NAME:
+        return _planted(config.planted)
     path = paths.local(name)
     if (path / "dataset_info.json").is_file():
         return _from_tfds(name, tfds_source.in_directory(path), config)
@@ -45,7 +47,7 @@ def open_source(name: str, config: DataConfig) -> Source:
     if name[0] in "/.~" or path.exists():
         raise BadInput(
             f"data.sources: no such directory '{name}'; "
-            "give an existing directory, a TFDS name such as 'c4/en', or 'embedded'"
+            "give an existing directory, a TFDS name such as 'c4/en', 'embedded' or 'planted'"
         )
     return _from_tfds(name, tfds_source.named(name, config.text_key), config)
 
@@ -60,6 +62,20 @@ def _embedded() -> Source:
         account=embedded.account(),
         # It divides itself by the hash of each text: a small one may have nothing held out.
         has_own_splits=False,
+    )
+
+
+def _planted(options: planted.Planted) -> Source:
+    held_out = options.regimes * options.validation
+    splits = f"drawn from {options.regimes} regimes: {held_out} documents are held out"
+    return Source(
+        name=planted.NAME,
+        label=planted.NAME,
+        identity=cache.digest([_RULES, planted.NAME, dataclasses.asdict(options)]),
+        documents=options.texts,
+        account=Account(splits, {}),
+        has_own_splits=True,
+        count=options.count,
     )
 
 

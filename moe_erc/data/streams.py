@@ -66,6 +66,8 @@ class Corpus:
     accounts: Mapping[str, Account] = dataclasses.field(default_factory=dict)  # by source
     # If False, batches have the number of each token's document.
     attend_across_documents: bool = True
+    # By domain, the nats per token that no model can go below, where that is known.
+    floors: Mapping[str, float] = dataclasses.field(default_factory=dict)
     # Where the streams lie in the cache, for `text.reopen`.
     record: Mapping = dataclasses.field(default_factory=dict)
 

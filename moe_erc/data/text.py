@@ -13,12 +13,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from moe_erc.checks import BadInput
-from moe_erc.data import cache, origin, sources, streams
+from moe_erc.data import cache, origin, planted, sources, streams
 from moe_erc.data.config import DataConfig
 from moe_erc.data.document import Account
 from moe_erc.data.mixture import whole_weights
 from moe_erc.data.streams import Corpus, Stream
-from moe_erc.data.tokenizer import Tokenizer
+from moe_erc.data.tokenizer import ByteTokenizer, Tokenizer
 from moe_erc.data.tokenizer import load as load_tokenizer
 from moe_erc.data.windows import (
     count_windows,
@@ -116,6 +116,7 @@ def _corpus(config: DataConfig, tokenizer: Tokenizer, entries: Sequence[Mapping]
     cache_directory = cache.directory_of(config.cache_dir)
     by_split: dict[str, dict[str, Stream]] = {"train": {}, "validation": {}}
     accounts: dict[str, Account] = {}
+    floors: dict[str, float] = {}
     described = []
     for entry in entries:
         directory = cache_directory / entry["directory"]
@@ -127,6 +128,10 @@ def _corpus(config: DataConfig, tokenizer: Tokenizer, entries: Sequence[Mapping]
         names = _domain_names([domain for _, domain, _ in found], entry["label"], taken)
         for split, domain, stream in found:
             by_split[split][names[domain]] = stream
+        # Of a token that is one letter, the entropy of the source is known.
+        if entry["name"] == planted.NAME and isinstance(tokenizer, ByteTokenizer):
+            of_source = config.planted.floor()
+            floors |= {names[domain]: of_source[domain] for domain in names}
         digests = [[split, stream.sha256] for split, _, stream in found]
         described.append(dict(entry) | {"streams": digests})
     _check_length(config, by_split["train"].values())
@@ -139,6 +144,7 @@ def _corpus(config: DataConfig, tokenizer: Tokenizer, entries: Sequence[Mapping]
         identity,
         accounts,
         config.attend_across_documents,
+        floors,
         record | {"corpus": identity},
     )
 

@@ -51,15 +51,19 @@ def _columns(group, found):
 
 def by_domain(found: Mapping[str, Any]) -> Table:
     """Validation: a row for every domain, and last their mean."""
+    measures = list(BY_DOMAIN)
+    mean = validation.FLOOR_DISTANCE.of(validation.MEAN)
+    if mean.key in found:
+        measures.insert(1, validation.FLOOR_DISTANCE)
     rows = []
     for domain in (*validation.domains(found), validation.MEAN):
         row = [domain]
-        for measure in BY_DOMAIN:
+        for measure in measures:
             value = found.get(measure.of(domain).key)
             row.append("" if value is None else measure.show(value))
         rows.append(tuple(row))
     title = f"Validation, {validation.LOSS.unit}"
-    return Table(("domain", *(measure.label for measure in BY_DOMAIN)), rows, title)
+    return Table(("domain", *(measure.label for measure in measures)), rows, title)
 
 
 def print_found(found: Mapping[str, Any]) -> None:

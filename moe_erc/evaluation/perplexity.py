@@ -18,6 +18,7 @@ from moe_erc.checks import BadInput
 from moe_erc.data.text import Corpus, validation_batches
 from moe_erc.measures import validation
 from moe_erc.measures.load import LOAD
+from moe_erc.measures.purity import PURITY, purity
 from moe_erc.model.context import of_batch
 from moe_erc.model.transformer import Transformer
 from moe_erc.sharding import replicate
@@ -73,10 +74,15 @@ class Perplexity:
         return other
 
     def run(self, weights: Any) -> dict[str, Any]:
-        """Loss, bits per byte and tokens by domain, the mean loss, and the load (L, E)."""
+        """Loss, bits per byte and tokens by domain, the mean loss, and the load (L, E), as shares.
+
+        Of several domains the purity of routing, and of a corpus whose entropy is known the
+        distance to it.
+        """
         found = {}
         losses = []
-        assignments_LE = 0
+        distances = []
+        assignments = []
         for domain, stream in self._corpus.streams["validation"].items():
             total = self._total(weights, domain)
             loss = float(total["loss"] / total["tokens"])
@@ -85,8 +91,17 @@ class Perplexity:
             found[validation.LOSS.of(domain).key] = loss
             found[validation.BITS.of(domain).key] = loss / math.log(2) * tokens_per_byte
             found[validation.TOKENS.of(domain).key] = int(total["tokens"])
-            assignments_LE += total["assignments_LE"]
+            assignments.append(total["assignments_LE"])
+            if domain in self._corpus.floors:
+                distances.append(loss - self._corpus.floors[domain])
+                found[validation.FLOOR_DISTANCE.of(domain).key] = distances[-1]
         found[validation.LOSS.of(validation.MEAN).key] = float(np.mean(losses))
+        # A mean over some of the domains would be no distance of the mean loss.
+        if len(distances) == len(losses):
+            found[validation.FLOOR_DISTANCE.of(validation.MEAN).key] = float(np.mean(distances))
+        if len(assignments) > 1:
+            found[PURITY.key] = purity(np.stack(assignments))
+        assignments_LE = np.sum(assignments, axis=0)
         found[LOAD.key] = assignments_LE / np.maximum(assignments_LE.sum(axis=-1, keepdims=True), 1)
         return found
 

@@ -27,6 +27,7 @@ FIELDS = {  # config.json -> ModelConfig
 RENORMALIZE = "norm_topk_prob"  # an option of the router
 # Fields of a model to be run that config.json does not have.
 PLAIN = {
+    "forced_balance": False,
     "shared_experts": 0,
     "init_std": 0.02,
     "dtype": "float32",

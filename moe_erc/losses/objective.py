@@ -2,6 +2,13 @@
 
 The losses are the records of `losses/__init__.py`; what a loss reads is in `losses/base.py`. A loss
 of weight 0 is not computed.
+
+A loss of parameters may have `weight_at_init` above 0. Its weight is then multiplied by
+
+    weight_at_init / (its value at step 0)
+
+so that the weighted term begins at weight * weight_at_init, whatever the size of the loss. The
+factor is kept in the state of the run.
 """
 
 import dataclasses
@@ -14,7 +21,11 @@ import jax
 from moe_erc.checks import BadInput, Range, in_range, nearest
 from moe_erc.losses import LOSSES
 from moe_erc.losses.base import Loss
+from moe_erc.numerics import divide
 from moe_erc.random_keys import named
+
+AT_INIT = "weight_at_init"
+WEIGHTS = ("weight", AT_INIT)  # of a block, beside the options of the loss
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +46,7 @@ class Objective:
     def __post_init__(self):
         for name, block in self.losses.items():
             _check_name(name)
-            _check_weight(name, block["weight"])
+            _check_weights(name, block)
             _options(name, block)
             _check_router(name, block["weight"], self.model.config.router)
 
@@ -75,6 +86,31 @@ class Objective:
             key = None if rng is None else named(rng, f"losses.{name}")
             terms[name] = loss.compute(options, params, key, self.model, shape_BT)
         return terms
+
+    def scales_at_init(self, params, rng: jax.Array) -> dict[str, jax.Array]:
+        """{name: weight_at_init over the value at step 0} of the losses that have it, scalars.
+
+        The factor is 0 for a loss that is 0 at step 0: `check_scales` refuses it.
+
+        params: those of step 0.
+        rng: the key of step 0.
+        """
+        names = self._weighed_at_init()
+        terms = self.of_parameters(params, rng) if names else {}
+        return {name: divide(self.losses[name][AT_INIT], terms[name]) for name in names}
+
+    def check_scales(self, scales: Mapping[str, jax.Array]) -> None:
+        """BadInput for a loss that was 0 at step 0, or not finite, and is to be weighed by that."""
+        for name in self._weighed_at_init():
+            scale = float(scales[name])
+            if not 0 < scale < float("inf"):
+                raise BadInput(
+                    f"losses.{name}.{AT_INIT}: {self.losses[name][AT_INIT]}, but the loss of step 0 "
+                    f"gives the factor {scale}; set it to 0 and give a losses.{name}.weight"
+                )
+
+    def _weighed_at_init(self):
+        return [name for name, _, _ in self._active("parameters") if self.losses[name].get(AT_INIT)]
 
     def total(self, terms: Mapping, scales: Mapping) -> jax.Array:
         """The weighted sum; `scales` multiplies the weights that a controller moves."""
@@ -122,15 +158,20 @@ def _check_name(name):
         )
 
 
-def _check_weight(name, weight):
-    in_range(f"losses.{name}.weight", weight, Range(least=0))
+def _check_weights(name, block):
+    for key in WEIGHTS:
+        in_range(f"losses.{name}.{key}", block.get(key, 0), Range(least=0))
+    if block.get(AT_INIT) and LOSSES[name].kind != "parameters":
+        raise BadInput(
+            f"losses.{name}.{AT_INIT}: {block[AT_INIT]}, but the loss reads a batch; set 0"
+        )
 
 
 def _options(name, block):
     """The options of a block as the loss's own record, which checks them."""
     kind = LOSSES[name].options
     known = [field.name for field in dataclasses.fields(kind)]
-    given = {key: value for key, value in block.items() if key != "weight"}
+    given = {key: value for key, value in block.items() if key not in WEIGHTS}
     for key in given:
         if key not in known:
             has = f"it has {', '.join(known)}" if known else "it has none"

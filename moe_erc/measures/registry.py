@@ -18,6 +18,7 @@ from moe_erc.measures import (
     load,
     output_cosine,
     probability_entropy,
+    purity,
     training,
     validation,
     weights,
@@ -34,6 +35,7 @@ _ALL = (
     *load.MEASURES,
     probability_entropy.PROBABILITY_ENTROPY,
     dropped_tokens.DROPPED_TOKENS,
+    purity.PURITY,
     *expert_use.MEASURES,
 )
 MEASURES = {measure.key: measure for measure in _ALL}

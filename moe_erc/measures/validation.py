@@ -1,6 +1,7 @@
 """What the evaluators of `evaluation/` find on text. All are families.
 
-bits per byte = loss / ln 2 * tokens / bytes        comparable across tokenizers
+bits per byte         = loss / ln 2 * tokens / bytes    comparable across tokenizers
+distance to the floor = loss - entropy of the source    where the entropy is known
 """
 
 from collections.abc import Mapping
@@ -12,13 +13,16 @@ MEAN = "mean"  # the member of a family that is the mean of the domains
 
 LOSS = Measure("validation", "validation loss", "nats per token", per_layer=False, better="lower")
 BITS = Measure("bits_per_byte", "bits per byte", "", per_layer=False, better="lower")
+FLOOR_DISTANCE = Measure(
+    "floor_distance", "distance to the floor", "nats per token", per_layer=False, better="lower"
+)
 UNIGRAM = Measure("unigram", "unigram", "nats per token", per_layer=False)
 BIGRAM = Measure("bigram", "bigram", "nats per token", per_layer=False)
 TOKENS = Measure("validation_tokens", "tokens", "", per_layer=False, digits=0)
 TASK = Measure("tasks", "task", "", per_layer=False)  # by task and metric of the harness
 SAMPLE = Measure("sample", "sample", "text", per_layer=False)  # by prompt
 
-MEASURES = (LOSS, BITS, UNIGRAM, BIGRAM, TOKENS, TASK, SAMPLE)
+MEASURES = (LOSS, BITS, FLOOR_DISTANCE, UNIGRAM, BIGRAM, TOKENS, TASK, SAMPLE)
 
 
 def domains(found: Mapping[str, Any]) -> list[str]:

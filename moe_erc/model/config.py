@@ -32,6 +32,7 @@ class ModelConfig:
     experts_per_token: int = within(least=1)
     expert_width: int = within(least=1)
     router: Router  # with its options, the block `routers` of the configuration
+    forced_balance: bool  # tokens are routed evenly, whatever the router says
     shared_experts: int = within(least=0)
     rope_theta: float = within(above=0)
     norm_eps: float = within(above=0)
@@ -57,7 +58,9 @@ class ModelConfig:
         BadInput if it cannot be built.
         """
         model = dict(config["model"])
-        model["router"] = make_router(model["router"], dict(config["routers"]))
+        routers = dict(config["routers"])
+        model["forced_balance"] = routers.pop("forced_balance")
+        model["router"] = make_router(model["router"], routers)
         return cls(**model)
 
     def check_vocabulary(self, tokens: int) -> None:

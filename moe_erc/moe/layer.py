@@ -117,6 +117,8 @@ class MoE(nn.Module):
 
         scored = score(x_BTD)
         scores, chosen, auxiliary = router.route(config, mesh, scored, router_state, run_all)
+        if config.forced_balance:
+            chosen = routing.even(scores.probabilities_BTE, config.experts_per_token)
 
         needed = set()
         for _, _, names_of_one in self.observers:

@@ -115,6 +115,19 @@ def shares(weights_BTK: jax.Array) -> jax.Array:
     return divide(weights_BTK, jnp.sum(weights_BTK, axis=-1, keepdims=True))
 
 
+def even(probabilities_BTE: jax.Array, experts_per_token: int) -> Routing:
+    """K experts of every token so that all experts are met equally often, whatever the router says.
+
+    Token n takes the experts n K, n K + 1, ..., n K + K - 1, modulo E, weighed by their
+    probability. Loads are equal where E divides B T K.
+    """
+    batch, length, experts = probabilities_BTE.shape
+    tokens_BT1 = jnp.arange(batch * length, dtype=jnp.int32).reshape(batch, length, 1)
+    slots_K = jnp.arange(experts_per_token, dtype=jnp.int32)
+    experts_BTK = (experts_per_token * tokens_BT1 + slots_K) % experts
+    return Routing(jnp.take_along_axis(probabilities_BTE, experts_BTK, axis=-1), experts_BTK)
+
+
 def full_slots(routing: Routing, experts: int, mask_BT: jax.Array) -> jax.Array:
     """The slots that hold an expert, of unmasked tokens, (B, T, K) bool."""
     return (routing.experts_BTK < experts) & mask_BT[..., None]

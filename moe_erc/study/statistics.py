@@ -1,9 +1,9 @@
-"""Is an arm of a study different from its control? Intervals, equivalence, power, a verdict.
+"""Is an arm of a study different from its control? Intervals, equivalence, power and a verdict.
 
     difference   mean(arm) - mean(control), with Welch's interval for unequal variances
-    family       several arms against the same control: Dunnett's intervals and p values
+    family       of several arms each is compared with the same control: Dunnett's intervals
     equivalent   two one-sided Welch tests reject |difference| >= margin at the level 1 - confidence
-    detectable   the difference that such samples would show with the stated power
+    detectable   the difference that samples of these sizes and deviations show with the power
 
 Samples are one number per finished run. scipy.stats computes every test.
 """
@@ -26,7 +26,7 @@ MOST_RUNS = 10_000  # per arm; what needs more is not worth planning
 
 
 class Interval(NamedTuple):
-    """A difference of means and its confidence interval, in the unit of the outcome."""
+    """A difference of means with its confidence interval, in the unit of the outcome."""
 
     difference: float
     low: float
@@ -60,7 +60,7 @@ def welch(
 
 
 def equivalence_p_value(arm_N: Sequence[float], control_N: Sequence[float], margin: float) -> float:
-    """The p value of two one-sided Welch tests, small where |difference| is below `margin`."""
+    """The p value of two one-sided Welch tests: small where |difference| is below `margin`."""
     if np.ptp(arm_N) == 0 and np.ptp(control_N) == 0:
         return float(abs(arm_N[0] - control_N[0]) >= margin)
     shifted_up_N = np.asarray(arm_N) + margin
@@ -128,17 +128,13 @@ def runs_needed(
     confidence: float = CONFIDENCE,
     wanted: float = POWER,
 ) -> int | None:
-    """How many runs per arm, as many for the control, find a true difference.
-
-    None above `MOST_RUNS`.
-    """
+    """How many runs of each arm find a true difference; None above `MOST_RUNS`."""
     for count in _growing(LEAST_RUNS, MOST_RUNS):
         if power(difference, deviations, (count, count), confidence) >= wanted:
             break
     else:
         return None
-    # The first count of the growing sequence that suffices lies at most a tenth above the smallest
-    # one.
+    # The first count of the growing sequence that suffices lies at most a tenth above the smallest.
     smallest = max(LEAST_RUNS, int(count / 1.1) - 1)
     candidates = range(smallest, count + 1)
     return next(

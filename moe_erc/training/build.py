@@ -42,9 +42,9 @@ class Training:
     seed: int
 
     @functools.cached_property
-    def initialize(self) -> Callable[[], states.TrainState]:
-        """() -> the state of step 0."""
-        return states.initializer(self.model, self.optimizer, self.seed)
+    def initialize(self) -> Callable[..., states.TrainState]:
+        """(params=None) -> the state of step 0, with drawn parameters if none are given."""
+        return states.initializer(self.model, self.optimizer, self.seed, self.objective)
 
     @functools.cached_property
     def abstract_state(self) -> states.TrainState:

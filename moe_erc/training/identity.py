@@ -36,6 +36,7 @@ RULES = {
     "data.text_key": CONTENT,
     "data.validation_fraction": CONTENT,
     "data.tokenizer": CONTENT,
+    "data.planted": CONTENT,
     "data.cache_dir": FREE,
     "optimizer": METHOD,
     "optimizer.learning_rate": SAID,  # the schedule: what is tuned while a run goes on
@@ -104,7 +105,7 @@ def _differences(before: Mapping, after: Mapping, prefix: str = "") -> Iterator[
 def _is_idle(key: str, before: Mapping, after: Mapping) -> bool:
     """Whether it is an option of a loss or a router that is not in use both before and after."""
     block, *names = key.split(".")
-    if block == "routers" and names:
+    if block == "routers" and len(names) > 1:
         router = names[0]
         return not (_has_router(before, router) and _has_router(after, router))
     if block == "losses" and len(names) >= 2 and names[-1] != "weight":

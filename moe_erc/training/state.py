@@ -49,15 +49,28 @@ def init_weights(model: Transformer, rng: jax.Array) -> Weights:
 
 
 def initializer(
-    model: Transformer, optimizer: optax.GradientTransformation, seed: int
-) -> Callable[[], TrainState]:
-    """A function () -> TrainState of step 0."""
+    model: Transformer,
+    optimizer: optax.GradientTransformation,
+    seed: int,
+    objective: Any = None,
+) -> Callable[..., TrainState]:
+    """(params=None) -> TrainState of step 0, with parameters that are drawn if none are given.
 
-    def init():
+
+    objective: whose losses may be weighed by their value at step 0: `Objective.scales_at_init`.
+    """
+
+    def init(params=None):
         key = jax.random.key(seed)
         rng = named(key, "steps")
         weights = init_weights(model, named(key, "parameters"))
+        if params is not None:
+            weights = weights.replace(params=params)
         loss_scales = model.config.router.init_state(model.config).loss_scales
+        if objective is not None:
+            loss_scales = loss_scales | objective.scales_at_init(
+                weights.params, jax.random.fold_in(rng, 0)
+            )
         opt_state = optimizer.init(weights.params)
         return TrainState(
             step=jnp.int32(0),
@@ -96,9 +109,9 @@ def create_state(init: Callable, abstract: TrainState, params: Any = None) -> Tr
     if params is None:
         return jax.jit(init, out_shardings=shardings(abstract))()
 
-    def without_params():
+    def without_params(given):
         # What is no output of the program is not computed: no parameters are drawn.
-        return init().replace(params=None)
+        return init(given).replace(params=None)
 
     make = jax.jit(without_params, out_shardings=shardings(abstract.replace(params=None)))
-    return make().replace(params=params)
+    return make(params).replace(params=params)

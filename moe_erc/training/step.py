@@ -57,7 +57,8 @@ def make_train_step(
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         params = objective.decouple(optax.apply_updates(state.params, updates))
         before = RouterState(state.router, state.loss_scales)
-        router, scales = model.config.router.after_step(model.config, before, counts)
+        router, moved = model.config.router.after_step(model.config, before, counts)
+        scales = state.loss_scales | moved
 
         metrics = {LOSS.of(name).key: value for name, value in terms.items()}
         metrics |= of_load(counts.assignments_LE)

@@ -1,10 +1,13 @@
 """The planted corpus: a long sample has its entropy, and a bigram model reaches the floor."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
 from moe_erc.checks import BadInput
-from moe_erc.data import planted
+from moe_erc.data import planted, text
+from moe_erc.data.config import DataConfig
 
 # a follows a in 9 of 10 cases, and b follows b in 4 of 5. Two thirds of all letters are a.
 STICKY = np.array([[0.9, 0.1], [0.2, 0.8]])
@@ -60,7 +63,7 @@ def test_a_bigram_model_reaches_the_floor_where_all_regimes_are_one_chain_and_no
 
 
 def test_documents_are_a_function_of_the_options():
-    source = planted.parse("planted:regimes=3,documents=2,letters=50,validation=1,seed=7")
+    source = planted.Planted(regimes=3, documents=2, letters=50, validation=1, seed=7)
     texts = list(source.texts())
     assert texts == list(planted.Planted(3, 32, 0.25, 2, 50, 1, 7).texts())
     assert len(texts) == source.count == 9
@@ -68,9 +71,7 @@ def test_documents_are_a_function_of_the_options():
         f"regime_{number}" for number in (0, 0, 0, 1, 1, 1, 2, 2, 2)
     ]
     assert all(len(document.text) == 50 for document in texts)
-    assert texts != list(
-        planted.parse("planted:regimes=3,documents=2,letters=50,validation=1,seed=8").texts()
-    )
+    assert texts != list(dataclasses.replace(source, seed=8).texts())
 
 
 def test_the_chains_are_distributions_and_share_what_mixing_says():
@@ -80,15 +81,37 @@ def test_the_chains_are_distributions_and_share_what_mixing_says():
         assert np.allclose(chains_GAA[0], chains_GAA[1]) == same
 
 
-@pytest.mark.parametrize("name, words", [
-    ("planted:regime=3", ["'regime'", "'regimes'"]),
-    ("planted:regimes=many", ["regimes=many", "number"]),
-    ("planted:regimes=0", ["regimes: 0", "1 to 64"]),
-    ("planted:mixing=1.5", ["mixing: 1.5", "0.0 to 1.0"]),
-    ("planted:mixing=nan", ["mixing: nan"]),
-    ("planted:alphabet=99", ["alphabet: 99", "62"]),
+@pytest.mark.parametrize("options, words", [
+    ({"regimes": 0}, ["data.planted.regimes: 0", "1 to 64"]),
+    ({"mixing": 1.5}, ["data.planted.mixing: 1.5", "0.0 to 1.0"]),
+    ({"mixing": float("nan")}, ["mixing: nan"]),
+    ({"alphabet": 99}, ["alphabet: 99", "62"]),
 ])  # fmt: skip
-def test_options_that_mean_nothing_are_refused(name, words):
+def test_options_that_mean_nothing_are_refused(options, words):
     with pytest.raises(BadInput) as refusal:
-        planted.parse(name)
+        planted.Planted(**options)
     assert all(word in str(refusal.value) for word in words)
+
+
+def small(config, **changes):
+    options = planted.Planted(
+        **({"regimes": 2, "documents": 4, "letters": 200, "validation": 1} | changes)
+    )
+    return dataclasses.replace(config, sources=(planted.NAME,), planted=options)
+
+
+def test_the_source_is_named_in_a_configuration(config):
+    corpus = text.prepare(small(config))
+    domains = ["regime_0", "regime_1"]
+    assert [list(corpus.streams[split]) for split in ("train", "validation")] == [domains, domains]
+    assert len(corpus.streams["train"]["regime_0"].tokens_N) == 4 * 201
+    # The options may be a mapping, as they are in a configuration and in a checkpoint.
+    again = dataclasses.asdict(small(config))
+    assert text.prepare(DataConfig(**again)).identity == corpus.identity
+    assert text.prepare(small(config, seed=1)).identity != corpus.identity
+
+
+def test_the_corpus_knows_the_floor_of_every_domain(config):
+    corpus = text.prepare(small(config))
+    assert corpus.floors == small(config).planted.floor()
+    assert text.reopen(corpus.record, small(config)).floors == corpus.floors

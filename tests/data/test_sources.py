@@ -101,8 +101,8 @@ def test_the_held_out_split_is_the_most_fitting():
         (
             "/x/y",
             BadInput,
-            "no such directory '/x/y'; "
-            "give an existing directory, a TFDS name such as 'c4/en', or 'embedded'",
+            "no such directory '/x/y'; give an existing directory, a TFDS name such as 'c4/en', "
+            "'embedded' or 'planted'",
         ),
         ("./nothing", BadInput, "no such directory './nothing'"),
         ("~/nothing-here", BadInput, "no such directory '~/nothing-here'"),

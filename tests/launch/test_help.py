@@ -44,6 +44,13 @@ def test_evaluation_names_its_flags(tmp_path):
     assert_examples(printed, EVALUATE)
 
 
+def test_study_names_its_flags(tmp_path):
+    printed = asked("study.py", "--help", tmp_path)
+    assert printed.startswith("Is the difference real?")
+    for flag in ("study", "jobs", "seeds", "report", "runs", "docs"):
+        assert f"--{flag}\n" in printed
+
+
 @pytest.mark.parametrize(("name", "says", "names"), [
     ("diagnose", "Is the router of an MoE coupled", ("output",)),
     ("export", "Writes the model of a run as an OLMoE", ()),

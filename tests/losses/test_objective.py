@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from moe_erc.checks import BadInput
 from moe_erc.losses import LOSSES
 from moe_erc.losses.erc import erc_loss
 from moe_erc.losses.objective import Objective
@@ -242,3 +243,32 @@ def test_a_loss_is_refused_beside_every_router_that_lacks_what_it_reads(
         words = f"losses.{loss}.weight", reason, repr(router), "set it to 0"
         assert all(word in str(refusal.value) for word in words)
         assert "\n" not in str(refusal.value)
+
+
+def test_a_loss_weighed_by_its_value_at_step_0_begins_at_that_weight(model):
+    params = random_moe()
+    rng = jax.random.key(0)
+    for alpha in (0.4, 1.0):
+        losses = {"erc": ERC | {"weight": 2.0, "alpha": alpha, "weight_at_init": 0.3}}
+        goal = Objective(losses, model())
+        scales = goal.scales_at_init(params, rng)
+        goal.check_scales(scales)
+        # A quotient and a product.
+        assert_close(goal.total(goal.of_parameters(params, rng), scales), 0.6, terms=4)
+
+
+def test_a_loss_that_is_0_at_step_0_cannot_be_weighed_by_it(model):
+    # alpha 1000 is kept by any rows.
+    goal = Objective({"erc": ERC | {"alpha": 1000.0, "weight_at_init": 0.3}}, model())
+    scales = goal.scales_at_init(random_moe(), jax.random.key(0))
+    with pytest.raises(
+        BadInput, match=r"losses.erc.weight_at_init: 0.3, but the loss of step 0 gives the factor 0"
+    ):
+        goal.check_scales(scales)
+
+
+def test_only_losses_of_parameters_are_weighed_by_their_value_at_step_0(model):
+    with pytest.raises(
+        BadInput, match=r"losses.router_z.weight_at_init: 0.5, but the loss reads a batch"
+    ):
+        Objective({"router_z": {"weight": 1.0, "weight_at_init": 0.5}}, model())

@@ -199,4 +199,4 @@ def test_an_option_of_a_router_that_is_not_in_use_is_checked_too():
 
 def test_the_base_config_has_every_option_with_the_default_of_its_router():
     defaults = {name: dataclasses.asdict(kind()) for name, kind in ROUTERS.items()}
-    assert base.get_config().routers.to_dict() == defaults
+    assert base.get_config().routers.to_dict() == {"forced_balance": False} | defaults

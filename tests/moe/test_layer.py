@@ -1,5 +1,6 @@
 """The layer as a whole: experts beside the routed ones, competition, observations, gradients."""
 
+import dataclasses
 import functools
 
 import jax
@@ -280,3 +281,13 @@ def test_where_experts_compete_balance_reads_how_they_answered(tiny):
             abs(stats.probability_E - scores.probabilities_BTE[MASK_BT].mean(axis=0)).max() > 0.01
             or not active
         )
+
+
+@pytest.mark.parametrize("router", ["softmax", "routing_free"])
+def test_forced_balance_routes_evenly_whatever_the_router_says(tiny, router):
+    config = dataclasses.replace(tiny(router=router), forced_balance=True)
+    params = parameters(config)
+    state = config.router.init_state(config).by_layer
+    _, stats, _ = apply(config, params, state)
+    # Tokens 0 to 9 have the experts 0 and 1, or 2 and 3, in turn. The last two, 8 and 9, are masked.
+    np.testing.assert_array_equal(stats.assignments_E, [4, 4, 4, 4])

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_erc.moe.routing import Routing, RoutingStats, Scores, statistics
+from moe_erc.moe.routing import Routing, RoutingStats, Scores, even, statistics
 from tests.tolerance import assert_close, within
 
 PROBABILITIES_BTE = jnp.array([[[0.5, 0.3, 0.2], [0.1, 0.2, 0.7]]])
@@ -140,3 +140,13 @@ def test_loads_have_the_axes_of_the_counts():
     stats = RoutingStats(jnp.array([[3, 1], [0, 0]]), jnp.array([2, 2]), None, None)
     np.testing.assert_array_equal(stats.load_E, [[0.75, 0.25], [0, 0]])
     np.testing.assert_array_equal(stats.active, [2, 0])
+
+
+def test_forced_balance_meets_all_experts_equally_and_weighs_by_probability():
+    probabilities_BTE = jax.random.uniform(jax.random.key(0), (2, 6, 4))
+    found = even(probabilities_BTE, 2)
+    np.testing.assert_array_equal(
+        found.experts_BTK[0], [[0, 1], [2, 3], [0, 1], [2, 3], [0, 1], [2, 3]]
+    )
+    np.testing.assert_array_equal(np.bincount(np.ravel(found.experts_BTK)), [6, 6, 6, 6])
+    np.testing.assert_array_equal(found.weights_BTK[0, 1], probabilities_BTE[0, 1, 2:])

@@ -242,3 +242,27 @@ def test_a_mesh_draws_the_state_of_one_device_and_it_lies_where_the_table_says(
         32,
         16 // data,
     )
+
+
+def test_the_factor_of_a_loss_weighed_at_step_0_is_kept_in_the_state(model_config):
+    losses = base.get_config("debug").losses.to_dict()
+    losses["erc"] |= {"weight": 1.0, "weight_at_init": 0.25}
+    mesh = sharding.make_mesh(1, 1)
+    model = Transformer(model_config(init_std=0.3), mesh)
+    objective = Objective(losses, model)
+    init = initializer(model, optax.sgd(0.1), SEED, objective)
+    shapes = abstract_state(init, model)
+    state = create_state(init, shapes)
+    factor = float(state.loss_scales["erc"])
+    given = create_state(init, shapes, jax.tree.map(jnp.copy, state.params))
+    assert_close(given.loss_scales["erc"], factor, terms=TERMS)
+    step = step_module.make_train_step(model, objective, optax.sgd(0.1), 1, shardings(shapes))
+    tokens_BT = jnp.zeros((BATCH, LENGTH), jnp.int32)
+    batch = {
+        "inputs_BT": tokens_BT,
+        "targets_BT": tokens_BT,
+        "mask_BT": jnp.ones_like(tokens_BT, bool),
+    }
+    after, metrics = step(state, sharding.put_batch(mesh, batch))
+    assert_close(factor * metrics["loss/erc"], 0.25, terms=TERMS)
+    assert float(after.loss_scales["erc"]) == factor

@@ -1,0 +1,34 @@
+"""The same methods on the planted corpus, whose floor and regimes are known."""
+
+from moe_erc.study.plan import Arm, Study
+from studies import settings
+
+
+def get_study() -> Study:
+    """The study."""
+    return Study(
+        hypothesis=(
+            "A method that couples router and experts routes regimes to experts more purely, and "
+            "comes nearer to the floor."
+        ),
+        control="vanilla",
+        arms={
+            "vanilla": Arm("configs/vanilla.py:tiny"),
+            "erc": Arm("configs/erc.py:tiny"),
+            "mpi": Arm("configs/mpi.py:tiny"),
+            "erc_mpi": Arm("configs/combinations/erc_mpi.py:tiny"),
+            "aoe": Arm("configs/aoe.py:tiny"),
+            "simbal": Arm("configs/simbal.py:tiny"),
+            "loss_free": Arm("configs/loss_free.py:tiny"),
+            "expert_orthogonality": Arm("configs/expert_orthogonality.py:tiny"),
+        },
+        overrides=settings.PLANTED,
+        seeds=16,
+        first_seed=80000,
+        outcome=settings.DISTANCE,
+        evaluations=settings.TINY_EVALUATIONS,
+        margin=0.005,
+        decision="docs/methods.md has the verdict of each method.",
+        also=("router/purity", *settings.BALANCE),
+        aa="aa_planted",
+    )

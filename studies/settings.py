@@ -1,0 +1,43 @@
+"""What several studies have in common: the settings of their runs."""
+
+# A model of 0.2 M parameters on the planted corpus, whose entropy is known: a run takes less than a
+# minute on one core. No text is drawn at evaluations, and few windows are read.
+SMALL = {
+    "data.sources": ("planted",),
+    "data.sequence_length": 128,
+    "model.layers": 2,
+    "model.width": 64,
+    "model.heads": 2,
+    "model.kv_heads": 2,
+    "model.experts": 8,
+    "model.experts_per_token": 2,
+    "model.expert_width": 32,
+    "model.vocab_size": 257,
+    "train.steps": 1000,
+    "eval.every": 50,
+    "eval.windows": 8,
+    "eval.report_windows": 32,
+    "eval.prompt": "",
+    "log.every": 50,
+    "log.tensorboard": False,
+    "checkpoint.every": 200,
+}
+
+# The size `tiny` on the embedded corpus. The rate is lower than that of the size and the outcome is
+# a mean of several evaluations, since both make the deviation over seeds smaller.
+TINY = {
+    "optimizer.learning_rate": 1e-3,
+    "eval.every": 20,
+    "eval.windows": 16,
+    "eval.prompt": "",
+    "log.tensorboard": False,
+}
+TINY_EVALUATIONS = 5
+
+# Of the arms on the planted corpus at the size `tiny`.
+PLANTED = {**TINY, "data.sources": ("planted",), "train.steps": 300}
+
+VALIDATION = "validation/mean"
+DISTANCE = "floor_distance/mean"
+COUPLING = ("erc/alpha_1", "erc/vanishing_alpha", "coupling/diagonal_rows", "coupling/noise_bound")
+BALANCE = ("router/max_load", "router/dead_experts")

@@ -1,0 +1,108 @@
+"""Of several processes one has a run; what the dead had may be taken over."""
+
+import concurrent.futures
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from moe_erc.study import claims
+
+
+@pytest.fixture
+def prefix(tmp_path):
+    return tmp_path / "erc-1000"
+
+
+def process(code):
+    return subprocess.Popen([sys.executable, "-c", code])
+
+
+def written(prefix, **changes):
+    """A claim of another process."""
+    content = {"machine": claims.machine(), "study": None, "train": None} | changes
+    prefix.with_name(f"{prefix.name}.claim-0").write_text(json.dumps(content), encoding="utf-8")
+
+
+def test_a_claimed_run_is_not_free_until_it_is_released(prefix):
+    claim = claims.take(prefix)
+    assert claim and claims.take(prefix) is None and claims.state(prefix) == "held"
+    claim.release()
+    assert claims.state(prefix) == "free" and not list(prefix.parent.iterdir())
+    assert claims.take(prefix)
+
+
+def test_a_claim_of_the_dead_is_taken_over_at_once_on_their_machine(prefix):
+    child = process("pass")
+    dead = claims.process(child.pid)
+    child.wait()
+    written(prefix, study=dead)
+    assert claims.state(prefix) == "free"
+    claim = claims.take(prefix)
+    assert claim.path.name == "erc-1000.claim-1" and claims.take(prefix) is None
+    claim.release()
+    assert not list(prefix.parent.glob("*.claim-*"))
+
+
+def test_training_without_its_study_is_waited_for(prefix):
+    child = process("import time; time.sleep(60)")
+    try:
+        written(
+            prefix,
+            study=[child.pid, "another process of that number"],
+            train=claims.process(child.pid),
+        )
+        assert claims.state(prefix) == "orphaned" and claims.take(prefix) is None
+    finally:
+        child.kill()
+    # It is a zombie, which waits to be buried by this process.
+    deadline = time.monotonic() + 20
+    while claims.state(prefix) == "orphaned" and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert claims.state(prefix) == "free"
+    child.wait()
+
+
+def test_a_claim_of_another_machine_is_stale_once_it_was_not_touched_for_long(prefix):
+    written(prefix, machine="elsewhere", study=[1, "1"])
+    path = prefix.with_name("erc-1000.claim-0")
+    assert claims.state(prefix) == "held"
+    old = path.stat().st_mtime - claims.STALE - 1
+    os.utime(path, (old, old))
+    assert claims.state(prefix) == "free" and claims.take(prefix)
+
+
+def test_a_claim_is_touched_now_and_then(prefix, monkeypatch):
+    claim = claims.take(prefix)
+    os.utime(claim.path, (1, 1))
+    claim.beat()
+    assert claim.path.stat().st_mtime == 1
+    monkeypatch.setattr(claims, "BEAT", 0.0)
+    claim.beat()
+    assert claim.path.stat().st_mtime > 1
+
+
+def test_a_claim_that_is_not_written_yet_is_held(prefix):
+    prefix.with_name("erc-1000.claim-0").touch()
+    assert claims.state(prefix) == "held"
+
+
+def test_of_many_that_try_at_once_one_has_it(prefix):
+    for stale in (False, True):
+        if stale:
+            written(prefix, study=[2**22 + 1, "dead"])
+        gate = threading.Barrier(8)
+
+        def take(_, gate=gate):
+            gate.wait()
+            return claims.take(prefix) is not None
+
+        with concurrent.futures.ThreadPoolExecutor(8) as pool:
+            found = list(pool.map(take, range(8)))
+        assert sorted(found) == [False] * 7 + [True]
+        for path in prefix.parent.iterdir():
+            path.unlink()

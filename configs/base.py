@@ -70,7 +70,7 @@ def _model():
 def _routers():
     """moe_erc/moe/routers/, one file each; model.router names the one in use."""
     routers = ConfigDict()
-    # Routes evenly, whatever the router says: for benchmarks, whose time then depends on no weights.
+    # True routes evenly, whatever the router says. A benchmark then depends on no weights.
     routers.forced_balance = False
     routers.softmax = _top_k()  # one row of the model's width per expert
     routers.softmax.init = "normal"  # of the rows: as other matrices; or orthogonal

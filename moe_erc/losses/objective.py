@@ -87,7 +87,7 @@ class Objective:
             terms[name] = loss.compute(options, params, key, self.model, shape_BT)
         return terms
 
-    def scales_at_init(self, params, rng: jax.Array) -> dict[str, jax.Array]:
+    def scales_at_init(self, params: Any, rng: jax.Array) -> dict[str, jax.Array]:
         """{name: weight_at_init over the value at step 0} of the losses that have it, scalars.
 
         The factor is 0 for a loss that is 0 at step 0: `check_scales` refuses it.
@@ -105,8 +105,8 @@ class Objective:
             scale = float(scales[name])
             if not 0 < scale < float("inf"):
                 raise BadInput(
-                    f"losses.{name}.{AT_INIT}: {self.losses[name][AT_INIT]}, but the loss of step 0 "
-                    f"gives the factor {scale}; set it to 0 and give a losses.{name}.weight"
+                    f"losses.{name}.{AT_INIT}: {self.losses[name][AT_INIT]}, but the loss of "
+                    f"step 0 gives the factor {scale}; set it to 0 and give a losses.{name}.weight"
                 )
 
     def _weighed_at_init(self):

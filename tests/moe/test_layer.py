@@ -289,5 +289,5 @@ def test_forced_balance_routes_evenly_whatever_the_router_says(tiny, router):
     params = parameters(config)
     state = config.router.init_state(config).by_layer
     _, stats, _ = apply(config, params, state)
-    # Tokens 0 to 9 have the experts 0 and 1, or 2 and 3, in turn. The last two, 8 and 9, are masked.
+    # Tokens 0 to 9 have the experts 0 and 1, or 2 and 3, in turn. Tokens 8 and 9 are masked.
     np.testing.assert_array_equal(stats.assignments_E, [4, 4, 4, 4])

@@ -24,7 +24,8 @@ lines = [{"step": 1, "validation/mean": loss + 1, "speed/tokens_per_s": 100.0}]
 lines += [{"step": 2, "validation/mean": loss, "speed/tokens_per_s": 100.0, "router/load": [1, 1]}]
 text = "".join(json.dumps(line) + "\\n" for line in lines)
 (directory / "metrics.jsonl").write_text(text, encoding="utf-8")
-measures = {"validation/mean": loss, "erc/alpha_1": [0.0, 0.5], "router/max_load": [1.5, float(seed)]}
+measures = {"validation/mean": loss, "erc/alpha_1": [0.0, 0.5]}
+measures["router/max_load"] = [1.5, float(seed)]
 environment = {"kind": "cpu", "devices": 1, "mesh": {"data": 1, "expert": 1}, "versions": {}}
 report = {"step": 2, "measures": measures, "environment": environment, "corpus": CORPUS}
 (directory / "report.json").write_text(json.dumps(report), encoding="utf-8")
@@ -86,6 +87,6 @@ def make_plan(write_study):
 
 
 AA = {
-    "arms": "{'vanilla': Arm('configs/vanilla.py:debug'), 'again': Arm('configs/vanilla.py:debug')}",
+    "arms": "{name: Arm('configs/vanilla.py:debug') for name in ('vanilla', 'again')}",
     "is_aa": "True",
 }

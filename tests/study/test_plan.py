@@ -17,8 +17,10 @@ STUDIES = [
 
 
 def test_the_control_has_more_runs_and_no_two_runs_have_one_seed(make_plan):
-    three = "{name: Arm('configs/erc.py:debug', {'losses.erc.alpha': a}) for name, a in [('a', 1.0), ('b', 2.0), "
-    three += "('c', 3.0), ('d', 4.0), ('e', 5.0)]}"
+    alphas = "[('a', 1.0), ('b', 2.0), ('c', 3.0), ('d', 4.0), ('e', 5.0)]"
+    three = (
+        f"{{name: Arm('configs/erc.py:debug', {{'losses.erc.alpha': a}}) for name, a in {alphas}}}"
+    )
     plan = make_plan(arms=three, control="'a'", seeds="4", first_seed="100")
     counts = {arm: len([run for run in plan.runs if run.arm == arm]) for arm in plan.settings}
     assert counts == {"a": 8, "b": 4, "c": 4, "d": 4, "e": 4}  # sqrt(4) times 4
@@ -56,8 +58,10 @@ def test_seeds_of_the_command_line_replace_those_of_the_study(write_study):
     ({"arms": "{'vanilla': Arm('configs/vanilla.py:debug')}"}, ["study.arms", "too few"]),
     ({"arms": "{'vanilla': Arm('configs/vanilla.py:debug'), 'b': Arm('configs/vanilla.py:debug')}"},
      ["'vanilla' and 'b' have equal configs", "is_aa"]),
-    ({"arms": "{'vanilla': Arm('configs/vanilla.py:debug'), 'b/c': Arm('configs/erc.py:debug')}"}, ["'b/c'"]),
-    ({"arms": "{'vanilla': Arm('configs/vanila.py:debug'), 'b': Arm('configs/erc.py')}"}, ["vanilla.py"]),
+    ({"arms": "{'vanilla': Arm('configs/vanilla.py:debug'), 'b/c': Arm('configs/erc.py:debug')}"},
+     ["'b/c'"]),
+    ({"arms": "{'vanilla': Arm('configs/vanila.py:debug'), 'b': Arm('configs/erc.py')}"},
+     ["vanilla.py"]),
     ({"overrides": "{'train.stepz': 3}"}, ["'train.stepz'", "'train.steps'"]),
     ({"overrides": "{'seed': 3}"}, ["'seed'"]),
     ({"overrides": "{'train.steps': 2.5}"}, ["train.steps", "2.5", "int"]),

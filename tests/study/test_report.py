@@ -1,4 +1,4 @@
-"""Reports from rows whose truth is known: coverage, verdicts, the A/A study, the page and the figure."""
+"""Reports from rows whose truth is known: coverage, verdicts, A/A, the page, the figure."""
 
 import json
 

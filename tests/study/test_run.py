@@ -1,4 +1,4 @@
-"""What is missing is run, once each, whatever is killed on the way; the rows are the same in the end.
+"""What is missing is run, once each, whatever is killed on the way; the rows end the same.
 
 `train.py` is a stand-in here, which ends at once. `tests/test_study.py` runs the real one.
 """
@@ -127,7 +127,8 @@ def start_worker(plan, where):
     code = (
         "import pathlib\nfrom moe_erc.study import arms, run\nrun.POLL = 0.01\n"
         f"plan = arms.open_plan({str(plan.path)!r})\n"
-        f"places = run.Places(pathlib.Path({str(where.runs)!r}), pathlib.Path({str(where.script)!r}))\n"
+        f"runs = pathlib.Path({str(where.runs)!r})\n"
+        f"places = run.Places(runs, pathlib.Path({str(where.script)!r}))\n"
         "with run.Stop() as stop:\n    run.run_missing(plan, places, 1, stop)\n"
     )
     return subprocess.Popen([sys.executable, "-c", code], cwd=pathlib.Path(__file__).parents[2])
@@ -194,8 +195,10 @@ def test_the_commit_of_a_row():
 
 
 @pytest.mark.parametrize("changes, words", [
-    ({"outcome": "'validation/prose'"}, r"the domain: 'prose' is not one of mean, regime_0, regime_1"),
-    ({"outcome": "'floor_distance/mean'", "overrides": "{**SHORT, 'data.sources': ('TEXT',)}"}, "is not known"),
+    ({"outcome": "'validation/prose'"},
+     r"the domain: 'prose' is not one of mean, regime_0, regime_1"),
+    ({"outcome": "'floor_distance/mean'", "overrides": "{**SHORT, 'data.sources': ('TEXT',)}"},
+     "is not known"),
 ])  # fmt: skip
 def test_an_outcome_that_the_corpus_does_not_have_is_refused(
     make_plan, places, text_directory, changes, words

@@ -49,7 +49,7 @@ class Observation:
 
 
 def declare(config: Any) -> dict[str, Parameter]:
-    """The layer's parameters. The router's come first: a seed then draws the same ones as ever."""
+    """The layer's parameters, the router's first: the order decides what a seed draws."""
     E = config.experts
     D = config.width
     F = config.expert_width

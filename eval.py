@@ -67,7 +67,7 @@ def main(_):
         opened = open_place(place)
         if TASKS.value:
             ask_tasks(opened, tasks)
-        if wants_report():
+        if is_report_wanted():
             report = write_evaluation(opened)
             evaluated[place] = opened.to_draw(report, WINDOWS.value) if FIGURES.value else None
     if FIGURES.value:
@@ -91,7 +91,7 @@ def check_flags():
             "--workdir, --checkpoint: give one of them, "
             "the directory of a run or of a Hugging Face MoE"
         )
-    if given and wants_report():
+    if given and is_report_wanted():
         raise BadInput(f"--checkpoint={given}: has --tasks, but no --figures; give --tasks")
     if len(places()) > 1 and OUTPUT.value and not FIGURES.value:
         raise BadInput(f"--output={OUTPUT.value}: is for one run; name one workdir")
@@ -107,7 +107,7 @@ def places():
     return paths.several(WORKDIR.value) if WORKDIR.value else [CHECKPOINT.value]
 
 
-def wants_report():
+def is_report_wanted():
     """Whether losses, load and coupling are wanted, and not tasks alone."""
     return FIGURES.value or not TASKS.value
 
@@ -122,7 +122,7 @@ def open_place(place):
         if CHECKPOINT.value:
             opened = open_checkpoint(place)
         else:
-            opened = open_run(place, base.get_config().to_dict(), with_text=wants_report())
+            opened = open_run(place, base.get_config().to_dict(), with_text=is_report_wanted())
     print(place if opened.step is None else f"{place}: step {opened.step}")
     if WORKDIR.value:
         for line in history_lines(opened.earlier.history):

@@ -184,8 +184,8 @@ def _collective(instruction, computation):
     links = "".join(
         other.attributes for other in computation.instructions if other.opcode == "custom-call"
     )
-    starts_chain = "AsyncCollectiveStart" in links
-    if "async_collective_fusion_config" in instruction.attributes and not starts_chain:
+    is_chain_start = "AsyncCollectiveStart" in links
+    if "async_collective_fusion_config" in instruction.attributes and not is_chain_start:
         return ()
     kind = instruction.opcode.removesuffix("-start")
     if kind == "all-reduce" and computation.name.startswith("all-reduce-scatter"):
@@ -205,7 +205,7 @@ def _collective(instruction, computation):
         shapes=tuple(map(str, largest_first)),
         bytes=max(operand_bytes, result_bytes),
         group=hlo.group_size(instruction, computation.devices),
-        asynchronous=instruction.opcode.endswith("-start") or starts_chain,
+        asynchronous=instruction.opcode.endswith("-start") or is_chain_start,
         origin=instruction.origin,
     )
     return (found,)

@@ -85,7 +85,7 @@ def reopen(record: Mapping, config: DataConfig) -> Corpus | None:
         return None
     cache_directory = cache.directory_of(config.cache_dir)
     for entry in entries:
-        if not _lies_in(cache_directory / entry["directory"], cache_directory):
+        if not _is_in_cache(cache_directory / entry["directory"], cache_directory):
             return None
     corpus = _corpus(config, load_tokenizer(config.tokenizer), entries)
     return corpus if streams_of(corpus.record) == streams_of(record) else None
@@ -101,7 +101,7 @@ def identity_of(record: Mapping, weights: Sequence[int], sequence_length: int) -
     return cache.digest([record["tokenizer"], list(weights), sequence_length, *streams_of(record)])
 
 
-def _lies_in(directory: Path, cache_directory: Path) -> bool:
+def _is_in_cache(directory: Path, cache_directory: Path) -> bool:
     """Whether the directory exists below the cache; a damaged checkpoint may name any other."""
     return directory.resolve().is_relative_to(cache_directory.resolve()) and directory.is_dir()
 

@@ -90,7 +90,7 @@ def check_fields(argument: str, config: ConfigDict, reference: ConfigDict, block
                 f"--config={argument}: no such key as config.{key}; "
                 f"the nearest is config.{nearest_key(key, list(kinds))}"
             )
-        if not _fits(value, kinds[key]):
+        if not _is_like(value, kinds[key]):
             wanted = type(kinds[key]).__name__
             raise BadInput(
                 f"--config={argument}: config.{key} is {value!r}; give a value of type {wanted}"
@@ -119,7 +119,7 @@ def leaves(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, object]]
             yield prefix + name, value
 
 
-def _fits(value: object, like: object) -> bool:
+def _is_like(value: object, like: object) -> bool:
     if isinstance(like, bool) or isinstance(value, bool):
         return isinstance(like, bool) and isinstance(value, bool)
     if isinstance(like, float):

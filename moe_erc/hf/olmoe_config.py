@@ -148,6 +148,11 @@ def check_plain(config: ModelConfig) -> None:
             f"model.shared_experts: {config.shared_experts} cannot be exported; "
             "an OLMoE has no experts that every token meets"
         )
+    if config.forced_balance:
+        raise BadInput(
+            "routers.forced_balance: True cannot be exported; "
+            "the router of an OLMoE chooses the experts"
+        )
 
 
 def config_json(config: ModelConfig, dtype: str) -> dict[str, Any]:

@@ -207,6 +207,15 @@ def test_rows_of_power_iteration_are_written_out(trained, load, tmp_path):
     assert_close(np.linalg.norm(written, axis=-1), model.config.router.scale / 2, terms=8)  # E is 4
 
 
+def test_a_model_that_is_routed_evenly_whatever_its_router_says_is_not_exported(
+    model_config, tmp_path
+):
+    config = dataclasses.replace(model_config(), forced_balance=True)
+    with pytest.raises(BadInput, match=r"routers.forced_balance: True cannot be exported"):
+        export_olmoe(tmp_path / "out", Transformer(config), {})
+    assert not list(tmp_path.iterdir())
+
+
 def test_an_export_takes_the_memory_of_a_layer(trained, tmp_path):
     model, params = trained(layers=24, expert_width=256)
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))

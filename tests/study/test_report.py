@@ -1,14 +1,16 @@
 """Reports from rows whose truth is known: coverage, verdicts, A/A, the page, the figure."""
 
 import json
+import pathlib
 
 import numpy as np
 import pytest
 
 from moe_erc.checks import BadInput
-from moe_erc.study import report, rows
+from moe_erc.study import arms, report, rows
 from tests.study.conftest import AA
 
+ROOT = pathlib.Path(__file__).parents[2]
 DRAWS = 400
 ENVIRONMENT = {"kind": "cpu", "devices": 1}
 
@@ -123,3 +125,21 @@ def test_several_arms_are_compared_by_dunnett(make_plan):
     assert "Dunnett's 95 % interval" in text
     of_arms = [line for line in text.splitlines() if line[:4] in ("| b ", "| c ")]
     assert [line.split(" | ")[-1] for line in of_arms] == ["better |", "worse |"]
+
+
+def test_rows_fit_their_studies_and_the_page_has_their_numbers():
+    """Nobody edits a row, a study after its runs, or a table."""
+    page = (ROOT / "docs" / "results.md").read_text("utf-8")
+    for path in sorted((ROOT / "studies" / "rows").glob("*.jsonl")):
+        plan = arms.open_plan(ROOT / "studies" / f"{path.stem}.py")
+        found = rows.read_rows(plan)
+        _, _, section = page.partition(f"<!-- study {plan.name} -->")
+        section, _, _ = section.partition("<!-- end of study")
+        for line in report.markdown(plan, found).splitlines():
+            cells = line.split(" | ")
+            # The page of a study that goes on may be of fewer runs.
+            if cells[0].strip("| ") in plan.settings and " | ".join(cells[:2]) + " |" in section:
+                # Arm, n, mean and deviation: a p value may round in another way elsewhere.
+                assert " | ".join(cells[:4]) in section, (
+                    f"python study.py --study={plan.path} --report"
+                )

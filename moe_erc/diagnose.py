@@ -5,7 +5,8 @@
 
 The command prints tables and a verdict, and writes diagnosis.json, diagnosis.md and figures/. It
 reads no text and runs no model. Of a Hugging Face MoE it reads two matrices of each layer from the
-safetensors, a layer at a time. A run may be gs://bucket/path. Figures need the extra `plot`.
+safetensors, a layer at a time. A run may be gs://bucket/path. Without the extra `plot` it draws no
+figures.
 """
 
 from collections.abc import Iterable, Sequence
@@ -15,6 +16,7 @@ from absl import flags
 from moe_erc import sharding
 from moe_erc.checks import BadInput
 from moe_erc.data import paths
+from moe_erc.diagnosis.of_model import report_diagnosis
 from moe_erc.hf import inspect
 from moe_erc.launch import command_line, compilation_cache, processes
 from moe_erc.runs import open_run
@@ -32,8 +34,6 @@ def diagnose(argv: list[str]) -> None:
     _, directory = argv
     with command_line.refusing_bad_input(), processes.ending_together():
         check(directory, OUTPUT.value)
-        from moe_erc.diagnosis.documents import report_diagnosis  # needs the extra `plot`
-
         processes.initialize()
         compilation_cache.enable()
         sharding.use_cpu_cores()

@@ -1,10 +1,10 @@
-"""The documents with figures: report.html of one run or of several, diagnosis.md of a model.
+"""The document with figures: report.html of one run or of several.
 
-They need the extra `plot`. Every figure is also written to a file of its own.
+It needs the extra `plot`. Every figure is also written to a file of its own.
 """
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -12,11 +12,8 @@ from etils import epath
 
 from moe_erc.diagnosis.figures import png
 from moe_erc.diagnosis.html import Picture, Section, Table, page
-from moe_erc.diagnosis.layers import Layers, diagnose
-from moe_erc.diagnosis.report import write_bytes, write_report, write_text
+from moe_erc.diagnosis.report import write_bytes
 from moe_erc.diagnosis.run_figures import run_figures
-from moe_erc.diagnosis.tables import markdown, of_layers, print_tables, verdict
-from moe_erc.measures.coupling import MATRIX
 from moe_erc.measures.registry import GROUPS, of_group
 
 
@@ -80,34 +77,3 @@ def _mean(measure, found):
     if value is None or isinstance(value, str) or np.ndim(value) > 1:
         return ""
     return measure.show(np.mean(value))
-
-
-def report_diagnosis(
-    directory: epath.Path, name: str, layers: Iterable, numbers: Sequence[int]
-) -> None:
-    """Diagnose layers (router_ED, w_gate_EDF) with these numbers; print and write what is found."""
-    found = diagnose(layers, numbers)
-    print_tables(of_layers(found))
-    print(f"{name}: {verdict(found.measures)}")
-    drawn = {"measures": found.measures | {MATRIX.key: found.matrices["raw"]}, "layers": numbers}
-    pictures = write_figures(directory, {name: drawn})
-    captions = {path: caption for path, (_, caption) in pictures.items()}
-    write_diagnosis(directory, name, found, captions)
-
-
-def write_diagnosis(
-    directory: epath.Path, name: str, found: Layers, pictures: Mapping[str, str]
-) -> None:
-    """Write diagnosis.json and diagnosis.md.
-
-    `pictures` are {path below the directory: caption}.
-    """
-    measured = {
-        "layers": list(found.numbers),
-        "measures": found.measures,
-        "normalized": found.normalized,
-    }
-    write_report(directory / "diagnosis.json", measured)
-    parts = [f"# Diagnosis of {name}", verdict(found.measures), *map(markdown, of_layers(found))]
-    parts += [f"![{caption}]({path})\n\n{caption}" for path, caption in pictures.items()]
-    write_text(directory / "diagnosis.md", "\n\n".join(parts) + "\n")

@@ -1,5 +1,6 @@
 """The diagnosis of layers: by hand on small matrices, and against what a run measures itself."""
 
+import sys
 import weakref
 
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ from moe_erc import coupling_penalty
 from moe_erc.diagnosis import layers as diagnosis
 from moe_erc.diagnosis.alignment import alignment
 from moe_erc.diagnosis.coupling import measure_coupling
-from moe_erc.diagnosis.documents import write_diagnosis
+from moe_erc.diagnosis.of_model import draw, write_diagnosis
 from moe_erc.diagnosis.tables import of_layers, verdict
 from tests.tolerance import assert_close, magnitude
 
@@ -166,3 +167,20 @@ def test_the_verdict_and_the_tables_say_what_was_measured(tmp_path):
         and "![A matrix.](figures/m.png)" in written
     )
     assert "| 5 | 0.5000 | 0.0000 |" in written and (tmp_path / "diagnosis.json").exists()
+
+
+def test_without_the_extra_for_figures_the_diagnosis_is_written_without_them(
+    tmp_path, monkeypatch, capsys
+):
+    found = diagnosis.diagnose([layer_with_matrix([[2.0, 1.0], [0.0, 2.0]])], [0])
+    # What is None in the table of modules cannot be imported.
+    for module in ("matplotlib", "moe_erc.diagnosis.documents", "moe_erc.diagnosis.figures"):
+        monkeypatch.delitem(sys.modules, module, raising=False)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    directory = epath.Path(tmp_path)
+    pictures = draw(directory, "a model", found)
+    write_diagnosis(directory, "a model", found, pictures)
+    assert pictures == {}
+    assert "matplotlib" in capsys.readouterr().out
+    assert (tmp_path / "diagnosis.md").exists()
+    assert not (tmp_path / "figures").exists()

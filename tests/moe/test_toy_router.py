@@ -22,9 +22,7 @@ from moe_erc.model.transformer import Transformer
 from moe_erc.moe.routers import ROUTERS
 from moe_erc.moe.routers.base import Parameter, RouterState, TopK
 from moe_erc.moe.routing import Scores
-from moe_erc.training.optimizer import OptimizerConfig, make_optimizer
-from moe_erc.training.state import abstract_state, create_state, initializer, shardings
-from moe_erc.training.step import make_train_step
+from moe_erc.training.build import build
 
 STEPS = 2
 
@@ -77,24 +75,21 @@ def config(monkeypatch):
 
 def test_a_router_from_outside_takes_two_steps(config, token_batch):
     config.optimizer.name = "muon"
-    model_config = ModelConfig.of(config)
-    assert model_config.router == Distance(renormalize=True, sharpness=2.0)
-    model = Transformer(model_config, sharding.make_mesh(2, 2))
-    optimizer = make_optimizer(OptimizerConfig(**config.optimizer), STEPS + 2, model_config)
-    init = initializer(model, optimizer, 0)
-    shapes = abstract_state(init, model)
-    assert shapes.params["layers"]["moe"]["center_map"].sharding.spec == P(None, "data", None)
-    state = create_state(init, shapes)
+    config.mesh.data = 2
+    config.mesh.expert = 2
+    training = build(config)
+    model = training.model
+    assert model.config.router == Distance(renormalize=True, sharpness=2.0)
+    placed = training.abstract_state.params["layers"]["moe"]["center_map"].sharding
+    assert placed.spec == P(None, "data", None)
+    state = training.create_state()
     before = jax.device_get(state.params)
-    assert sum(leaf.size for leaf in jax.tree.leaves(before)) == model_config.parameters()
+    assert sum(leaf.size for leaf in jax.tree.leaves(before)) == model.config.parameters()
 
-    step = make_train_step(
-        model, Objective(config.losses.to_dict(), model), optimizer, 1, shardings(shapes)
-    )
     batch = sharding.put_batch(model.mesh, token_batch(8, 16))
     losses = []
     for _ in range(STEPS):
-        state, metrics = step(state, batch)
+        state, metrics = training.step(state, batch)
         losses.append(float(metrics["loss/lm"]))
     assert losses[1] < losses[0]
     moved = jax.tree.map(

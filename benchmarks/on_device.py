@@ -126,10 +126,10 @@ def kernels(rows: Rows, size: str):
         x = rng.standard_normal((M, D)).astype(dtype)
         w = rng.standard_normal((E, D, F)).astype(dtype)
         dy = rng.standard_normal((M, F)).astype(dtype)
-        right = _grouped_in_float64(x, w, dy, sizes_E)
+        right = self_test.by_loop(x, w, dy, sizes_E, np.float64)
         for name, matmul in experts.MATMULS.items():
             try:
-                run = _value_and_gradients(matmul)
+                run = self_test.value_and_gradients(matmul)
                 found = run(*map(jnp.asarray, (x, w, dy, sizes_E)))
                 errors = _relative_errors(("value", "dx", "dw"), found, right)
             except Exception as error:  # this stage shows what a compiler raises
@@ -137,35 +137,6 @@ def kernels(rows: Rows, size: str):
             rows.add(
                 check="grouped matmul", implementation=name, dtype=jnp.dtype(dtype).name, **errors
             )
-
-
-def _value_and_gradients(matmul):
-    @jax.jit
-    def run(x_MD, w_EDF, dy_MF, sizes_E):
-        def multiply(x_MD, w_EDF):
-            return matmul(x_MD, w_EDF, sizes_E)
-
-        y_MF, pull_back = jax.vjp(multiply, x_MD, w_EDF)
-        return y_MF, *pull_back(dy_MF)
-
-    return run
-
-
-def _grouped_in_float64(x, w, dy, sizes_E):
-    x = x.astype(np.float64)
-    w = w.astype(np.float64)
-    dy = dy.astype(np.float64)
-    y = np.zeros_like(dy)
-    dx = np.zeros_like(x)
-    dw = np.zeros_like(w)
-    start = 0
-    for expert, size in enumerate(sizes_E):
-        own = slice(start, start + size)
-        y[own] = x[own] @ w[expert]
-        dx[own] = dy[own] @ w[expert].T
-        dw[expert] = x[own].T @ dy[own]
-        start += size
-    return y, dx, dw
 
 
 def _relative_errors(names, found, right):

@@ -1,6 +1,6 @@
 """The same methods on the planted corpus, whose floor and regimes are known."""
 
-from moe_erc.study.plan import Arm, Study
+from moe_erc.study.plan import Study
 from studies import settings
 
 
@@ -12,16 +12,7 @@ def get_study() -> Study:
             "comes nearer to the floor."
         ),
         control="vanilla",
-        arms={
-            "vanilla": Arm("configs/vanilla.py:tiny"),
-            "erc": Arm("configs/erc.py:tiny"),
-            "mpi": Arm("configs/mpi.py:tiny"),
-            "erc_mpi": Arm("configs/combinations/erc_mpi.py:tiny"),
-            "aoe": Arm("configs/aoe.py:tiny"),
-            "simbal": Arm("configs/simbal.py:tiny"),
-            "loss_free": Arm("configs/loss_free.py:tiny"),
-            "expert_orthogonality": Arm("configs/expert_orthogonality.py:tiny"),
-        },
+        arms=settings.METHODS,
         overrides=settings.PLANTED,
         seeds=16,
         first_seed=80000,

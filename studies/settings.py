@@ -1,4 +1,6 @@
-"""What several studies have in common: the settings of their runs."""
+"""What several studies have in common: arms, and the settings of their runs."""
+
+from moe_erc.study.plan import Arm
 
 # A model of 0.2 M parameters on the planted corpus, whose entropy is known: a run takes less than a
 # minute on one core. No text is drawn at evaluations, and few windows are read.
@@ -36,6 +38,18 @@ TINY_EVALUATIONS = 5
 
 # Of the arms on the planted corpus at the size `tiny`.
 PLANTED = {**TINY, "data.sources": ("planted",), "train.steps": 300}
+
+# The arms of the studies that compare methods.
+METHODS = {
+    "vanilla": Arm("configs/vanilla.py:tiny"),
+    "erc": Arm("configs/erc.py:tiny"),
+    "mpi": Arm("configs/mpi.py:tiny"),
+    "erc_mpi": Arm("configs/combinations/erc_mpi.py:tiny"),
+    "aoe": Arm("configs/aoe.py:tiny"),
+    "simbal": Arm("configs/simbal.py:tiny"),
+    "loss_free": Arm("configs/loss_free.py:tiny"),
+    "expert_orthogonality": Arm("configs/expert_orthogonality.py:tiny"),
+}
 
 VALIDATION = "validation/mean"
 DISTANCE = "floor_distance/mean"

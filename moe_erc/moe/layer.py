@@ -98,10 +98,7 @@ class MoE(nn.Module):
 
         def score_alone():
             # A router may read more than its own parameters: MPI's rows read the experts' gates.
-            own = router.parameters(config)
-            frozen = {}
-            for name, leaf in parameters.items():
-                frozen[name] = leaf if name in own else lax.stop_gradient(leaf)
+            frozen = stop_others(parameters, router.parameters(config))
             return router.score(config, mesh, frozen, lax.stop_gradient(x_BTD))
 
         def run(expert, chosen, low_of_constant_BTEr=None):
@@ -120,10 +117,7 @@ class MoE(nn.Module):
         if config.forced_balance:
             chosen = routing.even(scores.probabilities_BTE, config.experts_per_token)
 
-        needed = set()
-        for _, _, names_of_one in self.observers:
-            needed |= set(names_of_one)
-        keep = tuple(sorted(needed))
+        keep = names_to_keep(self.observers)
         low_of_constant_BTEr = None
         if scored.low_BTEr is not None and "output" in keep:
             # The kept output is constant in the token, but not in the first factor of the gate.
@@ -136,6 +130,22 @@ class MoE(nn.Module):
         )
         observed = {name: observe(layer) for name, observe, _ in self.observers}
         return y_BTD, routing.statistics(scores, chosen, mask_BT), observed
+
+
+def stop_others(parameters: Mapping, own: Mapping) -> dict[str, jax.Array]:
+    """The parameters; gradients reach those alone whose names are in `own`."""
+    stopped = {}
+    for name, leaf in parameters.items():
+        stopped[name] = leaf if name in own else lax.stop_gradient(leaf)
+    return stopped
+
+
+def names_to_keep(observers: tuple) -> tuple[str, ...]:
+    """What the observers need of the experts, each name once, sorted."""
+    names = set()
+    for _, _, names_of_one in observers:
+        names |= set(names_of_one)
+    return tuple(sorted(names))
 
 
 def shared_experts(x_BTD: jax.Array, parameters: Mapping, dtype: Any) -> jax.Array:

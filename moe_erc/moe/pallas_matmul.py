@@ -25,9 +25,11 @@ from jax.experimental.pallas import triton
 
 # Rows and columns of a tile of the result, and how many bytes of an operand's row are multiplied at
 # a time. They are the fastest of those that `benchmarks/on_device.py` times on an H100. The second
-# number of columns serves matrices whose width the first does not divide.
+# number of columns serves matrices whose width the first does not divide, and small GPUs.
 ROWS = 128
 COLUMNS = (256, 128)
+# Compute capabilities with too little shared memory (100 KB) for the stages of the wide tile.
+SMALL = ("7.5", "8.6", "8.7", "8.9", "12.0")
 DEPTH_BYTES = 128
 COMPILER = triton.CompilerParams(num_warps=8, num_stages=3)
 
@@ -70,7 +72,12 @@ def _span(start, size, end):
 
 
 def _columns(width):
-    """The columns of a tile: the most that divide `width`, the fewest where none do."""
+    """The columns of a tile: the most that divide `width`, the fewest where none do.
+
+    On a GPU with little shared memory they are the fewest.
+    """
+    if getattr(jax.local_devices()[0], "compute_capability", None) in SMALL:
+        return COLUMNS[-1]
     for columns in COLUMNS:
         if width % columns == 0:
             return columns
@@ -78,10 +85,7 @@ def _columns(width):
 
 
 def _tile_of(index, size, whole):
-    """Tile `index` of an axis of length `whole`.
-
-    Where tiles divide the axis there is no mask: loads are then a quarter faster.
-    """
+    """Tile `index` of an axis of length `whole`, without a mask where tiles divide the axis."""
     if whole % size == 0:
         return _Span(pl.ds(index * size, size), None)
     return _span(index * size, size, whole)

@@ -51,19 +51,6 @@ class RoutingStats(NamedTuple):
     probability_E: jax.Array  # mean router probability of expert e; sums to 1
     logsumexp2: jax.Array  # mean squared logsumexp of the logits
 
-    @property
-    def load_E(self) -> jax.Array:
-        """Share of all assignments that went to expert e. Leading axes stay.
-
-        The shares sum to 1; they are zeros where there is no assignment.
-        """
-        return divide(self.assignments_E, jnp.sum(self.assignments_E, axis=-1, keepdims=True))
-
-    @property
-    def active(self) -> jax.Array:
-        """Mean number of experts of an unmasked token. Leading axes stay."""
-        return divide(jnp.sum(self.assignments_E, axis=-1), self.tokens)
-
 
 class StepCounts(NamedTuple):
     """Where the unmasked tokens of a step went, int32; those of micro-batches add up."""

@@ -49,17 +49,9 @@ def _first_difference(matmul, device):
     w_EDF = rng.standard_normal((groups, DEPTH, WIDTH)).astype(jnp.bfloat16)
     dy_MF = rng.standard_normal((rows, WIDTH)).astype(jnp.bfloat16)
     sizes_E = np.array(SIZES, np.int32)
-
-    @jax.jit
-    def results(x_MD, w_EDF, dy_MF, sizes_E):
-        def product(x_MD, w_EDF):
-            return matmul(x_MD, w_EDF, sizes_E)
-
-        y_MF, pull_back = jax.vjp(product, x_MD, w_EDF)
-        return y_MF, *pull_back(dy_MF)
-
-    found = results(*jax.device_put((x_MD, w_EDF, dy_MF, sizes_E), device))
-    expected = _by_loop(x_MD.astype(np.float32), w_EDF.astype(np.float32), dy_MF.astype(np.float32))
+    inputs = jax.device_put((x_MD, w_EDF, dy_MF, sizes_E), device)
+    found = value_and_gradients(matmul)(*inputs)
+    expected = by_loop(x_MD, w_EDF, dy_MF, sizes_E, np.float32)
     names = ("value", "gradient of the rows", "gradient of the matrices")
     for name, leaf, right in zip(names, found, expected, strict=True):
         leaf = np.asarray(leaf, np.float32)
@@ -71,12 +63,32 @@ def _first_difference(matmul, device):
     return None
 
 
-def _by_loop(x_MD, w_EDF, dy_MF):
+def value_and_gradients(matmul: Callable) -> Callable:
+    """The jitted function (x_MD, w_EDF, dy_MF, sizes_E) -> (y_MF, dx_MD, dw_EDF)."""
+
+    @jax.jit
+    def run(x_MD, w_EDF, dy_MF, sizes_E):
+        def multiply(x_MD, w_EDF):
+            return matmul(x_MD, w_EDF, sizes_E)
+
+        y_MF, pull_back = jax.vjp(multiply, x_MD, w_EDF)
+        return y_MF, *pull_back(dy_MF)
+
+    return run
+
+
+def by_loop(
+    x_MD: np.ndarray, w_EDF: np.ndarray, dy_MF: np.ndarray, sizes_E: np.ndarray, dtype: type
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(y_MF, dx_MD, dw_EDF) as they must be, group by group on the host, in `dtype`."""
+    x_MD = x_MD.astype(dtype)
+    w_EDF = w_EDF.astype(dtype)
+    dy_MF = dy_MF.astype(dtype)
     y_MF = np.zeros_like(dy_MF)
     dx_MD = np.zeros_like(x_MD)
     dw_EDF = np.zeros_like(w_EDF)
     start = 0
-    for group, size in enumerate(SIZES):
+    for group, size in enumerate(sizes_E):
         own = slice(start, start + size)
         y_MF[own] = x_MD[own] @ w_EDF[group]
         dx_MD[own] = dy_MF[own] @ w_EDF[group].T

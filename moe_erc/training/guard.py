@@ -20,11 +20,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_erc.checks import among, check_fields, within
-from moe_erc.measures.training import IN_A_ROW, SKIPPED, TOTAL, ZSCORE
+from moe_erc.measures.training import IN_A_ROW, PARAMETER_NORM, SKIPPED, TOTAL, ZSCORE
 
 
 class Stopped(Exception):
-    """The guard accepts no step any more; `step` is the refused step that reached the limit."""
+    """The run must end: at `step` the refused ones reached the limit, or parameters were lost."""
 
     def __init__(self, step, reason):
         super().__init__(f"step {step}: {reason}")
@@ -91,7 +91,8 @@ def judge(config: GuardConfig, guard: Mapping, metrics: Mapping) -> tuple[jax.Ar
 def read(config: GuardConfig, step: int, metrics: Mapping) -> str:
     """A line about a step, from its metrics on the host; "" for a step like any other.
 
-    Raises Stopped where the guard accepts no step any more.
+    Raises Stopped where the guard accepts no step any more, and where an accepted step has left
+    parameters that are not finite: no checkpoint of them is written.
     """
     bad = sorted(name for name, value in metrics.items() if not np.all(np.isfinite(value)))
     reason = ""
@@ -105,6 +106,9 @@ def read(config: GuardConfig, step: int, metrics: Mapping) -> str:
         stops_at_once = bad and config.nonfinite == "stop"
         if not stops_at_once:
             reason = f"{reason}; guard.limit: {config.limit} steps skipped in a row"
+        raise Stopped(step, reason)
+    # A refused step keeps finite parameters, so this one was accepted.
+    if PARAMETER_NORM.key in bad:
         raise Stopped(step, reason)
     if not reason:
         return ""

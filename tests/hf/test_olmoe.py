@@ -20,6 +20,7 @@ from moe_erc.hf.olmoe_config import model_fields
 from moe_erc.hf.shards import find_tensors, read_config
 from moe_erc.hf.tokenizer_files import BYTE_LEVEL, tokenizer_files, tokenizer_of
 from moe_erc.losses.language_model import language_model, token_losses
+from moe_erc.losses.load_balance import load as shares_of
 from moe_erc.losses.load_balance import load_balance
 from moe_erc.model.transformer import Transformer
 from moe_erc.moe.routers.softmax import Softmax
@@ -104,7 +105,7 @@ def test_its_balance_loss_is_ours_layer_by_layer_and_k_times_that_of_the_mean_la
     golden = np.load(HERE / variant / "golden.npz")
     model, params = load(HERE / variant)
     routing = compute(model, params, golden["ids"])[1].routing
-    load_LE, probability_LE = routing.load_E, routing.probability_E
+    load_LE, probability_LE = shares_of(routing.assignments_E), routing.probability_E
     # Roundings: the layers before the probabilities, and a mean over tokens.
     terms = model.config.layers * 5 * 16 + golden["ids"].size
     assert_close(load_balance(load_LE, probability_LE), np.float32(golden["by_layer"]), terms)

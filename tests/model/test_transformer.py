@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_erc import sharding
+from moe_erc.losses.load_balance import load
 from moe_erc.model.transformer import Transformer
 from tests.tolerance import assert_close
 
@@ -59,8 +60,8 @@ def test_statistics_are_by_layer_and_ignore_masked_tokens(model_config, token_ba
     batch, config = token_batch(2, 12), model_config()
     _, variables = setup(config)
     routing = applied(config)(variables, batch["inputs_BT"], batch["mask_BT"], {}).routing
-    assert routing.load_E.shape == (config.layers, config.experts)
-    assert_close(routing.load_E.sum(axis=-1), 1, terms=8)
+    assert load(routing.assignments_E).shape == (config.layers, config.experts)
+    assert_close(load(routing.assignments_E).sum(axis=-1), 1, terms=8)
     assert_close(routing.probability_E.sum(axis=-1), 1, terms=8)
     tokens = batch["inputs_BT"].copy()
     tokens[-1, -1] = (tokens[-1, -1] + 7) % 512  # a masked position, which no other sees

@@ -10,9 +10,11 @@ import pytest
 
 from moe_erc.losses import LOSSES
 from moe_erc.losses.base import NoOptions
+from moe_erc.losses.load_balance import load
 from moe_erc.losses.output_overlap import output_overlap
 from moe_erc.moe.layer import MoE, declare
 from moe_erc.moe.routers import competition
+from moe_erc.moe.routing import StepCounts
 from tests import tolerance
 
 B, T, D, F, E, K = 2, 5, 8, 6, 4, 2
@@ -76,7 +78,8 @@ def test_the_most_probable_experts_are_mixed(tiny):
     assert_close(
         y_BTD, mixture(params, *jax.lax.top_k(jax.nn.softmax(tokens() @ params["router"].T), K))
     )
-    assert stats.active == K and stats.load_E.sum() == pytest.approx(1)
+    assert StepCounts(*stats[:2]).experts_per_token_L == K
+    assert load(stats.assignments_E).sum() == pytest.approx(1)
 
 
 def test_all_experts_and_a_threshold_of_one_are_the_dense_mixture(tiny):
@@ -94,7 +97,7 @@ def test_a_bias_chooses_and_does_not_weigh(tiny):
     chosen_BTK = jnp.broadcast_to(jnp.array([1, 3]), (B, T, K))
     weights_BTK = jax.nn.softmax(tokens() @ params["router"].T)[..., jnp.array([1, 3])]
     assert_close(y_BTD, mixture(params, weights_BTK, chosen_BTK))
-    np.testing.assert_array_equal(stats.load_E, [0, 0.5, 0, 0.5])
+    np.testing.assert_array_equal(load(stats.assignments_E), [0, 0.5, 0, 0.5])
 
 
 def test_shared_experts_add_one_swiglu_of_their_width_together(tiny):
@@ -157,7 +160,9 @@ def test_a_layer_can_be_observed(tiny):
     full_BTK = routing.experts_BTK < E
     assert not full_BTK.all() and full_BTK[..., 0].all()  # a prefix: some second slots are empty
     np.testing.assert_array_equal(chosen_BTK, full_BTK & MASK_BT[..., None])
-    assert stats.active == pytest.approx(chosen_BTK.sum() / MASK_BT.sum())
+    assert StepCounts(*stats[:2]).experts_per_token_L == pytest.approx(
+        chosen_BTK.sum() / MASK_BT.sum()
+    )
     for name, every in zip(("hidden", "output"), all_experts(params), strict=True):
         chosen = jnp.take_along_axis(
             every, routing.experts_BTK[..., None], axis=2, mode="fill", fill_value=0

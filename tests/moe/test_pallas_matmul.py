@@ -1,6 +1,7 @@
 """Programs lowered for CUDA, without a GPU, hold the kernels and nothing dense over experts."""
 
 import re
+import types
 from functools import partial
 
 import jax
@@ -9,6 +10,7 @@ import pytest
 
 from moe_erc import sharding
 from moe_erc.moe import grouped, parallel
+from moe_erc.moe import pallas_matmul as kernels
 from moe_erc.moe.experts import GATED, IMPLEMENTATIONS, weighed
 from moe_erc.moe.pallas_matmul import pallas_matmul
 from moe_erc.moe.routing import Routing
@@ -96,3 +98,11 @@ def test_it_lowers_inside_a_mesh_with_the_replication_check_on():
     text = lowered_for_cuda(mesh, gradients(mesh), *arrays((16, 64), 2, 8, 32, 48))
     assert len(KERNEL.findall(text)) == 3 + 2 + 6
     assert "stablehlo.dot_general" not in text
+
+
+@pytest.mark.parametrize(("capability", "columns"), [("9.0", 256), ("8.6", 128)])
+def test_a_gpu_with_little_shared_memory_has_narrow_tiles(monkeypatch, capability, columns):
+    device = types.SimpleNamespace(compute_capability=capability)
+    monkeypatch.setattr(jax, "local_devices", lambda: [device])
+    assert kernels._columns(512) == columns
+    assert kernels._columns(200) == 128

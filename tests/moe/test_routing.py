@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_erc.moe.routing import Routing, RoutingStats, Scores, even, statistics
+from moe_erc.losses.load_balance import load
+from moe_erc.moe.routing import Routing, RoutingStats, Scores, StepCounts, even, statistics
 from tests.tolerance import assert_close, within
 
 PROBABILITIES_BTE = jnp.array([[[0.5, 0.3, 0.2], [0.1, 0.2, 0.7]]])
@@ -88,9 +89,9 @@ def test_renormalized_top_p_weights_sum_to_one_over_the_prefix(choose):
 
 def test_statistics_by_hand(choose):
     stats = statistics(scores(jnp.log(PROBABILITIES_BTE)), choose(), MASK_BT)
-    assert_close(stats.load_E, [1 / 4, 2 / 4, 1 / 4], terms=4)  # assignments 0 1 2 1
+    assert_close(load(stats.assignments_E), [1 / 4, 2 / 4, 1 / 4], terms=4)  # assignments 0 1 2 1
     assert_close(stats.probability_E, [0.3, 0.25, 0.45], terms=8)
-    assert stats.active == 2
+    assert StepCounts(*stats[:2]).experts_per_token_L == 2
     assert stats.logsumexp2 == pytest.approx(0.0, abs=within(8) ** 2)  # ln(0.5 + 0.3 + 0.2) = 0
 
 
@@ -98,19 +99,20 @@ def test_statistics_do_not_count_masked_tokens(choose):
     stats = statistics(
         scores(jnp.log(PROBABILITIES_BTE) + 2.0), choose(), jnp.array([[True, False]])
     )
-    assert_close(stats.load_E, [1 / 2, 1 / 2, 0], terms=4)
+    assert_close(load(stats.assignments_E), [1 / 2, 1 / 2, 0], terms=4)
     assert_close(stats.probability_E, [0.5, 0.3, 0.2], terms=8)
-    assert stats.active == 2
+    assert StepCounts(*stats[:2]).experts_per_token_L == 2
     assert stats.logsumexp2 == pytest.approx(4.0, rel=1e-6)  # (2 + ln 1)^2
     nothing = statistics(scores(PROBABILITIES_BTE), choose(), jnp.zeros((1, 2), bool))
-    assert not nothing.load_E.any() and nothing.active == 0
+    assert not load(nothing.assignments_E).any()
+    assert StepCounts(*nothing[:2]).experts_per_token_L == 0
 
 
 def test_statistics_do_not_count_empty_slots():
     routing = Routing(jnp.array([[[0.5, 0.3], [0.7, 0.0]]]), jnp.array([[[0, 1], [2, 3]]]))
     stats = statistics(scores(jnp.log(PROBABILITIES_BTE)), routing, MASK_BT)
-    assert_close(stats.load_E, [1 / 3, 1 / 3, 1 / 3], terms=4)
-    assert stats.active == 1.5  # three experts of two tokens
+    assert_close(load(stats.assignments_E), [1 / 3, 1 / 3, 1 / 3], terms=4)
+    assert StepCounts(*stats[:2]).experts_per_token_L == 1.5  # three experts of two tokens
 
 
 def test_balance_reads_what_the_router_says_it_should():
@@ -138,8 +140,8 @@ def test_loads_are_integers_that_no_number_of_tokens_rounds():
 
 def test_loads_have_the_axes_of_the_counts():
     stats = RoutingStats(jnp.array([[3, 1], [0, 0]]), jnp.array([2, 2]), None, None)
-    np.testing.assert_array_equal(stats.load_E, [[0.75, 0.25], [0, 0]])
-    np.testing.assert_array_equal(stats.active, [2, 0])
+    np.testing.assert_array_equal(load(stats.assignments_E), [[0.75, 0.25], [0, 0]])
+    np.testing.assert_array_equal(StepCounts(*stats[:2]).experts_per_token_L, [2, 0])
 
 
 def test_forced_balance_meets_all_experts_equally_and_weighs_by_probability():

@@ -14,6 +14,7 @@ import pytest
 from configs import base
 from moe_erc import sharding
 from moe_erc.losses.objective import Objective
+from moe_erc.measures.training import PARAMETER_NORM
 from moe_erc.model.transformer import Transformer
 from moe_erc.training import failure, guard
 from moe_erc.training.failure import deepest, find_origin, save_batch
@@ -79,6 +80,11 @@ def test_what_is_said_of_a_step():
         Stopped, match=r"step 7: not finite: loss/lm; guard.limit: 10 steps skipped in a row"
     ):
         guard.read(GuardConfig(nonfinite="skip"), 7, bad | {IN_A_ROW.key: 10})
+    # The guard accepted a step whose gradient was finite and whose parameters are not.
+    lost = told | {PARAMETER_NORM.key: np.inf}
+    for nonfinite in ("stop", "skip"):
+        with pytest.raises(Stopped, match=r"^step 7: not finite: norm/parameters$"):
+            guard.read(GuardConfig(nonfinite=nonfinite), 7, lost)
 
 
 @pytest.mark.parametrize("change, words", [

@@ -5,7 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from moe_erc.losses.load_balance import load
 from moe_erc.moe.layer import MoE
+from moe_erc.moe.routing import StepCounts
 from tests.tolerance import assert_close
 
 # (1, 2) becomes (3, 4), (0, 0) and (0.6, 0.8), of lengths 5, 0 and 1.
@@ -87,8 +89,8 @@ def test_a_token_that_nobody_takes_gets_nothing_and_passes_finite_gradients(conf
 
     assert_close(y_BTD[0, 0], expert(0) + expert(2), terms=16)
     # The first token has two experts, the others have none.
-    assert stats.active == pytest.approx(2 / 3)
-    assert_close(stats.load_E, [1 / 2, 0, 1 / 2], terms=4)
+    assert StepCounts(*stats[:2]).experts_per_token_L == pytest.approx(2 / 3)
+    assert_close(load(stats.assignments_E), [1 / 2, 0, 1 / 2], terms=4)
     assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(gradients))
     assert (
         gradients[0]["threshold"][0]

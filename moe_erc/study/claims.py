@@ -3,23 +3,25 @@
 A claim on a run is the file `RUN.claim-N`. The highest N is in force. Taking a run over is creating
 N + 1, which the file system allows to one process alone. A claim is stale, and may be taken over,
 
-    on the machine that made it     when neither its `study.py` nor its `train.py` is alive
+    on the machine that made it     when its lock is free
     on any other machine            when it was not touched for `STALE` seconds
 
-Its holder touches it every `BEAT` seconds. Its age is measured against a file that was made just
-now in the same directory, so the clocks of the machines do not matter.
+`study.py` locks it, and `train.py` inherits the lock when it is started. The system frees the lock
+when both have ended, however they end.
+
+The holder touches the claim every `BEAT` seconds. Its age is measured against a file that was made
+just now in the same directory, so the clocks of the machines do not matter.
 """
 
 import contextlib
+import fcntl
 import json
 import os
 import pathlib
 import secrets
 import socket
 import time
-from typing import Literal, NamedTuple
-
-from moe_erc.study.files import write_whole
+from typing import BinaryIO, Literal, NamedTuple
 
 STALE = 600.0
 BEAT = 20.0
@@ -64,21 +66,17 @@ def process(pid: int) -> Process | None:
 
 
 class Claim:
-    """A run that this process has, until it is released."""
+    """A run that this process has, until it is released or this object is gone."""
 
-    def __init__(self, path: pathlib.Path):
+    def __init__(self, path: pathlib.Path, file: BinaryIO):
         self.path = path
+        self._file = file
         self._beaten = time.monotonic()
-        self._content = {"machine": machine(), "study": process(os.getpid()), "train": None}
 
-    def name_training(self, pid: int) -> None:
-        """Says which process trains: it may outlive this one."""
-        self._content["train"] = process(pid)
-        self.write()
-
-    def write(self) -> None:
-        """Writes what the claim says of its holder."""
-        write_whole(self.path, json.dumps(self._content))
+    @property
+    def descriptor(self) -> int:
+        """The open file that holds the lock; a process that inherits it holds the claim as well."""
+        return self._file.fileno()
 
     def beat(self) -> None:
         """Shows other machines that the holder is alive."""
@@ -92,6 +90,7 @@ class Claim:
         for older in range(number + 1):
             path = _numbered(prefix, older)
             path.unlink(missing_ok=True)
+        self._file.close()
 
 
 def take(prefix: pathlib.Path) -> Claim | None:
@@ -102,13 +101,21 @@ def take(prefix: pathlib.Path) -> Claim | None:
     number = 0 if newest is None else _split(newest)[1] + 1
     path = _numbered(prefix, number)
     prefix.parent.mkdir(parents=True, exist_ok=True)
+    # The claim gets its name when it is whole and locked, so nobody sees a part of it.
+    draft = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    # Without `with`: an open file is the lock.
+    file = open(draft, "wb")  # noqa: SIM115
+    _lock(file)
+    file.write(json.dumps({"machine": machine(), "study": process(os.getpid())}).encode())
+    file.flush()
     try:
-        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+        os.link(draft, path)
     except FileExistsError:  # another process was faster
+        file.close()
         return None
-    claim = Claim(path)
-    claim.write()
-    return claim
+    finally:
+        draft.unlink()
+    return Claim(path, file)
 
 
 def state(prefix: pathlib.Path) -> State:
@@ -121,13 +128,33 @@ def state(prefix: pathlib.Path) -> State:
         return "free"
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # released just now, or not written yet
-        return "held" if _age(path) < STALE else "free"
+    except FileNotFoundError:  # released just now
+        return "held"
     if content["machine"] != machine():
         return "held" if _age(path) < STALE else "free"
-    if _is_alive(content["study"]):
-        return "held"
-    return "orphaned" if _is_alive(content["train"]) else "free"
+    if not _is_locked(path):
+        return "free"
+    return "held" if _is_alive(content["study"]) else "orphaned"
+
+
+def _lock(file: BinaryIO) -> None:
+    """Locks a file that nobody else has open, where the file system has locks."""
+    with contextlib.suppress(OSError):
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def _is_locked(path: pathlib.Path) -> bool:
+    """Whether a process of this machine has the claim."""
+    try:
+        with open(path, "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:  # released just now
+        return False
+    except BlockingIOError:
+        return True
+    except OSError:  # a file system without locks
+        return _age(path) < STALE
+    return False
 
 
 def _is_alive(known) -> bool:

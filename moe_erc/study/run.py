@@ -242,10 +242,15 @@ def _start(run: Run, claim: claims.Claim, places: Places, core: int | None) -> J
         environment["JAX_NUM_CPU_DEVICES"] = "1"
     with open(directory / OUTPUT, "ab") as output, _on(core):
         # In a session of its own, Ctrl-C reaches this process alone, which then stops its runs.
+        # It inherits the claim, which outlives this process in it.
         process = subprocess.Popen(
-            command, stdout=output, stderr=output, env=environment, start_new_session=True
+            command,
+            stdout=output,
+            stderr=output,
+            env=environment,
+            start_new_session=True,
+            pass_fds=[claim.descriptor],
         )
-    claim.name_training(process.pid)
     _say(f"{run.name} starts")
     return Job(run, claim, process, core, time.monotonic())
 

@@ -3,6 +3,7 @@
 import concurrent.futures
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -23,8 +24,8 @@ def process(code):
 
 
 def written(prefix, **changes):
-    """A claim of another process."""
-    content = {"machine": claims.machine(), "study": None, "train": None} | changes
+    """A claim of another process, which has ended if it is of this machine."""
+    content = {"machine": claims.machine(), "study": [2**22 + 1, "dead"]} | changes
     prefix.with_name(f"{prefix.name}.claim-0").write_text(json.dumps(content), encoding="utf-8")
 
 
@@ -48,23 +49,25 @@ def test_a_claim_of_the_dead_is_taken_over_at_once_on_their_machine(prefix):
     assert not list(prefix.parent.glob("*.claim-*"))
 
 
-def test_training_without_its_study_is_waited_for(prefix):
-    child = process("import time; time.sleep(60)")
+def test_training_without_its_study_is_waited_for_from_its_first_moment(prefix):
+    code = (
+        "import os, pathlib, subprocess, sys\n"
+        "from moe_erc.study import claims\n"
+        f"claim = claims.take(pathlib.Path({str(prefix)!r}))\n"
+        "child = subprocess.Popen(['sleep', '60'], pass_fds=[claim.descriptor])\n"
+        "print(child.pid, flush=True)\n"
+        "os.kill(os.getpid(), 9)\n"
+    )
+    study = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    training = int(study.stdout)
     try:
-        written(
-            prefix,
-            study=[child.pid, "another process of that number"],
-            train=claims.process(child.pid),
-        )
         assert claims.state(prefix) == "orphaned" and claims.take(prefix) is None
     finally:
-        child.kill()
-    # It is a zombie, which waits to be buried by this process.
+        os.kill(training, signal.SIGKILL)
     deadline = time.monotonic() + 20
     while claims.state(prefix) == "orphaned" and time.monotonic() < deadline:
         time.sleep(0.01)
     assert claims.state(prefix) == "free"
-    child.wait()
 
 
 def test_a_claim_of_another_machine_is_stale_once_it_was_not_touched_for_long(prefix):
@@ -86,23 +89,28 @@ def test_a_claim_is_touched_now_and_then(prefix, monkeypatch):
     assert claim.path.stat().st_mtime > 1
 
 
-def test_a_claim_that_is_not_written_yet_is_held(prefix):
-    prefix.with_name("erc-1000.claim-0").touch()
-    assert claims.state(prefix) == "held"
+def test_a_claim_has_its_name_when_it_is_whole(prefix, monkeypatch):
+    def fail(*_):
+        raise OSError("full")
+
+    monkeypatch.setattr(claims.json, "dumps", fail)
+    with pytest.raises(OSError, match="full"):
+        claims.take(prefix)
+    assert claims.state(prefix) == "free"
 
 
 def test_of_many_that_try_at_once_one_has_it(prefix):
     for stale in (False, True):
         if stale:
-            written(prefix, study=[2**22 + 1, "dead"])
+            written(prefix)
         gate = threading.Barrier(8)
 
         def take(_, gate=gate):
             gate.wait()
-            return claims.take(prefix) is not None
+            return claims.take(prefix)
 
         with concurrent.futures.ThreadPoolExecutor(8) as pool:
             found = list(pool.map(take, range(8)))
-        assert sorted(found) == [False] * 7 + [True]
+        assert sum(claim is not None for claim in found) == 1
         for path in prefix.parent.iterdir():
             path.unlink()

@@ -1,4 +1,5 @@
-"""Sizes: debug (seconds, for tests), tiny (minutes on a CPU), small (one GPU), published models.
+"""Sizes: debug (seconds, for tests), tiny (minutes on a CPU), mini (minutes on
+a GPU), small (one GPU), published models.
 
 Parameters in millions, with `D` width, `F` expert width, `A = 2 D^2 + 2 D D_kv` attention, `V`
 50,304, embedding and head apart:
@@ -21,6 +22,7 @@ MODELS = {
     #              layers width heads kv experts K  expert_width vocab
     "debug": (2, 32, 2, 1, 4, 2, 16, 512),
     "tiny": (4, 128, 4, 4, 16, 4, 64, 512),
+    "mini": (6, 384, 6, 6, 64, 8, 192, 512),
     "small": (8, 512, 8, 8, 64, 8, 256, 50304),
     "olmoe_1b_7b": (16, 2048, 16, 16, 64, 8, 1024, 50304),
     "3b": (12, 1536, 16, 16, 64, 8, 768, 50304),
@@ -41,6 +43,7 @@ RUNS = {
     #              T   batch micro steps  lr  warmup dtype  remat  (data, expert) mesh
     "debug": (32, 8, 1, 6, 3e-3, 2, "float32", "none", (1, -1)),
     "tiny": (256, 8, 1, 600, 3e-3, 30, "float32", "none", (1, -1)),
+    "mini": (512, 64, 1, 2_000, 1e-3, 100, "bfloat16", "none", (-1, 1)),
     "small": (1024, 64, 2, 20_000, 1e-3, 500, "bfloat16", "block", (-1, 1)),
     "olmoe_1b_7b": (4096, 1024, 1, 1_200_000, 4e-4, 2_000, "bfloat16", "block", (-1, 8)),
     "3b": (4096, 768, 1, 159_000, 4e-4, 2_000, "bfloat16", "block", (-1, 1)),
@@ -51,6 +54,7 @@ RUNS = {
 CADENCE = {
     "debug": (1, 3, 3, 4, 8),
     "tiny": (10, 100, 100, 16, 128),
+    "mini": (50, 100, 1_000, 16, 512),
 }
 LARGE_CADENCE = (10, 1_000, 1_000, 256, 0)
 

@@ -14,12 +14,7 @@ def get_study() -> Study:
             "erc": Arm("configs/erc.py:tiny"),
             "mpi": Arm("configs/mpi.py:tiny"),
         },
-        overrides={
-            **settings.TINY,
-            "model.experts": 64,
-            "model.experts_per_token": 8,
-            "model.expert_width": 16,
-        },
+        overrides=settings.EXPERTS_64,
         seeds=5,
         first_seed=90000,
         outcome=settings.VALIDATION,
@@ -27,4 +22,5 @@ def get_study() -> Study:
         margin=0.005,
         decision="The README says whether the number of experts changes the verdict.",
         also=(*settings.COUPLING, *settings.BALANCE),
+        aa="aa_64",
     )

@@ -1,4 +1,4 @@
-"""Between tiny and small, for one GPU: 6 layers, D 384, F 192, E 64, K 8."""
+"""ERC and MPI at mini, between tiny and small, on one GPU."""
 
 from moe_erc.study.plan import Arm, Study
 from studies import settings
@@ -10,30 +10,11 @@ def get_study() -> Study:
         hypothesis="ERC and MPI lower the validation loss of a model of 15 M active parameters.",
         control="vanilla",
         arms={
-            "vanilla": Arm("configs/vanilla.py:small"),
-            "erc": Arm("configs/erc.py:small"),
-            "mpi": Arm("configs/mpi.py:small"),
+            "vanilla": Arm("configs/vanilla.py:mini"),
+            "erc": Arm("configs/erc.py:mini"),
+            "mpi": Arm("configs/mpi.py:mini"),
         },
-        overrides={
-            **settings.TINY,
-            "data.sequence_length": 512,
-            "model.layers": 6,
-            "model.width": 384,
-            "model.heads": 6,
-            "model.kv_heads": 6,
-            "model.expert_width": 192,
-            "model.vocab_size": 512,
-            "model.remat": "none",
-            "train.batch_size": 64,
-            "train.micro_batches": 1,
-            "train.steps": 2_000,
-            "eval.every": 100,
-            "eval.batch_size": 64,
-            "eval.report_windows": 512,
-            "optimizer.warmup_steps": 100,
-            "log.every": 50,
-            "checkpoint.every": 1_000,
-        },
+        overrides=settings.MINI,
         seeds=5,
         first_seed=100000,
         outcome=settings.VALIDATION,
@@ -41,4 +22,5 @@ def get_study() -> Study:
         margin=0.005,
         decision="The README says whether a gain in loss is visible at this size.",
         also=(*settings.COUPLING, *settings.BALANCE),
+        aa="aa_mini",
     )

@@ -36,6 +36,20 @@ TINY = {
 }
 TINY_EVALUATIONS = 5
 
+# The size `tiny` with as many experts as the paper has, each a quarter as wide.
+EXPERTS_64 = {
+    **TINY,
+    "model.experts": 64,
+    "model.experts_per_token": 8,
+    "model.expert_width": 16,
+}
+
+# The size `mini` on one GPU, whose windows of validation are scored in few batches.
+MINI = {
+    "eval.prompt": "",
+    "log.tensorboard": False,
+}
+
 # Of the arms on the planted corpus at the size `tiny`.
 PLANTED = {**TINY, "data.sources": ("planted",), "train.steps": 300}
 

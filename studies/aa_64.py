@@ -14,7 +14,7 @@ def get_study() -> Study:
         is_aa=True,
         seeds=5,
         outcome=settings.VALIDATION,
-        evaluations=settings.TINY_EVALUATIONS,
+        evaluations=settings.EVALUATIONS,
         margin=0.005,
         decision="Where the interval excludes 0, no verdict of a study of this size is printed.",
         also=settings.BALANCE,

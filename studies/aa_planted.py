@@ -1,4 +1,4 @@
-"""Vanilla against vanilla with other seeds, at the size of methods_planted."""
+"""Vanilla against vanilla with other seeds, on the planted corpus."""
 
 from moe_erc.study.plan import Arm, Study
 from studies import settings
@@ -12,9 +12,9 @@ def get_study() -> Study:
         arms={"vanilla": Arm("configs/vanilla.py:tiny"), "again": Arm("configs/vanilla.py:tiny")},
         overrides=settings.PLANTED,
         is_aa=True,
-        seeds=16,
+        seeds=8,
         outcome=settings.DISTANCE,
-        evaluations=settings.TINY_EVALUATIONS,
+        evaluations=settings.EVALUATIONS,
         margin=0.005,
         decision="Where the interval excludes 0, no verdict of a study of this size is printed.",
         also=("router/purity", *settings.BALANCE),

@@ -17,7 +17,7 @@ def get_study() -> Study:
         seeds=8,
         first_seed=10000,
         outcome=settings.VALIDATION,
-        evaluations=settings.TINY_EVALUATIONS,
+        evaluations=settings.EVALUATIONS,
         margin=0.005,
         decision="The README says whether a gain in loss is visible at this size.",
         also=(

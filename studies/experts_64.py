@@ -18,7 +18,7 @@ def get_study() -> Study:
         seeds=5,
         first_seed=90000,
         outcome=settings.VALIDATION,
-        evaluations=settings.TINY_EVALUATIONS,
+        evaluations=settings.EVALUATIONS,
         margin=0.005,
         decision="The README says whether the number of experts changes the verdict.",
         also=(*settings.COUPLING, *settings.BALANCE),

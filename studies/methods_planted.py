@@ -17,7 +17,7 @@ def get_study() -> Study:
         seeds=16,
         first_seed=80000,
         outcome=settings.DISTANCE,
-        evaluations=settings.TINY_EVALUATIONS,
+        evaluations=settings.EVALUATIONS,
         margin=0.005,
         decision="docs/methods.md has the verdict of each method.",
         also=("router/purity", *settings.BALANCE),

@@ -18,7 +18,7 @@ def get_study() -> Study:
         control_seeds=16,
         first_seed=70000,
         outcome=settings.VALIDATION,
-        evaluations=settings.TINY_EVALUATIONS,
+        evaluations=settings.EVALUATIONS,
         margin=0.005,
         decision="docs/methods.md has the verdict of each method.",
         also=(*settings.BALANCE, "router/load_entropy", "experts/output_cosine"),

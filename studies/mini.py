@@ -18,7 +18,7 @@ def get_study() -> Study:
         seeds=5,
         first_seed=100000,
         outcome=settings.VALIDATION,
-        evaluations=settings.TINY_EVALUATIONS,
+        evaluations=settings.EVALUATIONS,
         margin=0.005,
         decision="The README says whether a gain in loss is visible at this size.",
         also=(*settings.COUPLING, *settings.BALANCE),

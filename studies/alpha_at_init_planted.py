@@ -9,7 +9,7 @@ def get_study() -> Study:
     return Study(
         hypothesis=(
             "The loss of step 0 is 11 times as large at alpha 0.4 as at 1, so much of what "
-            "alpha_tiny shows is the strength of the loss and not alpha."
+            "alpha_planted shows is the strength of the loss and not alpha."
         ),
         control="vanilla",
         arms={
@@ -27,13 +27,13 @@ def get_study() -> Study:
                 "configs/erc.py:tiny", {"losses.erc.alpha": 1.0, "losses.erc.weight_at_init": 0.01}
             ),
         },
-        overrides=settings.TINY,
+        overrides=settings.PLANTED,
         seeds=4,
         first_seed=30000,
-        outcome=settings.VALIDATION,
-        evaluations=settings.TINY_EVALUATIONS,
+        outcome=settings.DISTANCE,
+        evaluations=settings.EVALUATIONS,
         margin=0.005,
         decision="docs/erc.md says whether weight_at_init is to be used when alpha is swept.",
         also=(*settings.COUPLING, *settings.BALANCE),
-        aa="aa_tiny",
+        aa="aa_planted",
     )

@@ -19,6 +19,11 @@ BY_DOMAIN = (
     validation.TOKENS,
 )
 
+NOT_QUALITY = (
+    "These figures describe coupling, not quality: in three released MoEs, no statistic of routing "
+    "predicted which experts matter (arXiv 2606.10703)."
+)
+
 
 def by_layer(
     found: Mapping[str, Any], numbers: Sequence[int] | None = None, addition: str = ""
@@ -71,6 +76,8 @@ def print_found(found: Mapping[str, Any]) -> None:
     domains = by_domain(found)
     print_table(domains.caption, domains.columns, domains.rows[:-1], domains.rows[-1:])
     print_tables(by_layer(found))
+    if coupling.ALIGNMENT.key in found:
+        print(NOT_QUALITY)
 
 
 def print_tables(tables: Sequence[Table]) -> None:
@@ -103,7 +110,8 @@ def verdict(found: Mapping[str, np.ndarray]) -> str:
         f"it vanishes in all of them at alpha {vanishes:.3g}. "
         f"{rows:.0%} of the router rows excite their own expert most; "
         f"the best one-to-one matching would give {displaced:.0%} of them another one. "
-        f"A row excites its gate with {held:.0%} of what the gate's strongest direction would."
+        f"A row excites its gate with {held:.0%} of what the gate's strongest direction would. "
+        f"{NOT_QUALITY}"
     )
 
 

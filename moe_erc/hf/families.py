@@ -79,7 +79,6 @@ LIKE_QWEN = (
     "axk1",
     "axk2",
     "bailing_hybrid",
-    "bailing_moe",
     "beam",
     "cohere2_moe",
     "dots1",
@@ -104,6 +103,10 @@ LIKE_QWEN = (
     "sarvam_moe",
     "solar_open",
     "unlimited_ocr",
+    # Whose code is beside their released files, and not in transformers.
+    "bailing_moe",
+    "deepseek",
+    "kimi_k2",
 )
 
 FAMILIES = {
@@ -113,9 +116,7 @@ FAMILIES = {
         ("granitemoe", "granitemoeshared", "granitemoehybrid", "granitemoe_swa"), GRANITE
     ),
     **dict.fromkeys(("gemma4", "diffusion_gemma"), GEMMA),
-    "phimoe": Family(
-        _router("block_sparse_moe.gate.weight", "mlp.router.weight"), MIXTRAL.gates
-    ),
+    "phimoe": Family(_router("block_sparse_moe.gate.weight", "mlp.router.weight"), MIXTRAL.gates),
     "afmoe": Family(_router("mlp.router.gate.weight"), QWEN.gates),
     "hy_v3": Family(_router("mlp.router.gate.weight", "mlp.gate.weight"), QWEN.gates),
     "hunyuan_v1_moe": Family(_router("mlp.gate.wg.weight"), QWEN.gates),

@@ -49,7 +49,7 @@ def _length(axis, sizes):
 
 
 class Layout(NamedTuple):
-    """How a matrix lies in tensors: a router (R, D), or the gate (F, D) of one expert as in torch."""
+    """How a matrix lies in tensors: a router (R, D), or the gate (F, D) of one expert."""
 
     parts: tuple[Part, ...]
     read: Callable  # of the parts as arrays, and the number of the expert

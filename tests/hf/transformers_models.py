@@ -107,20 +107,88 @@ WIDTHS = {
 }
 # Model types of text alone, and those whose config has another for the language model.
 TEXT = (
-    "afmoe axk1 axk2 bailing_hybrid beam cohere2_moe dbrx deepseek_v2 deepseek_v3 deepseek_v32 "
-    "deepseek_v4 dots1 ernie4_5_moe exaone_moe flex_olmo flint gemma4_text glm4_moe glm4_moe_lite "
-    "glm_moe_dsa gpt_oss granitemoe granitemoe_swa granitemoehybrid granitemoeshared "
-    "hunyuan_v1_moe hy_v3 hy_v4 inkling_text inkling2_text inkling2_loop_text jamba jetmoe "
-    "kimi_linear kolibri1 laguna lara_mini lfm2_moe llama4_text longcat_flash mellum "
-    "mimo_v2_flash minimax minimax_m2 minimax_m3_vl_text mistral4 mixtral olmoe "
-    "openai_privacy_filter phimoe qwen2_moe qwen3_5_moe_text qwen3_moe qwen3_next "
-    "qwen4_exp_text sarvam_mla sarvam_moe solar_open"
-).split()
+    "afmoe",
+    "axk1",
+    "axk2",
+    "bailing_hybrid",
+    "beam",
+    "cohere2_moe",
+    "dbrx",
+    "deepseek_v2",
+    "deepseek_v3",
+    "deepseek_v32",
+    "deepseek_v4",
+    "dots1",
+    "ernie4_5_moe",
+    "exaone_moe",
+    "flex_olmo",
+    "flint",
+    "gemma4_text",
+    "glm4_moe",
+    "glm4_moe_lite",
+    "glm_moe_dsa",
+    "gpt_oss",
+    "granitemoe",
+    "granitemoe_swa",
+    "granitemoehybrid",
+    "granitemoeshared",
+    "hunyuan_v1_moe",
+    "hy_v3",
+    "hy_v4",
+    "inkling_text",
+    "inkling2_text",
+    "inkling2_loop_text",
+    "jamba",
+    "jetmoe",
+    "kimi_linear",
+    "kolibri1",
+    "laguna",
+    "lara_mini",
+    "lfm2_moe",
+    "llama4_text",
+    "longcat_flash",
+    "mellum",
+    "mimo_v2_flash",
+    "minimax",
+    "minimax_m2",
+    "minimax_m3_vl_text",
+    "mistral4",
+    "mixtral",
+    "olmoe",
+    "openai_privacy_filter",
+    "phimoe",
+    "qwen2_moe",
+    "qwen3_5_moe_text",
+    "qwen3_moe",
+    "qwen3_next",
+    "qwen4_exp_text",
+    "sarvam_mla",
+    "sarvam_moe",
+    "solar_open",
+)
 NESTED = (
-    "aria deepseek_ocr2 diffusion_gemma dots3_note ernie4_5_vl_moe gemma4 glm4v_moe glm5_next "
-    "hy_v4_vl inkling2 inkling2_loop inkling_mm_model kimi_k25 llama4 minimax_m3_vl mistral_large4 qwen3_5_moe "
-    "qwen3_omni_moe_thinker qwen3_vl_moe step3p7 unlimited_ocr"
-).split()
+    "aria",
+    "deepseek_ocr2",
+    "diffusion_gemma",
+    "dots3_note",
+    "ernie4_5_vl_moe",
+    "gemma4",
+    "glm4v_moe",
+    "glm5_next",
+    "hy_v4_vl",
+    "inkling2",
+    "inkling2_loop",
+    "inkling_mm_model",
+    "kimi_k25",
+    "llama4",
+    "minimax_m3_vl",
+    "mistral_large4",
+    "qwen3_5_moe",
+    "qwen3_omni_moe_thinker",
+    "qwen3_vl_moe",
+    "step3p7",
+    "unlimited_ocr",
+)
 # Experts whose activation is no module, and whose gate is the first half of the rows.
 FIRST_HALF = ("MiniMaxM3VLExperts", "HYV4Experts", "HYV4VLExperts", "Glm5NextTextExperts")
 CLASSES = (

@@ -1,5 +1,6 @@
 """The measures of a run as tables, by domain and by layer, and as a verdict in words."""
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -77,7 +78,7 @@ def print_found(found: Mapping[str, Any]) -> None:
     print_table(domains.caption, domains.columns, domains.rows[:-1], domains.rows[-1:])
     print_tables(by_layer(found))
     if coupling.ALIGNMENT.key in found:
-        print(NOT_QUALITY)
+        print(textwrap.fill(NOT_QUALITY, 80))
 
 
 def print_tables(tables: Sequence[Table]) -> None:

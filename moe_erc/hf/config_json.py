@@ -29,7 +29,7 @@ EXPERT_WIDTH = (
     "intermediate_size",
 )
 DEPTH = ("num_hidden_layers", "num_layers", "n_layers")
-PREDICTING = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers")
+PREDICTING = ("num_nextn_predict_layers", "num_mtp_layers", "num_mtp_modules")
 TYPES = ("mlp_layer_types", "layers_block_type", "layer_types")  # of layers, one word a layer
 SPARSE = ("sparse", "moe", "hash_moe")
 DENSE = ("dense", "mlp")
@@ -71,7 +71,7 @@ def depth(config: Mapping[str, Any]) -> int:
 
 
 def predicting_layers(config: Mapping[str, Any]) -> range:
-    """The layers behind the last one, which predict several tokens ahead."""
+    """The numbers of the layers behind the last one that predict several tokens ahead."""
     end = depth(config)
     return range(end, end + number(config, *PREDICTING, least=0, default=0))
 
@@ -90,32 +90,40 @@ def moe_layers(config: Mapping[str, Any]) -> set[int]:
     if listed is not None:
         return _whole_numbers("moe_layers", listed).intersection(every)
     dense = _whole_numbers("mlp_only_layers", config.get("mlp_only_layers", []))
-    found = set(every).difference(dense)
-    for condition in _conditions(config):
-        found = set(filter(condition, found))
+    return (_from_first_to_last(config) & _in_steps(config) & _frequent(config)) - dense
+
+
+def _from_first_to_last(config):
+    """The layers behind the dense ones at the beginning, and before those at the end."""
+    first = number(config, "first_k_dense_replace", "num_dense_layers", least=0, default=0)
+    start = number(config, "moe_layer_start_index", least=0, default=0, layer=0)
+    end = number(config, "moe_layer_end_index", least=-1, default=-1, layer=0)
+    last = depth(config) - 1 if end == -1 else end
+    return set(range(max(first, start), last + 1))
+
+
+def _in_steps(config):
+    """The layers that are every so many: step - 1, 2 step - 1, ..., or from an offset on."""
+    step = number(config, "decoder_sparse_step", "interleave_moe_layer_step", default=1)
+    interval = number(config, "moe_layer_interval", default=1, layer=0)
+    period = number(config, "expert_layer_period", default=1)
+    offset = number(config, "expert_layer_offset", least=0, default=0)
+    found = set()
+    for layer in range(depth(config)):
+        is_last_of_both = (layer + 1) % step == 0 and (layer + 1) % interval == 0
+        if is_last_of_both and layer % period == offset % period:
+            found.add(layer)
     return found
 
 
-def _conditions(config):
-    """What the number of an MoE layer must satisfy, each by the keys of one family or several."""
-    first = number(config, "first_k_dense_replace", "num_dense_layers", least=0, default=0)
-    start = number(config, "moe_layer_start_index", least=0, default=0)
-    end = number(config, "moe_layer_end_index", least=-1, default=-1)
-    step = number(config, "decoder_sparse_step", "interleave_moe_layer_step", default=1)
-    interval = number(config, "moe_layer_interval", default=1)
-    period = number(config, "expert_layer_period", default=1)
-    offset = number(config, "expert_layer_offset", least=0, default=0)
-    yield lambda layer: layer >= max(first, start)
-    yield lambda layer: end == -1 or layer <= end
-    yield lambda layer: (layer + 1) % step == 0 and (layer + 1) % interval == 0
-    yield lambda layer: layer % period == offset % period
-    frequency = config.get("moe_layer_freq", 1)
+def _frequent(config):
+    """The layers by `moe_layer_freq`, a number or a list of 0 and 1."""
+    every = range(depth(config))
+    frequency = config.get("moe_layer_freq")
     if isinstance(frequency, list):
-        _check_length("moe_layer_freq", frequency, depth(config))
-        yield lambda layer: bool(frequency[layer])
-    else:
-        frequency = number(config, "moe_layer_freq", default=1)
-        yield lambda layer: layer % frequency == 0
+        _check_length("moe_layer_freq", frequency, len(every))
+        return {layer for layer in every if frequency[layer]}
+    return set(every[:: number(config, "moe_layer_freq", default=1)])
 
 
 def _check_length(name, values, layers):

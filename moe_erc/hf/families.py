@@ -198,9 +198,9 @@ UNREADABLE = {
     "doge": "its router scores keys that experts share, so no router row belongs to one expert",
     "zaya": "its router is a network of several layers, so no router row belongs to one expert",
     "muse_spark": "its experts do not see what its router sees, but a normalised projection of it",
-    "nemotron_h": "its experts have no gate, but one matrix before relu squared",
-    "nllb-moe": "its experts have no gate, but one matrix before relu",
-    "switch_transformers": "its experts have no gate, but one matrix before relu",
+    "nemotron_h": "its experts have no gate, but one matrix before the activation",
+    "nllb-moe": "its experts have no gate, but one matrix before the activation",
+    "switch_transformers": "its experts have no gate, but one matrix before the activation",
     "vitpose_backbone": "it has no router: the data set of an image chooses the expert",
 }
 

@@ -3,8 +3,8 @@
     for router_ED, w_gate_EDF in open_moe(directory):
         M_EE = coupling_matrix(router_ED, w_gate_EDF)
 
-No model is built. Dense layers and shared experts are left out, because they have no router row.
-Biases are left out too.
+No model is built. Dense layers and shared experts are left out, because they have no router row of
+a routed expert. Biases are left out too.
 """
 
 import os
@@ -45,8 +45,9 @@ class Moe:
 
     def __iter__(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         for layer in self._layers.values():
-            E = layer.gates_shape[0]
-            yield np.array(layer.router.read()[:E], np.float32), _read_gates(layer)
+            # Rows of what is no routed expert come last.
+            rows = layer.router.read()[: len(layer.gates)]
+            yield np.array(rows, np.float32), _read_gates(layer)
 
 
 def _read_gates(layer):

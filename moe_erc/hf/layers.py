@@ -17,7 +17,8 @@ from moe_erc.hf.shards import Tensor
 
 # "model.layers.3.mlp.gate.weight": the stack, the number of the layer, the name in the layer.
 IN_LAYER = re.compile(r"(?P<stack>(?:.+?\.)?(?:layers|blocks)\.)(?P<layer>\d{1,7})\.(?P<name>.+)")
-# Stacks of layers beside the language model: images, sound, speech, several tokens ahead.
+# Stacks of layers beside the language model: images, sound, speech, several tokens ahead, and an
+# encoder that is tied to the decoder (DiffusionGemma).
 OTHERS = re.compile(r"vis|image|audio|talker|encoder|mtp|nextn")
 
 

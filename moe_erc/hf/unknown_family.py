@@ -11,29 +11,37 @@ from moe_erc.hf.shards import Tensor
 
 MOST_SHOWN = 8  # tensors in a message
 NOT_ROUTED = re.compile(r"shared|bias|scale|norm|attn|attention|down|w2|fc2")
-GATE = re.compile(r"gate|w1|fc1|w13|input_linear|up")
+ROUTER = re.compile(r"gate|router")
+GATE = re.compile(r"gate|w1|fc1|input_linear")
+GATE_AND_UP = re.compile(r"gate_up|w13|fc1|input_linear")
 
 
 def describe(types: list, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> BadInput:
     """The refusal: which tensors were found, and which --family may read them."""
     kind = next((word for word in types if word is not None), None)
-    found = _by_name(tensors)
+    text = f"config.json: model_type {kind!r} is no family of docs/huggingface.md"
     E, D = _sizes(config)
-    routers = [name for name, shape in found.items() if shape in ((E, D), (D, E))]
-    gates = {name: layouts for name in found if (layouts := _layouts(name, found[name], E, D))}
+    if E is None or D is None:
+        return BadInput(
+            f"{text}, and has none of {', '.join(EXPERTS)}, or no width; name an MoE, or add "
+            "num_experts and hidden_size to config.json"
+        )
+    found = _by_name(tensors)
+    routers = [name for name, shape in found.items() if shape == (E, D)]
+    routers.sort(key=lambda name: not ROUTER.search(name))  # the likeliest first
+    gates = {name: _layouts(name, shape, E, D) for name, shape in found.items()}
+    gates = {name: layouts for name, layouts in gates.items() if layouts}
     shown = [f"{name} {found[name]}" for name in (*routers, *gates)][:MOST_SHOWN]
-    text = f"config.json: model_type {kind!r} is no family of docs/huggingface.md; "
     if not routers or not gates:
         return BadInput(
-            f"{text}by config.json a router is {(E, D)}, and the shards hold no router or no gate "
-            f"of that size ({', '.join(shown) or 'neither'}); name both with "
-            "--family=ROUTER,GATE,LAYOUT"
+            f"{text}, and no router {(E, D)} with gates of that width was found in the shards "
+            f"({', '.join(shown) or 'neither'}); name both by --family=ROUTER,GATE,LAYOUT"
         )
     gate, layouts = next(iter(gates.items()))
     lines = " or ".join(f"--family='{routers[0]},{gate},{layout}'" for layout in layouts)
     return BadInput(
-        f"{text}its layers hold {', '.join(shown)}; if the first is the router, and {gate} the "
-        f"gates, add {lines}"
+        f"{text}; its layers hold {', '.join(shown)}; if {routers[0]} is the router and {gate} "
+        f"the gates, add {lines}"
     )
 
 
@@ -67,10 +75,10 @@ def _layouts(name, shape, E, D):
     if "{expert}" in name:
         return ("expert",) if len(shape) == 2 and shape[1] == D else ()
     if len(shape) == 2:
-        return ("flat",) if E and shape[0] > E and shape[0] % E == 0 and shape[1] == D else ()
+        is_flat = "expert" in name and shape[0] % E == 0 and shape[1] == D
+        return ("flat",) if is_flat else ()
     if len(shape) != 3 or shape[0] != E:
         return ()
-    is_gate_and_up = bool(re.search("up|13|fc1|input_linear", name)) or "gate" not in name
     if shape[2] == D:
-        return ("halves", "interleaved_rows") if is_gate_and_up else ("gates",)
+        return ("halves", "interleaved_rows") if GATE_AND_UP.search(name) else ("gates",)
     return ("column_halves", "interleaved_columns") if shape[1] == D else ()

@@ -28,9 +28,9 @@ def markdown():
     tested = {record["family"] for record in recorded["models"].values()}
     rows = {}
     for name, family in FAMILIES.items():
-        version = recorded["transformers"] if name in tested else "none has it"
+        version = f"transformers {recorded['transformers']}" if name in tested else "no model of it"
         rows.setdefault((family, version), []).append(f"`{name}`")
-    lines = ["| families | router | gates | in transformers |", "| --- | --- | --- | --- |"]
+    lines = ["| families | router | gates | tested with |", "| --- | --- | --- | --- |"]
     for (family, version), names in rows.items():
         columns = (", ".join(names), cell(family.routers), cell(family.gates), version)
         lines.append(f"| {' | '.join(columns)} |")

@@ -208,6 +208,7 @@ def test_two_layers_are_in_memory_at_most(tmp_path):
     ({"model_type": ["olmoe"]}, ["['olmoe']", "docs/huggingface.md"]),
     ({"model_type": "bert", "num_experts": 5},
      ["'bert'", "(5, 16)", "--family=ROUTER,GATE,LAYOUT"]),
+    ({"model_type": "bert", "num_experts": None}, ["'bert'", "none of num_experts", "num_local"]),
     ({"model_type": "nemotron_h"}, ["'nemotron_h'", "no gate"]),
     ({"text_config": {"model_type": "zaya"}}, ["'zaya'", "no router row"]),
     ({"num_experts": None}, ["num_experts or num_local_experts or n_routed_experts", "None"]),
@@ -299,10 +300,16 @@ def test_routers_beside_the_language_model_are_not_read(tmp_path):
     refuses(checkpoint.write(tmp_path, config, tensors), ["'model.layers.'", "'other.layers.'"])
 
 
-def test_a_config_of_several_modalities(tmp_path):
+@pytest.mark.parametrize("prefix, nest", [
+    ("language_model.", lambda text: {"model_type": "internvl_chat", "llm_config": text}),
+    ("", lambda text: {"model_type": "olmoe", "text_config": text | {"model_type": "a_text"}}),
+    ("thinker.", lambda text: {"model_type": "b", "thinker_config":
+                               {"model_type": "b_thinker", "text_config": text}}),
+])  # fmt: skip
+def test_a_config_of_several_modalities(prefix, nest, tmp_path):
     config, tensors = checkpoint.load("olmoe")
-    tensors = {f"language_model.{name}": array for name, array in tensors.items()}
-    nested = {"model_type": "internvl_chat", "llm_config": config, "num_hidden_layers": 7}
+    tensors = {prefix + name: array for name, array in tensors.items()}
+    nested = nest(config) | {"num_hidden_layers": 7}  # of another modality
     moe = open_moe(checkpoint.write(tmp_path, nested, tensors))
     assert moe.family == "olmoe"
     assert_same(moe, open_moe(checkpoint.FAMILIES / "olmoe"))
@@ -335,6 +342,8 @@ def test_the_line_that_is_proposed(gate, line, tmp_path):
     tensors = {
         "model.layers.0.router.weight": np.ones((4, 16), np.float32),
         "model.layers.0.self_attn.gate_proj.weight": np.ones((4, 16), np.float32),
+        "model.layers.0.mlp.gate_proj.weight": np.ones((12, 16), np.float32),
+        "model.layers.0.another": np.ones((4, 16), np.float32),
         f"model.layers.0.{gate}": np.ones(shapes[gate], np.float32),
     }
     directory = checkpoint.write(tmp_path, config, tensors)

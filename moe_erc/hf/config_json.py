@@ -1,9 +1,10 @@
 """What config.json says of an MoE: the language model in it, its sizes, and which layers are MoE.
 
 Families name the same things differently. A checkpoint has a few of the names, and each is read
-where it stands; `tests/hf/layouts.json` has those of every family.
+where it stands. `tests/hf/layouts.json` has those of every family.
 """
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,13 +14,7 @@ from moe_erc.hf.layouts import Sizes
 
 MOST = 2**20  # of layers, experts or width; no model has more
 # Where configs of several modalities keep that of their language model, outermost first.
-LANGUAGE_MODELS = (
-    "thinker_config",
-    "text_config",
-    "llm_config",
-    "language_config",
-    "language_model_config",
-)
+LANGUAGE_MODELS = ("thinker_config", "text_config", "llm_config", "language_config")
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 WIDTH = ("d_model", "hidden_size")
 EXPERT_WIDTH = (
@@ -33,6 +28,7 @@ PREDICTING = ("num_nextn_predict_layers", "num_mtp_layers", "num_mtp_modules")
 TYPES = ("mlp_layer_types", "layers_block_type", "layer_types")  # of layers, one word a layer
 SPARSE = ("sparse", "moe", "hash_moe")
 DENSE = ("dense", "mlp")
+COMMA_SEPARATED = re.compile(r"\d{1,7}(,\d{1,7})*", re.ASCII)
 
 
 def language_model(config: Mapping[str, Any]) -> tuple[list[str], Mapping[str, Any]]:
@@ -103,7 +99,7 @@ def _from_first_to_last(config):
 
 
 def _in_steps(config):
-    """The layers that are every so many: step - 1, 2 step - 1, ..., or from an offset on."""
+    """The layers that end a step, or are at the offset of a period; all if neither is set."""
     step = number(config, "decoder_sparse_step", "interleave_moe_layer_step", default=1)
     interval = number(config, "moe_layer_interval", default=1, layer=0)
     period = number(config, "expert_layer_period", default=1)
@@ -135,17 +131,32 @@ def _check_length(name, values, layers):
 
 
 def _whole_numbers(name, listed):
-    if isinstance(listed, str):  # Step writes "3,4,5"
-        listed = [int(word) if word.strip().isdecimal() else word for word in listed.split(",")]
+    if isinstance(listed, str) and COMMA_SEPARATED.fullmatch(listed):  # as Step writes
+        listed = [int(word) for word in listed.split(",")]
     if not isinstance(listed, list) or not all(type(layer) is int for layer in listed):
         raise BadInput(f"config.json: {name} is {listed!r}; it must be a list of whole numbers")
     return set(listed)
 
 
-def number(config, *names, least=1, default=None, layer=None) -> int:
+def number(
+    config: Mapping[str, Any],
+    *names: str,
+    least: int = 1,
+    default: int | None = None,
+    layer: int | None = None,
+) -> int:
     """The value of the first of these names that config.json has.
 
-    A list has one value a layer. A shorter one has one a modality, text first.
+    Args:
+      config: of the language model
+      names: by which families call the number
+      least: the smallest value that is accepted
+      default: where config.json has none of the names; None if the number is needed
+      layer: of which the number may differ. A list has one value per layer, and a shorter list one
+        per modality, text first.
+
+    Raises:
+      BadInput: if it is no whole number in its limits.
     """
     value = next((config[name] for name in names if name in config), default)
     if layer is not None and isinstance(value, list) and value:

@@ -51,11 +51,12 @@ def locate_layers(
       BadInput: if shards and config.json disagree.
     """
     layers = moe_layers(config)
-    sizes = {layer: sizes_of(config, family, layer) for layer in sorted(layers)}
     stack = _check_routers(layers, config, family, tensors)
-    return {
-        layer: _locate_layer(f"{stack}{layer}.", family, tensors, sizes[layer]) for layer in sizes
-    }
+    found = {}
+    for layer in sorted(layers):
+        sizes = sizes_of(config, family, layer)
+        found[layer] = _locate_layer(f"{stack}{layer}.", family, tensors, sizes)
+    return found
 
 
 def _check_routers(layers, config, family, tensors):

@@ -1,4 +1,4 @@
-"""Routers and gates of every family, as transformers and releases lay them out.
+"""Routers and gates of whole checkpoints, as transformers and releases lay them out.
 
 A misfit is reported in one line.
 """
@@ -49,7 +49,7 @@ def assert_same(moe, other):
 
 
 @pytest.mark.parametrize("family", COMMITTED)
-def test_coupling_of_every_family(family):
+def test_coupling_of_every_committed_checkpoint(family):
     moe = open_moe(checkpoint.FAMILIES / family)
     assert (moe.family, moe.name, moe.layers) == (family, family, SPARSE.get(family, [0, 1]))
     assert_coupling(moe, checkpoint.FAMILIES / family)
@@ -231,7 +231,8 @@ def test_two_layers_are_in_memory_at_most(tmp_path):
     ({"mlp_layer_types": ["dense", "sparse"]}, ["layers 0,", "router"]),
     ({"mlp_layer_types": ["sparse"]}, ["mlp_layer_types", "1 entries", "2 layers"]),
     ({"moe_layers": [1]}, ["layers 0,", "router"]),
-    ({"moe_layers_enum": "1,x"}, ["moe_layers", "'x'", "list"]),
+    ({"moe_layers_enum": "1"}, ["layers 0,", "router"]),
+    ({"moe_layers_enum": "1,x"}, ["moe_layers", "'1,x'", "list"]),
     ({"moe_layer_freq": [0, 1]}, ["layers 0,", "router"]),
     ({"moe_layer_freq": 2}, ["layers 1,", "router"]),
     ({"moe_layer_freq": [1]}, ["moe_layer_freq", "1 entries"]),

@@ -201,7 +201,7 @@ LARGE = 100_000  # numbers; nothing of this size is saved
 
 
 def build(model_type):
-    """A random model in double precision."""
+    """A random model in float32."""
     config = make_config(model_type)
     # Nothing is allocated before the large parts are gone.
     with torch.device("meta"):
@@ -309,8 +309,8 @@ def gate_responses(rows_ED, block):
         return gate_up.chunk(2, dim=-1)[0]
     experts = block.experts
     if hasattr(experts, "act_fn") or hasattr(experts, "mlp"):
-        return heard(rows_ED, experts)
-    # The activation is a function, or hears a bias: the parameters as the forward has them.
+        return activation_inputs(rows_ED, experts)
+    # The activation is no module, or gets a bias as well: the parameters as the forward has them.
     name = type(experts).__name__
     if name == "GptOssExperts":
         return torch.einsum("id,jdf->ijf", rows_ED, experts.gate_up_proj[..., ::2])
@@ -322,7 +322,7 @@ def gate_responses(rows_ED, block):
     return gate_up.chunk(2, dim=-1)[0]
 
 
-def heard(rows_ED, experts):
+def activation_inputs(rows_ED, experts):
     """What the activation module is given, (E, E, F), by the experts' own forward."""
     for limit in ("limit", "swiglu_limit"):
         if hasattr(experts, limit):

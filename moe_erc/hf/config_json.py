@@ -104,12 +104,9 @@ def _in_steps(config):
     interval = number(config, "moe_layer_interval", default=1, layer=0)
     period = number(config, "expert_layer_period", default=1)
     offset = number(config, "expert_layer_offset", least=0, default=0)
-    found = set()
-    for layer in range(depth(config)):
-        is_last_of_both = (layer + 1) % step == 0 and (layer + 1) % interval == 0
-        if is_last_of_both and layer % period == offset % period:
-            found.add(layer)
-    return found
+    every = range(depth(config))
+    by_steps = set(every[step - 1 :: step]).intersection(every[interval - 1 :: interval])
+    return by_steps.intersection(every[offset % period :: period])
 
 
 def _frequent(config):

@@ -100,7 +100,7 @@ def _locate_layer(prefix, family, tensors, sizes):
     gates = [(prefix + name, layout) for name, layout in family.gates]
     [stored] = shape(family.stored, sizes)
     for name, _ in gates:
-        surplus = name.format(expert=stored)
+        surplus = _of_expert(name, stored)
         if surplus != name and surplus in tensors:
             raise BadInput(
                 f"{surplus!r} is in the shards, config.json has {stored} experts; "
@@ -111,6 +111,11 @@ def _locate_layer(prefix, family, tensors, sizes):
     return Layer(router, found, (sizes.E, sizes.F, sizes.D))
 
 
+def _of_expert(pattern, expert):
+    # Not str.format: a part of the name comes from the file, and may have braces.
+    return pattern.replace("{expert}", str(expert))
+
+
 def _locate(candidates, expert, tensors, sizes):
     """The one candidate (name, layout) in the shards; its first part decides, by name and dtype.
 
@@ -119,7 +124,7 @@ def _locate(candidates, expert, tensors, sizes):
     found = []
     forms = []
     for pattern, layout in candidates:
-        name = pattern.format(expert=expert)
+        name = _of_expert(pattern, expert)
         first = layout.parts[0]
         tensor = tensors.get(name + first.suffix)
         if tensor is not None and tensor.dtype in first.dtypes:

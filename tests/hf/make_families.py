@@ -2,10 +2,10 @@
 
     pip install -e ".[hf]" && python -m tests.hf.make_families
 
-transformers saves the models. Run this again when transformers changes what it writes. Every family
-is in layouts.json, which `make_layouts.py` writes. coupling.npz holds M[i, j] = |router_i @ w_gate_j|
-by layer, in float64. Where the experts have an activation module, M is taken from what the model's
-own code hands to that module when the router's rows are the tokens.
+transformers saves the models. Run this again when transformers changes what it writes; layouts.json
+has every family. coupling.npz holds M[i, j] = |router_i @ w_gate_j| by layer, in float64. Where the
+experts have an activation module, M is taken from what the model's own code hands to that module
+when the router's rows are the tokens.
 """
 
 import pathlib

@@ -316,6 +316,13 @@ def test_a_config_of_several_modalities(prefix, nest, tmp_path):
     assert_same(moe, open_moe(checkpoint.FAMILIES / "olmoe"))
 
 
+def test_names_with_braces(tmp_path):
+    config, tensors = checkpoint.load("olmoe")
+    tensors = {"{0.a}{expert.b}{." + name: array for name, array in tensors.items()}
+    moe = open_moe(checkpoint.write(tmp_path, config, tensors))
+    assert_same(moe, open_moe(checkpoint.FAMILIES / "olmoe"))
+
+
 def test_a_family_by_a_user_s_line(tmp_path):
     config, tensors = checkpoint.load("olmoe")
     renamed = {name.replace("mlp.gate.", "chooser."): tensors[name] for name in tensors}

@@ -12,6 +12,7 @@ import pytest
 from moe_erc.checks import BadInput
 from moe_erc.hf.families import FAMILIES, UNREADABLE
 from moe_erc.hf.inspect import open_moe
+from moe_erc.hf.layouts import LAYOUTS
 from tests.hf import checkpoint, layout_table
 
 PAGE = pathlib.Path(__file__).parents[2] / "docs" / "huggingface.md"
@@ -68,7 +69,7 @@ def width(form):
     shape = next(iter(form["gate"].values()))
     return {
         "expert": shape[0],
-        "gates": shape[1] if len(shape) == 3 else 0,
+        "gates": shape[1],
         "flat": shape[0] // E,
         "column_halves": shape[-1] // 2,
         "interleaved_columns": shape[-1] // 2,
@@ -121,6 +122,8 @@ def test_every_family_is_recorded():
 def test_the_page_has_every_family():
     page = PAGE.read_text(encoding="utf-8")
     assert layout_table.markdown() in page, "print it: python -m tests.hf.layout_table"
+    for word in LAYOUTS:
+        assert f"| `{word}` |" in page
     for family, reason in UNREADABLE.items():
         assert f"| `{family}` | {reason} |" in page
 

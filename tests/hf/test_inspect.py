@@ -369,6 +369,22 @@ def test_a_line_that_is_none(line):
     assert line in str(refusal.value)
 
 
+def test_qwen3_vl_as_it_was_released(tmp_path):
+    # (E, D, 2F), where transformers has (E, 2F, D) by the same name.
+    config = {"model_type": "qwen3_vl_moe", "num_hidden_layers": 1, "num_experts": 2}
+    config |= {"hidden_size": 8, "moe_intermediate_size": 3}
+    router_ED = np.arange(16, dtype=np.float32).reshape(2, 8)
+    gate_EDF = np.arange(48, dtype=np.float32).reshape(2, 8, 3)
+    tensors = {
+        "model.language_model.layers.0.mlp.gate.weight": router_ED,
+        "model.language_model.layers.0.mlp.experts.gate_up_proj": np.concatenate(
+            [gate_EDF, np.full_like(gate_EDF, 99)], axis=2
+        ),
+    }
+    directory = checkpoint.write(tmp_path, config, tensors)
+    assert_same(open_moe(directory), [(router_ED, gate_EDF)])
+
+
 def test_gates_whose_axes_cannot_be_told_apart(tmp_path):
     # D is 2F: (E, D, 2F) and (E, 2F, D) are one shape.
     config = {"model_type": "qwen3_vl_moe", "num_hidden_layers": 1, "num_experts": 2}

@@ -5,8 +5,8 @@
 
 The command prints tables and a verdict, and writes diagnosis.json, diagnosis.md and figures/. It
 reads no text and runs no model. Of a Hugging Face MoE it reads two matrices of each layer from the
-safetensors, a layer at a time. A run may be gs://bucket/path. Without the extra `plot` it draws no
-figures.
+safetensors, a layer at a time; docs/huggingface.md lists the families. A run may be
+gs://bucket/path. Without the extra `plot` it draws no figures.
 """
 
 from collections.abc import Iterable, Sequence
@@ -22,6 +22,12 @@ from moe_erc.launch import command_line, compilation_cache, processes
 from moe_erc.runs import open_run
 
 OUTPUT = flags.DEFINE_string("output", None, "Where to write, as --output=found; else as above")
+FAMILY = flags.DEFINE_string(
+    "family",
+    None,
+    "Router, gate and layout of a family that the command does not know: "
+    "--family='mlp.gate.weight,mlp.experts.{expert}.gate_proj.weight,expert'",
+)
 
 
 def main() -> None:
@@ -33,16 +39,16 @@ def diagnose(argv: list[str]) -> None:
     """Print and write the diagnosis of the run or the checkpoint in the directory argv[1]."""
     _, directory = argv
     with command_line.refusing_bad_input(), processes.ending_together():
-        check(directory, OUTPUT.value)
+        check(directory, OUTPUT.value, FAMILY.value)
         processes.initialize()
         compilation_cache.enable()
         sharding.use_cpu_cores()
         processes.mute_all_but_first()
-        name, default, layers, numbers = open_layers(directory)
+        name, default, layers, numbers = open_layers(directory, FAMILY.value)
     report_diagnosis(paths.absolute(OUTPUT.value or default), name, layers, numbers)
 
 
-def check(directory: str, output: str | None) -> None:
+def check(directory: str, output: str | None, family: str | None) -> None:
     """BadInput for arguments that cannot be used, before anything is read."""
     place = paths.absolute(directory)
     if output and paths.absolute(output).exists() and not paths.absolute(output).is_dir():
@@ -52,6 +58,10 @@ def check(directory: str, output: str | None) -> None:
             f"{directory}: has neither checkpoints/ nor config.json; "
             "name a run of train.py, or the local directory of a Hugging Face MoE"
         )
+    if family is not None and is_run(directory):
+        raise BadInput(
+            f"--family={family}: {directory} is a run, whose routers are known; leave --family out"
+        )
 
 
 def is_run(directory: str) -> bool:
@@ -59,8 +69,8 @@ def is_run(directory: str) -> bool:
     return (paths.absolute(directory) / "checkpoints").exists()
 
 
-def open_layers(directory: str) -> tuple[str, str, Iterable, Sequence[int]]:
-    """Open a run or a checkpoint.
+def open_layers(directory: str, family: str | None) -> tuple[str, str, Iterable, Sequence[int]]:
+    """Open a run or a checkpoint, whose family may be a user's line.
 
     Returns (name, where its diagnosis is written by default, layers, their numbers). A layer is
     (router_ED, w_gate_EDF).
@@ -69,7 +79,7 @@ def open_layers(directory: str) -> tuple[str, str, Iterable, Sequence[int]]:
         run = open_run(directory, with_text=False)
         print(f"{directory}: step {run.step}")
         return directory, directory, run.router_and_gates(), range(run.model.config.layers)
-    moe = inspect.open_moe(directory)
+    moe = inspect.open_moe(directory, family)
     return moe.name, f"diagnosis/{moe.name}", moe, moe.layers
 
 

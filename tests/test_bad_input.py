@@ -273,12 +273,20 @@ def test_generation_refuses(arguments, words, tmp_path):
     (["tests", "configs"], ["2 arguments", "DIR"]),
     (["tests", "--output=README.md"], ["--output=README.md", "is a file"]),
     (["tests/hf/families/olmoe", "--coupling"], ["coupling"]),
+    (["tests/hf/families/olmoe", "--family=a,b"], ["--family=a,b", "ROUTER,GATE,LAYOUT", "halves"]),
     ([""], ["''"]),
 ])  # fmt: skip
 def test_diagnosis_refuses(arguments, words, tmp_path):
     code, printed = script.run("moe_erc.diagnose", arguments, tmp_path / "out")
     assert code == 2 and all(word in printed.splitlines()[-1] for word in words), printed
     assert not os.path.exists("/no") and not (script.ROOT / "diagnosis").exists()
+
+
+def test_the_diagnosis_of_a_run_takes_no_family(tmp_path):
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    arguments = [tmp_path / "run", "--family=a,b,gates"]
+    code, printed = script.run("moe_erc.diagnose", arguments, tmp_path / "out")
+    assert code == 2 and "--family=a,b,gates" in printed and "is a run" in printed, printed
 
 
 def test_the_diagnosis_of_a_hugging_face_model(tmp_path):

@@ -1,5 +1,6 @@
 """The measures of a run as tables, by domain and by layer, and as a verdict in words."""
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,6 +18,11 @@ BY_DOMAIN = (
     validation.UNIGRAM,
     validation.BIGRAM,
     validation.TOKENS,
+)
+
+NOT_QUALITY = (
+    "These figures describe coupling, not quality: in three released MoEs, no statistic of routing "
+    "predicted which experts matter (arXiv 2606.10703)."
 )
 
 
@@ -71,6 +77,8 @@ def print_found(found: Mapping[str, Any]) -> None:
     domains = by_domain(found)
     print_table(domains.caption, domains.columns, domains.rows[:-1], domains.rows[-1:])
     print_tables(by_layer(found))
+    if coupling.ALIGNMENT.key in found:
+        print(textwrap.fill(NOT_QUALITY, 80))
 
 
 def print_tables(tables: Sequence[Table]) -> None:
@@ -103,7 +111,8 @@ def verdict(found: Mapping[str, np.ndarray]) -> str:
         f"it vanishes in all of them at alpha {vanishes:.3g}. "
         f"{rows:.0%} of the router rows excite their own expert most; "
         f"the best one-to-one matching would give {displaced:.0%} of them another one. "
-        f"A row excites its gate with {held:.0%} of what the gate's strongest direction would."
+        f"A row excites its gate with {held:.0%} of what the gate's strongest direction would. "
+        f"{NOT_QUALITY}"
     )
 
 

@@ -3,8 +3,8 @@
     for router_ED, w_gate_EDF in open_moe(directory):
         M_EE = coupling_matrix(router_ED, w_gate_EDF)
 
-No model is built. Dense layers and shared experts are left out, because they have no router row.
-Biases are left out too.
+No model is built. Dense layers and shared experts are left out, because they have no router row of
+a routed expert. Biases are left out too.
 """
 
 import os
@@ -15,9 +15,11 @@ import numpy as np
 
 from moe_erc.checks import BadInput
 from moe_erc.data import paths
-from moe_erc.hf.families import FAMILIES
+from moe_erc.hf.config_json import language_model
+from moe_erc.hf.families import FAMILIES, UNREADABLE, read_line
 from moe_erc.hf.layers import Layer, locate_layers
 from moe_erc.hf.shards import find_tensors, read_config
+from moe_erc.hf.unknown_family import describe
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,9 @@ class Moe:
 
     def __iter__(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         for layer in self._layers.values():
-            yield np.array(layer.router.read(), np.float32), _read_gates(layer)
+            # Rows of what is no routed expert come last.
+            rows = layer.router.read()[: len(layer.gates)]
+            yield np.array(rows, np.float32), _read_gates(layer)
 
 
 def _read_gates(layer):
@@ -58,22 +62,42 @@ def _read_gates(layer):
     return w_gate_EFD.swapaxes(1, 2)
 
 
-def open_moe(directory: os.PathLike | str) -> Moe:
+def open_moe(directory: os.PathLike | str, line: str | None = None) -> Moe:
     """The MoE in a local directory, as its family was released or as `save_pretrained` writes it.
 
     This reads config.json and the headers of the shards, and no tensor.
+
+    Args:
+      directory: of config.json and the shards
+      line: ROUTER,GATE,LAYOUT of a family that `hf/families.py` does not have, as `read_line` reads
+        it
 
     Raises:
       BadInput: for an unknown family, and if names, dtypes, shapes or counts in the shards do not
         agree with config.json.
     """
     directory = paths.local(directory)
-    config = read_config(directory)
-    family = config.get("model_type")
-    if not isinstance(family, str) or family not in FAMILIES:
-        raise BadInput(
-            f"config.json: model_type {family!r} is none of {', '.join(FAMILIES)}; "
-            "add a line with its names to FAMILIES in moe_erc/hf/families.py"
-        )
-    layers = locate_layers(config, FAMILIES[family], find_tensors(directory))
-    return Moe(family, directory.absolute().name, layers)
+    types, config = language_model(read_config(directory))
+    name = directory.absolute().name
+    if line is not None:
+        family = read_line(line)
+        return Moe(line, name, locate_layers(config, family, find_tensors(directory)))
+    known = _known(types)
+    tensors = find_tensors(directory)
+    if known is None:
+        raise describe(types, config, tensors)
+    return Moe(known, name, locate_layers(config, FAMILIES[known], tensors))
+
+
+def _known(types):
+    """The name of the family, or None. The innermost model type that is known decides."""
+    names = [kind.removesuffix("_text") for kind in types if isinstance(kind, str)]
+    for name in names:
+        if name in UNREADABLE:
+            raise BadInput(
+                f"config.json: a coupling of {name!r} cannot be read: {UNREADABLE[name]}; "
+                "name a model whose router has one row per expert and whose experts have a gate"
+            )
+        if name in FAMILIES:
+            return name
+    return None

@@ -10,10 +10,16 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from moe_erc.checks import BadInput
-from moe_erc.hf.families import ROUTER, Family, Layout
+from moe_erc.hf.config_json import depth, moe_layers, predicting_layers, sizes_of
+from moe_erc.hf.families import Family
+from moe_erc.hf.layouts import Layout, Part, Sizes, shape
 from moe_erc.hf.shards import Tensor
 
-MOST = 2**20  # of layers, experts or width; no model has more
+# "model.layers.3.mlp.gate.weight": the stack, the number of the layer, the name in the layer.
+IN_LAYER = re.compile(r"(?P<stack>(?:.+?\.)?(?:layers|blocks)\.)(?P<layer>\d{1,7})\.(?P<name>.+)")
+# Stacks of layers beside the language model: images, sound, speech, several tokens ahead, and an
+# encoder that is tied to the decoder (DiffusionGemma).
+OTHERS = re.compile(r"vis|image|audio|talker|encoder|mtp|nextn")
 
 
 class Matrix(NamedTuple):
@@ -24,7 +30,7 @@ class Matrix(NamedTuple):
     expert: int
 
     def read(self) -> np.ndarray:
-        """The matrix as torch has it: a router (E, D), a gate (F, D)."""
+        """The matrix as torch has it: a router (R, D), a gate (F, D)."""
         return self.layout.read(*(part.map() for part in self.parts), self.expert)
 
 
@@ -44,48 +50,22 @@ def locate_layers(
     Raises:
       BadInput: if shards and config.json disagree.
     """
-    sizes = (
-        _number(config, "num_experts", "num_local_experts", "n_routed_experts"),
-        _number(config, "hidden_size"),
-        _number(config, "moe_intermediate_size", "intermediate_size"),
-    )
-    layers = _announced(config)
-    _check_routers(layers, config, family, tensors)
-    return {
-        layer: _locate_layer(f"model.layers.{layer}.", family, tensors, sizes)
-        for layer in sorted(layers)
-    }
-
-
-def _announced(config):
-    """The numbers of the MoE layers: all but the dense ones, which config.json tells.
-
-    Qwen lists dense layers or steps over them; DeepSeek begins with some.
-    """
-    first = _number(config, "first_k_dense_replace", least=0, default=0)
-    step = _number(config, "decoder_sparse_step", default=1)
-    dense = config.get("mlp_only_layers", [])
-    if not isinstance(dense, list) or not all(type(layer) is int for layer in dense):
-        raise BadInput(
-            f"config.json: mlp_only_layers is {dense!r}; it must be a list of whole numbers"
-        )
-    layers = range(first, _number(config, "num_hidden_layers"))
-    return {layer for layer in layers if (layer + 1) % step == 0}.difference(dense)
+    layers = moe_layers(config)
+    stack = _check_routers(layers, config, family, tensors)
+    found = {}
+    for layer in sorted(layers):
+        sizes = sizes_of(config, family, layer)
+        found[layer] = _locate_layer(f"{stack}{layer}.", family, tensors, sizes)
+    return found
 
 
 def _check_routers(layers, config, family, tensors):
-    """Refuse shards in which other layers than the announced ones have a router.
+    """The stack of the routers. Other layers than the announced ones must have none.
 
     Layers behind the last one, which predict several tokens ahead, may have one.
     """
-    end = _number(config, "num_hidden_layers")
-    further = range(end, end + _number(config, "num_nextn_predict_layers", least=0, default=0))
-    found = set()
-    for name in tensors:
-        match = re.fullmatch(r"model\.layers\.(\d{1,7})\.(.+)", name)
-        if match and match[2] in family.routers:
-            found.add(int(match[1]))
-    differing = sorted(found.difference(further) ^ layers)
+    stack, found = _stack(family, tensors)
+    differing = sorted(found.difference(predicting_layers(config)) ^ layers)
     if differing:
         raise BadInput(
             f"layers {str(differing[:8])[1:-1]}, {len(differing)} in all, have a router in the "
@@ -93,31 +73,58 @@ def _check_routers(layers, config, family, tensors):
         )
     if not layers:
         raise BadInput(
-            f"config.json makes none of {end} layers an MoE layer; its model has no router to read"
+            f"config.json makes none of {depth(config)} layers an MoE layer; "
+            "its model has no router to read"
         )
+    return stack
+
+
+def _stack(family, tensors):
+    """(what comes before the number of a layer, the layers that have a router)."""
+    names = {name + layout.parts[0].suffix for name, layout in family.routers}
+    stacks = {}
+    for name in tensors:
+        match = IN_LAYER.fullmatch(name)
+        if match and match["name"] in names and not OTHERS.search(match["stack"]):
+            stacks.setdefault(match["stack"], set()).add(int(match["layer"]))
+    if len(stacks) > 1:
+        raise BadInput(
+            f"routers are in {' and in '.join(map(repr, stacks))}; "
+            "save the language model by itself"
+        )
+    return stacks.popitem() if stacks else ("model.layers.", set())
 
 
 def _locate_layer(prefix, family, tensors, sizes):
-    routers = [(prefix + name, ROUTER) for name in family.routers]
+    routers = [(prefix + name, layout) for name, layout in family.routers]
     gates = [(prefix + name, layout) for name, layout in family.gates]
-    E, D, F = sizes
+    [stored] = shape(family.stored, sizes)
     for name, _ in gates:
-        surplus = name.format(expert=E)
+        surplus = _of_expert(name, stored)
         if surplus != name and surplus in tensors:
             raise BadInput(
-                f"{surplus!r} is in the shards, config.json has {E} experts; "
+                f"{surplus!r} is in the shards, config.json has {stored} experts; "
                 "take both from one model"
             )
     router = _locate(routers, 0, tensors, sizes)
-    return Layer(router, [_locate(gates, expert, tensors, sizes) for expert in range(E)], (E, F, D))
+    found = [_locate(gates, expert, tensors, sizes) for expert in range(sizes.E)]
+    return Layer(router, found, (sizes.E, sizes.F, sizes.D))
+
+
+def _of_expert(pattern, expert):
+    # Not str.format: a part of the name comes from the file, and may have braces.
+    return pattern.replace("{expert}", str(expert))
 
 
 def _locate(candidates, expert, tensors, sizes):
-    """The one candidate (name, layout) in the shards; its first part decides, by name and dtype."""
+    """The one candidate (name, layout) in the shards; its first part decides, by name and dtype.
+
+    Where two candidates differ in their axes alone, the shape decides.
+    """
     found = []
     forms = []
     for pattern, layout in candidates:
-        name = pattern.format(expert=expert)
+        name = _of_expert(pattern, expert)
         first = layout.parts[0]
         tensor = tensors.get(name + first.suffix)
         if tensor is not None and tensor.dtype in first.dtypes:
@@ -128,35 +135,41 @@ def _locate(candidates, expert, tensors, sizes):
             f"the shards have no {' or '.join(forms)}; "
             "download them all, of a release in one of these forms"
         )
-    if len(found) > 1:
+    if len({name for name, _ in found}) > 1:
         raise BadInput(
             f"the shards have both {found[0][0]!r} and {found[1][0]!r}; "
             "save the model again, in one form"
         )
-    [(name, layout)] = found
+    name, layout = found[0] if len(found) == 1 else _by_shape(found, tensors, sizes)
     parts = [_checked(name + part.suffix, part, tensors, sizes) for part in layout.parts]
     return Matrix(tuple(parts), layout, expert)
 
 
-def _checked(name, part, tensors, sizes):
+def _by_shape(found, tensors, sizes):
+    """The candidate whose shape the tensor has; if it is none's, the first, which is refused."""
+    name, first = found[0]
+    fitting = []
+    for _, layout in found:
+        if tensors[name].shape == shape(layout.parts[0].axes, sizes):
+            fitting.append(layout)
+    if len(fitting) > 1:
+        axes = " and ".join(f"({layout.parts[0].axes})" for layout in fitting)
+        raise BadInput(
+            f"{name!r} {tensors[name].shape} may have the axes {axes}, which cannot be told apart; "
+            "name one by --family"
+        )
+    return name, fitting[0] if fitting else first
+
+
+def _checked(name: str, part: Part, tensors: Mapping[str, Tensor], sizes: Sizes) -> Tensor:
+    """The tensor, in the shape under which it is read."""
     if name not in tensors:
         raise BadInput(f"no tensor {name!r} in the shards; download them again")
     tensor = tensors[name]
-    shape = part.shape(*sizes)
-    if tensor.dtype not in part.dtypes or tensor.shape != shape:
+    expected = shape(part.axes, sizes)
+    if tensor.dtype not in part.dtypes or tensor.shape != expected:
         raise BadInput(
             f"{name!r} is {tensor.dtype} {tensor.shape}, "
-            f"by config.json {' or '.join(part.dtypes)} {shape}; take both from one model"
+            f"by config.json {' or '.join(part.dtypes)} {expected}; take both from one model"
         )
-    return tensor
-
-
-def _number(config, *names, least=1, default=None):
-    """The value of the first of these names that config.json has."""
-    value = next((config[name] for name in names if name in config), default)
-    if type(value) is not int or not least <= value <= MOST:
-        raise BadInput(
-            f"config.json: {' or '.join(names)} is {value!r}; "
-            f"the model needs a whole number of {least} to {MOST}"
-        )
-    return value
+    return tensor._replace(shape=shape(part.axes_read or part.axes, sizes))

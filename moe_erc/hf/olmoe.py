@@ -23,7 +23,7 @@ from jax.sharding import PartitionSpec as P
 
 from moe_erc.checks import BadInput
 from moe_erc.data import paths
-from moe_erc.hf.families import FLOATS
+from moe_erc.hf.layouts import FLOATS
 from moe_erc.hf.olmoe_config import check_plain, check_same, config_json, model_fields
 from moe_erc.hf.olmoe_names import PACKED, TABLE, by_path, entries, path_name
 from moe_erc.hf.shard_writer import new_directory, write_json, write_shards

@@ -56,13 +56,15 @@ GROUPS = {
     "tasks": Group("Tasks", "What is reached in tasks of the harness."),
     "erc": Group(
         "ERC of the clean router",
-        "A layer is coupled where its vanishing alpha is at most 1. Its ERC at alpha 1 is then 0.",
+        "A layer is coupled where its vanishing alpha is at most 1. Its ERC at alpha 1 is then 0. "
+        "These measures describe coupling, not quality.",
     ),
     "coupling": Group(
         "Coupling",
         "A router couples to its experts as the diagonal leads in every row and column, and as its "
         "rows turn to the strongest direction of their gates. A falling noise bound says that "
-        "router rows move together.",
+        "router rows move together. These measures describe coupling, not quality "
+        "(arXiv 2606.10703).",
     ),
     "weights": Group(
         "Router rows and gates",

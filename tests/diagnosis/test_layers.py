@@ -152,6 +152,7 @@ def test_the_verdict_and_the_tables_say_what_was_measured(tmp_path):
         said.startswith("1 of 2 layers are coupled")
         and "at alpha 1.5." in said
         and "75% of the router rows" in said
+        and "coupling, not quality" in said
     )
     by_alpha = of_layers(found)[0]
     assert (

@@ -91,7 +91,8 @@ def printed(found, capsys):
 
 
 def test_every_measure_by_layer_stands_in_the_table_of_its_group(found, capsys):
-    shown, _ = printed(found, capsys)
+    shown, text = printed(found, capsys)
+    assert text.count("coupling, not quality") == 1
     for measure in by_layer(*OF_ROWS):
         column = shown[GROUPS[measure.group].title][measure.label]
         assert column == [measure.show(value) for value in found[measure.key]], measure.key
@@ -113,7 +114,7 @@ def test_without_router_rows_all_but_coupling_is_printed(found, capsys, tmp_path
     found = {key: value for key, value in found.items() if key.split("/")[0] not in OF_ROWS}
     found["experts/output_cosine"] = np.array([0.25, -0.125])
     shown, text = printed(found, capsys)
-    assert "ERC" not in text and not shown.keys() & set(TITLES[:3])
+    assert "ERC" not in text and "quality" not in text and not shown.keys() & set(TITLES[:3])
     assert {name: cells for name, cells in shown["Validation, nats per token"].items()} == {
         "domain": ["prose", "mean"],
         "validation loss": ["2.000", "2.000"],

@@ -1,9 +1,9 @@
-"""Writes tests/hf/families: a small random model of every family, and its coupling matrices.
+"""Writes tests/hf/families: small random models of nine families, and their coupling matrices.
 
     pip install -e ".[hf]" && python -m tests.hf.make_families
 
-transformers saves the models. Run this again when a family is added, or when transformers changes
-what it writes. coupling.npz holds M[i, j] = |router_i @ w_gate_j| by layer, in float64. Where the
+transformers saves the models. Run this again when transformers changes what it writes; layouts.json
+has every family. coupling.npz holds M[i, j] = |router_i @ w_gate_j| by layer, in float64. Where the
 experts have an activation module, M is taken from what the model's own code hands to that module
 when the router's rows are the tokens.
 """

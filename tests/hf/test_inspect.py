@@ -1,4 +1,4 @@
-"""Routers and gates of every family, as transformers and releases lay them out.
+"""Routers and gates of whole checkpoints, as transformers and releases lay them out.
 
 A misfit is reported in one line.
 """
@@ -15,11 +15,12 @@ import numpy as np
 import pytest
 
 from moe_erc.checks import BadInput
-from moe_erc.hf.families import FAMILIES
 from moe_erc.hf.inspect import open_moe
 from tests.hf import checkpoint
 from tests.tolerance import assert_close
 
+# Families of which a whole checkpoint is committed; `test_layouts.py` has every family.
+COMMITTED = sorted(path.name for path in checkpoint.FAMILIES.iterdir())
 SPARSE = {"qwen2_moe": [1], "qwen3_moe": [0, 2], "deepseek_v2": [1, 2], "deepseek_v3": [2]}
 QWEN = ("mlp.gate.weight", "mlp.experts.{}.gate_proj.weight", "mlp.experts.{}.up_proj.weight")
 MIXTRAL = tuple(
@@ -47,14 +48,14 @@ def assert_same(moe, other):
             np.testing.assert_array_equal(array, expected)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_coupling_of_every_family(family):
+@pytest.mark.parametrize("family", COMMITTED)
+def test_coupling_of_every_committed_checkpoint(family):
     moe = open_moe(checkpoint.FAMILIES / family)
     assert (moe.family, moe.name, moe.layers) == (family, family, SPARSE.get(family, [0, 1]))
     assert_coupling(moe, checkpoint.FAMILIES / family)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", COMMITTED)
 @pytest.mark.parametrize("options", [
     {},
     {"save_original_format": False},
@@ -201,9 +202,15 @@ def test_two_layers_are_in_memory_at_most(tmp_path):
 
 
 @pytest.mark.parametrize("changes, words", [
-    ({"model_type": "bert"}, ["'bert'", "olmoe", "gpt_oss", "families.py"]),
-    ({"model_type": None}, ["None", "families.py"]),
-    ({"model_type": ["olmoe"]}, ["['olmoe']", "families.py"]),
+    ({"model_type": "bert"}, ["'bert'", "docs/huggingface.md", "mlp.gate.weight (4, 16)",
+     "--family='mlp.gate.weight,mlp.experts.{expert}.gate_proj.weight,expert'"]),
+    ({"model_type": None}, ["None", "docs/huggingface.md"]),
+    ({"model_type": ["olmoe"]}, ["['olmoe']", "docs/huggingface.md"]),
+    ({"model_type": "bert", "num_experts": 5},
+     ["'bert'", "(5, 16)", "--family=ROUTER,GATE,LAYOUT"]),
+    ({"model_type": "bert", "num_experts": None}, ["'bert'", "none of num_experts", "num_local"]),
+    ({"model_type": "nemotron_h"}, ["'nemotron_h'", "no gate"]),
+    ({"text_config": {"model_type": "zaya"}}, ["'zaya'", "no router row"]),
     ({"num_experts": None}, ["num_experts or num_local_experts or n_routed_experts", "None"]),
     ({"num_experts": "4"}, ["num_experts", "'4'"]),
     ({"num_experts": 0}, ["num_experts", "0", "1 to"]),
@@ -221,6 +228,21 @@ def test_two_layers_are_in_memory_at_most(tmp_path):
     ({"decoder_sparse_step": 0}, ["decoder_sparse_step", "0"]),
     ({"mlp_only_layers": 1}, ["mlp_only_layers", "1", "list"]),
     ({"mlp_only_layers": [[1]]}, ["mlp_only_layers", "[[1]]", "list"]),
+    ({"mlp_layer_types": ["dense", "sparse"]}, ["layers 0,", "router"]),
+    ({"mlp_layer_types": ["sparse"]}, ["mlp_layer_types", "1 entries", "2 layers"]),
+    ({"moe_layers": [1]}, ["layers 0,", "router"]),
+    ({"moe_layers_enum": "1"}, ["layers 0,", "router"]),
+    ({"moe_layers_enum": "1,x"}, ["moe_layers", "'1,x'", "list"]),
+    ({"moe_layer_freq": [0, 1]}, ["layers 0,", "router"]),
+    ({"moe_layer_freq": 2}, ["layers 1,", "router"]),
+    ({"moe_layer_freq": [1]}, ["moe_layer_freq", "1 entries"]),
+    ({"moe_layer_start_index": 1}, ["layers 0,", "router"]),
+    ({"moe_layer_end_index": 0}, ["layers 1,", "router"]),
+    ({"moe_layer_interval": 2}, ["layers 0,", "router"]),
+    ({"expert_layer_period": 2, "expert_layer_offset": 1}, ["layers 0,", "router"]),
+    ({"interleave_moe_layer_step": 2}, ["layers 0,", "router"]),
+    ({"num_dense_layers": 1}, ["layers 0,", "router"]),
+    ({"enable_moe_block": False}, ["layers 0, 1,", "router"]),
 ])  # fmt: skip
 def test_a_config_that_is_not_the_shards(changes, words, tmp_path):
     config, tensors = checkpoint.load("olmoe")
@@ -266,6 +288,114 @@ def test_two_routers_in_a_layer(tmp_path):
         checkpoint.write(tmp_path, config, tensors),
         ["layers.0.mlp.gate", "layers.0.block_sparse_moe.gate", "both"],
     )
+
+
+def test_routers_beside_the_language_model_are_not_read(tmp_path):
+    config, tensors = checkpoint.load("olmoe")
+    router = tensors["model.layers.0.mlp.gate.weight"]
+    for stack in ("mtp.layers", "vision_tower.blocks", "model.talker.layers"):
+        tensors[f"{stack}.0.mlp.gate.weight"] = router[:, :8]
+    moe = open_moe(checkpoint.write(tmp_path, config, tensors))
+    assert_same(moe, open_moe(checkpoint.FAMILIES / "olmoe"))
+    tensors["other.layers.0.mlp.gate.weight"] = router
+    refuses(checkpoint.write(tmp_path, config, tensors), ["'model.layers.'", "'other.layers.'"])
+
+
+@pytest.mark.parametrize("prefix, nest", [
+    ("language_model.", lambda text: {"model_type": "internvl_chat", "llm_config": text}),
+    ("", lambda text: {"model_type": "olmoe", "text_config": text | {"model_type": "a_text"}}),
+    ("thinker.", lambda text: {"model_type": "b", "thinker_config":
+                               {"model_type": "b_thinker", "text_config": text}}),
+])  # fmt: skip
+def test_a_config_of_several_modalities(prefix, nest, tmp_path):
+    config, tensors = checkpoint.load("olmoe")
+    tensors = {prefix + name: array for name, array in tensors.items()}
+    nested = nest(config) | {"num_hidden_layers": 7}  # of another modality
+    moe = open_moe(checkpoint.write(tmp_path, nested, tensors))
+    assert moe.family == "olmoe"
+    assert_same(moe, open_moe(checkpoint.FAMILIES / "olmoe"))
+
+
+def test_names_with_braces(tmp_path):
+    config, tensors = checkpoint.load("olmoe")
+    tensors = {"{0.a}{expert.b}{." + name: array for name, array in tensors.items()}
+    moe = open_moe(checkpoint.write(tmp_path, config, tensors))
+    assert_same(moe, open_moe(checkpoint.FAMILIES / "olmoe"))
+
+
+def test_a_family_by_a_user_s_line(tmp_path):
+    config, tensors = checkpoint.load("olmoe")
+    renamed = {name.replace("mlp.gate.", "chooser."): tensors[name] for name in tensors}
+    directory = checkpoint.write(tmp_path, config | {"model_type": "mine"}, renamed)
+    line = "chooser.weight,mlp.experts.{expert}.gate_proj.weight,expert"
+    refuses(directory, ["'mine'", f"--family='{line}'"])
+    assert_same(open_moe(directory, line), open_moe(checkpoint.FAMILIES / "olmoe"))
+
+
+@pytest.mark.parametrize("gate, line", [
+    ("experts.gate_up_proj", "experts.gate_up_proj,halves' or --family='router.weight,"
+     "experts.gate_up_proj,interleaved_rows"),
+    ("experts.gate_proj", "experts.gate_proj,gates"),
+    ("experts.w1", "experts.w1,flat"),
+    ("experts.w13", "experts.w13,column_halves"),
+])  # fmt: skip
+def test_the_line_that_is_proposed(gate, line, tmp_path):
+    shapes = {
+        "experts.gate_up_proj": (4, 24, 16),
+        "experts.gate_proj": (4, 12, 16),
+        "experts.w1": (48, 16),
+        "experts.w13": (4, 16, 24),
+    }
+    config = checkpoint.load("olmoe")[0] | {"model_type": "mine", "num_hidden_layers": 1}
+    tensors = {
+        "model.layers.0.router.weight": np.ones((4, 16), np.float32),
+        "model.layers.0.self_attn.gate_proj.weight": np.ones((4, 16), np.float32),
+        "model.layers.0.mlp.gate_proj.weight": np.ones((12, 16), np.float32),
+        "model.layers.0.another": np.ones((4, 16), np.float32),
+        f"model.layers.0.{gate}": np.ones(shapes[gate], np.float32),
+    }
+    directory = checkpoint.write(tmp_path, config, tensors)
+    refuses(directory, [f"{gate} {shapes[gate]}", f"--family='router.weight,{line}"])
+    proposed = f"router.weight,{line}".split("'")[0]
+    assert [gates.shape for _, gates in open_moe(directory, proposed)] == [(4, 16, 12)]
+
+
+@pytest.mark.parametrize("line", [
+    "", "mlp.gate.weight", "a,b,c", "a,b,expert", "a,{expert}.b,halves", ",b,halves",
+])  # fmt: skip
+def test_a_line_that_is_none(line):
+    with pytest.raises(BadInput, match="--family=") as refusal:
+        open_moe(checkpoint.FAMILIES / "olmoe", line)
+    assert line in str(refusal.value)
+
+
+def test_qwen3_vl_as_it_was_released(tmp_path):
+    # (E, D, 2F), where transformers has (E, 2F, D) by the same name.
+    config = {"model_type": "qwen3_vl_moe", "num_hidden_layers": 1, "num_experts": 2}
+    config |= {"hidden_size": 8, "moe_intermediate_size": 3}
+    router_ED = np.arange(16, dtype=np.float32).reshape(2, 8)
+    gate_EDF = np.arange(48, dtype=np.float32).reshape(2, 8, 3)
+    tensors = {
+        "model.language_model.layers.0.mlp.gate.weight": router_ED,
+        "model.language_model.layers.0.mlp.experts.gate_up_proj": np.concatenate(
+            [gate_EDF, np.full_like(gate_EDF, 99)], axis=2
+        ),
+    }
+    directory = checkpoint.write(tmp_path, config, tensors)
+    assert_same(open_moe(directory), [(router_ED, gate_EDF)])
+
+
+def test_gates_whose_axes_cannot_be_told_apart(tmp_path):
+    # D is 2F: (E, D, 2F) and (E, 2F, D) are one shape.
+    config = {"model_type": "qwen3_vl_moe", "num_hidden_layers": 1, "num_experts": 2}
+    config |= {"hidden_size": 8, "moe_intermediate_size": 4}
+    tensors = {
+        "model.layers.0.mlp.gate.weight": np.ones((2, 8), np.float32),
+        "model.layers.0.mlp.experts.gate_up_proj": np.ones((2, 8, 8), np.float32),
+    }
+    directory = checkpoint.write(tmp_path, config, tensors)
+    refuses(directory, ["gate_up_proj", "(E D 2F)", "(E 2F D)", "--family"])
+    open_moe(directory, "mlp.gate.weight,mlp.experts.gate_up_proj,halves")
 
 
 @pytest.mark.parametrize("text, words", [

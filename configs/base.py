@@ -44,7 +44,7 @@ def _model():
     model.experts = 4  # E, in every layer
     model.experts_per_token = 2  # K
     model.expert_width = 16  # F
-    # Or aoe, competition, mpi, routing_free, xmoe (4 experts at least). Their options:
+    # Or aoe, competition, mpi, routing_free, sigmoid, xmoe (4 experts at least). Their options:
     # config.routers.
     model.router = "softmax"
     model.shared_experts = 0  # always on, of width F each, beside the routed ones
@@ -77,6 +77,11 @@ def _routers():
     routers.mpi = _top_k()  # rows turned towards their experts' gates
     routers.mpi.init = "normal"
     routers.mpi.scale = 4.0  # C': the length of a turned row is C' / sqrt(E)
+    routers.sigmoid = ConfigDict()  # every expert is asked by itself whether it fits
+    routers.sigmoid.init = "normal"
+    routers.sigmoid.renormalize = True  # as DeepSeek-V3's
+    routers.sigmoid.scale = 1.0  # what the weights of a token sum to; 2.5 in DeepSeek-V3
+    routers.sigmoid.bias_rate = 0.0
     routers.xmoe = _top_k()  # cosines in E / 2 dimensions
     routers.aoe = _top_k()  # no rows: experts are chosen by the first factor of their gates
     # r of a gate w_low @ w_high; 0 takes D F / (D + F), rounded down: as large as a whole gate.

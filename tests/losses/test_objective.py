@@ -13,6 +13,7 @@ from moe_erc.losses import LOSSES
 from moe_erc.losses.erc import erc_loss
 from moe_erc.losses.objective import Objective
 from moe_erc.model.transformer import Transformer
+from moe_erc.moe.routers import ROUTERS
 from moe_erc.random_keys import named
 from moe_erc.training.step import parameter_only
 from tests.tolerance import assert_close
@@ -226,13 +227,14 @@ FACTORISED = {"aoe": {"rank": 8}, "routing_free": {"rank": 8}}
     ("path_coupling", ("routing_free",), "probabilities"),
     ("routing_variance", ("routing_free",), "probabilities"),
     ("router_z", ("routing_free",), "logits of probabilities"),
-    ("competition", ("softmax", "aoe", "mpi", "xmoe", "routing_free"), "experts that compete"),
+    ("competition", ("softmax", "aoe", "mpi", "sigmoid", "xmoe", "routing_free"),
+     "experts that compete"),
 ])  # fmt: skip
 def test_a_loss_is_refused_beside_every_router_that_lacks_what_it_reads(
     loss, routers, reason, model
 ):
     options = {"erc": ERC, "router_orthogonality": {"decoupled": False}}.get(loss, {})
-    for router in ("softmax", "aoe", "competition", "mpi", "routing_free", "xmoe"):
+    for router in ROUTERS:
         goal = model(router=router, **FACTORISED.get(router, {}))
         Objective({loss: options | {"weight": 0.0}}, goal)
         if router not in routers:

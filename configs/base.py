@@ -146,8 +146,10 @@ def _losses():
     losses.simbal = ConfigDict({"weight": 0.0})  # |R R^T - I| of router rows, entry by entry
     # Each chosen expert's output, projected on another's.
     losses.output_overlap = ConfigDict({"weight": 0.0})
+    losses.output_overlap.reading = "paper"  # or "released": what the authors' code computes
     # Minus the variance of an expert's weights.
     losses.routing_variance = ConfigDict({"weight": 0.0})
+    losses.routing_variance.reading = "paper"
     # Cosine of the chosen experts' hidden activations.
     losses.specialization = ConfigDict({"weight": 0.0})
     # Minus the chosen's probabilities in adjacent layers.

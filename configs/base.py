@@ -44,7 +44,7 @@ def _model():
     model.experts = 4  # E, in every layer
     model.experts_per_token = 2  # K
     model.expert_width = 16  # F
-    # Or aoe, competition, mpi, routing_free, xmoe (4 experts at least). Their options:
+    # Or aoe, competition, mpi, routing_free, sigmoid, xmoe (4 experts at least). Their options:
     # config.routers.
     model.router = "softmax"
     model.shared_experts = 0  # always on, of width F each, beside the routed ones
@@ -77,6 +77,11 @@ def _routers():
     routers.mpi = _top_k()  # rows turned towards their experts' gates
     routers.mpi.init = "normal"
     routers.mpi.scale = 4.0  # C': the length of a turned row is C' / sqrt(E)
+    routers.sigmoid = ConfigDict()  # every expert is asked by itself whether it fits
+    routers.sigmoid.init = "normal"
+    routers.sigmoid.renormalize = True  # as DeepSeek-V3's
+    routers.sigmoid.scale = 1.0  # what the weights of a token sum to; 2.5 in DeepSeek-V3
+    routers.sigmoid.bias_rate = 0.0
     routers.xmoe = _top_k()  # cosines in E / 2 dimensions
     routers.aoe = _top_k()  # no rows: experts are chosen by the first factor of their gates
     # r of a gate w_low @ w_high; 0 takes D F / (D + F), rounded down: as large as a whole gate.
@@ -141,8 +146,10 @@ def _losses():
     losses.simbal = ConfigDict({"weight": 0.0})  # |R R^T - I| of router rows, entry by entry
     # Each chosen expert's output, projected on another's.
     losses.output_overlap = ConfigDict({"weight": 0.0})
+    losses.output_overlap.reading = "paper"  # or "released": what the authors' code computes
     # Minus the variance of an expert's weights.
     losses.routing_variance = ConfigDict({"weight": 0.0})
+    losses.routing_variance.reading = "paper"
     # Cosine of the chosen experts' hidden activations.
     losses.specialization = ConfigDict({"weight": 0.0})
     # Minus the chosen's probabilities in adjacent layers.

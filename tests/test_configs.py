@@ -33,7 +33,7 @@ NAMES = sorted(
 )
 SAME_SIZE_AS_VANILLA = (
     "competesmoe", "erc", "erc_expected", "erc_normalized", "expert_orthogonality", "loss_free",
-    "mpi", "router_orthogonality", "simbal", "synergistic", "top_p",
+    "mpi", "router_orthogonality", "sigmoid", "simbal", "synergistic", "top_p",
 )  # fmt: skip
 LAYER_LOSSES = (
     "output_overlap",
@@ -42,7 +42,7 @@ LAYER_LOSSES = (
     "path_coupling",
     "routing_entropy",
 )
-SAME_SIZE_COMBINATIONS = ("erc_loss_free", "erc_mpi", "erc_router_orthogonality")
+SAME_SIZE_COMBINATIONS = ("erc_loss_free", "erc_mpi", "erc_router_orthogonality", "erc_sigmoid")
 
 
 def get_config(name, size):
@@ -205,7 +205,15 @@ def assert_same_steps(name_or_config, expected, found):
 
 
 @pytest.mark.parametrize(
-    "name", ["aoe", "combinations.erc_mpi", "competesmoe", "routing_free", "xmoe"]
+    "name",
+    [
+        "aoe",
+        "combinations.erc_mpi",
+        "competesmoe",
+        "routing_free",
+        "combinations.erc_sigmoid",
+        "xmoe",
+    ],
 )
 def test_every_kind_of_router_takes_the_same_steps_on_another_mesh(name, token_batch):
     name = f"configs.{name}"

@@ -8,16 +8,39 @@ rows; under AoE they are w_low. The paper's first loss is `output_overlap.py`.
 
 Each of several micro-batches has its own mean score, and is weighed by its share of unmasked
 tokens. A variance is not additive, so the result is not that of the whole batch.
+
+The code that the authors released computes something else, which is offered as reading "released":
+
+    loss = - mean_n 1 / (E - 1) sum_e (p_ne - 1 / E)^2,   p all probabilities, before the top K
+
+It is the variance over the experts of one token, where the paper's is over the tokens of one
+expert. Its gradient reaches all that the probabilities read.
 """
 
+import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from moe_erc.losses.base import Loss, Needs, NoOptions
-from moe_erc.numerics import divide, nonzero
+from moe_erc.checks import among, check_fields
+from moe_erc.losses.base import Loss, Needs
+from moe_erc.losses.output_overlap import READINGS
+from moe_erc.numerics import divide, masked_mean, nonzero
+
+
+@dataclasses.dataclass(frozen=True)
+class RoutingVarianceOptions:
+    """The options of routing variance.
+
+    reading: "paper" is the variance over tokens, "released" is what the authors' code does.
+    """
+
+    reading: str = among(*READINGS)
+
+    def __post_init__(self):
+        check_fields(self)
 
 
 def routing_variance(
@@ -38,10 +61,22 @@ def routing_variance(
     return -jnp.sum(jnp.mean((score_BTE - mean_E) ** 2, axis=-1) * share_BT)
 
 
-def compute(options: NoOptions, layer: Any) -> jax.Array:
-    """L_v of a layer's routing."""
+def released_variance(probabilities_BTE: jax.Array, mask_BT: jax.Array) -> jax.Array:
+    """The reading "released" of one layer, a mean over the unmasked tokens."""
+    return -masked_mean(jnp.var(probabilities_BTE, axis=-1, ddof=1), mask_BT)
+
+
+def compute(options: RoutingVarianceOptions, layer: Any) -> jax.Array:
+    """The loss of a layer's routing."""
+    if options.reading == "released":
+        return released_variance(layer.scores.probabilities_BTE, layer.mask_BT)
     probabilities_BTE = layer.score_alone().probabilities_BTE
     return routing_variance(probabilities_BTE, layer.routing.experts_BTK, layer.mask_BT)
 
 
-LOSS = Loss(kind="layer", compute=compute, needs=Needs("has_probabilities", "reads probabilities"))
+LOSS = Loss(
+    kind="layer",
+    compute=compute,
+    options=RoutingVarianceOptions,
+    needs=Needs("has_probabilities", "reads probabilities"),
+)

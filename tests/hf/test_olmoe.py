@@ -235,6 +235,7 @@ def test_an_export_takes_the_memory_of_a_layer(trained, tmp_path):
     ({"router": "aoe", "rank": 8}, ["model.router", "'aoe'"]),
     ({"router": "routing_free", "rank": 8}, ["model.router", "'routing_free'"]),
     ({"router": "xmoe"}, ["model.router", "'xmoe'"]),
+    ({"router": "sigmoid"}, ["model.router", "'sigmoid'", "softmax"]),
 ], ids=str)  # fmt: skip
 def test_what_no_olmoe_computes_is_not_exported(model_config, changes, words, tmp_path):
     with pytest.raises(ValueError) as refusal:

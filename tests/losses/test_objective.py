@@ -13,6 +13,7 @@ from moe_erc.losses import LOSSES
 from moe_erc.losses.erc import erc_loss
 from moe_erc.losses.objective import Objective
 from moe_erc.model.transformer import Transformer
+from moe_erc.moe.routers import ROUTERS
 from moe_erc.random_keys import named
 from moe_erc.training.step import parameter_only
 from tests.tolerance import assert_close
@@ -41,6 +42,7 @@ def model(model_config):
     return lambda **changes: Transformer(model_config(**changes))
 
 
+PAPER = {"reading": "paper"}
 ERC = {
     "weight": 1.0,
     "alpha": 1.0,
@@ -59,7 +61,7 @@ def test_terms_are_unweighted_and_the_total_is_weighted(model):
         "lm": {"weight": 1.0, "chunk": 8},
         "load_balance": {"weight": 0.5, "scope": "micro_batch"},
         "router_z": {"weight": 2.0},
-        "routing_variance": {"weight": 4.0},
+        "routing_variance": PAPER | {"weight": 4.0},
         "path_coupling": {"weight": 8.0},
     }
     terms = Objective(losses, model()).of_batch(output(), BATCH, None)
@@ -105,14 +107,16 @@ def test_balance_over_the_step_counts_earlier_micro_batches(model):
 def test_a_loss_of_weight_zero_is_not_computed(model, monkeypatch):
     never = dataclasses.replace(LOSSES["erc"], compute=lambda *_: pytest.fail("computed"))
     monkeypatch.setitem(LOSSES, "erc", never)
-    nothing = Objective({"erc": ERC | {"weight": 0.0}, "output_overlap": {"weight": 0.0}}, model())
+    nothing = Objective(
+        {"erc": ERC | {"weight": 0.0}, "output_overlap": PAPER | {"weight": 0.0}}, model()
+    )
     assert nothing.of_parameters({}, jax.random.key(0)) == {} and nothing.observers == ()
 
 
 def test_observers_are_the_active_terms_of_single_layers_with_what_they_keep(model):
     losses = {
         "lm": {"weight": 1.0, "chunk": 8},
-        "output_overlap": {"weight": 1.0},
+        "output_overlap": PAPER | {"weight": 1.0},
         "routing_entropy": {"weight": 1.0},
     }
     observers = Objective(losses, model()).observers
@@ -226,13 +230,18 @@ FACTORISED = {"aoe": {"rank": 8}, "routing_free": {"rank": 8}}
     ("path_coupling", ("routing_free",), "probabilities"),
     ("routing_variance", ("routing_free",), "probabilities"),
     ("router_z", ("routing_free",), "logits of probabilities"),
-    ("competition", ("softmax", "aoe", "mpi", "xmoe", "routing_free"), "experts that compete"),
+    ("competition", ("softmax", "aoe", "mpi", "sigmoid", "xmoe", "routing_free"),
+     "experts that compete"),
 ])  # fmt: skip
 def test_a_loss_is_refused_beside_every_router_that_lacks_what_it_reads(
     loss, routers, reason, model
 ):
-    options = {"erc": ERC, "router_orthogonality": {"decoupled": False}}.get(loss, {})
-    for router in ("softmax", "aoe", "competition", "mpi", "routing_free", "xmoe"):
+    options = {
+        "erc": ERC,
+        "router_orthogonality": {"decoupled": False},
+        "routing_variance": PAPER,
+    }.get(loss, {})
+    for router in ROUTERS:
         goal = model(router=router, **FACTORISED.get(router, {}))
         Objective({loss: options | {"weight": 0.0}}, goal)
         if router not in routers:

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_erc.losses.output_overlap import output_overlap
+from moe_erc.losses.output_overlap import output_overlap, released_overlap
 from tests.tolerance import assert_close, magnitude
 
 overlap, overlap_and_gradient = jax.jit(output_overlap), jax.jit(jax.value_and_grad(output_overlap))
@@ -107,3 +107,50 @@ def test_nothing_has_k_times_k_times_d_numbers_a_token():
     program = jax.jit(jax.value_and_grad(output_overlap)).lower(output, chosen).compile()
     # An array of all pairs would be as large as 8 outputs.
     assert program.memory_analysis().temp_size_in_bytes < 4 * output.size * 4
+
+
+def reference_released(output_BTKD, experts_BTK, chosen_BTK):
+    """The released reading in float64: sorted by expert, cut into groups, least squares."""
+    size, width = output_BTKD.shape[2:]
+    flat_SD = np.float64(output_BTKD).reshape(-1, width)
+    kept_S = [s for s in range(len(flat_SD)) if chosen_BTK.reshape(-1)[s]]
+    kept_S.sort(key=lambda s: experts_BTK.reshape(-1)[s])
+    squares = []
+    for first in range(0, len(kept_S) - size + 1, size):
+        group_KD = flat_SD[kept_S[first : first + size]]
+        for k in range(size):
+            others_DJ = np.delete(group_KD, k, axis=0).T
+            shares_J = np.linalg.lstsq(others_DJ, group_KD[k], rcond=None)[0]
+            squares.append(np.sum((others_DJ @ shares_J) ** 2))
+    return np.mean(squares)
+
+
+def test_released_overlap_matches_its_definition():
+    for K in (2, 3):
+        output_BTKD, chosen_BTK = random_outputs(K=K, T=7, D=9)
+        experts_BTK = np.random.default_rng(1).integers(0, 4, chosen_BTK.shape)
+        found = jax.jit(released_overlap)(output_BTKD, experts_BTK, chosen_BTK)
+        # Products of 9 coordinates, of which K bases subtract each other; a group of random
+        # directions in 9 dimensions is well conditioned.
+        expected = reference_released(output_BTKD, experts_BTK, chosen_BTK)
+        assert_close(found, expected, terms=9 * K * K + 2 * 7 * K)
+
+
+def test_released_overlap_compares_the_tokens_of_one_expert():
+    # Both tokens chose experts 0 and 1. Each expert gives both tokens the same, so the released
+    # loss is the mean of |o|^2; the experts of one token are orthogonal, so L_o is 0.
+    output_BTKD = np.float32([[[[2, 0], [0, 1]], [[2, 0], [0, 1]]]])
+    chosen_BTK = np.ones((1, 2, 2), bool)
+    experts_BTK = np.array([[[0, 1], [0, 1]]])
+    assert overlap(output_BTKD, chosen_BTK) == 0
+    assert released_overlap(output_BTKD, experts_BTK, chosen_BTK) == pytest.approx(2.5, rel=1e-6)
+
+
+def test_released_overlap_of_nothing_and_of_zeros_is_0_with_finite_gradients():
+    experts_BTK = np.zeros((1, 2, 2), int)
+    gradient_of = jax.jit(jax.value_and_grad(released_overlap))
+    for output, chosen in ((0.0, True), (1.0, False)):
+        output_BTKD = np.full((1, 2, 2, 3), output, np.float32)
+        value, gradient = gradient_of(output_BTKD, experts_BTK, np.full((1, 2, 2), chosen))
+        assert value == 0
+        np.testing.assert_array_equal(gradient, np.zeros_like(output_BTKD))

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from moe_erc.losses.routing_variance import routing_variance
+from moe_erc.losses.routing_variance import released_variance, routing_variance
 from tests.tolerance import assert_close
 
 variance = jax.jit(routing_variance)
@@ -74,3 +74,10 @@ def test_nothing_to_tell_apart_is_zero_and_finite(case):
     assert value == 0
     # A mean over three tokens may leave a rounding of 1 / 3.
     assert_close(gradient_BTE, np.zeros((1, 3, 3)), terms=4, largest=1)
+
+
+def test_released_variance_is_over_the_experts_of_a_token():
+    # (0.6, 0.2, 0.2) and (0.2, 0.2, 0.6) deviate from 1/3 by 4/15, -2/15, -2/15: the sum of squares
+    # is 24/225, over E - 1 = 2. The third token is masked.
+    found = released_variance(PROBABILITY_BTE, MASK_BT)
+    assert found == pytest.approx(-12 / 225, rel=1e-5)

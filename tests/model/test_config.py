@@ -70,6 +70,7 @@ def test_counts_of_each_router_by_hand(model_config):
     expected = {  # parameters, those a token meets, multiply-adds a token
         # rows 4 * 8
         "softmax": (32 + 4 * 144, 32 + 2 * 144, 32 + 2 * 144),
+        "sigmoid": (32 + 4 * 144, 32 + 2 * 144, 32 + 2 * 144),
         # The power step is computed on parameters alone, not per token.
         "mpi": (32 + 4 * 144, 32 + 2 * 144, 32 + 2 * 144),
         # There are no rows. A token meets the first factor, 8 * 3, of every expert, also of those
@@ -160,6 +161,8 @@ UNKNOWN = "no such option"
     ({"bias_rate": -1e-3}, ["bias_rate", "-0.001", "at least 0"]),
     ({"bias_rate": float("nan")}, ["bias_rate", "nan", "at least 0"]),
     ({"router": "mpi", "scale": 0.0}, ["routers.mpi.scale", "0.0", "positive"]),
+    ({"router": "sigmoid", "scale": 0.0}, ["routers.sigmoid.scale", "0.0", "positive"]),
+    ({"router": "sigmoid", "top_p": 0.4}, ["routers.sigmoid.top_p", UNKNOWN]),
     ({"router": "competition", "rate": 1.5}, ["routers.competition.rate", "1.5", "0 to 1"]),
     ({"router": "competition", "max_layers": 0}, ["routers.competition.max_layers", "0"]),
     (FREE | {"theta": 0.0}, ["routers.routing_free.theta", "0.0", "positive"]),

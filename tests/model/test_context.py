@@ -24,6 +24,7 @@ CHANGES = {
     "competition": {"router": "competition"},
     "mpi": {"router": "mpi"},
     "routing_free": {"router": "routing_free", "rank": 8},
+    "sigmoid": {"router": "sigmoid", "bias_rate": 1e-3},
     "xmoe": {"router": "xmoe"},
 }
 SLOTS, LENGTH, ROWS = 16, 12, 8

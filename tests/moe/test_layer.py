@@ -193,7 +193,8 @@ ROUTES = {  # term: (what it trains, what it does not touch)
 def observer(name):
     """(name, function of a layer, what it keeps) of a loss on single layers."""
     loss = LOSSES[name]
-    return name, functools.partial(loss.compute, NoOptions()), loss.keep
+    options = NoOptions() if loss.options is NoOptions else loss.options(reading="paper")
+    return name, functools.partial(loss.compute, options), loss.keep
 
 
 def largest_gradients(config, names, router_state):

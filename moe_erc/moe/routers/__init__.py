@@ -12,6 +12,7 @@ from moe_erc.moe.routers.base import Router
 from moe_erc.moe.routers.competition import Competition
 from moe_erc.moe.routers.mpi import MPI
 from moe_erc.moe.routers.routing_free import RoutingFree
+from moe_erc.moe.routers.sigmoid import Sigmoid
 from moe_erc.moe.routers.softmax import Softmax
 from moe_erc.moe.routers.xmoe import XMoE
 
@@ -21,6 +22,7 @@ ROUTERS = {
     "competition": Competition,
     "mpi": MPI,
     "routing_free": RoutingFree,
+    "sigmoid": Sigmoid,
     "xmoe": XMoE,
 }
 

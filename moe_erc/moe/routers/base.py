@@ -186,42 +186,22 @@ class TopK(Router):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class FlexibleTopK(TopK):
-    """Top K that may keep fewer than K, or balance without a loss.
+class BiasedTopK(TopK):
+    """Top K that may balance without a loss (arXiv 2408.15664).
 
-    top_p (arXiv 2403.07652): of the K, only the smallest prefix is kept whose probabilities sum to
-        more.
-    bias_rate (loss-free balancing, arXiv 2408.15664): a bias is added to the preferences, not to
-        the weights. After each step it moves by this much towards equal load: `loss_free.py`. The
-        state of the router is then {"bias": (L, E)}.
+    A bias is added to the preferences, not to the weights. After each step it moves by `bias_rate`
+    towards equal load: `loss_free.py`. The state of the router is then {"bias": (L, E)}.
     """
 
-    top_p: float = within(above=0, most=1, note="1 keeps all K", default=1.0)
     bias_rate: float = within(least=0, default=0.0)
 
-    def __post_init__(self):
-        super().__post_init__()
-        if self.bias_rate and self.top_p < 1:
-            raise BadInput(
-                f"{self.key('bias_rate')}: {self.bias_rate} beside top_p {self.top_p}: a prefix of "
-                "the most probable experts is not one of the most preferred; use one of the two"
-            )
+    def affinity(self, scores: Scores) -> jax.Array:
+        """(B, T, E): what the bias is added to."""
+        return scores.probabilities_BTE
 
     def preference(self, scores: Scores, state: Mapping) -> jax.Array:
-        if "bias" not in state:
-            return scores.probabilities_BTE
-        return scores.probabilities_BTE + state["bias"]
-
-    def choose(
-        self, config: Any, probabilities_BTE: jax.Array, preference_BTE: jax.Array
-    ) -> Routing:
-        return top(
-            probabilities_BTE,
-            preference_BTE,
-            config.experts_per_token,
-            self.top_p,
-            self.renormalize,
-        )
+        affinity_BTE = self.affinity(scores)
+        return affinity_BTE + state["bias"] if "bias" in state else affinity_BTE
 
     def init_state(self, config: Any) -> RouterState:
         if not self.bias_rate:
@@ -233,6 +213,36 @@ class FlexibleTopK(TopK):
             return state
         bias_LE = balance_bias(state.by_layer["bias"], counts.assignments_LE, self.bias_rate)
         return RouterState({"bias": bias_LE}, state.loss_scales)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FlexibleTopK(BiasedTopK):
+    """Top K that may keep fewer than K, or balance without a loss.
+
+    top_p (arXiv 2403.07652): of the K, only the smallest prefix is kept whose probabilities sum to
+        more.
+    """
+
+    top_p: float = within(above=0, most=1, note="1 keeps all K", default=1.0)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.bias_rate and self.top_p < 1:
+            raise BadInput(
+                f"{self.key('bias_rate')}: {self.bias_rate} beside top_p {self.top_p}: a prefix of "
+                "the most probable experts is not one of the most preferred; use one of the two"
+            )
+
+    def choose(
+        self, config: Any, probabilities_BTE: jax.Array, preference_BTE: jax.Array
+    ) -> Routing:
+        return top(
+            probabilities_BTE,
+            preference_BTE,
+            config.experts_per_token,
+            self.top_p,
+            self.renormalize,
+        )
 
     def check_plain(self) -> None:
         """BadInput for options that no OLMoE has."""

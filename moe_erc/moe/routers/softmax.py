@@ -23,14 +23,19 @@ from moe_erc.sharding import DATA
 INITIALIZERS = ("normal", "orthogonal")
 
 
-def linear_scores(x_BTD: jax.Array, router_ED: jax.Array) -> Scores:
-    """The scores of rows, in full float32.
+def linear_logits(x_BTD: jax.Array, router_ED: jax.Array) -> jax.Array:
+    """The dot product of every token with every row, in full float32.
 
     The choice is discrete: a rounded score gives another model, and E columns take little time.
     """
-    logits_BTE = jnp.einsum(
+    return jnp.einsum(
         "btd,ed->bte", x_BTD.astype(jnp.float32), router_ED, precision=lax.Precision.HIGHEST
     )
+
+
+def linear_scores(x_BTD: jax.Array, router_ED: jax.Array) -> Scores:
+    """The scores of rows."""
+    logits_BTE = linear_logits(x_BTD, router_ED)
     probabilities_BTE = jax.nn.softmax(logits_BTE, axis=-1)
     return Scores(logits_BTE, probabilities_BTE, probabilities_BTE)
 

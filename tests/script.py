@@ -51,7 +51,7 @@ def start(name, arguments, output, environment=None):
     return process
 
 
-def run(name, arguments, output, timeout=300, environment=None):
+def run(name, arguments, output, timeout=600, environment=None):
     """(exit code, everything printed) of a script that ends by itself."""
     process = start(name, arguments, output, environment)
     (code,) = join([process], timeout)

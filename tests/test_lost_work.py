@@ -17,6 +17,7 @@ from tests import script
 from tests.written import metrics, saved_state
 
 STEPS = 4
+SAMPLED = "--config.eval.prompt=the"  # the other runs draw no sample
 # These programs become train.py. All of them save and evaluate at steps 2 and 4.
 UNICODE_AT_THE_FIRST_SAMPLE = """
     import runpy
@@ -110,6 +111,7 @@ def arguments(text_directory, tmp_path_factory):
         "--config.eval.every=2",
         "--config.checkpoint.every=2",
         "--config.log.every=1",
+        "--config.eval.prompt=",
     ]
 
 
@@ -160,7 +162,7 @@ def test_a_workdir_with_brackets_is_evaluated_and_exported(whole, tmp_path):
 
 
 def test_what_fails_at_a_step_has_its_checkpoint_behind_it(run_in, whole):
-    code, printed = run_in(UNICODE_AT_THE_FIRST_SAMPLE, "--config.log.every=2")
+    code, printed = run_in(UNICODE_AT_THE_FIRST_SAMPLE, SAMPLED, "--config.log.every=2")
     assert code == 1 and "UnicodeEncodeError" in printed, printed
     assert newest(run_in.workdir) == 2
 
@@ -171,7 +173,7 @@ def test_what_fails_at_a_step_has_its_checkpoint_behind_it(run_in, whole):
     assert code == 1 and "error: mine; the last good checkpoint is of step 4" in printed, printed
     assert newest(run_in.workdir) == STEPS
 
-    code, printed = run_in(OS_ERROR_AT_THE_FIRST_SAMPLE)
+    code, printed = run_in(OS_ERROR_AT_THE_FIRST_SAMPLE, SAMPLED)
     assert code == 1 and "error: mine; the last good checkpoint is of step 4" in printed, printed
     assert newest(run_in.workdir) == STEPS
 

@@ -58,21 +58,21 @@ def undisturbed(arguments, tmp_path_factory):
 
 def hit(process, workdir, step, number):
     """Sends a signal once the metrics file has passed a step."""
-    path, deadline = workdir / "metrics.jsonl", time.monotonic() + 240
+    path, deadline = workdir / "metrics.jsonl", time.monotonic() + 600
     while time.monotonic() < deadline and process.is_alive():
         lines = path.read_text().splitlines() if path.exists() else []
         if len(lines) > 1 and json.loads(lines[-2])["step"] >= step:
             os.kill(process.pid, number)
             break
         time.sleep(0.001)
-    process.join(240)
+    process.join(600)
     return process.exitcode
 
 
 def refuse_a_second(first, everything, workdir, output):
     """Starts a second run in the directory of a running one, which waits in the meantime."""
     written = workdir / "metrics.jsonl"
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + 600
     while not (written.exists() and written.stat().st_size):
         assert first.is_alive() and time.monotonic() < deadline
         time.sleep(0.001)
@@ -96,7 +96,7 @@ def test_killed_terminated_and_interrupted_while_spikes_are_skipped(
         (60, signal.SIGTERM, 128 + signal.SIGTERM),
         (90, signal.SIGINT, 128 + signal.SIGINT),
     ):
-        process = script.start("train.py", everything, tmp_path / "out")
+        process = script.start("tests/train_slowly.py", everything, tmp_path / "out")
         if number == signal.SIGKILL:
             refuse_a_second(process, everything, tmp_path, tmp_path / "second")
         assert hit(process, tmp_path, step, number) == code, (tmp_path / "out").read_text()

@@ -320,33 +320,27 @@ def test_fewer_steps_than_are_done_are_said_in_one_line(going_on):
 
 
 @pytest.fixture
-def copied(text_directory, tmp_path):
-    """A finished run with its own text and cache, and a function that starts train.py on it."""
-    shutil.copytree(text_directory, tmp_path / "words")
-    flags = [
-        "--config=configs/erc.py:debug",
-        f"--config.data.sources=('{tmp_path / 'words'}',)",
-        f"--config.data.cache_dir={tmp_path / 'cache'}",
-        "--config.data.validation_fraction=0.1",
-        "--config.eval.prompt=",
-        "--config.log.tensorboard=False",
-        f"--workdir={tmp_path / 'run'}",
-    ]
+def changeable(place, finished, text_directory, tmp_path):
+    """The directory of the shared run's text and cache, which may be changed, moved and removed.
 
-    def train(*changes):
-        return start("train.py", [*flags, *changes], tmp_path)
-
-    code, printed, _ = train()
-    assert code == 0, printed
-    return tmp_path, train
+    After the test every file is as it was and in its place.
+    """
+    kept = shutil.copytree(place / "cache", tmp_path / "kept")
+    yield place
+    for name in ("text", "moved", "again", "cache"):
+        shutil.rmtree(place / name, ignore_errors=True)
+    shutil.copytree(text_directory, place / "text")
+    shutil.copytree(kept, place / "cache")
 
 
-def test_a_source_that_has_grown(copied):
-    place, train = copied
-    before = json.loads((place / "run" / "report.json").read_text())
-    (place / "words" / "new.txt").write_text("a document that came later " * 40)
-    (place / "words" / "00.txt").write_text("another text in an old file " * 40)
-    (place / "words" / "01.txt").unlink()
+def test_a_source_that_has_grown(going_on, changeable, tmp_path):
+    source = changeable / "text"
+    tokens = changeable / "cache" / "tokens"
+    run = going_on.workdir
+    before = json.loads((run / "report.json").read_text())
+    (source / "new.txt").write_text("a document that came later " * 40)
+    (source / "00.txt").write_text("another text in an old file " * 40)
+    (source / "01.txt").unlink()
     grown = [
         "1 file added (new.txt)",
         "1 file removed (01.txt)",
@@ -355,66 +349,53 @@ def test_a_source_that_has_grown(copied):
     ]
 
     # The text of the run is still in the cache: evaluation and training use it, and say so.
-    code, printed, said = start("eval.py", [f"--workdir={place / 'run'}"], place)
+    code, printed, said = start("eval.py", [f"--workdir={run}"], tmp_path)
     assert code == 0 and all(words in said for words in grown), printed
-    found = json.loads((place / "run" / "eval.json").read_text())
+    found = json.loads((run / "eval.json").read_text())
     validated = {
         key for key in before["measures"] if key.startswith(("validation", "bits_per_byte"))
     }
     assert len(validated) == 4 and all(
         found["measures"][key] == before["measures"][key] for key in validated
     )
-    code, printed, said = train("--config.train.steps=7")
+    code, printed, said = going_on("--config.train.steps=7")
     assert code == 0 and all(words in said for words in [*grown, "goes on with the text"]), printed
 
     # The text is gone: the run is refused. The report of a finished run is still printed.
-    shutil.rmtree(place / "cache" / "tokens")
-    code, printed, said = train("--config.train.steps=8")
+    shutil.rmtree(tokens)
+    code, printed, said = going_on("--config.train.steps=8")
     last = printed.splitlines()[-1]
     assert code == 2 and all(words in last for words in [*grown, "('data',)", "--workdir"]), printed
-    assert not (place / "cache" / "tokens").exists()  # told before anything was tokenised
-    code, printed, said = start("eval.py", [f"--workdir={place / 'run'}"], place)
+    assert not tokens.exists()  # told before anything was tokenised
+    code, printed, said = start("eval.py", [f"--workdir={run}"], tmp_path)
     assert code == 2 and all(words in printed.splitlines()[-1] for words in grown), printed
-    code, printed, said = train("--config.train.steps=7")
+    code, printed, said = going_on("--config.train.steps=7")
     assert code == 0 and "Validation" in printed and "report.json" in said, printed
-    code, printed, said = start("moe_erc.generate", [place / "run", "the"], place)
+    code, printed, said = start("moe_erc.generate", [run, "the"], tmp_path)
     assert code == 0, printed  # which needs no text
 
     # The change is allowed: the run goes on with the other text, and its record says so.
-    code, printed, said = train("--config.train.steps=8", "--config.resume.allow=('data',)")
+    code, printed, said = going_on("--config.train.steps=8", "--config.resume.allow=('data',)")
     assert code == 0 and "from step 8 on: data.sources text " in said, printed
-    history = read_meta(place / "run")["history"]
+    history = read_meta(run)["history"]
     assert [change["key"] for change in history if change["from_step"] == 8] == [
         "train.steps",
         "data.sources",
     ]
-    code, printed, said = start("eval.py", [f"--workdir={place / 'run'}"], place)
+    code, printed, said = start("eval.py", [f"--workdir={run}"], tmp_path)
     assert (
         code == 0 and "measured on other text" in said and "from step 8 on: data.sources" in said
     ), printed
 
 
-@pytest.fixture
-def movable(place):
-    """The directory of the shared run's text, which may be moved.
-
-    After the test every file of the text is back in its place.
-    """
-    yield place
-    for name in ("moved", "again"):
-        if (place / name).exists():
-            (place / name / "new.txt").unlink(missing_ok=True)
-            (place / name).rename(place / "text")
-
-
-def test_a_source_that_is_gone_or_somewhere_else(going_on, movable):
-    (movable / "text").rename(movable / "moved")
+def test_a_source_that_is_gone_or_somewhere_else(going_on, changeable):
+    (changeable / "text").rename(changeable / "moved")
     code, printed, said = going_on("--config.train.steps=6")
     assert code == 0 and "it is no longer there" in said and "Validation" in printed, printed
     code, printed, said = going_on("--config.train.steps=7", source="moved")
     assert code == 0 and "data.sources" not in said, printed  # the same text at another place
-    (movable / "moved" / "new.txt").write_text("more text " * 40)
-    (movable / "moved").rename(movable / "again")
+    (changeable / "moved" / "new.txt").write_text("more text " * 40)
+    (changeable / "moved").rename(changeable / "again")
     code, printed, said = going_on("--config.train.steps=8", source="again")
     last = printed.splitlines()[-1]
     assert code == 2, printed

@@ -19,11 +19,9 @@ from moe_erc.measures.registry import of_load
 
 def make_report(step: int, history: Sequence[str], found: Mapping[str, Any]) -> dict:
     """The report of a step: the measures that evaluators found, and those of the load."""
-    return {
-        "step": step,
-        "history": list(history),
-        "measures": dict(found) | of_load(found[LOAD.key]),
-    }
+    # As one program: each operation alone would be compiled by itself.
+    load = jax.device_get(jax.jit(of_load)(found[LOAD.key]))
+    return {"step": step, "history": list(history), "measures": dict(found) | load}
 
 
 def write_report(path: epath.Path, report: Mapping[str, Any]) -> None:

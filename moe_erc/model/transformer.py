@@ -104,6 +104,8 @@ class Transformer(nn.Module):
             length=config.layers,
             # Parameters are drawn once; several layers a turn would only lengthen compilation.
             unroll=1 if self.is_initializing() else config.scan_unroll,
+            # No output is broadcast, so there is nothing to check by tracing a layer once more.
+            check_constancy_invariants=False,
         )
         layers = stack(config, self.mesh, self.observers, name="layers")
         x_BTD, (stats, observed, cache) = layers(x_BTD, mask_BT, router_state, context)

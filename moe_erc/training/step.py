@@ -104,7 +104,10 @@ def step_gradients(model: Transformer, objective: Objective, micro_batches: int)
         rng = jax.random.fold_in(state.rng, state.step)
         router = model.config.router.before_step(model.config, state.router, rng)
         of_batch = functools.partial(micro_batch_gradients, model, objective, state, router)
-        gradients, terms, counts = batch_gradients(of_batch, split(batch, micro_batches))
+        config = model.config
+        no_counts = StepCounts(jnp.zeros((config.layers, config.experts), jnp.int32), jnp.int32(0))
+        parts = split(batch, micro_batches)
+        gradients, terms, counts = batch_gradients(of_batch, parts, no_counts)
         shape_BT = batch["mask_BT"].shape
         parameter_terms, parameter_gradients = parameter_only(
             objective, state.params, rng, state.loss_scales, shape_BT
@@ -144,12 +147,15 @@ def split(batch: Mapping, micro_batches: int) -> Mapping:
     return jax.tree.map(of_leaf, batch)
 
 
-def batch_gradients(of_batch: Callable, micro_batches: Mapping) -> tuple[Any, dict, StepCounts]:
+def batch_gradients(
+    of_batch: Callable, micro_batches: Mapping, no_counts: StepCounts
+) -> tuple[Any, dict, StepCounts]:
     """(gradients, terms, StepCounts) over all micro-batches of a step.
 
     of_batch: of_batch(batch, earlier) gives the three for one micro-batch. `earlier` is the summed
         counts of the micro-batches before; None where there is one micro-batch alone.
     micro_batches: leaves (M, B / M, …), as `split` gives them.
+    no_counts: the counts before the first micro-batch, zeros.
 
     Counts are added up. Gradients and terms are means, weighed by the shares of unmasked tokens. So
     a loss that is a mean over tokens, and its gradient, are those of the whole batch, whatever the
@@ -166,6 +172,8 @@ def batch_gradients(of_batch: Callable, micro_batches: Mapping) -> tuple[Any, di
         return of_batch(first, None)
     tokens_M = jnp.sum(micro_batches["mask_BT"], axis=(1, 2))
     shares_M = divide(tokens_M, jnp.sum(tokens_M))
+    # The model is traced once, for the shapes of the sums and for the scan.
+    of_batch = jax.jit(of_batch, inline=True)
 
     def accumulate(carry, share_and_batch):
         share, batch = share_and_batch
@@ -182,7 +190,7 @@ def batch_gradients(of_batch: Callable, micro_batches: Mapping) -> tuple[Any, di
     def zeros(leaf):
         return jnp.zeros(leaf.shape, leaf.dtype)
 
-    start = jax.tree.map(zeros, jax.eval_shape(of_batch, first, None))
+    start = jax.tree.map(zeros, jax.eval_shape(of_batch, first, no_counts))
     (gradients, terms, counts), _ = jax.lax.scan(accumulate, start, (shares_M, micro_batches))
     return gradients, terms, counts
 

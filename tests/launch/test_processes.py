@@ -19,15 +19,17 @@ from tests.written import metrics, saved_state
 STEPS, FEW = 80, 5
 EVALUATED = 4 * FEW  # steps between evaluations, which each process of a run would compile
 # Seconds until a process that hangs is given up. Others are quick unless the machine is busy.
-LIMIT = 240
+LIMIT = 600
+# jax looks for a SIGTERM once per second. With its pauses this program runs for longer.
+SLOWLY = "tests/train_slowly.py"
 
 
 @pytest.fixture(scope="module")
 def train(text_directory, tmp_path_factory):
-    """Starts `count` processes of a run and returns them."""
+    """Starts `count` processes of a run, of train.py or of another program, and returns them."""
     cache = tmp_path_factory.mktemp("cache")
 
-    def start(count, workdir, *arguments, **environment):
+    def start(count, workdir, *arguments, program="train.py", **environment):
         everything = [
             "--config=configs/erc.py:debug",
             f"--config.data.sources=('{text_directory}',)",
@@ -36,7 +38,6 @@ def train(text_directory, tmp_path_factory):
             f"--config.train.steps={STEPS}",
             # A tenth of the size's rate: runs with sums in another order diverge slowly.
             "--config.optimizer.learning_rate=3e-4",
-            # jax looks for a SIGTERM once per second, so steps must not be too quick.
             "--config.train.batch_size=32",
             "--config.checkpoint.every=1000",
             f"--config.eval.every={EVALUATED}",
@@ -46,7 +47,7 @@ def train(text_directory, tmp_path_factory):
             f"--workdir={workdir}",
             *arguments,
         ]
-        return script.start_many(count, "train.py", everything, workdir, **environment)
+        return script.start_many(count, program, everything, workdir, **environment)
 
     return start
 
@@ -112,7 +113,7 @@ def stopped(train, tmp_path_factory):
     """The workdir of four processes that save every few steps; the last one was sent SIGTERM."""
     workdir = tmp_path_factory.mktemp("stopped")
     mesh = "--config.mesh.data=2", "--config.mesh.expert=2"
-    members = train(4, workdir, *mesh, f"--config.checkpoint.every={FEW}")
+    members = train(4, workdir, *mesh, f"--config.checkpoint.every={FEW}", program=SLOWLY)
     terminate_one(members, workdir, "metrics.jsonl", FEW + 2)
     return workdir
 
@@ -166,7 +167,8 @@ def test_two_processes_go_on_before_a_damaged_checkpoint_and_stop_together(
     flip(tmp_path / "checkpoints" / str(damaged))
     lines = len(metrics(tmp_path))
 
-    members = train(2, tmp_path, "--config.mesh.expert=2", f"--config.checkpoint.every={FEW}")
+    flags = ["--config.mesh.expert=2", f"--config.checkpoint.every={FEW}"]
+    members = train(2, tmp_path, *flags, program=SLOWLY)
     past_an_evaluation = EVALUATED + 2
     terminate_one(members, tmp_path, "metrics.jsonl", max(lines + 2 * FEW, past_an_evaluation))
     said = (tmp_path / "out0").read_text()

@@ -43,7 +43,9 @@ def test_micro_batches_weigh_by_their_assignments():
         counts = StepCounts(batch["counts_LE"], jnp.sum(batch["mask_BT"], dtype=jnp.int32))
         return {"w": jnp.float32(0)}, {"lm": jnp.float32(0)}, counts
 
-    _, _, counts = batch_gradients(of_batch, {"mask_BT": mask_MBT, "counts_LE": counts_MLE})
+    micro_batches = {"mask_BT": mask_MBT, "counts_LE": counts_MLE}
+    no_counts = StepCounts(jnp.zeros((1, 4), jnp.int32), jnp.int32(0))
+    _, _, counts = batch_gradients(of_batch, micro_batches, no_counts)
     np.testing.assert_array_equal(counts.assignments_LE, [[7, 16, 14, 19]])
     assert counts.tokens == 28 and counts.assignments_LE.dtype == counts.tokens.dtype == jnp.int32
     np.testing.assert_array_equal(counts.experts_per_token_L, [2])

@@ -1,0 +1,262 @@
+"""The steps of a datatrove pipeline that tokenises: readers, the choice of a split, the writer.
+
+    readers of the files of a part  ->  OfSplit  ->  Shards
+    TfdsReader                      ->  OfSplit  ->  Shards
+
+datatrove runs them in tasks on any of its executors; a task that ended is never run again. The
+documents and tokens are those that a run on the same text sees. That is why plain text and JSON
+lines are read as `text_files` reads them (datatrove leaves out lines and ends of files that it
+cannot decode), and why documents are encoded by `tokenizer.py` (a tokenizer of datatrove turns text
+that spells a control token into that token).
+"""
+
+from collections.abc import Iterator, Sequence
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from datatrove.data import Document
+from datatrove.io import DataFolder
+from datatrove.pipeline.base import PipelineStep
+from datatrove.pipeline.readers import IpcReader, ParquetReader, WarcReader
+from datatrove.pipeline.readers.base import BaseDiskReader, BaseReader
+from datatrove.pipeline.tokens import DocumentTokenizer
+from datatrove.pipeline.tokens.tokenizer import TokenizedFile
+
+from moe_erc.checks import BadInput
+from moe_erc.data import text_files, tfds_source
+from moe_erc.data.document import split_by_hash
+from moe_erc.data.shard_plan import FILES, Part
+from moe_erc.data.tokenizer import Tokenizer
+from moe_erc.data.tokenizer import load as load_tokenizer
+
+# Documents that are in memory at once. datatrove takes 10,000, which are gigabytes where documents
+# are books.
+_BATCH = 1000
+# datatrove passes text as str. Bytes that are no UTF-8 come through and back as surrogates.
+_BYTES = "surrogateescape"
+
+
+class TextReader(BaseDiskReader):
+    """Plain text and JSON lines, compressed or not."""
+
+    name = "text"
+
+    def read_file(self, filepath: str) -> Iterator[Document]:
+        """The documents of one file."""
+        name = self.data_folder.resolve_paths(filepath)
+        suffix = FILES.suffix(filepath.rsplit("/", 1)[-1])
+        with self.data_folder.open(filepath, "rb", compression="infer") as content:
+            texts = text_files.texts(content, name, suffix, self.text_key)
+            for number, text in enumerate(texts):
+                yield _document(text, f"{filepath}/{number}")
+
+
+class ParquetTexts(ParquetReader):
+    """One column of Parquet files, whose absence is not taken for a file without rows."""
+
+    def read_file(self, filepath: str) -> Iterator[Document]:
+        """The documents of one file."""
+        import pyarrow.parquet
+
+        with self.data_folder.open(filepath, "rb") as file:
+            columns = pyarrow.parquet.read_schema(file).names
+        _check_key(self.text_key, columns, filepath)
+        yield from super().read_file(filepath)
+
+
+class TfdsReader(BaseReader):
+    """Splits of a prepared TFDS data set, of which a task reads one range of the records."""
+
+    name = "TFDS"
+
+    def __init__(self, directory: str, splits: Sequence[str], text_key: str):
+        super().__init__(text_key=text_key)
+        self.directory = directory
+        self.splits = tuple(splits)
+
+    def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
+        """The documents of one task."""
+        if data:
+            yield from data
+        builder = tfds_source.in_directory(Path(self.directory))
+        for split in self.splits:
+            texts = tfds_source.texts(builder, split, self.text_key, rank, world_size)
+            for number, text in enumerate(texts):
+                yield _document(text, f"{split}/{rank}/{number}")
+
+
+class OfSplit(PipelineStep):
+    """Keeps documents with text; of a source that is divided by hash, those of one split."""
+
+    type = "filter"
+    name = "documents of a split"
+
+    def __init__(self, split: str, held_out: float | None):
+        super().__init__()
+        self.split = split
+        self.held_out = held_out
+
+    def run(self, data: Any, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
+        """The documents that are kept."""
+        for document in data:
+            text = _bytes_of(document.text)
+            is_ours = self.held_out is None or split_by_hash(text, self.held_out) == self.split
+            if not text.strip():
+                self.stat_update("without text")
+            elif is_ours:
+                yield document
+
+
+class Shards(DocumentTokenizer):
+    """Writes the shard of a task: `.ds`, `.ds.index` and `.ds.metadata`.
+
+    Documents stay in their order; a run shuffles windows. A task without documents leaves no shard.
+    """
+
+    def __init__(self, folder: str, tokenizer: str, identity: str):
+        """`identity` is what the tokenizer had when the tasks were planned."""
+        super().__init__(folder, tokenizer, shuffle_documents=False, batch_size=_BATCH)
+        self.identity = identity
+
+    @cached_property
+    def tokenizer(self) -> "_Encoder":
+        """The tokenizer of a run, with the interface that datatrove asks for."""
+        tokenizer = load_tokenizer(self.tokenizer_name_or_path)
+        if tokenizer.identity != self.identity:
+            raise BadInput(
+                f"data.tokenizer: '{self.tokenizer_name_or_path}' has changed since the tasks were "
+                "started; put the old file back"
+            )
+        return _Encoder(tokenizer)
+
+    def write_unshuffled(self, data: Any, filename: str) -> TokenizedFile:
+        """Tokenise documents into one file."""
+        file = super().write_unshuffled(data, filename)
+        if len(file) == 0:
+            file.cleanup()
+        return file
+
+
+class _Encoded(NamedTuple):
+    """The part of `tokenizers.Encoding` that datatrove reads."""
+
+    ids: list[int]
+
+
+class _Encoder:
+    """The part of `tokenizers.Tokenizer` that datatrove calls."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._tokenizer = tokenizer
+
+    def get_vocab_size(self) -> int:
+        return self._tokenizer.vocab_size
+
+    def encode_batch(self, texts: Sequence[str]) -> list[_Encoded]:
+        found = self._tokenizer.encode_batch([_bytes_of(text) for text in texts])
+        return [_Encoded([*ids_N.tolist(), self._tokenizer.eos_id]) for ids_N in found]
+
+
+def pipeline(
+    parts: Sequence[Part], output: DataFolder, tokenizer: str, identity: str, text_key: str
+) -> list[PipelineStep]:
+    """The steps of every part in turn; the list of its files is written into the output.
+
+    The first document of every kind of file is read now, so that a wrong key or a missing package
+    is refused before any task starts.
+    """
+    steps: list[PipelineStep] = []
+    for part in parts:
+        readers = _readers(part, output, text_key)
+        for reader, path in readers:
+            _try(reader, path)
+        steps += [reader for reader, _ in readers]
+        steps.append(OfSplit(part.split, part.held_out))
+        steps.append(Shards(output.resolve_paths(part.folder), tokenizer, identity))
+    return steps
+
+
+def _readers(part: Part, output: DataFolder, text_key: str) -> list[tuple[BaseReader, str]]:
+    """One reader for each kind of file, with the path of its first file."""
+    if part.records:
+        splits = [split for split, _ in part.records]
+        return [(TfdsReader(part.place, splits, text_key), "")]
+    by_kind: dict[str, list[str]] = {}
+    for path, _ in part.files:
+        suffix = FILES.suffix(path.rsplit("/", 1)[-1])
+        by_kind.setdefault(suffix, []).append(path)
+    readers = []
+    for suffix, listed in by_kind.items():
+        list_path = f"logs/files/{part.folder.replace('/', '-')}{suffix}.txt"
+        with output.open(list_path, "wt", encoding="utf-8") as file:
+            file.write("".join(f"{path}\n" for path in listed))
+        kind = _KINDS[suffix]
+        options = {"text_key": text_key, "paths_file": output.resolve_paths(list_path)}
+        if kind is not TextReader:
+            options["adapter"] = _adapt
+        try:
+            readers.append((kind(part.place, **options), listed[0]))
+        except ImportError as error:
+            raise BadInput(
+                f"data.sources: '{part.source}' has {suffix} files ({error}); "
+                "pip install 'moe_erc[datatrove]'"
+            ) from None
+    return readers
+
+
+def _try(reader: BaseReader, path: str) -> None:
+    """Read one document of a file; a TFDS data set has been checked by its own description."""
+    # A .txt file is one document, which may be large and cannot be wrong.
+    if not path or FILES.suffix(path.rsplit("/", 1)[-1]) == ".txt":
+        return
+    try:
+        next(iter(reader.read_file(path)), None)
+    except BadInput:
+        raise
+    except Exception as error:  # of any library that reads or unpacks files
+        raise BadInput(
+            f"data.sources: '{reader.data_folder.resolve_paths(path)}' cannot be read "
+            f"({error}); fetch it again, or install what reads it"
+        ) from error
+
+
+def _adapt(reader: BaseReader, data: dict, path: str, number: int | str) -> dict:
+    """The text of a row or record, for datatrove's own readers; a row without text is left out."""
+    _check_key(reader.text_key, data, path)
+    text = data[reader.text_key]
+    if text is not None and not isinstance(text, str):
+        raise BadInput(
+            f"data.text_key: '{reader.text_key}' of '{path}' is no text; set it to one that is"
+        )
+    return {"text": text, "id": f"{path}/{number}"}
+
+
+def _check_key(text_key: str, keys: Any, path: str) -> None:
+    if text_key not in keys:
+        raise BadInput(
+            f"data.text_key: '{path}' has no '{text_key}'; set it to one of {sorted(keys)}"
+        )
+
+
+def _document(text: bytes, identity: str) -> Document:
+    return Document(text.decode(errors=_BYTES), identity)
+
+
+def _bytes_of(text: str) -> bytes:
+    try:
+        return text.encode(errors=_BYTES)
+    except UnicodeEncodeError:  # half of a surrogate pair, of a reader of datatrove
+        return text.encode(errors="replace")
+
+
+# Hugging Face writes Arrow files as streams.
+_KINDS = {
+    ".txt": TextReader,
+    ".jsonl": TextReader,
+    ".json": TextReader,
+    ".parquet": ParquetTexts,
+    ".arrow": partial(IpcReader, stream=True),
+    ".warc": WarcReader,
+    ".wet": WarcReader,
+}

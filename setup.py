@@ -34,13 +34,13 @@ PLOT = ["matplotlib", "scikit-learn", "jinja2"]
 NOTEBOOK = [*PLOT, "nbclient", "ipykernel"]
 EVAL = ["lm-eval>=0.4.13"]
 GCS = ["gcsfs"]  # gs:// paths; brings google-cloud-storage, which TensorBoard curves there need
-# Token shards from text, on one machine or many. `io` reads Parquet, WARC and zstd.
-DATATROVE = ["datatrove[io]>=0.10", "tokenizers"]
 TOKAMAX = ["tokamax>=0.0.12"]  # kernels for GPUs beside our own
 # All optional packages that a run may use, 0.1 GB. `hf` is not among them, because it brings torch.
 # tests/test_optional_packages.py uses each.
-OPTIONAL = [*NOTEBOOK, *EVAL, *GCS, *TOKAMAX, *DATATROVE, "wandb"]
-TEST = [*OPTIONAL, "pytest", "pytest-xdist>=3.8", "ruff", "hypothesis"]
+OPTIONAL = [*NOTEBOOK, *EVAL, *GCS, *TOKAMAX, "tokenizers", "wandb"]
+# Token shards from text, on one machine or many. `io` reads Parquet, WARC and zstd.
+DATATROVE = ["datatrove[io]>=0.10", "tokenizers"]
+TEST = [*OPTIONAL, *DATATROVE, "pytest", "pytest-xdist>=3.8", "ruff", "hypothesis"]
 
 EXTRAS = {
     "test": TEST,

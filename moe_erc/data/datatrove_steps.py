@@ -10,7 +10,7 @@ cannot decode), and why documents are encoded by `tokenizer.py` (a tokenizer of 
 that spells a control token into that token).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -45,9 +45,8 @@ class TextReader(BaseDiskReader):
     def read_file(self, filepath: str) -> Iterator[Document]:
         """The documents of one file."""
         name = self.data_folder.resolve_paths(filepath)
-        suffix = FILES.suffix(filepath.rsplit("/", 1)[-1])
         with self.data_folder.open(filepath, "rb", compression="infer") as content:
-            texts = text_files.texts(content, name, suffix, self.text_key)
+            texts = text_files.texts(content, name, _suffix(filepath), self.text_key)
             for number, text in enumerate(texts):
                 yield _document(text, f"{filepath}/{number}")
 
@@ -178,20 +177,21 @@ def pipeline(
 
 
 def _readers(part: Part, output: DataFolder, text_key: str) -> list[tuple[BaseReader, str]]:
-    """One reader for each kind of file, with the path of its first file."""
+    """One reader for each kind of file, with the path of its first file.
+
+    It reads its files in the order of their paths.
+    """
     if part.records:
         splits = [split for split, _ in part.records]
         return [(TfdsReader(part.place, splits, text_key), "")]
-    by_kind: dict[str, list[str]] = {}
+    by_kind: dict[Callable, list[str]] = {}
     for path, _ in part.files:
-        suffix = FILES.suffix(path.rsplit("/", 1)[-1])
-        by_kind.setdefault(suffix, []).append(path)
+        by_kind.setdefault(_KINDS[_suffix(path)], []).append(path)
     readers = []
-    for suffix, listed in by_kind.items():
-        list_path = f"logs/files/{part.folder.replace('/', '-')}{suffix}.txt"
+    for kind, listed in by_kind.items():
+        list_path = f"logs/files/{part.folder}{_suffix(listed[0])}.txt"
         with output.open(list_path, "wt", encoding="utf-8") as file:
             file.write("".join(f"{path}\n" for path in listed))
-        kind = _KINDS[suffix]
         options = {"text_key": text_key, "paths_file": output.resolve_paths(list_path)}
         if kind is not TextReader:
             options["adapter"] = _adapt
@@ -199,7 +199,7 @@ def _readers(part: Part, output: DataFolder, text_key: str) -> list[tuple[BaseRe
             readers.append((kind(part.place, **options), listed[0]))
         except ImportError as error:
             raise BadInput(
-                f"data.sources: '{part.source}' has {suffix} files ({error}); "
+                f"data.sources: '{part.source}' has {_suffix(listed[0])} files ({error}); "
                 "pip install 'moe_erc[datatrove]'"
             ) from None
     return readers
@@ -208,7 +208,7 @@ def _readers(part: Part, output: DataFolder, text_key: str) -> list[tuple[BaseRe
 def _try(reader: BaseReader, path: str) -> None:
     """Read one document of a file; a TFDS data set has been checked by its own description."""
     # A .txt file is one document, which may be large and cannot be wrong.
-    if not path or FILES.suffix(path.rsplit("/", 1)[-1]) == ".txt":
+    if not path or _suffix(path) == ".txt":
         return
     try:
         next(iter(reader.read_file(path)), None)
@@ -237,6 +237,10 @@ def _check_key(text_key: str, keys: Any, path: str) -> None:
         raise BadInput(
             f"data.text_key: '{path}' has no '{text_key}'; set it to one of {sorted(keys)}"
         )
+
+
+def _suffix(path: str) -> str:
+    return FILES.suffix(path.rsplit("/", 1)[-1])
 
 
 def _document(text: bytes, identity: str) -> Document:

@@ -10,7 +10,7 @@ cannot decode), and why documents are encoded by `tokenizer.py` (a tokenizer of 
 that spells a control token into that token).
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,9 +24,9 @@ from datatrove.pipeline.tokens import DocumentTokenizer
 from datatrove.pipeline.tokens.tokenizer import TokenizedFile
 
 from moe_erc.checks import BadInput
-from moe_erc.data import text_files, tfds_source
+from moe_erc.data import shard_plan, text_files, tfds_source
 from moe_erc.data.document import split_by_hash
-from moe_erc.data.shard_plan import FILES, Part
+from moe_erc.data.shard_plan import Part
 from moe_erc.data.tokenizer import Tokenizer
 from moe_erc.data.tokenizer import load as load_tokenizer
 
@@ -46,7 +46,7 @@ class TextReader(BaseDiskReader):
         """The documents of one file."""
         name = self.data_folder.resolve_paths(filepath)
         with self.data_folder.open(filepath, "rb", compression="infer") as content:
-            texts = text_files.texts(content, name, _suffix(filepath), self.text_key)
+            texts = text_files.texts(content, name, shard_plan.suffix(filepath), self.text_key)
             for number, text in enumerate(texts):
                 yield _document(text, f"{filepath}/{number}")
 
@@ -184,22 +184,19 @@ def _readers(part: Part, output: DataFolder, text_key: str) -> list[tuple[BaseRe
     if part.records:
         splits = [split for split, _ in part.records]
         return [(TfdsReader(part.place, splits, text_key), "")]
-    by_kind: dict[Callable, list[str]] = {}
-    for path, _ in part.files:
-        by_kind.setdefault(_KINDS[_suffix(path)], []).append(path)
     readers = []
-    for kind, listed in by_kind.items():
-        list_path = f"logs/files/{part.folder}{_suffix(listed[0])}.txt"
+    for kind, files in shard_plan.by_kind(part.files).items():
+        list_path = f"logs/files/{part.folder}-{kind}.txt"
         with output.open(list_path, "wt", encoding="utf-8") as file:
-            file.write("".join(f"{path}\n" for path in listed))
+            file.write("".join(f"{path}\n" for path, _ in files))
         options = {"text_key": text_key, "paths_file": output.resolve_paths(list_path)}
-        if kind is not TextReader:
+        if kind != "text":
             options["adapter"] = _adapt
         try:
-            readers.append((kind(part.place, **options), listed[0]))
+            readers.append((_READERS[kind](part.place, **options), files[0][0]))
         except ImportError as error:
             raise BadInput(
-                f"data.sources: '{part.source}' has {_suffix(listed[0])} files ({error}); "
+                f"data.sources: '{part.source}' has {kind} files ({error}); "
                 "pip install 'moe_erc[datatrove]'"
             ) from None
     return readers
@@ -208,7 +205,7 @@ def _readers(part: Part, output: DataFolder, text_key: str) -> list[tuple[BaseRe
 def _try(reader: BaseReader, path: str) -> None:
     """Read one document of a file; a TFDS data set has been checked by its own description."""
     # A .txt file is one document, which may be large and cannot be wrong.
-    if not path or _suffix(path) == ".txt":
+    if not path or shard_plan.suffix(path) == ".txt":
         return
     try:
         next(iter(reader.read_file(path)), None)
@@ -239,10 +236,6 @@ def _check_key(text_key: str, keys: Any, path: str) -> None:
         )
 
 
-def _suffix(path: str) -> str:
-    return FILES.suffix(path.rsplit("/", 1)[-1])
-
-
 def _document(text: bytes, identity: str) -> Document:
     return Document(text.decode(errors=_BYTES), identity)
 
@@ -254,13 +247,9 @@ def _bytes_of(text: str) -> bytes:
         return text.encode(errors="replace")
 
 
-# Hugging Face writes Arrow files as streams.
-_KINDS = {
-    ".txt": TextReader,
-    ".jsonl": TextReader,
-    ".json": TextReader,
-    ".parquet": ParquetTexts,
-    ".arrow": partial(IpcReader, stream=True),
-    ".warc": WarcReader,
-    ".wet": WarcReader,
+_READERS = {
+    "text": TextReader,
+    "parquet": ParquetTexts,
+    "arrow": partial(IpcReader, stream=True),  # the form in which Hugging Face saves
+    "warc": WarcReader,
 }

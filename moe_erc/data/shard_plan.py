@@ -7,7 +7,7 @@ without a held-out split gives two parts of the same files: each takes its docum
 import dataclasses
 import json
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import fsspec
@@ -18,8 +18,18 @@ from moe_erc.data import tokenizer as tokenizers
 from moe_erc.data.config import DataConfig
 from moe_erc.data.sources import label_of
 
+# How the files of each suffix are read.
+KINDS = {
+    ".txt": "text",
+    ".jsonl": "text",
+    ".json": "text",
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+    ".warc": "warc",
+    ".wet": "warc",
+}
 FILES = text_files.Readable(
-    suffixes=(".txt", ".jsonl", ".json", ".parquet", ".arrow", ".warc", ".wet"),
+    suffixes=tuple(KINDS),
     compressions=(".gz", ".zst", ".bz2", ".xz"),
     noun=".txt, .jsonl, .parquet, .arrow or .warc file",
 )
@@ -32,21 +42,23 @@ class Part:
     """The text of one split of one source."""
 
     source: str  # as configured
-    folder: str  # of its shards, below the output
+    label: str  # of the source, as the name of a directory
+    split: str  # "train" or "validation"
     place: str  # the directory or URL that the files lie in, or the directory of a TFDS data set
     files: tuple[tuple[str, int], ...]  # (path below `place`, bytes); () for TFDS
     records: tuple[tuple[str, int], ...]  # (split of the TFDS data set, documents in it)
     held_out: float | None  # share of the documents that is held out by hash; None where names say
 
     @property
-    def split(self) -> str:
-        """ "train" or "validation"."""
-        return self.folder.rpartition("/")[2]
+    def folder(self) -> str:
+        """Where its shards lie, below the output."""
+        return f"{self.label}/{self.split}"
 
     @property
     def most_tasks(self) -> int:
         """The number of tasks that the part can be divided among: a file is read by one."""
-        return len(self.files) or sum(count for _, count in self.records)
+        files = [len(listed) for listed in by_kind(self.files).values()]
+        return max(files) if files else sum(count for _, count in self.records)
 
 
 def parts_of(config: DataConfig) -> Iterator[Part]:
@@ -57,13 +69,32 @@ def parts_of(config: DataConfig) -> Iterator[Part]:
     """
     taken = set()
     for name in config.sources:
-        label = first = label_of(name.rstrip("/").rsplit("/", 1)[-1])
+        parts = list(_parts(name, config))
+        first = parts[0].label
+        label = first
         number = 2
         while label in taken:
             label = f"{first}_{number}"
             number = number + 1
         taken.add(label)
-        yield from _parts(name, label, config)
+        for part in parts:
+            yield dataclasses.replace(part, label=label)
+
+
+def suffix(path: str) -> str:
+    """The suffix of a file that is read, without its compression."""
+    return FILES.suffix(path.rsplit("/", 1)[-1])
+
+
+def by_kind(files: Iterable[Sequence]) -> dict[str, list[Sequence]]:
+    """{kind: (path, bytes) of its files}.
+
+    Of every kind, the task of number n reads the files n, n + tasks, n + 2 tasks and so on.
+    """
+    found: dict[str, list[Sequence]] = {}
+    for file in files:
+        found.setdefault(KINDS[suffix(file[0])], []).append(file)
+    return found
 
 
 def tokenizer_files(spec: str, tokenizer: tokenizers.Tokenizer) -> dict[str, bytes]:
@@ -100,8 +131,11 @@ def record(
     return json.loads(json.dumps(everything))
 
 
-def check_same(before: object, now: Mapping, output: str) -> None:
-    """Refuse to go on with shards that were begun from other text or in another way."""
+def check_same(before: object, now: dict, completed: Collection[int], output: str) -> None:
+    """Refuse to go on with shards that were begun from other text or in another way.
+
+    A file that no completed task has read may have changed: someone has mended it.
+    """
     words = {
         "tasks": "another --tasks",
         "tokenizer": "another data.tokenizer",
@@ -109,14 +143,30 @@ def check_same(before: object, now: Mapping, output: str) -> None:
         "parts": "other text (data.sources, data.validation_fraction, or files that have changed)",
     }
     for key, said in words.items():
-        if not isinstance(before, dict) or before.get(key) != now[key]:
+        is_known = isinstance(before, dict) and key in before
+        if not is_known or _decided(before, key, completed) != _decided(now, key, completed):
             raise BadInput(
                 f"--output: '{output}' was begun with {said}; "
                 "repeat that command, or give a new directory"
             )
 
 
-def _parts(name: str, label: str, config: DataConfig) -> Iterator[Part]:
+def _decided(record: Mapping, key: str, completed: Collection[int]) -> object:
+    """The part of a record that must not change any more."""
+    if key != "parts":
+        return record[key]
+    decided = []
+    for part in record[key]:
+        files = []
+        for listed in by_kind(part["files"]).values():
+            for number, (path, size) in enumerate(listed):
+                is_read = number % record["tasks"] in completed
+                files.append([path, size if is_read else None])
+        decided.append(part | {"files": files})
+    return decided
+
+
+def _parts(name: str, config: DataConfig) -> Iterator[Part]:
     if name in (embedded.NAME, planted.NAME):
         raise BadInput(
             f"data.sources: {name!r} is made in memory and needs no shards; train on it as it is, "
@@ -125,25 +175,30 @@ def _parts(name: str, label: str, config: DataConfig) -> Iterator[Part]:
     if name.startswith("tokens:"):
         raise BadInput(f"data.sources: {name!r} is tokens already; train on it as it is")
     if paths.is_remote(name):
-        yield from _parts_of_files(name, name, label, _remote_entries(name), config)
+        yield from _parts_of_files(name, name, _remote_entries(name), config)
         return
     path = paths.local(name)
     # Hugging Face saves a dataset_info.json too, and a state.json beside it.
     is_tfds = (path / "dataset_info.json").is_file() and not (path / "state.json").is_file()
     if path.is_dir() and not is_tfds:
-        yield from _parts_of_files(name, str(path), label, file_tree.entries(path), config)
+        yield from _parts_of_files(name, str(path), file_tree.entries(path), config)
         return
     if name[0] in "/.~" and not is_tfds:
         raise BadInput(
             f"data.sources: no such directory '{name}'; give an existing directory, "
             "a URL such as s3://bucket/path, or a TFDS name such as 'c4/en'"
         )
-    yield from _parts_of_tfds(name, path if is_tfds else None, label, config)
+    if is_tfds:
+        builder = tfds_source.in_directory(path)
+    else:
+        builder = tfds_source.named(name, config.text_key)
+    yield from _parts_of_tfds(name, builder, config)
 
 
 def _parts_of_files(
-    name: str, place: str, label: str, entries: Iterator[file_tree.Entry], config: DataConfig
+    name: str, place: str, entries: Iterator[file_tree.Entry], config: DataConfig
 ) -> Iterator[Part]:
+    label = label_of(place.rstrip("/").rpartition("/")[2])
     survey = text_files.divide(name, entries, config.validation_fraction, FILES)
     held_out = None if survey.has_own_splits else config.validation_fraction
     for split in _SPLITS:
@@ -153,7 +208,7 @@ def _parts_of_files(
                 files.append((_listed("/".join(entry.parts)), entry.bytes))
         # Nothing is held out at the fraction 0.
         if split == "train" or held_out != 0:
-            yield Part(name, f"{label}/{split}", place, tuple(files), (), held_out)
+            yield Part(name, label, split, place, tuple(files), (), held_out)
 
 
 def _listed(path: str) -> str:
@@ -163,13 +218,8 @@ def _listed(path: str) -> str:
     return path
 
 
-def _parts_of_tfds(
-    name: str, directory: Path | None, label: str, config: DataConfig
-) -> Iterator[Part]:
-    if directory is None:
-        builder = tfds_source.named(name, config.text_key)
-    else:
-        builder = tfds_source.in_directory(directory)
+def _parts_of_tfds(name: str, builder: tfds_source.Builder, config: DataConfig) -> Iterator[Part]:
+    label = label_of(builder.info.full_name.rpartition("/")[0])
     tfds_source.check_text(builder, config.text_key)
     splits = tfds_source.splits(builder)
     tfds_source.check_splits(builder, splits)
@@ -182,7 +232,7 @@ def _parts_of_tfds(
                 records.append((of_builder, builder.info.splits[of_builder].num_examples))
         if split == "train" or held_out != 0:
             place = str(builder.data_path)
-            yield Part(name, f"{label}/{split}", place, (), tuple(records), held_out)
+            yield Part(name, label, split, place, (), tuple(records), held_out)
 
 
 def _remote_entries(url: str) -> Iterator[file_tree.Entry]:

@@ -115,9 +115,9 @@ def _begin(folder: Any, record: dict) -> None:
             before = json.loads(folder.cat_file(shard_plan.RECORD))
         except ValueError:  # the first command was killed while it wrote
             before = None
-        shard_plan.check_same(before, record, OUTPUT.value)
-        return
-    if folder.list_files():
+        ended = {int(name.rpartition("/")[2]) for name in folder.list_files("logs/completions")}
+        shard_plan.check_same(before, record, ended, OUTPUT.value)
+    elif folder.list_files():
         raise BadInput(
             f"--output: '{OUTPUT.value}' holds other files; name a new or empty directory"
         )
@@ -129,8 +129,10 @@ def _tokenizer_name(folder: Any, spec: str, tokenizer: tokenizers.Tokenizer) -> 
     """What tasks open and shards name as their tokenizer; a copy of it lies in the output."""
     files = shard_plan.tokenizer_files(spec, tokenizer)
     for name, content in files.items():
-        with folder.open(name, "wb") as file:
-            file.write(content)
+        # Tasks that are running may read it.
+        if not folder.isfile(name) or folder.cat_file(name) != content:
+            with folder.open(name, "wb") as file:
+                file.write(content)
     if not files:
         return spec
     # Tasks open it, and a tokenizer is opened from a local file alone.

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from datatrove.io import get_datafolder
 
+from moe_erc.checks import BadInput
 from moe_erc.data import datatrove_steps, shard_plan
 from moe_erc.data import tokenizer as tokenizers
 from moe_erc.data.config import DataConfig
@@ -180,6 +181,17 @@ def test_bad_input_is_refused_in_one_line_before_any_task(text, tmp_path):
     assert not list(tmp_path.rglob("*.ds"))
 
 
+def test_a_file_that_was_mended_before_its_task_ended_is_read_again(text):
+    config = DataConfig((str(text),), (), "bytes", "text", 0.02, 4, "")
+    tokenizer = tokenizers.load("bytes")
+    before = shard_plan.record(list(shard_plan.parts_of(config)), config, tokenizer, 3)
+    (text / "4.jsonl").write_text('{"text": "mended"}')
+    now = shard_plan.record(list(shard_plan.parts_of(config)), config, tokenizer, 3)
+    shard_plan.check_same(before, now, {0, 2}, "output")
+    with pytest.raises(BadInput, match="files that have changed"):
+        shard_plan.check_same(before, now, {1}, "output")  # task 1 of 3 reads the files 1 and 4
+
+
 def test_an_output_goes_on_only_as_it_was_begun(text, tmp_path):
     output = tmp_path / "shards"
     config = DataConfig((str(text),), (), str(TOKENIZER), "text", 0.02, 4, "")
@@ -193,6 +205,8 @@ def test_an_output_goes_on_only_as_it_was_begun(text, tmp_path):
     assert "data.validation_fraction" in refused(
         [*others, "--config.data.validation_fraction=0.5"], tmp_path
     )
+    (output / "logs/completions").mkdir()
+    (output / "logs/completions/00000").touch()
     with open(text / "0.jsonl", "a") as file:
         file.write("\n")
     assert "files that have changed" in refused(others, tmp_path)

@@ -58,12 +58,12 @@ EXTRAS = {
         "accelerate",  # for the hf backend of the harness
     ],
     "gcs": GCS,
-    "datatrove": DATATROVE,
-    "ray": [*DATATROVE, "ray[default]"],
     "cuda12": ["jax[cuda12]"],
     "cuda13": ["jax[cuda13]"],
     "tpu": ["jax[tpu]"],
     "tokamax": TOKAMAX,
+    "datatrove": DATATROVE,
+    "ray": [*DATATROVE, "ray[default]"],
 }
 
 # Commands that need no config, and so no clone. Each is also `python -m moe_erc.NAME`.

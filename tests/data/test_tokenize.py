@@ -3,8 +3,11 @@
 import bz2
 import dataclasses
 import gzip
+import importlib.machinery
 import io
 import json
+import sys
+import types
 from pathlib import Path
 
 import datasets
@@ -137,7 +140,11 @@ def test_a_vocabulary_beyond_two_bytes_is_written_in_four(config, directory, tmp
     assert metadata.split("\n")[:2] == [f"{tmp_path / 'tokenizer.json'}|4", "3"]
 
 
-def test_every_kind_of_file_is_read(bpe_config, directory, tmp_path):
+def test_every_kind_of_file_is_read(bpe_config, directory, tmp_path, monkeypatch):
+    # It needs a library of the system, and guesses the types that these records state.
+    magic = types.ModuleType("magic")
+    magic.__spec__ = importlib.machinery.ModuleSpec("magic", None)
+    monkeypatch.setitem(sys.modules, "magic", magic)
     table = pa.table({"other": list(range(7)), "text": TEXTS})
     parquet = io.BytesIO()
     pq.write_table(table, parquet)

@@ -100,10 +100,9 @@ class OfSplit(PipelineStep):
         """The documents that are kept."""
         for document in data:
             text = _bytes_of(document.text)
-            is_ours = self.held_out is None or split_by_hash(text, self.held_out) == self.split
             if not text.strip():
                 self.stat_update("without text")
-            elif is_ours:
+            elif self.held_out is None or split_by_hash(text, self.held_out) == self.split:
                 yield document
 
 
@@ -157,64 +156,54 @@ class _Encoder:
         return [_Encoded([*ids_N.tolist(), self._tokenizer.eos_id]) for ids_N in found]
 
 
+def check(parts: Sequence[Part], text_key: str) -> None:
+    """Read the first document of every kind of file, so that no task is started in vain.
+
+    Raises:
+      BadInput: for a key that has no text, a file that cannot be read, or a missing package.
+    """
+    for part in parts:
+        for kind, files in shard_plan.by_kind(part.files).items():
+            path = files[0][0]
+            # A .txt file is one document, which may be large and cannot be wrong.
+            if shard_plan.suffix(path) != ".txt":
+                _try(part, kind, path, text_key)
+
+
 def pipeline(
     parts: Sequence[Part], output: DataFolder, tokenizer: str, identity: str, text_key: str
 ) -> list[PipelineStep]:
-    """The steps of every part in turn; the list of its files is written into the output.
-
-    The first document of every kind of file is read now, so that a wrong key or a missing package
-    is refused before any task starts.
-    """
+    """The steps of every part in turn; the lists of its files are written into the output."""
     steps: list[PipelineStep] = []
     for part in parts:
-        readers = _readers(part, output, text_key)
-        for reader, path in readers:
-            _try(reader, path)
-        steps += [reader for reader, _ in readers]
+        for kind, files in shard_plan.by_kind(part.files).items():
+            path = f"logs/files/{part.folder}-{kind}.txt"
+            with output.open(path, "wt", encoding="utf-8") as file:
+                file.write("".join(f"{name}\n" for name, _ in files))
+            steps.append(_reader(part, kind, text_key, output.resolve_paths(path)))
+        if part.records:
+            splits = [split for split, _ in part.records]
+            steps.append(TfdsReader(part.place, splits, text_key))
         steps.append(OfSplit(part.split, part.held_out))
         steps.append(Shards(output.resolve_paths(part.folder), tokenizer, identity))
     return steps
 
 
-def _readers(part: Part, output: DataFolder, text_key: str) -> list[tuple[BaseReader, str]]:
-    """One reader for each kind of file, with the path of its first file.
-
-    It reads its files in the order of their paths.
-    """
-    if part.records:
-        splits = [split for split, _ in part.records]
-        return [(TfdsReader(part.place, splits, text_key), "")]
-    readers = []
-    for kind, files in shard_plan.by_kind(part.files).items():
-        list_path = f"logs/files/{part.folder}-{kind}.txt"
-        with output.open(list_path, "wt", encoding="utf-8") as file:
-            file.write("".join(f"{path}\n" for path, _ in files))
-        options = {"text_key": text_key, "paths_file": output.resolve_paths(list_path)}
-        if kind != "text":
-            options["adapter"] = _adapt
-        try:
-            readers.append((_READERS[kind](part.place, **options), files[0][0]))
-        except ImportError as error:
-            raise BadInput(
-                f"data.sources: '{part.source}' has {kind} files ({error}); "
-                "pip install 'moe_erc[datatrove]'"
-            ) from None
-    return readers
+def _reader(part: Part, kind: str, text_key: str, paths_file: str | None) -> BaseDiskReader:
+    """The reader of one kind of file, which takes them in the order of `paths_file`."""
+    adapter = None if kind == "text" else _adapt
+    return _READERS[kind](part.place, paths_file, text_key=text_key, adapter=adapter)
 
 
-def _try(reader: BaseReader, path: str) -> None:
-    """Read one document of a file; a TFDS data set has been checked by its own description."""
-    # A .txt file is one document, which may be large and cannot be wrong.
-    if not path or shard_plan.suffix(path) == ".txt":
-        return
+def _try(part: Part, kind: str, path: str, text_key: str) -> None:
     try:
-        next(iter(reader.read_file(path)), None)
+        next(iter(_reader(part, kind, text_key, None).read_file(path)), None)
     except BadInput:
         raise
     except Exception as error:  # of any library that reads or unpacks files
         raise BadInput(
-            f"data.sources: '{reader.data_folder.resolve_paths(path)}' cannot be read "
-            f"({error}); fetch it again, or install what reads it"
+            f"data.sources: '{path}' in '{part.source}' cannot be read ({error}); "
+            "fetch it again, or install what reads it"
         ) from error
 
 

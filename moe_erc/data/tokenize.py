@@ -51,7 +51,7 @@ def tokenize(_: list[str]) -> None:
         config = DataConfig(**flags.FLAGS.config.data)
         tokenizer = tokenizers.load(config.tokenizer)
         parts = list(shard_plan.parts_of(config))
-        _check_tasks(parts)
+        _check_parts(parts, config.text_key)
         _begin(folder, shard_plan.record(parts, config, tokenizer, TASKS.value))
         name = _tokenizer_name(folder, config.tokenizer, tokenizer)
         executor = _executor(folder, parts, name, tokenizer.identity, config.text_key)
@@ -75,18 +75,18 @@ def _check_flags() -> None:
         raise BadInput("--partition: SLURM needs one; name it, as --partition=cpu (see sinfo)")
     if EXECUTOR.value == "slurm" and not shutil.which("sbatch"):
         raise BadInput("--executor: slurm needs the command sbatch; start it where SLURM is")
-    if EXECUTOR.value == "ray" and not importlib.util.find_spec("ray"):
-        raise BadInput("--executor: the library 'ray' is missing; pip install 'moe_erc[ray]'")
+    needed = ["datatrove"]
+    if EXECUTOR.value == "ray":
+        needed.append("ray")
+    for package in needed:
+        if not importlib.util.find_spec(package):
+            raise BadInput(f"the library '{package}' is missing; pip install 'moe_erc[{package}]'")
 
 
 def _output_folder() -> Any:
     """The output as a folder of datatrove."""
-    try:
-        from datatrove.io import get_datafolder
-    except ImportError:
-        raise BadInput(
-            "the library 'datatrove' is missing; pip install 'moe_erc[datatrove]'"
-        ) from None
+    from datatrove.io import get_datafolder
+
     if not paths.is_remote(OUTPUT.value):
         probe = paths.writable_file(os.path.join(OUTPUT.value, shard_plan.RECORD))
         return get_datafolder(str(probe.parents[1]))
@@ -99,13 +99,16 @@ def _output_folder() -> Any:
         ) from None
 
 
-def _check_tasks(parts: list[shard_plan.Part]) -> None:
+def _check_parts(parts: list[shard_plan.Part], text_key: str) -> None:
+    from moe_erc.data import datatrove_steps
+
     most = max(part.most_tasks for part in parts)
     if TASKS.value > most:
         raise BadInput(
             f"--tasks: {TASKS.value} tasks for text that can be divided among {most}, because one "
             f"task reads a file; give at most {most}"
         )
+    datatrove_steps.check(parts, text_key)
 
 
 def _begin(folder: Any, record: dict) -> None:
@@ -151,8 +154,7 @@ def _executor(
     logs = folder.resolve_paths("logs")
     tasks = TASKS.value
     if EXECUTOR.value == "local":
-        workers = min(tasks, len(os.sched_getaffinity(0)))
-        return LocalPipelineExecutor(steps, tasks, workers, logs)
+        return LocalPipelineExecutor(steps, tasks, min(tasks, _cores()), logs)
     if EXECUTOR.value == "ray":
         return RayPipelineExecutor(steps, tasks, logging_dir=logs)
     return SlurmPipelineExecutor(
@@ -164,6 +166,12 @@ def _executor(
         qos="",  # the default of the cluster
         logging_dir=logs,
     )
+
+
+def _cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _say(folder: Any, parts: list[shard_plan.Part], name: str) -> None:

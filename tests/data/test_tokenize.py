@@ -41,6 +41,7 @@ def tokenised(config, output, tasks=1):
     folder = get_datafolder(str(output))
     tokenizer = tokenizers.load(config.tokenizer)
     parts = list(shard_plan.parts_of(config))
+    datatrove_steps.check(parts, config.text_key)
     spec = config.tokenizer
     steps = datatrove_steps.pipeline(parts, folder, spec, tokenizer.identity, config.text_key)
     for rank in range(tasks):
@@ -237,8 +238,8 @@ def test_an_object_store_is_read_and_written(bpe_config):
     [
         ({"a_md": "nothing to read"}, ["no .txt, .jsonl, .parquet", "1 '.md' files"]),
         ({"a_jsonl": '{"body": "x"}'}, ["a.jsonl:1", "'text'"]),
-        ({"a_parquet": b"PAR1 is not enough"}, ["a.parquet' cannot be read"]),
-        ({"a_jsonl_zst": b"no zstd"}, ["a.jsonl.zst' cannot be read"]),
+        ({"a_parquet": b"PAR1 is not enough"}, ["'a.parquet' in", "cannot be read"]),
+        ({"a_jsonl_zst": b"no zstd"}, ["'a.jsonl.zst' in", "cannot be read"]),
         ({"train_txt": "x", "test_txt": ""}, ["no held-out split"]),
         ({"a\nb_txt": "x"}, ["no name that can be listed"]),
     ],

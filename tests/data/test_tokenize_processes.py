@@ -178,7 +178,11 @@ def test_bad_input_is_refused_in_one_line_before_any_task(text, tmp_path):
         assert words in refused(arguments(text, output, **others), tmp_path)
     for place, words in (("", "--output: no directory"), (text, "holds other files")):
         assert words in refused(arguments(text, place), tmp_path)
-    assert not list(tmp_path.rglob("*.ds"))
+    # What was refused leaves nothing that another command would go on with.
+    assert "data.text_key" in refused(
+        [*arguments(text, output), "--config.data.text_key=body"], tmp_path
+    )
+    assert not [path for path in output.rglob("*") if path.is_file()]
 
 
 def test_a_file_that_was_mended_before_its_task_ended_is_read_again(text):

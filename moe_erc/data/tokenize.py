@@ -1,7 +1,6 @@
 """Makes token shards of the text of a config, with datatrove, on one machine or on many.
 
-    python -m moe_erc.data.tokenize --config.data.sources="('/data/c4',)" \
-        --config.data.tokenizer=tokenizer.json --output=/data/shards --tasks=64
+    python -m moe_erc.data.tokenize --config.data.sources="('/data/c4',)" --output=/data/shards
 
 A source is a directory or a URL (s3://, gs://, hf://) of .txt, .jsonl, .parquet, .arrow or .warc
 files, or a TFDS data set. The shards of a source c4 are c4/train/*.ds and c4/validation/*.ds in the

@@ -38,7 +38,9 @@ TOKAMAX = ["tokamax>=0.0.12"]  # kernels for GPUs beside our own
 # All optional packages that a run may use, 0.1 GB. `hf` is not among them, because it brings torch.
 # tests/test_optional_packages.py uses each.
 OPTIONAL = [*NOTEBOOK, *EVAL, *GCS, *TOKAMAX, "tokenizers", "wandb"]
-TEST = [*OPTIONAL, "pytest", "pytest-xdist>=3.8", "ruff", "hypothesis"]
+# Token shards from text, on one machine or many. `io` reads Parquet, WARC and zstd.
+DATATROVE = ["datatrove[io]>=0.10", "tokenizers"]
+TEST = [*OPTIONAL, *DATATROVE, "pytest", "pytest-xdist>=3.8", "ruff", "hypothesis"]
 
 EXTRAS = {
     "test": TEST,
@@ -60,6 +62,8 @@ EXTRAS = {
     "cuda13": ["jax[cuda13]"],
     "tpu": ["jax[tpu]"],
     "tokamax": TOKAMAX,
+    "datatrove": DATATROVE,
+    "ray": [*DATATROVE, "ray[default]"],
 }
 
 # Commands that need no config, and so no clone. Each is also `python -m moe_erc.NAME`.

@@ -31,6 +31,7 @@ class Source:
     account: Account
     has_own_splits: bool  # then neither may be without text
     count: int | None = None  # number of documents, where known without reading them
+    bytes: int = 0  # that its files or records hold, compressed or not; 0 where text is made
 
 
 def open_source(name: str, config: DataConfig) -> Source:
@@ -85,11 +86,12 @@ def _from_directory(name: str, path: Path, config: DataConfig) -> Source:
     key = [_RULES, "text files", str(path.resolve()), text_files.fingerprint(path), settings]
     return Source(
         name=name,
-        label=_label(path.resolve().name),
+        label=label_of(path.resolve().name),
         identity=cache.digest(key),
         documents=functools.partial(text_files.documents, path, *settings),
         account=survey.account,
         has_own_splits=survey.has_own_splits,
+        bytes=sum(file.bytes for file, _ in survey.files),
     )
 
 
@@ -101,14 +103,16 @@ def _from_tfds(name: str, builder: tfds_source.Builder, config: DataConfig) -> S
     key = [_RULES, "tfds", tfds_source.fingerprint(builder), str(builder.data_dir), settings]
     return Source(
         name=name,
-        label=_label(builder.info.full_name.rsplit("/", 1)[0]),
+        label=label_of(builder.info.full_name.rsplit("/", 1)[0]),
         identity=cache.digest(key),
         documents=functools.partial(tfds_source.documents, builder, *settings),
         account=tfds_source.account(builder, splits, config.validation_fraction),
         has_own_splits=len(set(splits.values())) > 1,
         count=tfds_source.count(builder),
+        bytes=tfds_source.size(builder),
     )
 
 
-def _label(name: str) -> str:
+def label_of(name: str) -> str:
+    """A name of letters, digits and `_`, which file systems take."""
     return re.sub(r"\W+", "_", name).strip("_").lower()[:_LONGEST_LABEL] or "text"

@@ -20,7 +20,7 @@ from typing import BinaryIO
 import numpy as np
 
 from moe_erc.checks import BadInput
-from moe_erc.data import bars
+from moe_erc.data import bars, forecast
 from moe_erc.data.document import Account, Document
 from moe_erc.data.sources import Source
 from moe_erc.data.tokenizer import Tokenizer
@@ -105,6 +105,7 @@ def write(directory: Path, source: Source, tokenizer: Tokenizer) -> None:
     dtype = np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
     writers: dict[tuple[str, str], _Writer] = {}
     without_text: collections.Counter[str] = collections.Counter()
+    large = forecast.Forecast(source.name, source.bytes, dtype.itemsize)
     bar = bars.bar(f"Tokenising {source.label}", source.count, "documents")
     with bar, contextlib.ExitStack() as files:
         for batch in _batches(source.documents(), without_text):
@@ -115,6 +116,7 @@ def write(directory: Path, source: Source, tokenizer: Tokenizer) -> None:
                     path = directory / _file_name(document.split, document.domain)
                     writers[key] = _Writer(files.enter_context(open(path, "wb")), dtype)
                 writers[key].append(ids, tokenizer.eos_id, len(document.text))
+                large.add(len(document.text), len(ids) + 1)
             bar.update(len(batch))
     _check_splits(source, {split for split, _ in writers}, without_text)
     entries = []

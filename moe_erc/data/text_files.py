@@ -20,8 +20,26 @@ from moe_erc.data import file_tree
 from moe_erc.data.document import Account, Document, divided_by_hash, split_by_hash
 from moe_erc.data.split_names import TRAIN, SplitNames, held_out_name
 
-_SUFFIXES = (".txt", ".jsonl", ".json")
-_READABLE = ".txt or .jsonl file"
+
+@dataclasses.dataclass(frozen=True)
+class Readable:
+    """Which files can be read: the ends of their names, and how messages call such a file."""
+
+    suffixes: tuple[str, ...]
+    compressions: tuple[str, ...]  # may follow a suffix
+    noun: str
+
+    def suffix(self, name: str) -> str:
+        """The suffix of a name that can be read, without its compression; "" for any other."""
+        plain = name.lower()
+        if plain in _NO_TEXT:
+            return ""
+        for compression in self.compressions:
+            plain = plain.removesuffix(compression)
+        return next((suffix for suffix in self.suffixes if plain.endswith(suffix)), "")
+
+
+PLAIN = Readable((".txt", ".jsonl", ".json"), (".gz",), ".txt or .jsonl file")
 # Files that tools of the field write beside the text. They are no text, though their suffix is one
 # of text.
 _NO_TEXT = (
@@ -56,7 +74,7 @@ class Survey:
     A split None means that the hash of each text decides.
     """
 
-    files: tuple[tuple[Path, str | None], ...]
+    files: tuple[tuple[file_tree.Entry, str | None], ...]  # in the order of their paths
     account: Account
     has_own_splits: bool
 
@@ -80,7 +98,7 @@ class _Named:
 
 def find(path: Path) -> list[Path]:
     """The text files under a directory that are read, sorted."""
-    return [file for file, _ in survey(path, 0.0).files]
+    return [path.joinpath(*file.parts) for file, _ in survey(path, 0.0).files]
 
 
 def fingerprint(path: Path) -> list[tuple]:
@@ -95,39 +113,55 @@ def fingerprint(path: Path) -> list[tuple]:
 
 def documents(path: Path, text_key: str, validation_fraction: float) -> Iterator[Document]:
     """Every text of a directory once, with its split."""
-    for file, split in survey(path, validation_fraction).files:
-        for text in _texts(file, text_key):
-            yield Document(split or split_by_hash(text, validation_fraction), "", text)
+    for entry, split in survey(path, validation_fraction).files:
+        file = path.joinpath(*entry.parts)
+        with _open(file) as content:
+            for text in texts(content, str(file), PLAIN.suffix(file.name), text_key):
+                yield Document(split or split_by_hash(text, validation_fraction), "", text)
 
 
 def survey(path: Path, validation_fraction: float) -> Survey:
     """Look at every name under a directory; no text is read.
 
     Raises:
-      BadInput: for a directory without text, for a split that is empty while the other is not, and
-        for a link that leads back to a directory above it.
+      BadInput: as `divide`, and for a link that leads back to a directory above it.
     """
-    entries = sorted(file_tree.entries(path), key=lambda entry: entry.parts)
+    return divide(str(path), file_tree.entries(path), validation_fraction, PLAIN)
+
+
+def divide(
+    place: str,
+    found: Iterable[file_tree.Entry],
+    validation_fraction: float,
+    readable: Readable,
+) -> Survey:
+    """Decide by their names which of the entries under a directory are read, for which split.
+
+    `place` names the directory in messages.
+
+    Raises:
+      BadInput: for a directory without text, and for a split that is empty while the other is not.
+    """
+    entries = sorted(found, key=lambda entry: entry.parts)
     ignored = collections.Counter(entry.ignored for entry in entries if entry.ignored)
     entries = [entry for entry in entries if entry.ignored != file_tree.HIDDEN]
-    files = [entry for entry in entries if entry.kind == "file" and _is_text(entry)]
-    ignored.update(_of_other_suffixes(entries))
+    files = [entry for entry in entries if _is_text(entry, readable)]
+    ignored.update(_of_other_suffixes(entries, readable))
     if not files:
         said = _said(ignored)
         raise BadInput(
-            f"data.sources: no {_READABLE} in '{path}'{said}; add some, or give another directory"
+            f"data.sources: no {readable.noun} in '{place}'{said}; "
+            "add some, or give another directory"
         )
     by_split = _by_split(entries, files, ignored)
-    taken, split_rule = _choose(path, by_split, ignored, validation_fraction)
-    found = []
+    taken, split_rule = _choose(place, by_split, ignored, validation_fraction, readable)
+    has_own_splits = len(taken) > 1
+    chosen = []
     for split, named in taken.items():
         for file in named.files:
-            found.append((path.joinpath(*file.parts), split))
-    found.sort()
-    has_own_splits = len(taken) > 1
-    if not has_own_splits:
-        found = [(file, None) for file, _ in found]
-    return Survey(tuple(found), Account(split_rule, dict(ignored)), has_own_splits)
+            chosen.append((file, split if has_own_splits else None))
+    chosen.sort(key=lambda file_and_split: file_and_split[0].parts)
+    return Survey(tuple(chosen), Account(split_rule, dict(ignored)), has_own_splits)
 
 
 def _by_split(entries: list, files: list, ignored: collections.Counter) -> dict[str | None, _Named]:
@@ -141,9 +175,11 @@ def _by_split(entries: list, files: list, ignored: collections.Counter) -> dict[
     names = SplitNames(components)
     decided = {entry.parts: names.decide(entry.parts) for entry in entries}
     by_split: dict[str | None, _Named] = collections.defaultdict(_Named)
+    texts_read = set(files)
     for entry in entries:
         split, depth = decided[entry.parts]
-        is_split = entry.kind != "file" or depth < len(entry.parts) or _is_data(entry)
+        is_data = entry in texts_read or entry.parts[-1].lower().endswith(_DATA_SUFFIXES)
+        is_split = entry.kind != "file" or depth < len(entry.parts) or is_data
         if split and is_split:
             ending = "/" if depth < len(entry.parts) or entry.kind == "directory" else ""
             by_split[split].entries.setdefault("/".join(entry.parts[:depth]) + ending)
@@ -161,10 +197,11 @@ def _by_split(entries: list, files: list, ignored: collections.Counter) -> dict[
 
 
 def _choose(
-    path: Path,
+    place: str,
     by_split: dict[str | None, _Named],
     ignored: collections.Counter,
     validation_fraction: float,
+    readable: Readable,
 ) -> tuple[dict[str | None, _Named], str]:
     """(splits to read, by our names, the sentence that says which they are).
 
@@ -176,14 +213,14 @@ def _choose(
     if held_out is None:
         if train.entries and train.is_empty:
             others = f"{len(unnamed.files)} others"
-            raise BadInput(_one_is_empty(path, "training", train, others, ignored))
+            raise BadInput(_one_is_empty(place, "training", train, others, ignored, readable))
         everything = _Named(train.files + unnamed.files)
         what = f"{_counted(len(everything.files), 'file')}, none of them named as held out"
         return {None: everything}, divided_by_hash(what, validation_fraction)
     validation = by_split[held_out]
     for name, split, other in (("training", train, validation), ("held-out", validation, train)):
         if split.is_empty:
-            raise BadInput(_one_is_empty(path, name, split, str(other), ignored))
+            raise BadInput(_one_is_empty(place, name, split, str(other), ignored, readable))
     for word, named in by_split.items():
         if word not in (None, TRAIN, held_out) and named.files:
             what = f"files in another held-out split, {_some(named.entries)}"
@@ -195,28 +232,30 @@ def _choose(
 
 
 def _one_is_empty(
-    path: Path, name: str, empty: _Named, other: str, ignored: collections.Counter
+    place: str,
+    name: str,
+    empty: _Named,
+    other: str,
+    ignored: collections.Counter,
+    readable: Readable,
 ) -> str:
     said = f"no text in {_some(empty.entries)}" if empty.entries else "nothing is named so"
     return (
-        f"data.sources: '{path}' has no {name} split ({said}), though it has "
+        f"data.sources: '{place}' has no {name} split ({said}), though it has "
         f"{other}{_said(ignored)}; "
-        f"give both splits a {_READABLE}, named such as train/ and validation/, or name neither so"
+        f"give both splits a {readable.noun}, named such as train/ and validation/, "
+        "or name neither so"
     )
 
 
-def _is_text(entry: file_tree.Entry) -> bool:
-    name = entry.parts[-1].lower()
-    return name.removesuffix(".gz").endswith(_SUFFIXES) and name not in _NO_TEXT
+def _is_text(entry: file_tree.Entry, readable: Readable) -> bool:
+    return entry.kind == "file" and bool(readable.suffix(entry.parts[-1]))
 
 
-def _is_data(entry: file_tree.Entry) -> bool:
-    return _is_text(entry) or entry.parts[-1].lower().endswith(_DATA_SUFFIXES)
-
-
-def _of_other_suffixes(entries: list) -> dict[str, int]:
+def _of_other_suffixes(entries: list, readable: Readable) -> dict[str, int]:
     """How many files of which suffixes are not read, the frequent ones by name."""
-    others = [entry.parts[-1] for entry in entries if entry.kind == "file" and not _is_text(entry)]
+    files = [entry for entry in entries if entry.kind == "file"]
+    others = [entry.parts[-1] for entry in files if not _is_text(entry, readable)]
     suffixes = collections.Counter(_suffix(name) for name in others).most_common()
     counts = {}
     for suffix, count in suffixes[:_LISTED]:
@@ -251,18 +290,18 @@ def _counted(count: int, what: str) -> str:
     return f"{count:,} {what}" + ("" if count == 1 else "s")
 
 
-def _texts(file: Path, text_key: str) -> Iterator[bytes]:
+def texts(content: Iterable[bytes], name: str, suffix: str, text_key: str) -> Iterator[bytes]:
+    """Every text of an open file, which is unpacked as it is read; BadInput for what is no text."""
     try:
-        with _open(file) as content:
-            if file.name.lower().removesuffix(".gz").endswith(".txt"):
-                yield content.read()
-                return
-            for number, line in enumerate(content, start=1):
-                if line.strip():
-                    yield _text_of_line(line, text_key, f"{file}:{number}")
+        if suffix == ".txt":
+            yield b"".join(content)
+            return
+        for number, line in enumerate(content, start=1):
+            if line.strip():
+                yield _text_of_line(line, text_key, f"{name}:{number}")
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise BadInput(
-            f"data.sources: '{file}' cannot be unpacked ({error}); fetch it again"
+            f"data.sources: '{name}' cannot be unpacked ({error}); fetch it again"
         ) from None
 
 

@@ -152,6 +152,12 @@ def count(builder: Builder) -> int:
     return sum(len(_open(builder, name)) for name in splits(builder))
 
 
+def size(builder: Builder) -> int:
+    """The bytes of the records that `documents` reads, as far as the data set says them."""
+    infos = [builder.info.splits.get(name) for name in splits(builder)]
+    return sum(info.num_bytes or 0 for info in infos if info)
+
+
 def documents(builder: Builder, text_key: str, validation_fraction: float) -> Iterator[Document]:
     """Every text of the data set's train split and of its held-out split.
 
@@ -160,10 +166,28 @@ def documents(builder: Builder, text_key: str, validation_fraction: float) -> It
     found = splits(builder)
     has_own_splits = len(set(found.values())) > 1
     for name, split in found.items():
-        for record in _records(builder, name):
-            text = _as_bytes(record[text_key])
+        for text in texts(builder, name, text_key):
             own_split = split if has_own_splits else split_by_hash(text, validation_fraction)
             yield Document(own_split, "", text)
+
+
+def texts(
+    builder: Builder, split: str, text_key: str, part: int = 0, parts: int = 1
+) -> Iterator[bytes]:
+    """The texts of the records of one of `parts` equal ranges of a split."""
+    records = _open(builder, split)
+    start = len(records) * part // parts
+    stop = len(records) * (part + 1) // parts
+    for number in range(start, stop):
+        try:
+            record = records[number]
+        # The reader of array_record raises this for a file that is missing or damaged.
+        except RuntimeError as error:
+            raise BadInput(
+                f"data.sources: '{builder.data_dir}' cannot be read ({_one_line(error)}); "
+                "prepare it again"
+            ) from None
+        yield _as_bytes(record[text_key])
 
 
 def splits(builder: Builder) -> dict[str, str]:
@@ -204,22 +228,6 @@ def _open(builder: Builder, split: str):
             f"data.sources: '{builder.data_dir}' is in the {builder.info.file_format.value} "
             "format; prepare it as array_record"
         ) from None
-
-
-def _records(builder: Builder, split: str) -> Iterator[dict]:
-    records = iter(_open(builder, split))
-    while True:
-        try:
-            record = next(records)
-        except StopIteration:
-            return
-        # The reader of array_record raises this for a file that is missing or damaged.
-        except RuntimeError as error:
-            raise BadInput(
-                f"data.sources: '{builder.data_dir}' cannot be read ({_one_line(error)}); "
-                "prepare it again"
-            ) from None
-        yield record
 
 
 def _register_legacy_builders() -> None:

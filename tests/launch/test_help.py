@@ -97,3 +97,9 @@ def test_learning_a_tokenizer_names_its_flags():
     assert done.returncode == 0 and not done.stderr
     assert "Learns a byte-pair tokenizer" in done.stdout
     assert_examples(done.stdout, ("config", "output", "vocab_size"))
+
+
+def test_making_token_shards_names_its_flags(tmp_path):
+    printed = asked("moe_erc.data.tokenize", "--help", tmp_path)
+    assert printed.startswith("Makes token shards")
+    assert_examples(printed, ("config", "executor", "output", "partition", "tasks", "time"))

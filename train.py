@@ -21,6 +21,8 @@ from ml_collections import ConfigDict
 from configs import base
 from moe_erc import resume, sharding
 from moe_erc.data import paths, text
+from moe_erc.data.shards import source as shards
+from moe_erc.data.shards import storage
 from moe_erc.diagnosis.in_training import Diagnosis, headline
 from moe_erc.diagnosis.report import make_report, read_report, write_report
 from moe_erc.diagnosis.tables import print_found
@@ -153,6 +155,8 @@ def settle_paths(config):
     if tokenizer != tokenizer_files.BYTES:
         tokenizer = str(paths.local(tokenizer))
     config.data.tokenizer = tokenizer
+    config.data.sources = tuple(map(shards.absolute, config.data.sources))
+    config.data.tokens.validation = tuple(map(storage.absolute, config.data.tokens.validation))
 
 
 def find_start(config, workdir) -> Start:

@@ -1,7 +1,7 @@
-"""What a source name means: the embedded or the planted corpus, a directory, or a TFDS data set.
+"""What the name of text means: the embedded or the planted corpus, a directory, or a TFDS data set.
 
 An existing directory wins over a data set of the same name; what looks like a path is never looked
-up as a name.
+up as a name. Sources that are token shards are in `shards/source.py`.
 """
 
 import dataclasses
@@ -15,6 +15,7 @@ from moe_erc.data import cache, embedded, paths, planted, text_files, tfds_sourc
 from moe_erc.data.config import DataConfig
 from moe_erc.data.document import Account, Document
 from moe_erc.data.python_source import installed_trees, versions
+from moe_erc.data.shards import is_pattern
 
 _RULES = 2  # counts up when the same files or records may give other documents or splits
 _LONGEST_LABEL = 64  # characters; file systems allow 255 for the names made of it
@@ -35,6 +36,11 @@ class Source:
 
 def open_source(name: str, config: DataConfig) -> Source:
     """Find (and for TFDS prepare) what `name` stands for; no text is read before `documents()`."""
+    if is_pattern(name):
+        raise BadInput(
+            f"data.sources: {name!r} is tokens already, and text is needed here; "
+            "name the text that they were made of"
+        )
     if name == embedded.NAME:
         return _embedded()
     if name == planted.NAME:
@@ -85,7 +91,7 @@ def _from_directory(name: str, path: Path, config: DataConfig) -> Source:
     key = [_RULES, "text files", str(path.resolve()), text_files.fingerprint(path), settings]
     return Source(
         name=name,
-        label=_label(path.resolve().name),
+        label=label_of(path.resolve().name),
         identity=cache.digest(key),
         documents=functools.partial(text_files.documents, path, *settings),
         account=survey.account,
@@ -101,7 +107,7 @@ def _from_tfds(name: str, builder: tfds_source.Builder, config: DataConfig) -> S
     key = [_RULES, "tfds", tfds_source.fingerprint(builder), str(builder.data_dir), settings]
     return Source(
         name=name,
-        label=_label(builder.info.full_name.rsplit("/", 1)[0]),
+        label=label_of(builder.info.full_name.rsplit("/", 1)[0]),
         identity=cache.digest(key),
         documents=functools.partial(tfds_source.documents, builder, *settings),
         account=tfds_source.account(builder, splits, config.validation_fraction),
@@ -110,5 +116,6 @@ def _from_tfds(name: str, builder: tfds_source.Builder, config: DataConfig) -> S
     )
 
 
-def _label(name: str) -> str:
+def label_of(name: str) -> str:
+    """A name of letters, digits and `_`, which file systems take."""
     return re.sub(r"\W+", "_", name).strip("_").lower()[:_LONGEST_LABEL] or "text"

@@ -115,8 +115,11 @@ def absolute(source: str) -> str:
 
 def label(source: str) -> str:
     """A short name, of the directory or the file that a pattern of shards names."""
-    root = _root(source.removeprefix(PREFIX)).rstrip("/")
-    return label_of(re.sub(r"(\.[a-z]+)+$", "", root.rsplit("/", 1)[-1]))
+    pattern = storage.absolute(source.removeprefix(PREFIX))
+    name = os.path.splitext(pattern)[0]
+    if _WILDCARD.search(pattern):
+        name = _root(pattern).rstrip("/")
+    return label_of(name.rsplit("/", 1)[-1])
 
 
 def _named_streams(
@@ -267,9 +270,7 @@ def _stream(
     tokens_N = ShardTokens(group.storage, group.dtype, pieces, tokenizer.vocab_size)
     places = _places(pieces)
     try:
-        samples = storage.each(
-            group.storage, lambda place: tokens_N[place : place + _SAMPLE], places
-        )
+        samples = storage.each(group.storage, lambda place: tokens_N[place[0] : place[1]], places)
     except WrongToken as error:
         raise BadInput(
             f"data.sources: '{error.filename}': {error.strerror}; set data.tokenizer to the "
@@ -313,10 +314,10 @@ def _check_halves(group: _Group, samples: Sequence[np.ndarray]) -> None:
         )
 
 
-def _places(pieces: Sequence[Piece]) -> list[int]:
-    """Where samples of some pieces begin, spread over pieces and within them.
+def _places(pieces: Sequence[Piece]) -> list[tuple[int, int]]:
+    """Ranges of tokens to sample, spread over pieces and within them; each is in one piece.
 
-    All are an even number of tokens behind the start of a piece.
+    All begin an even number of tokens behind the start of a piece.
     """
     starts = np.cumsum([0, *(piece.tokens for piece in pieces)])
     filled = [number for number, piece in enumerate(pieces) if piece.tokens]
@@ -328,7 +329,8 @@ def _places(pieces: Sequence[Piece]) -> list[int]:
         for part in range(per_piece):
             # One sample of each of many pieces lies elsewhere in every piece.
             share = part / (per_piece - 1) if per_piece > 1 else turn / _SAMPLES
-            places.append(int(starts[number]) + int(room * share) // 2 * 2)
+            first = int(starts[number]) + int(room * share) // 2 * 2
+            places.append((first, min(first + _SAMPLE, int(starts[number + 1]))))
     return list(dict.fromkeys(places))
 
 

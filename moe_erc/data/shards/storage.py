@@ -1,4 +1,4 @@
-"""Where shards lie: local or mounted paths by memory map, object stores by range reads.
+"""Where shards lie: on local or mounted paths, or in object stores.
 
 Both read any range of bytes of a file, or raise `ShardError` with the file and the range. A read
 gives all bytes of the range or none.
@@ -6,7 +6,6 @@ gives all bytes of the range or none.
 
 import concurrent.futures
 import errno
-import functools
 import glob
 import os
 import re
@@ -27,7 +26,6 @@ _SCHEME = re.compile(r"([a-z0-9]+)://")
 WAITS = (0.25, 0.5, 1, 2, 4, 8, 16)
 # Reads of an object store in flight at once. One waits for the latency of the store.
 REMOTE_READS = 64
-_MOST_MAPS = 128  # files that are mapped at once; every map holds a file descriptor
 
 
 class File(NamedTuple):
@@ -85,12 +83,13 @@ def absolute(pattern: str) -> str:
 
 
 class Local:
-    """Files of this machine, or of a file system that is mounted on it."""
+    """Files of this machine, or of a file system that is mounted on it.
+
+    A window is one positional read. A memory map of a cold file would read megabytes around it
+    (docs/performance.md).
+    """
 
     is_remote = False
-
-    def __init__(self):
-        self._mapped = functools.lru_cache(_MOST_MAPS)(_mapped)
 
     def find(self, pattern: str) -> list[File]:
         found = []
@@ -106,17 +105,18 @@ class Local:
             return None
 
     def read(self, path: str, start: int, stop: int) -> np.ndarray:
-        if start == stop:
-            return np.zeros(0, np.uint8)
         try:
-            mapped = self._mapped(path)
-        except (OSError, ValueError) as error:
-            raise ShardError(path, f"cannot be opened ({error})") from None
-        if stop > len(mapped):
+            with open(path, "rb", buffering=0) as file:
+                file.seek(start)
+                data = file.read(stop - start)
+        except OSError as error:
+            raise ShardError(path, f"cannot be read ({error.strerror})") from None
+        if len(data) != stop - start:
+            size = self.size(path)
             raise ShardError(
-                path, f"has {len(mapped):,} bytes now, and bytes {start:,} to {stop:,} are needed"
+                path, f"has {size:,} bytes now, and bytes {start:,} to {stop:,} are needed"
             )
-        return np.array(mapped[start:stop])
+        return np.frombuffer(data, np.uint8)
 
 
 class Remote:
@@ -184,7 +184,3 @@ def each(storage: Storage, call: Callable, items: Iterable) -> list:
         return [call(item) for item in items]
     with concurrent.futures.ThreadPoolExecutor(REMOTE_READS) as pool:
         return list(pool.map(call, items))
-
-
-def _mapped(path: str) -> np.ndarray:
-    return np.memmap(path, np.uint8, mode="r")

@@ -243,8 +243,9 @@ def _check_size(shard: Shard, dtype: np.dtype) -> None:
 def _check_tokenizer(shards: Sequence[Shard], config: DataConfig, tokenizer: Tokenizer) -> None:
     """Refuse shards that say that they were made with another tokenizer than the run's."""
     names = {shard.tokenizer: shard.path for shard in shards if shard.tokenizer}
+    accepted = (config.tokenizer, config.tokens.tokenizer)
     for name, path in names.items():
-        if name != config.tokens.tokenizer and not _is_file_of(name, tokenizer):
+        if name not in accepted and not _is_file_of(name, tokenizer):
             raise BadInput(
                 f"data.tokenizer: '{path}' was made with the tokenizer {name!r}, "
                 f"and data.tokenizer is {config.tokenizer!r}; give the tokenizer.json of that one; "

@@ -155,6 +155,7 @@ def settle_paths(config):
     if tokenizer != tokenizer_files.BYTES:
         tokenizer = str(paths.local(tokenizer))
     config.data.tokenizer = tokenizer
+    text.DataConfig(**config.data)  # refuses what is no list of names
     config.data.sources = tuple(map(shards.absolute, config.data.sources))
     config.data.tokens.validation = tuple(map(storage.absolute, config.data.tokens.validation))
 

@@ -62,7 +62,7 @@ def test_a_run_that_is_resumed_on_shards_ends_as_that_on_text(
     text = [f"--config.data.sources=('{text_directory}',)", "--config.data.validation_fraction=0.1"]
     train(tmp_path / "text", STEPS, *text)
     said = train(tmp_path / "shards", STEPS // 2, *arguments)
-    assert "7 flat array shards of uint16: 0 of them are held out by data.tokens" in said
+    assert "7 flat array shards of uint16: what data.tokens.validation names is held out, 0" in said
     train(tmp_path / "shards", STEPS, *arguments)
     ours, theirs = (saved_state(tmp_path / name, STEPS) for name in ("shards", "text"))
     assert ours[0] == theirs[0] == STEPS

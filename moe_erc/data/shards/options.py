@@ -3,6 +3,7 @@
 import dataclasses
 
 from moe_erc.checks import BadInput, among, check_fields
+from moe_erc.data.shards import is_pattern
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,3 +33,9 @@ class TokenOptions:
                 f"data.tokens.validation: {self.validation!r} is not a list of patterns; "
                 f"write it as ('{self.validation}',)"
             )
+        for pattern in self.validation:
+            if not isinstance(pattern, str) or is_pattern(pattern):
+                raise BadInput(
+                    f"data.tokens.validation: {pattern!r} is no pattern of files; "
+                    "write it as '/data/val/*.npy', without 'tokens:'"
+                )

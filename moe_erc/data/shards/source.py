@@ -89,7 +89,8 @@ def open_shards(source: str, config: DataConfig, tokenizer: Tokenizer) -> Opened
             found.append((split, "", stream(group, pieces)))
     splits = f"the last {100 * fraction:g} % of each are held out"
     if config.tokens.validation:
-        splits = f"{len(group.shards) - len(kept):,} of them are held out by data.tokens.validation"
+        named = len(group.shards) - len(kept)
+        splits = f"what data.tokens.validation names is held out, {named:,} of these"
         # The first source has the named shards; they are no part of another.
         if source == next(filter(is_pattern, config.sources)):
             found += _named_streams(source, config, tokenizer, stream)

@@ -36,10 +36,10 @@ class File(NamedTuple):
 
 
 class ShardError(OSError):
-    """A range of a shard that cannot be read, or that holds what cannot be trained on."""
+    """A range of a shard that cannot be read, or that holds what cannot be trained on.
 
-    def __init__(self, path: str, message: str):
-        super().__init__(errno.EIO, message, path)
+    Its arguments are those of an OSError: a number, a message and the path of the shard.
+    """
 
 
 class Storage(Protocol):
@@ -110,12 +110,11 @@ class Local:
                 file.seek(start)
                 data = file.read(stop - start)
         except OSError as error:
-            raise ShardError(path, f"cannot be read ({error.strerror})") from None
+            raise ShardError(errno.EIO, f"cannot be read ({error.strerror})", path) from None
         if len(data) != stop - start:
             size = self.size(path)
-            raise ShardError(
-                path, f"has {size:,} bytes now, and bytes {start:,} to {stop:,} are needed"
-            )
+            message = f"has {size:,} bytes now, and bytes {start:,} to {stop:,} are needed"
+            raise ShardError(errno.EIO, message, path)
         return np.frombuffer(data, np.uint8)
 
 
@@ -129,9 +128,12 @@ class Remote:
         self._files = file_system
 
     def find(self, pattern: str) -> list[File]:
-        found = self._attempt(
-            lambda: self._files.glob(pattern, detail=True), pattern, "cannot be listed"
-        )
+        try:
+            found = self._attempt(
+                lambda: self._files.glob(pattern, detail=True), pattern, "cannot be listed"
+            )
+        except FileNotFoundError:  # of a bucket that does not exist
+            return []
         files = []
         for path, entry in found.items():
             if entry["type"] == "file":
@@ -158,24 +160,33 @@ class Remote:
         try:
             data = self._attempt(whole, path, f"bytes {start:,} to {stop:,} cannot be read")
         except FileNotFoundError:
-            raise ShardError(path, "is no longer there") from None
+            raise ShardError(errno.ENOENT, "is no longer there", path) from None
         return np.frombuffer(data, np.uint8)
 
     def _attempt(self, call: Callable, path: str, failure: str) -> Any:
-        """The result of a call; it is repeated for as long as the store may recover."""
-        for wait in (*WAITS, None):
+        """The result of a call; it is repeated for as long as the store may recover.
+
+        FileNotFoundError if there is no such object.
+        """
+        last = None
+        for wait in (*WAITS, 0):
             try:
                 return call()
-            except (FileNotFoundError, PermissionError):
+            except FileNotFoundError:
                 raise
+            except PermissionError as error:
+                message = f"may not be read ({_reason(error)})"
+                raise ShardError(errno.EACCES, message, path) from None
             except Exception as error:  # every library of a store has errors of its own
-                if wait is None:
-                    attempts = len(WAITS) + 1
-                    reason = " ".join(str(error).split()) or type(error).__name__
-                    message = f"{failure} in {attempts} attempts ({reason})"
-                    raise ShardError(path, message) from error
-                time.sleep(wait)
-        raise AssertionError("the last attempt returns or raises")
+                last = error
+            time.sleep(wait)
+        message = f"{failure} in {len(WAITS) + 1} attempts ({_reason(last)})"
+        raise ShardError(errno.EIO, message, path) from last
+
+
+def _reason(error: Exception) -> str:
+    """The message of an error in one line."""
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def each(storage: Storage, call: Callable, items: Iterable) -> list:

@@ -1,6 +1,7 @@
 """The tokens of many shards as one array, of which only the slices that are asked for are read."""
 
 import bisect
+import errno
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -85,11 +86,11 @@ class ShardTokens:
         ids_N = data.view(self._dtype)
         wrong = np.flatnonzero((ids_N < 0) | (ids_N >= self._vocab_size))
         if len(wrong):
-            raise WrongToken(
-                piece.path,
+            message = (
                 f"token {low + wrong[0]:,} is id {ids_N[wrong[0]]}; "
-                f"the tokenizer has the ids 0 to {self._vocab_size - 1}",
+                f"the tokenizer has the ids 0 to {self._vocab_size - 1}"
             )
+            raise WrongToken(errno.EINVAL, message, piece.path)
         return ids_N
 
 

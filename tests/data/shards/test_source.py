@@ -117,6 +117,7 @@ def test_options_of_the_wrong_form(config):
         ({"dtype": "uint8"}, "data.tokens.dtype: 'uint8' is not one of"),
         ({"end_of_document": "<eos>"}, "data.tokens.end_of_document: '<eos>' is no token id"),
         ({"validation": "a"}, "data.tokens.validation: 'a' is not a list"),
+        ({"validation": ("tokens:a",)}, "data.tokens.validation: 'tokens:a' is no pattern"),
     ):
         with pytest.raises(BadInput, match="^" + message):
             TokenOptions(**options)
@@ -183,7 +184,7 @@ def test_shards_that_are_held_out_by_name(shard_config, source, documents, write
         ("validation", "mix"): third,
     }
     assert corpus.accounts[source].splits == (
-        "3 datatrove shards of uint16: 2 of them are held out by data.tokens.validation"
+        "3 datatrove shards of uint16: what data.tokens.validation names is held out, 2 of these"
     )
 
 

@@ -80,6 +80,13 @@ def test_an_object_that_is_gone_is_not_tried_again(flaky):
     assert len(flaky.reads) == 1 and remote.size("memory://bucket/b.npy") is None
 
 
+def test_an_object_that_may_not_be_read(flaky):
+    flaky.failures = [PermissionError("no credentials")]
+    with pytest.raises(ShardError, match=r"may not be read \(no credentials\)"):
+        Remote("memory", flaky).read("memory://bucket/a.npy", 4, 8)
+    assert len(flaky.reads) == 1
+
+
 def test_a_local_file_that_was_cut_off_since(tmp_path):
     np.arange(10, dtype="<u2").tofile(tmp_path / "a.npy")
     with pytest.raises(ShardError, match=r"has 20 bytes now, and bytes 18 to 22 are needed"):

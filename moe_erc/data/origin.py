@@ -11,8 +11,7 @@ from pathlib import Path
 from moe_erc.checks import BadInput
 from moe_erc.data import embedded, planted, text_files
 from moe_erc.data.python_source import installed_trees, versions
-from moe_erc.data.shards import is_pattern
-from moe_erc.data.shards import source as shards
+from moe_erc.data.shards import group, is_pattern
 
 MOST_FILES = 10_000  # of so many files names are kept; of more only their number and size
 MOST_NAMED = 3  # files that are named in one line
@@ -29,7 +28,7 @@ def describe(name: str) -> dict:
     if name == planted.NAME:  # the configuration says all of it
         return {}
     if is_pattern(name):
-        return _listed({file: [size] for file, size in shards.describe(name).items()})
+        return _listed({file: [size] for file, size in group.describe(name).items()})
     path = Path(name).expanduser()
     if (path / "dataset_info.json").is_file():
         return {"dataset": _name_and_version(path / "dataset_info.json")}

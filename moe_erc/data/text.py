@@ -18,7 +18,8 @@ from moe_erc.data.config import DataConfig
 from moe_erc.data.document import Account
 from moe_erc.data.mixture import whole_weights
 from moe_erc.data.shards import is_pattern
-from moe_erc.data.shards import source as shards
+from moe_erc.data.shards.group import label as label_of_shards
+from moe_erc.data.shards.source import open_shards
 from moe_erc.data.streams import Corpus, Stream
 from moe_erc.data.tokenizer import ByteTokenizer, Tokenizer
 from moe_erc.data.tokenizer import load as load_tokenizer
@@ -64,7 +65,7 @@ def prepare(config: DataConfig) -> Corpus:
         # change later.
         seen = origin.describe(name)
         if is_pattern(name):
-            entries.append({"name": name, "label": shards.label(name), "origin": seen})
+            entries.append({"name": name, "label": label_of_shards(name), "origin": seen})
             continue
         source = sources.open_source(name, config)
         first = names_by_identity.get(source.identity)
@@ -160,7 +161,7 @@ def _opened(
     """(split, domain, stream) of all streams of an entry, and the account of its source."""
     name = entry["name"]
     if is_pattern(name):
-        return shards.open_shards(name, config, tokenizer)
+        return open_shards(name, config, tokenizer)
     directory = cache.directory_of(config.cache_dir) / entry["directory"]
     return list(streams.read(directory, name)), streams.read_account(directory)
 

@@ -10,8 +10,8 @@ import pytest
 from moe_erc import resume
 from moe_erc.checks import BadInput
 from moe_erc.data import origin
+from moe_erc.data.shards.group import absolute
 from moe_erc.data.shards.options import TokenOptions
-from moe_erc.data.shards.source import absolute
 from moe_erc.data.sources import open_source
 from moe_erc.data.text import describe, prepare, reopen, train_batches, validation_batches
 
@@ -108,7 +108,7 @@ def test_the_file_that_the_shards_name_is_compared(
     source = write_shards(tmp_path / "s", "datatrove", documents, tokenizer=str(named))
     assert "data.tokenizer: " in refusal(shard_config(source))
     same = dataclasses.make_dataclass("Same", ["identity"])("bytes")
-    monkeypatch.setattr("moe_erc.data.shards.source.load_tokenizer", lambda path: same)
+    monkeypatch.setattr("moe_erc.data.shards.group.load_tokenizer", lambda path: same)
     prepare(shard_config(source))
 
 

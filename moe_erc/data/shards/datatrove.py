@@ -8,6 +8,7 @@ datatrove can be told to leave out the index or the metadata.
 """
 
 import functools
+import re
 
 import numpy as np
 
@@ -19,6 +20,7 @@ _DTYPES = {"2": np.dtype("<u2"), "4": np.dtype("<u4")}
 _END = np.dtype("<u8")
 _UNKNOWN = "Unknown Tokenizer"  # what datatrove writes if it was not told the name
 _LONGEST_METADATA = 2**16  # bytes
+_COUNT = re.compile(r"[0-9]{1,18}")
 
 
 def open_shard(storage: Storage, file: File) -> Shard:
@@ -36,7 +38,7 @@ def _metadata(storage: Storage, file: File) -> tuple[str | None, np.dtype | None
     lines = storage.read(path, 0, min(size, _LONGEST_METADATA)).tobytes().decode(errors="replace")
     name, _, token_size = lines.partition("\n")[0].rpartition("|")
     count = lines.partition("\n")[2].partition("\n")[0]
-    if token_size not in _DTYPES or not count.isdecimal():
+    if token_size not in _DTYPES or not _COUNT.fullmatch(count):
         raise BadInput(
             f"data.sources: '{path}' does not give a tokenizer, 2 or 4 bytes per token and a "
             "number of tokens; copy it again, or delete it and set data.tokens.dtype"

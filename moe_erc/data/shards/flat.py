@@ -30,7 +30,7 @@ def open_shard(storage: Storage, file: File) -> Shard:
     stream = io.BytesIO(head)
     try:
         shape, _, dtype = _READERS[np.lib.format.read_magic(stream)](stream)
-    except (ValueError, KeyError) as error:
+    except Exception as error:  # a header is parsed as Python, and errors are of many kinds
         raise BadInput(
             f"data.sources: '{file.path}' has a NumPy header that cannot be read ({error}); "
             "write it again with numpy.save"

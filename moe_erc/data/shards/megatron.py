@@ -9,6 +9,7 @@ The first boundary is 0; every other one ends a document.
 """
 
 import dataclasses
+import errno
 import functools
 import struct
 
@@ -16,7 +17,7 @@ import numpy as np
 
 from moe_erc.checks import BadInput
 from moe_erc.data.shards.base import Ends, Format, Shard
-from moe_erc.data.shards.storage import File, Storage
+from moe_erc.data.shards.storage import File, ShardError, Storage
 
 _MAGIC = b"MMIDIDX\0\0"
 _HEADER = struct.Struct("<9sQBQQ")
@@ -64,6 +65,8 @@ class _Index:
     def ends(self, total: int, first: int, stop: int) -> np.ndarray:
         """For each document of [first, stop), the tokens up to its end, of `total` in all."""
         behind = self.places(self.documents, first + 1, stop + 1)
+        if behind[0] < 0 or (np.diff(behind) < 0).any():
+            raise ShardError(errno.EINVAL, "has documents that are out of order", self.path)
         ends = np.full(len(behind), total, np.int64)
         inner = behind < self.sequences
         # The sequence behind a document begins where the document ends.

@@ -1,6 +1,7 @@
 """The `config.data.tokens` block: what the formats of token shards do not say."""
 
 import dataclasses
+import re
 
 from moe_erc.checks import BadInput, among, check_fields
 from moe_erc.data.shards import is_pattern
@@ -23,7 +24,7 @@ class TokenOptions:
 
     def __post_init__(self):
         check_fields(self, "data.tokens")
-        if self.end_of_document and not self.end_of_document.isdecimal():
+        if self.end_of_document and not re.fullmatch("[0-9]{1,10}", self.end_of_document):
             raise BadInput(
                 f"data.tokens.end_of_document: {self.end_of_document!r} is no token id; "
                 "give a number such as 50279, or ''"

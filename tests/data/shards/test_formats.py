@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from moe_erc.checks import BadInput
+from moe_erc.data.shards.storage import ShardError
 from moe_erc.data.text import documents_per_window, prepare, validation_batches
 
 KINDS = ("flat", "numpy", "datatrove", "megatron")
@@ -192,3 +193,29 @@ def test_datatrove_may_leave_out_index_and_metadata(
     found = train(prepare(shard_config(source)))
     np.testing.assert_array_equal(found.tokens_N[:], stream)
     np.testing.assert_array_equal(found.ends(0, stream), stream == 256)
+
+
+@pytest.mark.parametrize("kind", ["numpy", "datatrove", "megatron"])
+def test_random_damage_never_ends_in_another_error(
+    kind, write_shards, documents, shard_config, tmp_path
+):
+    source = write_shards(tmp_path / "s", kind, documents)
+    config = dataclasses.replace(shard_config(source), attend_across_documents=False)
+    paths = [path for path in (tmp_path / "s").iterdir() if path.suffix not in (".ds", ".bin")]
+    random = np.random.default_rng(0)
+    refused = 0
+    for _ in range(60):
+        path = paths[random.integers(len(paths))]
+        whole = path.read_bytes()
+        data = bytearray(whole)
+        for place in random.integers(len(data), size=3):
+            data[place] = random.integers(256)
+        path.write_bytes(data[: random.integers(len(data)) if random.random() < 0.2 else None])
+        try:
+            found = train(prepare(config))
+            found.ends(0, found.tokens_N[:])
+        except (BadInput, ShardError) as error:
+            assert "\n" not in str(error)
+            refused = refused + 1
+        path.write_bytes(whole)
+    assert refused > 10

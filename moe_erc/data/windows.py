@@ -9,6 +9,7 @@ whether one process reads it or several processes read parts of it.
 """
 
 import concurrent.futures
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 
 import grain
@@ -54,13 +55,7 @@ class Windows:
         return self._count
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        start = int(index) * self._length
-        # Sources may have tokens of several types.
-        tokens = self._stream.tokens_N[start : start + self._length + 1].astype(np.int32)
-        window = {"tokens": tokens}
-        if self._eos_id is not None:
-            window["ends"] = _ends(self._stream, start, tokens[:-1], self._eos_id)
-        return window
+        return _window(self._stream, int(index) * self._length, self._length, self._eos_id)
 
 
 def train_batches(
@@ -157,19 +152,15 @@ def _validation_batches(
     kept = min(limit or total, total)
     starts = np.arange(kept) * total // max(kept, 1) * sequence_length
     for first in range(0, kept, batch_size):
-        window_BT = np.zeros((batch_size, sequence_length + 1), np.int32)
         mask_BT = np.zeros((batch_size, sequence_length), bool)
-        windows = {"tokens": window_BT}
+        windows = {"tokens": np.zeros((batch_size, sequence_length + 1), np.int32)}
         if eos_id is not None:
-            windows["ends"] = np.zeros((batch_size, sequence_length), bool)
+            windows["ends"] = np.zeros_like(mask_BT)
         of_batch = starts[first : first + batch_size].tolist()
-        found = _read(stream, of_batch, sequence_length + 1)
-        for row, (start, window) in enumerate(zip(of_batch, found, strict=True)):
-            window_BT[row, : len(window)] = window
-            mask_BT[row, : len(window) - 1] = True
-            if eos_id is not None:
-                inputs = window[:sequence_length]
-                windows["ends"][row, : len(inputs)] = _ends(stream, start, inputs, eos_id)
+        for row, window in enumerate(_several(stream, of_batch, sequence_length, eos_id)):
+            mask_BT[row, : len(window["tokens"]) - 1] = True
+            for name, values in window.items():
+                windows[name][row, : len(values)] = values
         yield _inputs_and_targets(windows) | {"mask_BT": mask_BT}
 
 
@@ -191,19 +182,25 @@ def _document_end(corpus: Corpus) -> int | None:
     return None if corpus.attend_across_documents else corpus.tokenizer.eos_id
 
 
-def _ends(stream: Stream, start: int, tokens_N: np.ndarray, eos_id: int) -> np.ndarray:
-    """(N,) bool: whether each token of a stream from `start` on is the last of its document."""
-    if stream.ends is None:
-        return tokens_N == eos_id
-    return stream.ends(start, tokens_N)
+def _window(stream: Stream, start: int, length: int, eos_id: int | None) -> dict[str, np.ndarray]:
+    """The window of a stream that begins at a token; the last window may be shorter.
+
+    It is {"tokens", "ends"} as `Windows` has it.
+    """
+    # Sources may have tokens of several types.
+    tokens = stream.tokens_N[start : start + length + 1].astype(np.int32)
+    if eos_id is None:
+        return {"tokens": tokens}
+    inputs = tokens[:length]
+    ends = inputs == eos_id if stream.ends is None else stream.ends(start, inputs)
+    return {"tokens": tokens, "ends": ends}
 
 
-def _read(stream: Stream, starts: Sequence[int], length: int) -> list[np.ndarray]:
-    """The tokens of a stream from each start on, of an object store side by side."""
-
-    def read(start):
-        return stream.tokens_N[start : start + length]
-
+def _several(
+    stream: Stream, starts: Sequence[int], length: int, eos_id: int | None
+) -> list[dict[str, np.ndarray]]:
+    """The windows of a stream that begin at some tokens, of an object store read side by side."""
+    read = functools.partial(_window, stream, length=length, eos_id=eos_id)
     if not _is_remote(stream):
         return [read(start) for start in starts]
     with concurrent.futures.ThreadPoolExecutor(_REMOTE_ROWS) as pool:

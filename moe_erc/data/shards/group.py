@@ -20,6 +20,7 @@ from moe_erc.data.shards.formats import FORMATS
 from moe_erc.data.shards.options import TokenOptions
 from moe_erc.data.shards.storage import File, Storage
 from moe_erc.data.sources import label_of
+from moe_erc.data.split_names import split_word
 from moe_erc.data.tokenizer import Tokenizer
 from moe_erc.data.tokenizer import load as load_tokenizer
 
@@ -190,12 +191,16 @@ def absolute(source: str) -> str:
 
 
 def label(source: str) -> str:
-    """A short name, of the directory or the file that a pattern of shards names."""
+    """A short name, of the directory or the file that a pattern of shards names.
+
+    Directories that are named after a split are passed over: c4/train/*.ds and c4/val/*.ds are c4.
+    """
     pattern = storage.absolute(source.removeprefix(PREFIX))
-    name = os.path.splitext(pattern)[0]
-    if _WILDCARD.search(pattern):
-        name = root_of(pattern).rstrip("/")
-    return label_of(name.rsplit("/", 1)[-1])
+    if not _WILDCARD.search(pattern):
+        return label_of(os.path.splitext(os.path.basename(pattern))[0])
+    names = root_of(pattern).strip("/").split("/")
+    told = [name for name in names if not split_word(name)]
+    return label_of((told or names)[-1])
 
 
 def root_of(pattern: str) -> str:

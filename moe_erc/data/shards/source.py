@@ -71,20 +71,32 @@ def open_shards(source: str, config: DataConfig, tokenizer: Tokenizer) -> Opened
     if config.tokens.validation:
         named = len(group.shards) - len(kept)
         splits = f"what data.tokens.validation names is held out, {named:,} of these"
-        # The first source has the named shards; they are no part of another.
-        if source == next(filter(is_pattern, config.sources)):
-            found += _named_streams(source, config, tokenizer, stream)
+        patterns = [one for one in config.tokens.validation if _owner(one, config) == source]
+        found += _named_streams(source, patterns, config, tokenizer, stream)
     counted = "" if group.has_index else "; documents are counted in a sample"
     return Opened(found, Account(f"{group}: {splits}{counted}", group.ignored))
 
 
+def _owner(pattern: str, config: DataConfig) -> str:
+    """The source that held-out shards are listed under: that of their label, else the first."""
+    sources = list(filter(is_pattern, config.sources))
+    for source in sources:
+        if label(source) == label(pattern):
+            return source
+    return sources[0]
+
+
 def _named_streams(
-    source: str, config: DataConfig, tokenizer: Tokenizer, stream: Callable
+    source: str,
+    patterns: Sequence[str],
+    config: DataConfig,
+    tokenizer: Tokenizer,
+    stream: Callable,
 ) -> list[tuple[str, str, Stream]]:
     """The streams of the shards that are held out by name, a domain for each pattern."""
     found = []
     taken = set()
-    for pattern in config.tokens.validation:
+    for pattern in patterns:
         group = open_group(pattern, config, tokenizer)
         name = label(pattern)
         domain = "" if name == label(source) else name

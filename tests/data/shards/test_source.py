@@ -188,6 +188,22 @@ def test_shards_that_are_held_out_by_name(shard_config, source, documents, write
     )
 
 
+def test_held_out_shards_belong_to_the_source_of_their_directory(
+    shard_config, write_shards, documents, tmp_path
+):
+    patterns = {}
+    for name in ("c4", "books"):
+        for split in ("train", "validation"):
+            where = tmp_path / name / split
+            patterns[name, split] = write_shards(where, "flat", documents)
+    sources = [patterns[name, "train"] for name in ("c4", "books")]
+    named = [patterns[name, "validation"].removeprefix("tokens:") for name in ("books", "c4")]
+    corpus = prepare(shard_config(*sources, validation=tuple(named)))
+    for split in ("train", "validation"):
+        found = {domain: stream.source for domain, stream in corpus.streams[split].items()}
+        assert found == {"c4": sources[0], "books": sources[1]}
+
+
 def test_text_and_shards_in_one_run(shard_config, source, two_documents, stream):
     config = shard_config(source, two_documents)
     corpus = prepare(dataclasses.replace(config, weights=(3, 1), validation_fraction=0.25))

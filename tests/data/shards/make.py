@@ -1,4 +1,4 @@
-"""Writes the token shards beside this file with the field's own writers, and reads them back.
+"""Writes token shards of `texts.json` with the field's writers, and reads them with its readers.
 
     python tests/data/shards/make.py
 
@@ -31,19 +31,7 @@ END = END_OF_DOCUMENT[0]
 VOCABULARY = 320
 WIDE_END = 100_257  # the end of a document in the vocabulary of OLMo 2
 # The documents of two shards. One is a single word, one is longer than a short window.
-TEXTS = (
-    (
-        "The router sends every token to the experts that know what it means.",
-        "Zürich, Tōkyō and Αθήνα are spelled with characters beyond ASCII.",
-        "Yes",
-        "def coupling(router, gate):\n    return abs(router @ gate)\n",
-    ),
-    (
-        "An expert that receives no token learns nothing. " * 6,
-        "One sentence.",
-        "A shard ends with a document.",
-    ),
-)
+TEXTS = json.loads((HERE / "texts.json").read_text(encoding="utf-8"))
 WIDE = ([100_000, 65_536, 1, WIDE_END], [70_000, WIDE_END], [0, 99_999, 65_535, 2, 3, WIDE_END])
 
 

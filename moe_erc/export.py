@@ -98,7 +98,7 @@ def write_olmoe(
         shard_writer.free_path(directory)
     model = run.model.config
     spec = run.config["data"]["tokenizer"]
-    rows = tokenizer_files.rows_of(spec, run.tokenizer.vocab_size)
+    rows = tokenizer_files.rows_of(spec, run.tokenizer.vocab_size, model.vocab_size)
     written = engines.config_for_engines(model, len(rows), repeat_kv_heads)
     differences = engines.differences(written)
     if strict and differences:

@@ -9,9 +9,7 @@ from moe_erc.data import paths
 
 BYTES = "bytes"
 END_OF_DOCUMENT = "<|endoftext|>"
-# For every id of `_byte_level` its row in a model of bytes. Id 257 has the row of byte 255,
-# because no text has either.
-BYTE_ROWS = (*range(257), 255)
+NEVER = 257  # the id of two bytes 255 in a tokenizer of bytes
 PADDING = ("<|padding|>", "<|pad|>", "<pad>", "[PAD]")  # how published tokenizers spell it
 
 
@@ -29,7 +27,7 @@ def _byte_level():
         vocabulary[chr(byte if byte in seen else next(unseen))] = byte
     vocabulary[END_OF_DOCUMENT] = 256
     never = chr(255)
-    vocabulary[never + never] = 257
+    vocabulary[never + never] = NEVER
     level = {
         "type": "ByteLevel",
         "add_prefix_space": False,
@@ -86,16 +84,20 @@ def tokenizer_files(spec: str, end_of_document: str, length: int) -> dict[str, s
     return {"tokenizer.json": content, "tokenizer_config.json": json.dumps(options, indent=1)}
 
 
-def rows_of(spec: str, tokens: int) -> Sequence[int]:
+def rows_of(spec: str, tokens: int, vocabulary: int) -> Sequence[int]:
     """For every id of `tokenizer_files` the row of embedding and head that it has.
 
-    Rows of a padded vocabulary are left out, because an engine could emit their ids.
+    Rows of a padded vocabulary are left out, because an engine could emit their ids. A model of
+    bytes may have no row for NEVER, which then has that of byte 255: no text has either.
 
     Args:
       spec: as above
       tokens: how many ids the tokenizer of the run has
+      vocabulary: how many rows the model has
     """
-    return BYTE_ROWS if spec == BYTES else range(tokens)
+    if spec != BYTES:
+        return range(tokens)
+    return range(NEVER + 1) if vocabulary > NEVER else (*range(NEVER), 255)
 
 
 def _padding(content):

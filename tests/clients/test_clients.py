@@ -124,7 +124,7 @@ def exported(model_config, tmp_path_factory):
         tokenizer = load_tokenizer(spec)
         model = Transformer(model_config(**changes), sharding.make_mesh(1, 1))
         params = draw_params(model)
-        rows = rows_of(spec, tokenizer.vocab_size)
+        rows = rows_of(spec, tokenizer.vocab_size, model.config.vocab_size)
         written = config_for_engines(model.config, len(rows), repeat)
         place = directory / f"{number:02}"
         earlier = types.SimpleNamespace(

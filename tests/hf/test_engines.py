@@ -12,12 +12,13 @@ from moe_erc.hf.engines import differences
 from moe_erc.hf.olmoe import export_olmoe, import_olmoe
 from moe_erc.hf.olmoe_config import PLAIN, model_fields
 from moe_erc.hf.shards import find_tensors, read_config
-from moe_erc.hf.tokenizer_files import BYTE_ROWS, BYTES, rows_of
+from moe_erc.hf.tokenizer_files import BYTES, rows_of
 from moe_erc.model.config import ModelConfig
 from moe_erc.model.transformer import Transformer
 from moe_erc.training.state import abstract_state, init_weights
 from tests.tolerance import assert_close
 
+ROWS = rows_of(BYTES, 257, 257)
 HARD_CODED = {"rms_norm_eps": 1e-5, "norm_topk_prob": False, "tie_word_embeddings": False}
 IDS = np.random.default_rng(1).integers(0, 257, (2, 16), np.int32)
 # Of a logit: two layers with five sums over widths of at most 32 each, attention over 16 tokens,
@@ -73,18 +74,18 @@ def logits(model, params):
 ], ids=str)  # fmt: skip
 def test_what_engines_hard_code_is_met_without_changing_the_model(trained, changes, tmp_path):
     model, params = trained(**changes)
-    export_olmoe(tmp_path / "out", model, params, rows=BYTE_ROWS, repeat_kv_heads=True)
+    export_olmoe(tmp_path / "out", model, params, rows=ROWS, repeat_kv_heads=True)
     config = read_config(tmp_path / "out")
     assert config.items() >= HARD_CODED.items()
     assert config["num_key_value_heads"] == config["num_attention_heads"]
     assert "lm_head.weight" in find_tensors(tmp_path / "out")
     assert not differences(load(tmp_path / "out")[0].config)
     found = logits(*load(tmp_path / "out"))
-    expected = logits(model, params)[..., np.asarray(BYTE_ROWS)]
+    expected = logits(model, params)[..., np.asarray(ROWS)]
     assert_close(found, expected, TERMS)
     # The engine's own epsilon would make another model of the run's numbers.
     with_eps = dataclasses.replace(model.config, norm_eps=1e-5)
-    hard_coded = logits(Transformer(with_eps, model.mesh), params)[..., np.asarray(BYTE_ROWS)]
+    hard_coded = logits(Transformer(with_eps, model.mesh), params)[..., np.asarray(ROWS)]
     assert np.abs(hard_coded - expected).max() > 1e3 * np.abs(found - expected).max() > 0
 
 
@@ -97,8 +98,7 @@ def test_a_model_with_the_values_of_the_release_is_written_bit_by_bit(trained, t
 @pytest.mark.parametrize("tied", [False, True])
 def test_no_row_of_a_padded_vocabulary_is_written(trained, tied, tmp_path):
     model, params = trained(tie_embeddings=tied)
-    assert rows_of("some.json", 300) == range(300)
-    export_olmoe(tmp_path / "out", model, params, rows=rows_of("some.json", 300))
+    export_olmoe(tmp_path / "out", model, params, rows=rows_of("some.json", 300, 512))
     written = find_tensors(tmp_path / "out")
     head = params["embed"] if tied else params["head"]
     np.testing.assert_array_equal(written["lm_head.weight"].map(), head[:300])
@@ -106,10 +106,10 @@ def test_no_row_of_a_padded_vocabulary_is_written(trained, tied, tmp_path):
     assert read_config(tmp_path / "out")["vocab_size"] == 300
 
 
-def test_the_token_that_llama_cpp_needs_is_as_likely_as_a_byte_that_no_text_has():
-    rows = rows_of(BYTES, 257)
-    assert list(rows[:257]) == list(range(257)) and len(rows) == 258
-    assert rows[257] == 255 and 255 not in "".join(map(chr, range(0x800))).encode()
+def test_the_token_that_llama_cpp_needs_has_a_row_that_no_text_has_trained():
+    assert list(rows_of(BYTES, 257, 512)) == list(range(258))
+    assert list(rows_of(BYTES, 257, 257)) == [*range(257), 255]
+    assert 255 not in "".join(map(chr, range(0x800))).encode()
 
 
 @pytest.mark.parametrize("changes, words", [

@@ -131,7 +131,7 @@ def _engines(model, written, tokenizer):
     if model.kv_heads != written.kv_heads:
         found.append(
             f"The run had {model.kv_heads} key and value heads for {model.heads} query heads. They "
-            "are repeated for llama.cpp; the cache of keys and values is as much larger."
+            "are repeated for llama.cpp, and the cache of keys and values grows by the same factor."
         )
     differing = differences(written)
     for difference in differing:

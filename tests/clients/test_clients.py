@@ -80,13 +80,13 @@ def draw_params(model):
     return jax.tree_util.tree_map_with_path(draw, shapes)
 
 
-def greedy(model, params, prompts_ids, tokenizer):
-    """The most probable continuations, each step computed from the whole text."""
+def greedy(model, params, prompts_ids, tokenizer, tokens):
+    """The most probable continuations of `tokens` ids, each step computed from the whole text."""
 
     @jax.jit
     def logits_of(ids_BT):
         output = model.apply({"params": params}, ids_BT, jnp.ones_like(ids_BT, bool), {})
-        return (output.x_BTD @ output.head_VD.T)[..., : tokenizer.vocab_size]
+        return (output.x_BTD @ output.head_VD.T)[..., :tokens]
 
     texts = [list(map(int, ids)) for ids in prompts_ids]
     rows = np.arange(len(texts))
@@ -138,7 +138,7 @@ def exported(model_config, tmp_path_factory):
         about = About(entries, files)
         export_olmoe(place, model, params, about, rows=rows, repeat_kv_heads=repeat)
         prompt_ids = [tokenizer.encode(prompt).tolist() for prompt in PROMPTS]
-        ids = greedy(model, params, prompt_ids, tokenizer)
+        ids = greedy(model, params, prompt_ids, tokenizer, len(rows))
         found[option] = Exported(
             directory=place, config=written, tokenizer=tokenizer, prompt_ids=prompt_ids, ids=ids
         )

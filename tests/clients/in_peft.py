@@ -1,4 +1,4 @@
-"""Run by an interpreter with peft: one step of a LoRA, which must change the loss and only it.
+"""Run by an interpreter with peft: a step of a LoRA, which leaves the base as it was.
 
 python in_peft.py REQUEST ANSWER: `protocol.py`.
 """
@@ -16,8 +16,12 @@ def answer(directory, prompts, new_tokens):
         r=4, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"], task_type="CAUSAL_LM"
     )
     model = peft.get_peft_model(base, config)
-    frozen = {name: p.clone() for name, p in model.named_parameters() if not p.requires_grad}
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 1.0)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    frozen = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            frozen[name] = parameter.clone()
+    optimizer = torch.optim.SGD(trained, 1.0)
     batch = tokenizer(prompts, return_tensors="pt", padding=True)
     labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
     losses = []
@@ -27,9 +31,9 @@ def answer(directory, prompts, new_tokens):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    moved = [name for name, p in model.named_parameters() if name in frozen and
-             not torch.equal(p, frozen[name])]  # fmt: skip
-    return {"losses": losses, "moved": moved, "trained": config.r}
+    now = dict(model.named_parameters())
+    moved = [name for name, before in frozen.items() if not torch.equal(now[name], before)]
+    return {"losses": losses, "moved": moved}
 
 
 if __name__ == "__main__":

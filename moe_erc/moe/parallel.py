@@ -9,6 +9,7 @@ whole batch.
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import jax
@@ -59,25 +60,33 @@ def apply(
         return _flat(run, x_BTD, routing, matrices, lows)
     slices = {name: PARAMETERS[name] for name in matrices}
 
-    def local(x_BTD, routing, matrices, lows):
+    def gather(x_BTD, routing, matrices):
         # The matrices are gathered in here, not at the boundary: their gradient is then summed and
         # cut again in one reduce-scatter.
         whole = {}
         for name, leaf in matrices.items():
             whole[name] = _gather(leaf, DATA, slices[name].index(DATA))
-        x_BTD = _gather(x_BTD, EXPERT, 0)
         # Experts are numbered from this device's first one; other devices' fall out of [0, E).
         first = lax.axis_index(EXPERT) * len(whole["w_down"])
-        routing = Routing(
+        gathered = Routing(
             weights_BTK=_gather(routing.weights_BTK, EXPERT, 0),
             experts_BTK=_gather(routing.experts_BTK, EXPERT, 0) - first,
         )
-        results = _flat(run, x_BTD, routing, whole, lows)
+        return _gather(x_BTD, EXPERT, 0), gathered, whole
+
+    def compute(x_BTD, routing, matrices, lows):
+        return _flat(run, x_BTD, routing, matrices, lows)
+
+    def scatter(results):
         return jax.tree.map(_scatter, results)
 
-    specs = (P(BATCH), P(BATCH), slices, BY_EXPERT)
-    over_mesh = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=P(BATCH))
-    return over_mesh(x_BTD, routing, matrices, lows)
+    # Kernels of libraries do not pass the replication check. What they read and write is every
+    # device's own, so without it no sum over devices can be wrong there. Collectives are checked.
+    over_mesh = partial(jax.shard_map, mesh=mesh, out_specs=P(BATCH))
+    gathered = over_mesh(gather, in_specs=(P(BATCH), P(BATCH), slices))(x_BTD, routing, matrices)
+    own = (P(BATCH), P(BATCH), P(BATCH), BY_EXPERT)
+    results = over_mesh(compute, in_specs=own, check_vma=False)(*gathered, lows)
+    return over_mesh(scatter, in_specs=P(BATCH))(results)
 
 
 def project(mesh: Mesh | None, x_BTD: jax.Array, w_low_EDr: jax.Array, spec: P) -> jax.Array:

@@ -3,7 +3,7 @@
 Dispatch gathers the rows of the tokens in the order of their experts. Combine is a gather as well:
 every token knows the places of its K rows and reads them, which takes one pass over memory and adds
 in a fixed order, where a scatter-add needs atomic additions. Rows are cut into chunks only where
-the arrays of one would pass `CHUNK_BYTES`. Groups may be empty or cut by a chunk; nothing is padded
+the arrays of one would pass `chunk_bytes`. Groups may be empty or cut by a chunk; nothing is padded
 per expert or dropped, and chunks without rows are skipped. The backward keeps the inputs alone and
 recomputes a chunk's hidden activations.
 """
@@ -15,12 +15,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental.pallas import tpu
 
 from moe_erc.moe.rows import by_row, sort_by_expert, take
 
 # The most bytes of a chunk's widest array; about six such arrays live at a time. Every chunk adds
 # the gradients of all experts into float32 once more, so fewer chunks are faster.
 CHUNK_BYTES = 2**30
+# On a TPU instead: this part of its memory.
+CHUNKS_IN_MEMORY = 32
 
 
 class _Plan(NamedTuple):
@@ -112,11 +115,20 @@ def _in_float32(leaf):
 grouped.defvjp(_forward, _backward)
 
 
+def chunk_bytes() -> int:
+    """The most bytes of a chunk's widest array on the devices that are compiled for."""
+    try:
+        chip = tpu.get_tpu_info()
+    except ValueError:  # not a TPU
+        return CHUNK_BYTES
+    return chip.hbm_capacity_bytes * chip.num_cores // CHUNKS_IN_MEMORY
+
+
 def _plan(x_ND, experts_NK, matrices):
     """Sorts the assignments by expert and cuts them into chunks of one size."""
     experts, hidden_width, width = matrices["w_down"].shape
     assignments = experts_NK.size
-    most = max(1, CHUNK_BYTES // (max(hidden_width, width) * x_ND.dtype.itemsize))
+    most = max(1, chunk_bytes() // (max(hidden_width, width) * x_ND.dtype.itemsize))
     chunks = -(-assignments // most)
     size = -(-assignments // chunks)
     order_M, sizes_E = sort_by_expert(experts_NK, experts)

@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from moe_erc.moe.routing import Routing
-from moe_erc.sharding import BATCH, DATA, EXPERT, PARAMETERS
+from moe_erc.sharding import BATCH, DATA, EXPERT, PARAMETERS, scatter_stages
 
 # (B, T, E, …): every device has all tokens of its group, for its own experts.
 BY_EXPERT = P(DATA, None, EXPERT)
@@ -59,13 +59,14 @@ def apply(
     if mesh is None:
         return _flat(run, x_BTD, routing, matrices, lows)
     slices = {name: PARAMETERS[name] for name in matrices}
+    stages = scatter_stages(mesh)
 
     def gather(x_BTD, routing, matrices):
         # The matrices are gathered in here, not at the boundary: their gradient is then summed and
-        # cut again in one reduce-scatter.
+        # cut again by reduce-scatters.
         whole = {}
         for name, leaf in matrices.items():
-            whole[name] = _gather(leaf, DATA, slices[name].index(DATA))
+            whole[name] = _whole(leaf, slices[name].index(DATA), stages)
         # Experts are numbered from this device's first one; other devices' fall out of [0, E).
         first = lax.axis_index(EXPERT) * len(whole["w_down"])
         gathered = Routing(
@@ -118,6 +119,29 @@ def _gather(leaf, name, axis):
     if lax.axis_size(name) == 1:
         return leaf
     return lax.all_gather(leaf, name, axis=axis, tiled=True)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _whole(leaf, axis, stages):
+    """All slices of a matrix along `axis`; its gradient is summed and cut in `stages`."""
+    return _gather(leaf, DATA, axis)
+
+
+def _whole_forward(leaf, axis, stages):
+    return _whole(leaf, axis, stages), None
+
+
+def _whole_backward(axis, stages, _, gradient):
+    if lax.axis_size(DATA) == 1:
+        return (gradient,)
+    for groups in stages:
+        gradient = lax.psum_scatter(
+            gradient, DATA, scatter_dimension=axis, axis_index_groups=groups, tiled=True
+        )
+    return (gradient,)
+
+
+_whole.defvjp(_whole_forward, _whole_backward)
 
 
 def _scatter(leaf):

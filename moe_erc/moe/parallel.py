@@ -105,9 +105,10 @@ def project(mesh: Mesh | None, x_BTD: jax.Array, w_low_EDr: jax.Array, spec: P) 
 
     if mesh is None:
         return local(x_BTD, w_low_EDr)
+    stages = scatter_stages(mesh)
 
     def gathered(x_BTD, w_low_EDr):
-        return local(_gather(x_BTD, EXPERT, 0), _gather(w_low_EDr, DATA, spec.index(DATA)))
+        return local(_gather(x_BTD, EXPERT, 0), _whole(w_low_EDr, spec.index(DATA), stages))
 
     over_mesh = jax.shard_map(gathered, mesh=mesh, in_specs=(P(BATCH), spec), out_specs=BY_EXPERT)
     return over_mesh(x_BTD, w_low_EDr)

@@ -141,12 +141,11 @@ def test_interpreted_kernels_on_a_mesh(name, spread):
     assert_close(found, expected, TERMS)
 
 
-@pytest.mark.parametrize("shape", [(8, 1), (1, 8), (4, 2)], ids=str)
+@pytest.mark.parametrize("shape", [(8, 1), (2, 4)], ids=str)
 def test_kernels_without_the_replication_check_are_summed_once(shape):
     """Every gradient on eight devices is that of one: no sum is missing, none is taken twice."""
-    expected = oracle("random", FACTORIZED, KEEP)
-    mesh = sharding.make_mesh(*shape)
-    found = run(mesh, IMPLEMENTATIONS["megablox"], "random", FACTORIZED, KEEP)
+    expected = oracle("random", GATED, ())
+    found = run(sharding.make_mesh(*shape), IMPLEMENTATIONS["megablox"], "random", GATED, ())
     assert_close(found, expected, TERMS)
 
 

@@ -35,7 +35,7 @@ from moe_erc.moe import self_test
 from moe_erc.moe.block_loop import MATMUL, block_loop
 from moe_erc.moe.grouped import grouped
 from moe_erc.moe.grouped_matmul import grouped_matmul, tokamax_matmul
-from moe_erc.moe.megablox_matmul import megablox_matmul
+from moe_erc.moe.megablox_matmul import megablox_matmul, of_groups
 from moe_erc.numerics import unit
 
 GATED = ("w_gate", "w_up", "w_down")
@@ -160,6 +160,8 @@ MATMULS = {
 }
 IMPLEMENTATIONS = {"dense": dense, "block_loop": block_loop}
 IMPLEMENTATIONS |= {name: partial(grouped, matmul) for name, matmul in MATMULS.items()}
+# `grouped` reads no row behind the last group.
+IMPLEMENTATIONS["megablox"] = partial(grouped, of_groups)
 # The fastest first. Where one fails its self-test, the next is used; the last one is not tested.
 FASTEST = {
     "cpu": ("block_loop",),

@@ -55,7 +55,7 @@ def grouped(
     """(summed by token, kept by assignment) of `expert` on its rows.
 
     The contract is in `experts.py`. `matmul(x_MD, w_EDF, sizes_E)` multiplies consecutive groups of
-    rows, each with its matrix.
+    rows, each with its matrix. What it gives for rows behind the last group is not read.
     """
     assigned_M = by_row(assigned)
 
@@ -157,10 +157,21 @@ def _plan(x_ND, experts_NK, matrices):
 
 
 def _dispatch(chunk, of_tokens, of_assignments_M):
-    """(rows of the tokens, rows of the assignments) in the order of the chunk."""
+    """(rows of the tokens, rows of the assignments) in the order of the chunk.
+
+    A place without an assignment has the last one's. No place is read back that has none, and zeros
+    there would take another pass over memory.
+    """
     experts_per_token = chunk.places_NK.shape[1]
     tokens_R = chunk.rows_R // experts_per_token
-    return take(of_tokens, tokens_R), take(of_assignments_M, chunk.rows_R)
+
+    def rows(tree, indices):
+        def of_leaf(leaf):
+            return leaf.at[indices].get(mode="clip")
+
+        return jax.tree.map(of_leaf, tree)
+
+    return rows(of_tokens, tokens_R), rows(of_assignments_M, chunk.rows_R)
 
 
 def _sum_by_token(chunk, rows):

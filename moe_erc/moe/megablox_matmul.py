@@ -5,8 +5,7 @@
     dw[g] = sum over rows m of g of outer(x[m], dy[m])
 
 `gmm` computes y and dx, `tgmm` computes dw. A kernel walks tiles of rows; a tile in which a group
-ends is computed once for each group in it. Rows behind the last group give and get zeros. On CPU
-the kernels are interpreted, slowly, for tests.
+ends is computed once for each group in it. On CPU the kernels are interpreted, slowly, for tests.
 
 The kernels do not say over which axes of a mesh their results vary. Inside `jax.shard_map` they
 need `check_vma=False`.
@@ -30,17 +29,27 @@ LANES = 128  # tiles of columns are multiples of it, or whole
 TILE_BYTES = 12 * 2**20
 
 
-@jax.custom_vjp
 def megablox_matmul(x_MD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array) -> jax.Array:
     """(M, F) in the dtype of x, accumulated in float32.
 
-    Groups follow each other and may be empty.
+    Groups follow each other and may be empty. Rows behind the last group give and get zeros.
+    """
+    is_inside_M1 = jnp.arange(len(x_MD))[:, None] < jnp.sum(sizes_E)
+    y_MF = of_groups(jnp.where(is_inside_M1, x_MD, 0), w_EDF, sizes_E)
+    return jnp.where(is_inside_M1, y_MF, 0)
+
+
+@jax.custom_vjp
+def of_groups(x_MD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array) -> jax.Array:
+    """`megablox_matmul` without two passes over memory: rows behind the last group are unwritten.
+
+    They may hold anything, also NaN, in the value and in the gradient of x.
     """
     return _by_rows(x_MD, w_EDF, sizes_E, transposed=False)
 
 
 def _forward(*inputs):
-    return megablox_matmul(*inputs), inputs
+    return of_groups(*inputs), inputs
 
 
 def _backward(inputs, dy_MF):
@@ -49,15 +58,15 @@ def _backward(inputs, dy_MF):
     return dx_MD.astype(x_MD.dtype), _by_matrices(x_MD, dy_MF, w_EDF, sizes_E), None
 
 
-megablox_matmul.defvjp(_forward, _backward)
+of_groups.defvjp(_forward, _backward)
 
 
 def _by_rows(x_MD, w_EDF, sizes_E, transposed):
     """x @ w, or x @ w.T, of every group."""
     rows = len(x_MD)
-    depth, width = w_EDF.shape[1:]
-    if transposed:
-        depth, width = width, depth
+    contracted = 2 if transposed else 1
+    depth = w_EDF.shape[contracted]
+    width = w_EDF.shape[3 - contracted]
     x_MD = _pad(x_MD, len(w_EDF))
     size = _rows_of_a_tile(len(x_MD), len(w_EDF))
     columns = tiles_of_rows(size, depth, width, x_MD.dtype.itemsize)
@@ -67,10 +76,7 @@ def _by_rows(x_MD, w_EDF, sizes_E, transposed):
         tiling=(size, *columns),
         transpose_rhs=transposed,
     )
-    y_MF = _call(multiply, x_MD, w_EDF, sizes_E)
-    # The kernel leaves what lies behind the last group unwritten.
-    is_inside_M1 = jnp.arange(len(y_MF))[:, None] < jnp.sum(sizes_E)
-    return jnp.where(is_inside_M1, y_MF, 0)[:rows]
+    return _call(multiply, x_MD, w_EDF, sizes_E)[:rows]
 
 
 def _by_matrices(x_MD, dy_MF, w_EDF, sizes_E):

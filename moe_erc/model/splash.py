@@ -142,7 +142,7 @@ def refusal(platform: str, width: int) -> str | None:
 
 def _first_difference(width, device):
     rng = np.random.default_rng(0)
-    T = BLOCK + LANES + 3  # two blocks, the last of them padded
+    T = 2 * BLOCK - 3  # two of the largest blocks, the last of them padded
     of_queries = (1, T, 4, width)
     of_keys = (1, T, 2, width)
     operands = []

@@ -63,11 +63,9 @@ of_groups.defvjp(_forward, _backward)
 
 def _by_rows(x_MD, w_EDF, sizes_E, transposed):
     """x @ w, or x @ w.T, of every group."""
-    rows = len(x_MD)
     contracted = 2 if transposed else 1
     depth = w_EDF.shape[contracted]
     width = w_EDF.shape[3 - contracted]
-    x_MD = _pad(x_MD, len(w_EDF))
     size = _rows_of_a_tile(len(x_MD), len(w_EDF))
     columns = tiles_of_rows(size, depth, width, x_MD.dtype.itemsize)
     multiply = partial(
@@ -76,19 +74,17 @@ def _by_rows(x_MD, w_EDF, sizes_E, transposed):
         tiling=(size, *columns),
         transpose_rhs=transposed,
     )
-    return _call(multiply, x_MD, w_EDF, sizes_E)[:rows]
+    return _call(multiply, _pad(x_MD, size), w_EDF, sizes_E)[: len(x_MD)]
 
 
 def _by_matrices(x_MD, dy_MF, w_EDF, sizes_E):
     """x.T @ dy of every group, (E, D, F)."""
     groups, depth, width = w_EDF.shape
-    x_MD = _pad(x_MD, groups)
-    dy_MF = _pad(dy_MF, groups)
     size = _rows_of_a_tile(len(x_MD), groups)
     columns = tiles_of_matrices(size, depth, width, x_MD.dtype.itemsize)
     multiply = partial(tgmm, preferred_element_type=w_EDF.dtype, tiling=(size, *columns))
     # The kernel takes the transpose and turns it back.
-    return _call(multiply, x_MD.T, dy_MF, sizes_E)
+    return _call(multiply, _pad(x_MD, size).T, _pad(dy_MF, size), sizes_E)
 
 
 def _call(multiply, *operands):
@@ -106,9 +102,8 @@ def _rows_of_a_tile(rows, groups):
     return min(ROWS)
 
 
-def _pad(rows, groups):
-    """As many rows as tiles hold. Sizes of real models need none."""
-    size = _rows_of_a_tile(len(rows), groups)
+def _pad(rows, size):
+    """Whole tiles of rows. The numbers of rows of real models need no more."""
     return jnp.pad(rows, ((0, -len(rows) % size), (0, 0)))
 
 

@@ -59,10 +59,10 @@ def _model():
     model.remat = "none"
     # Layers per turn of the scan over layers: fewer copies, longer compilation.
     model.scan_unroll = 1
-    # Or xla (in slices of queries), or cudnn (GPU, bfloat16; T is even where attention stays
-    # within documents).
+    # Or xla (in slices of queries), cudnn (GPU, bfloat16; T is even where attention stays within
+    # documents), or splash (TPU).
     model.attention_implementation = "auto"
-    # Or dense (the oracle), block_loop (CPU), ragged (TPU), pallas or tokamax (GPU).
+    # Or dense (the oracle), block_loop (CPU), megablox or ragged (TPU), pallas or tokamax (GPU).
     model.experts_implementation = "auto"
     return model
 

@@ -4,8 +4,8 @@
 
 Over a mesh every device computes 1 / (dp ep) of the FLOPs. Expert matrices stay where FSDP puts
 them, P(expert, None, data): none is gathered, and their gradient is local. Per layer, these cross
-devices: the (E, E / ep) sum over data; E bounds and E diagonal values over expert; the scalar; and
-the (E, D) gradient of the router.
+devices: the (E, E / ep) sum and its diagonal over data; E bounds, E diagonal values, E gradients of
+bars and the scalar over expert; and the (E, D) gradient of the router.
 """
 
 import dataclasses

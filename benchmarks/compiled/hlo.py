@@ -21,6 +21,8 @@ CALLS = re.compile(
     r"(?:calls|body|true_computation|false_computation)=%?([\w.-]+)|branch_computations=\{([^}]*)\}"
 )
 NAME = re.compile(r"[\w.-]+")
+# Some kernels have an attribute of several lines. Only a "}" that ends a computation is alone.
+CONTINUATION = re.compile(r'\n(?="|\}.)')
 
 
 class Shape(NamedTuple):
@@ -92,7 +94,7 @@ def parse(text: str) -> Computation:
     computations = {}
     scope = {}
     entry = None
-    for line in text.splitlines():
+    for line in CONTINUATION.sub(" ", text).splitlines():
         header = HEADER.match(line)
         match = INSTRUCTION.match(line)
         if header:

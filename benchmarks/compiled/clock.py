@@ -22,7 +22,7 @@ from benchmarks.compiled.chips import Chip
 from benchmarks.compiled.costs import COLLECTIVES, Collective, Cost
 
 BLOCK = 512  # rows
-CYCLES = r'"estimated_cycles":"(\d+)"'
+CYCLES = r'"estimated_cycles":"(\d{1,18})"'  # 2^63 - 1, of 19 digits, says that it has none
 GATHER_PASSES = 3  # in bfloat16 two rows share a row of a tile: both are read, one is written
 SCATTER_PASSES = 6  # an update is read, its row is read and written, at half the rate of memory
 SORT_LANES = 1024  # elements that a vector unit compares and exchanges in one instruction
@@ -170,7 +170,9 @@ def _of_instruction(instruction, around):
         return _loop(instruction, around)
     if instruction.opcode == "conditional":
         return _conditional(instruction, around)
-    if instruction.opcode in ("call", "async-start"):
+    # Rows are gathered by the SparseCores, which start them and are waited for. They are taken to
+    # run alone: what they feed comes next.
+    if instruction.opcode in ("call", "call-start", "async-start"):
         return _add(_of_computation(called, around) for called in instruction.called)
     if instruction.opcode == "custom-call":
         return _kernel(instruction)
@@ -224,10 +226,7 @@ def _kernel(call):
 
 def _rows(instruction):
     """The work of a gather, scatter or sort, alone or inside a fusion."""
-    inside = [instruction]
-    for called in instruction.called:
-        inside += called.instructions
-    opcodes = [one.opcode for one in inside]
+    inside = [instruction, *_inside(instruction)]
     for one in inside:
         if one.opcode == "sort":
             return Work(sort_cycles=_sort_cycles(one))
@@ -235,9 +234,19 @@ def _rows(instruction):
             return Work(row_bytes=GATHER_PASSES * _bytes(one))
         if one.opcode == "scatter":
             return Work(row_bytes=SCATTER_PASSES * _bytes(one.operands[-1]))
+    opcodes = [one.opcode for one in inside]
     if any(opcode.removesuffix("-start") in COLLECTIVES for opcode in opcodes):
         return Work()  # `costs` counts it
     return Work(unknown=1)
+
+
+def _inside(instruction):
+    """All instructions that one calls, at any depth."""
+    found = []
+    for called in instruction.called:
+        for one in called.instructions:
+            found += [one, *_inside(one)]
+    return found
 
 
 def _bytes(instruction):

@@ -21,7 +21,8 @@ CALLS = re.compile(
     r"(?:calls|body|true_computation|false_computation)=%?([\w.-]+)|branch_computations=\{([^}]*)\}"
 )
 NAME = re.compile(r"[\w.-]+")
-# Some kernels have an attribute of several lines. Only a "}" that ends a computation is alone.
+# Some kernels have an attribute of several lines. The end of a computation may look like one of
+# them; no instruction is read from it.
 CONTINUATION = re.compile(r'\n(?="|\}.)')
 
 
@@ -117,7 +118,7 @@ def _instruction(match, scope, computations):
     names = []
     for calls in CALLS.findall(attributes):
         names += NAME.findall(" ".join(calls))
-    if opcode == "call":
+    if opcode in ("call", "call-start"):
         names += re.findall(r"to_apply=%?([\w.-]+)", attributes)
     condition = re.search(r"condition=%?([\w.-]+)", attributes)
     return Instruction(

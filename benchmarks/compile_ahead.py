@@ -177,7 +177,9 @@ def compile_all(programs, facts, chip):
 
 
 def compile_program(program, estimate: Callable | None = None):
-    """{"seconds", "memory", "cost", "estimate", "buffers"} of a lowered program, if it fits.
+    """What is found of a lowered program, if it fits.
+
+    {"seconds" of compiling, "memory", "allocated", "cost", "sent", "estimate", "buffers"}
 
     estimate: (text, cost) -> `clock.Estimate`.
     """
@@ -200,7 +202,9 @@ def compile_program(program, estimate: Callable | None = None):
     return {
         "seconds": seconds,
         "memory": memory,
+        "allocated": memory.allocated,
         "cost": cost,
+        "sent": cost.wire_bytes,
         "estimate": estimate(text, cost) if estimate else None,
         "buffers": tuple(largest),
     }

@@ -177,13 +177,8 @@ def compile_apart(arguments: Sequence[str]) -> dict:
 
 def _summary(found):
     step = found["programs"]["step"]
-    return {
-        "outcome": FITS,
-        "estimate": step["estimate"],
-        "allocated": step["memory"]["allocated"],
-        "sent": step["cost"]["wire_bytes"],
-        "seconds": step["seconds"],
-    }
+    names = ("estimate", "allocated", "sent", "seconds")
+    return {"outcome": FITS} | {name: step[name] for name in names}
 
 
 def run(config: ConfigDict, devices: int, asked: Sequence[object], path: pathlib.Path) -> None:

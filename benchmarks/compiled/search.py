@@ -41,9 +41,11 @@ class Cut(NamedTuple):
     micro_batches: int
 
     def __str__(self):
+        plural = "" if self.micro_batches == 1 else "es"
         recomputed = "recomputed" if self.remat == "block" else "kept"
         return (
-            f"{self.data} x {self.expert}, {self.micro_batches} micro-batches, layers {recomputed}"
+            f"{self.data} x {self.expert}, {self.micro_batches} micro-batch{plural}, "
+            f"layers {recomputed}"
         )
 
     def overrides(self) -> list[str]:

@@ -118,18 +118,39 @@ def test_results_of_another_config_or_topology_are_not_taken():
     assert search.key(config, ["v5p:4x4x4", None]) != key
 
 
+@pytest.fixture
+def stand_in(tmp_path, monkeypatch):
+    """A function that puts a program in the place of `benchmarks.compile_ahead`."""
+    package = tmp_path / "benchmarks"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+
+    def write(body):
+        (package / "compile_ahead.py").write_text(f"import json, os, sys\n{body}\n")
+
+    return write
+
+
+def test_a_step_is_compiled_apart_and_its_file_is_read(stand_in):
+    step = fits(2.0)
+    del step["outcome"]
+    found = {"programs": {"step": step | {"memory": {}}}}
+    stand_in(f"""
+assert sys.argv[1:-1] == ["--topology=v5e:8x8", "--nosearch", "--noparameter_losses"]
+with open(sys.argv[-1].removeprefix("--json="), "w") as file:
+    json.dump({found!r}, file)
+""")
+    assert search.compile_apart(["--topology=v5e:8x8"]) == fits(2.0)
+
+
 @pytest.mark.parametrize("body, outcome, why", [
     ("print('error: does not fit: 1 GiB', file=sys.stderr); sys.exit(1)", TOO_LARGE, "1 GiB"),
     ("raise ValueError('no kernel')", FAILS, "ValueError: no kernel"),
     ("print('Check failed: x\\n@ 0x7f', file=sys.stderr); os.abort()", FAILS, "Check failed: x"),
     ("os._exit(3)", FAILS, "exit code 3"),
 ])  # fmt: skip
-def test_what_a_process_ends_with(tmp_path, monkeypatch, body, outcome, why):
-    # A `benchmarks.compile_ahead` that ends like this, found before the real one.
-    package = tmp_path / "benchmarks"
-    package.mkdir()
-    (package / "__init__.py").touch()
-    (package / "compile_ahead.py").write_text(f"import os, sys\n{body}\n")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+def test_what_a_process_ends_with(stand_in, body, outcome, why):
+    stand_in(body)
     assert search.compile_apart([]) == {"outcome": outcome, "why": why}

@@ -9,6 +9,7 @@ import hashlib
 import json
 import math
 import pathlib
+import signal
 import subprocess
 import sys
 import tempfile
@@ -198,6 +199,8 @@ def run(config: ConfigDict, devices: int, asked: Sequence[object], path: pathlib
             f"{model.expert_width}; use another --topology"
         )
     kept = Kept(path, key(config, asked))
+    # SIGTERM, too, then ends the process that compiles.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     print(f"results are kept in {path}", flush=True)
 
     def measure(cut):
@@ -229,7 +232,7 @@ def table(ranked: Sequence[dict]) -> Table:
         "best to worst case",
         "GiB allocated",
         "GB sent",
-        "",
+        "otherwise",
         title="Estimates serve to compare programs; they are no speeds",
         text=(0, 5),
     )

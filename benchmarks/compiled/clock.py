@@ -97,15 +97,12 @@ def estimate(text: str, cost: Cost, facts: Mapping, chip: Chip) -> Estimate:
     # A kernel skips rows that belong to no group.
     grouped = _at(GROUPED, found.grouped_flops / expert_axis / chip.flops)
     kernel_seconds = _sum([grouped, _at(ATTENTION, found.attention_flops / chip.flops)])
-    waited_for = []
-    hidden = []
-    for collective in cost.collectives:
-        kind = hidden if collective.asynchronous else waited_for
-        kind.append(collective_seconds(collective, chip))
+    waited_for = [one for one in cost.collectives if not one.asynchronous]
+    hidden = [one for one in cost.collectives if one.asynchronous]
     cycles = Seconds(*[found.cycles / chip.clock] * 3)
     rows = found.row_bytes / chip.bandwidth + found.sort_cycles / chip.clock
-    parts = [cycles, kernel_seconds, Seconds(rows, rows, rows), _sum(waited_for)]
-    return Estimate(*parts, _sum(hidden), _sum(parts), round(found.unknown))
+    parts = [cycles, kernel_seconds, Seconds(rows, rows, rows), _together(waited_for, chip)]
+    return Estimate(*parts, _together(hidden, chip), _sum(parts), round(found.unknown))
 
 
 def _at(share, seconds_at_peak):
@@ -117,6 +114,10 @@ def _sum(parts):
     for part in parts:
         total = Seconds(*[mine + other for mine, other in zip(total, part, strict=True)])
     return total
+
+
+def _together(collectives, chip):
+    return _sum(collective_seconds(one, chip) for one in collectives)
 
 
 def collective_seconds(collective: Collective, chip: Chip) -> Seconds:

@@ -12,6 +12,9 @@ from jax.experimental import topologies
 from moe_erc.checks import BadInput
 
 
+CUBE = 4  # chips along each side of what v4 and v5p are joined of
+
+
 class Chip(NamedTuple):
     """The limits of a device."""
 
@@ -29,9 +32,9 @@ class Chip(NamedTuple):
 
 
 CHIPS = {
-    "v4": Chip(30.75 * 2**30, 275e12, "megacore", 4, 1.2e12, 50e9, 1.05e9),
+    "v4": Chip(30.75 * 2**30, 275e12, "megacore", CUBE, 1.2e12, 50e9, 1.05e9),
     "v5e": Chip(15.75 * 2**30, 197e12, None, 16, 0.82e12, 50e9, 1.5e9),
-    "v5p": Chip(95.74 * 2**30, 459e12, None, 4, 2.77e12, 100e9, 1.75e9),
+    "v5p": Chip(95.74 * 2**30, 459e12, None, CUBE, 2.77e12, 100e9, 1.75e9),
     "v6e": Chip(31.25 * 2**30, 918e12, None, 16, 1.64e12, 100e9, 1.75e9),
 }
 
@@ -91,8 +94,8 @@ def sides_of(topology: str) -> tuple[tuple[int, bool], ...]:
     ring = CHIPS[generation].ring
     lengths = [int(length) for length in re.findall(r"\d+", lengths)]
     closed = [length % ring == 0 for length in lengths]
-    if len(lengths) == 3:
-        closed = [all(closed)] * 3
+    if ring == CUBE:
+        closed = [len(lengths) == 3 and all(closed)] * len(lengths)
     return tuple(zip(lengths, closed, strict=True))
 
 

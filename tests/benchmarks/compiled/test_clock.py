@@ -105,6 +105,7 @@ def test_asynchronous_collectives_are_not_part_of_the_step():
     ("v5p:4x4x4", (True, True, True)),
     ("v5p:4x8x12", (True, True, True)),
     ("v5p:2x4x4", (False, False, False)),  # a cube closes all sides or none
+    ("v5p:4x4", (False, False)),
     ("v5e:16x16", (True, True)),
     ("v5e:8x16", (False, True)),
     ("v6e:4x4", (False, False)),

@@ -11,7 +11,6 @@ from jax.experimental import topologies
 
 from moe_erc.checks import BadInput
 
-
 CUBE = 4  # chips along each side of what v4 and v5p are joined of
 
 
@@ -32,6 +31,7 @@ class Chip(NamedTuple):
 
 
 CHIPS = {
+    #           memory           flops   config     ring  bandwidth  link  clock
     "v4": Chip(30.75 * 2**30, 275e12, "megacore", CUBE, 1.2e12, 50e9, 1.05e9),
     "v5e": Chip(15.75 * 2**30, 197e12, None, 16, 0.82e12, 50e9, 1.5e9),
     "v5p": Chip(95.74 * 2**30, 459e12, None, CUBE, 2.77e12, 100e9, 1.75e9),

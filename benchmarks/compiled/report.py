@@ -19,6 +19,7 @@ SURROUNDINGS = (
     "while",
     "body",
     "closed_call",
+    "eval_jaxpr",
     "checkpoint",
     "rematted_computation",
     "layers",

@@ -131,7 +131,10 @@ def cells(found):
 
 def markdown(rows):
     """A table of Markdown; the first row is its heading."""
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    lines = []
+    for row in rows:
+        escaped = [cell.replace("|", "\\|") for cell in row]
+        lines.append("| " + " | ".join(escaped) + " |")
     lines.insert(1, "|---" * len(rows[0]) + "|")
     return "\n".join(lines)
 

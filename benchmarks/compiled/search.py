@@ -30,6 +30,7 @@ SOURCES = ("moe_erc/**/*.py", "benchmarks/compile_ahead.py", "benchmarks/compile
 FITS = "fits"
 TOO_LARGE = "does not fit"
 FAILS = "fails"
+CHECK = "Check failed"  # how a program says that it aborts
 REFUSAL = "error: does not fit: "
 
 
@@ -174,7 +175,7 @@ def compile_apart(arguments: Sequence[str]) -> dict:
     if last.startswith(REFUSAL):
         return {"outcome": TOO_LARGE, "why": last.removeprefix(REFUSAL)}
     # Of a program that aborts the compiler the last lines are addresses.
-    checks = [line for line in lines if "Check failed" in line]
+    checks = [line[line.index(CHECK) :] for line in lines if CHECK in line]
     return {"outcome": FAILS, "why": checks[0] if checks else last}
 
 

@@ -37,8 +37,8 @@ def test_a_size_that_fails_says_why_and_the_others_follow():
 
 
 def test_the_table_is_markdown():
-    lines = beside_maxtext.markdown([("", "a"), ("b", "1")]).splitlines()
-    assert lines == ["|  | a |", "|---|---|", "| b | 1 |"]
+    lines = beside_maxtext.markdown([("", "a"), ("b", "1 | 2")]).splitlines()
+    assert lines == ["|  | a |", "|---|---|", "| b | 1 \\| 2 |"]
 
 
 def test_maxtext_has_all_that_a_row_shows():

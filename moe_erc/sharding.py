@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from moe_erc.checks import BadInput
@@ -104,6 +104,54 @@ def make_mesh(data: int, expert: int, devices: Sequence[jax.Device] | None = Non
             "use all devices"
         )
     return Mesh(lay_out(chosen, data, expert), (DATA, EXPERT), axis_types=(AxisType.Auto,) * 2)
+
+
+def platform_of(mesh: Mesh | None) -> str:
+    """The platform that programs over `mesh` are compiled for: cpu, gpu or tpu."""
+    return jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+
+
+def scatter_stages(mesh: Mesh | AbstractMesh) -> tuple:
+    """Groups of the data axis: to sum and cut over the axis, do so in one stage after another.
+
+    One stage is (None,), the axis as it is. Over a whole torus libtpu compiles a reduce-scatter as
+    an all-reduce, which sends twice the bytes, and cuts the result. Over a part of a torus it stays
+    a reduce-scatter: over planes first, then over the lines across them.
+    """
+    if isinstance(mesh, AbstractMesh) or mesh.shape[EXPERT] > 1 or mesh.size == 1:
+        return (None,)
+    devices = mesh.devices.flatten()
+    is_one_slice = len({getattr(device, "slice_index", 0) for device in devices}) == 1
+    if not hasattr(devices[0], "coords") or not is_one_slice:
+        return (None,)
+    line = length_of_line([device.coords for device in devices])
+    return in_two_stages(mesh.size, line) if line < mesh.size else (None,)
+
+
+def length_of_line(coordinates: Sequence[Sequence[int]]) -> int:
+    """How many of these devices, from the first on, lie on one line of the torus."""
+    moved = set()
+    for place, of_device in enumerate(coordinates):
+        for axis, (found, first) in enumerate(zip(of_device, coordinates[0], strict=True)):
+            if found != first:
+                moved.add(axis)
+        if len(moved) > 1:
+            return place
+    return len(coordinates)
+
+
+def in_two_stages(size: int, line: int) -> tuple:
+    """Groups of an axis of `size`: those a line apart, then the neighbours of a line.
+
+    In this order the slices lie as after one stage.
+    """
+    across = []
+    for start in range(line):
+        across.append(tuple(range(start, size, line)))
+    along = []
+    for start in range(0, size, line):
+        along.append(tuple(range(start, start + line)))
+    return tuple(across), tuple(along)
 
 
 def fit_mesh(model: Any) -> Mesh:

@@ -116,6 +116,8 @@ TRAINING = [
     ([SOURCE % "no_key"], ["data.jsonl:1", "'text'", "data.text_key"]),
     ([SOURCE % "number"], ["data.jsonl:1", "string", "'text'"]),
     ([SOURCE % "tfds"], ["{tfds}", "dataset_info.json"]),
+    (["--config.data.sources=('tokens:{empty}/*.npy',)"], ["data.sources", "{empty}/*.npy"]),
+    (["--config.data.tokens.dtype=int8"], ["data.tokens.dtype", "int8", "uint16"]),
     (["--config.data.weights=(1.0,2.0)"], ["data.weights", "2 weights", "1 data.sources"]),
     (["--config.data.weights=(-1.0,)"], ["data.weights", "-1.0", "above 0"]),
     (["--config.data.validation_fraction=0.0"], ["data.validation_fraction", "raise"]),

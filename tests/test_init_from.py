@@ -20,6 +20,8 @@ def flags(text_directory, tmp_path_factory):
         f"--config.data.cache_dir={tmp_path_factory.mktemp('cache')}",
         "--config.data.validation_fraction=0.1",
         "--config.eval.prompt=",
+        # Those of an export: 256 bytes, the end of a document, and the token that is never met.
+        "--config.model.vocab_size=258",
         "--config.log.tensorboard=False",
     ]
 
@@ -68,10 +70,14 @@ def test_an_export_says_what_it_is(exported):
     assert config["router_aux_loss_coef"] == 0.01 / 2 and config["rope_theta"] == 1e4
     assert config["rope_parameters"] == {"rope_type": "default", "rope_theta": 1e4}
     assert len(find_tensors(directory)) == 3 + 2 * (9 + 3 * 4)
+    generation = json.loads((directory / "generation_config.json").read_text())
+    assert generation["pad_token_id"] == 256 and "pad_token_id" not in config
     card = (directory / "README.md").read_text()
     loss = json.loads((workdir / "report.json").read_text())["measures"]["validation/mean"]
     for words in (
+        "\nlicense: unknown\n",
         "# olmoe\n",
+        "**model.kv_heads 1 for 2 heads: llama.cpp does not load",
         "(MPI)",
         "| erc | 1 |",
         "alpha 1.0",
@@ -158,7 +164,7 @@ def test_the_tokenizer_comes_with_the_model(flags, exported, tmp_path):
     words = ["".join(draw.choices("abcdefghij", k=6)) for _ in range(2000)]
     start = [*vanilla(flags), f"--config.init_from={directory}"]
     bpe.save(bpe.train(words, 600), directory / "tokenizer.json")
-    refuses(["model.vocab_size", 512, 600], start, tmp_path / "run", tmp_path)
+    refuses(["model.vocab_size", 258, 600], start, tmp_path / "run", tmp_path)
     (directory / "tokenizer.json").unlink()
     refuses(["tokenizer.json", "data.tokenizer"], start, tmp_path / "run", tmp_path)
     assert not (tmp_path / "run").exists()
@@ -174,6 +180,45 @@ def test_an_export_is_refused(exported, tmp_path):
     ):
         code, printed = script.run("moe_erc.export", arguments, tmp_path / "out")
         assert code == 2 and all(word in printed.splitlines()[-1] for word in words), printed
+
+
+def test_a_model_that_an_engine_would_serve_differently_is_named_and_under_strict_refused(
+    exported, tmp_path
+):
+    workdir, _ = exported
+    named = "model.kv_heads 1 for 2 heads: llama.cpp does not load"
+    for option, code, words in (
+        ("--strict", 2, [f"error: {named}", "without --strict"]),
+        ("--license=Apache 2", 2, ["--license='Apache 2'", "apache-2.0"]),
+        ("--license=mit", 0, [named, "step 6 is in"]),
+        ("--repeat_kv_heads", 0, ["step 6 is in"]),
+    ):
+        directory = tmp_path / option
+        found, printed = script.run(
+            "moe_erc.export", [workdir, directory, option], tmp_path / "out"
+        )
+        assert found == code and all(word in printed for word in words), printed
+        assert directory.exists() == (code == 0)
+    assert named not in printed
+    assert read_config(directory)["num_key_value_heads"] == 2
+    assert "license: mit" in (tmp_path / "--license=mit" / "README.md").read_text()
+
+
+def test_the_context_of_a_checkpoint_is_kept(flags, exported, tmp_path):
+    source = shutil.copytree(exported[1], tmp_path / "source")
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 4096}))
+    one_step = ["--config.train.steps=1", "--config.optimizer.warmup_steps=0"]
+    start = [*vanilla(flags), f"--config.init_from={source}", *one_step]
+    run = tmp_path / "run"
+    code, printed = script.run("train.py", [*start, f"--workdir={run}"], tmp_path / "out")
+    assert code == 0, printed
+    code, printed = script.run("moe_erc.export", [run, tmp_path / "kept"], tmp_path / "out")
+    assert code == 0 and read_config(tmp_path / "kept")["max_position_embeddings"] == 4096, printed
+    shutil.rmtree(source)
+    code, printed = script.run("moe_erc.export", [run, tmp_path / "gone"], tmp_path / "out")
+    assert code == 0 and f"{source} is gone" in printed, printed
+    assert read_config(tmp_path / "gone")["max_position_embeddings"] == 32
 
 
 def test_two_processes_export_the_same_bytes(exported, tmp_path):

@@ -4,6 +4,7 @@ import types
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
@@ -145,3 +146,34 @@ def test_sizes_that_do_not_divide_are_refused_with_both_numbers(change, words):
             sizes["eval_batch_size"],
         )
     assert all(word in str(refusal.value) for word in words)
+
+
+def test_stages_by_hand():
+    # Eight devices: x counts planes of 2 x 2. Devices 0 and 1 are a line.
+    coordinates = [(x, y, z) for x in range(2) for y in range(2) for z in range(2)]
+    assert sharding.length_of_line(coordinates) == 2
+    assert sharding.length_of_line([(x, 0, 0) for x in range(4)]) == 4
+    across, along = sharding.in_two_stages(8, 2)
+    assert across == ((0, 2, 4, 6), (1, 3, 5, 7))
+    assert along == ((0, 1), (2, 3), (4, 5), (6, 7))
+
+
+@pytest.mark.parametrize("shape", [(8, 1), (2, 4), (1, 8)], ids=str)
+def test_devices_without_a_torus_have_one_stage(shape):
+    assert sharding.scatter_stages(sharding.make_mesh(*shape)) == (None,)
+
+
+@pytest.mark.parametrize(
+    "shape, slices, expected", [((8, 1), 1, 2), ((4, 2), 1, 1), ((8, 1), 2, 1)], ids=str
+)
+def test_only_a_whole_torus_has_two_stages(shape, slices, expected):
+    devices = []
+    for number in range(8):
+        coordinates = (number // 4, number // 2 % 2, number % 2)
+        slice_index = number * slices // 8
+        devices.append(types.SimpleNamespace(coords=coordinates, slice_index=slice_index))
+    data, expert = shape
+    mesh = types.SimpleNamespace(
+        shape={"data": data, "expert": expert}, size=8, devices=np.array(devices).reshape(shape)
+    )
+    assert len(sharding.scatter_stages(mesh)) == expected

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from benchmarks.compiled import hlo
+from benchmarks.compiled import hlo, kernels
 
 COLLECTIVES = (
     "all-reduce",
@@ -27,7 +27,8 @@ COLLECTIVES = (
     "ragged-all-to-all",
     "collective-permute",
 )
-KERNELS = r'custom_call_target="[^"]*(?:tpu_custom_call|gemm|matmul|triton|mosaic|fmha)'
+# How libtpu notes the way of a collective through the torus, and over how many rings at once.
+STRATEGY = r"(\w*Strategy\w*)\{colors:(\d+)"
 
 
 class Collective(NamedTuple):
@@ -40,6 +41,7 @@ class Collective(NamedTuple):
     asynchronous: bool  # whether other work may run meanwhile
     origin: str  # the traced operation behind it
     times: int = 1
+    links: int = 0  # of a TPU that it uses, if the compiler noted it
 
     @property
     def wire_bytes(self) -> float:
@@ -55,7 +57,7 @@ class Collective(NamedTuple):
 class Cost(NamedTuple):
     """The cost of one run on one device."""
 
-    flops: int = 0  # matmuls and convolutions
+    flops: int = 0  # matmuls, convolutions, and kernels of attention
     grouped_flops: int = 0  # ragged matmuls, as if every row belonged to one of the groups
     collectives: tuple[Collective, ...] = ()
     # Origins of loops whose length depends on data; they are counted as one turn.
@@ -161,17 +163,14 @@ def _own_cost(instruction, computation):
 
 
 def _kernel_cost(instruction):
-    """The cost of a call to a kernel.
-
-    It is known for libtpu's kernels of `lax.ragged_dot`. Of others only the name is known.
-    """
-    if instruction.name.startswith("ragged-dot-none"):
-        (result,) = instruction.shapes
-        (rows,) = instruction.operands[-2].shapes
-        return Cost(grouped_flops=2 * math.prod(result.sizes) * rows.sizes[1])
-    is_metadata = instruction.name.startswith("ragged-dot-metadata")
-    if is_metadata or not instruction.find(KERNELS):
+    """The cost of a call to a kernel; of one that nothing is known of, the name."""
+    kernel = kernels.read(instruction)
+    if kernel is None:
         return Cost()
+    if kernel.kind == kernels.GROUPED:
+        return Cost(grouped_flops=kernel.flops)
+    if kernel.kind == kernels.ATTENTION:
+        return Cost(flops=kernel.flops)
     return Cost(kernels=(instruction.origin or instruction.name,))
 
 
@@ -207,8 +206,17 @@ def _collective(instruction, computation):
         group=hlo.group_size(instruction, computation.devices),
         asynchronous=instruction.opcode.endswith("-start") or is_chain_start,
         origin=instruction.origin,
+        links=_links(instruction),
     )
     return (found,)
+
+
+def _links(collective):
+    """How many links of a TPU a collective uses, as libtpu noted; 0 if it did not."""
+    for strategy, rings in collective.find(STRATEGY):
+        directions = 1 if "UniDirection" in strategy else 2
+        return directions * int(rings)
+    return 0
 
 
 def _convolution_flops(instruction):

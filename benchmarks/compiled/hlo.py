@@ -21,6 +21,9 @@ CALLS = re.compile(
     r"(?:calls|body|true_computation|false_computation)=%?([\w.-]+)|branch_computations=\{([^}]*)\}"
 )
 NAME = re.compile(r"[\w.-]+")
+# Some kernels have an attribute of several lines. The end of a computation may look like one of
+# them; no instruction is read from it.
+CONTINUATION = re.compile(r'\n(?="|\}.)')
 
 
 class Shape(NamedTuple):
@@ -92,7 +95,7 @@ def parse(text: str) -> Computation:
     computations = {}
     scope = {}
     entry = None
-    for line in text.splitlines():
+    for line in CONTINUATION.sub(" ", text).splitlines():
         header = HEADER.match(line)
         match = INSTRUCTION.match(line)
         if header:
@@ -115,7 +118,7 @@ def _instruction(match, scope, computations):
     names = []
     for calls in CALLS.findall(attributes):
         names += NAME.findall(" ".join(calls))
-    if opcode == "call":
+    if opcode in ("call", "call-start"):
         names += re.findall(r"to_apply=%?([\w.-]+)", attributes)
     condition = re.search(r"condition=%?([\w.-]+)", attributes)
     return Instruction(

@@ -1,6 +1,7 @@
 """The tables of `benchmarks.compile_ahead`.
 
-They show memory, FLOPs, collectives, and the share of the losses on parameters.
+They show memory, FLOPs, collectives, the share of the losses on parameters, and an estimate of the
+seconds.
 """
 
 import collections
@@ -9,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.compiled import clock
 from benchmarks.compiled.costs import Collective, Cost, Memory
 
 ROWS = 20  # of collectives; the rest is summed up
@@ -17,6 +19,7 @@ SURROUNDINGS = (
     "while",
     "body",
     "closed_call",
+    "eval_jaxpr",
     "checkpoint",
     "rematted_computation",
     "layers",
@@ -44,6 +47,9 @@ def show(facts: Mapping, programs: Mapping[str, Mapping]) -> None:
     console.print(collectives_table(step["cost"].collectives))
     if "parameter losses" in programs:
         console.print(share_table(programs, facts))
+    if step["estimate"]:
+        for line in estimate_lines(step["estimate"], facts):
+            console.print(line)
     uncounted = {
         "counted as one turn, its length depends on data: loop of": step["cost"].open_loops,
         "not counted, a kernel of its own:": step["cost"].kernels,
@@ -176,6 +182,39 @@ def share_table(programs: Mapping[str, Mapping], facts: Mapping) -> Table:
     add("sent, GB", 1e9, sent)
     add("temporaries, GiB", 2**30, temporaries)
     return table
+
+
+def estimate_lines(estimate: clock.Estimate, facts: Mapping) -> list[str]:
+    """The parts of the clock's estimate, one line each, with the range of what is assumed."""
+    names = {
+        "cycles": "libtpu's own cycles",
+        "kernels": "kernels: grouped matmuls at "
+        f"{shares(clock.GROUPED)} of the peak, attention at {shares(clock.ATTENTION)}",
+        "rows": "rows gathered and scattered, sorts: a guess",
+        "collectives": f"collectives, links at {shares(clock.LINK)} of their rate",
+        "asynchronous": "asynchronous collectives, taken to be hidden",
+        "step": "step",
+    }
+    lines = ["Estimate, to compare programs; it is no speed, and nothing was run"]
+    for name, text in names.items():
+        lines.append(f"  {seconds(getattr(estimate, name))}  {text}")
+    at_peak = facts["model_flops"] / facts["flops_per_s"]
+    share = percent(at_peak, estimate.step.likely)
+    lines.append(f"  {share} of the step would be the model's FLOPs at the peak rate")
+    if estimate.unknown:
+        lines.append(f"  {estimate.unknown} runs of instructions or kernels have no estimate")
+    return lines
+
+
+def shares(share: clock.Share) -> str:
+    return f"{share.likely:.0%} ({share.best:.0%} to {share.worst:.0%})"
+
+
+def seconds(time: clock.Seconds) -> str:
+    """The likely time, and the range if something is assumed."""
+    if time.best == time.worst:
+        return f"{time.likely:.3g} s"
+    return f"{time.likely:.3g} s ({time.best:.3g} to {time.worst:.3g})"
 
 
 def describe(origin: str) -> str:

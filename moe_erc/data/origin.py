@@ -11,6 +11,7 @@ from pathlib import Path
 from moe_erc.checks import BadInput
 from moe_erc.data import embedded, planted, text_files
 from moe_erc.data.python_source import installed_trees, versions
+from moe_erc.data.shards import group, is_pattern
 
 MOST_FILES = 10_000  # of so many files names are kept; of more only their number and size
 MOST_NAMED = 3  # files that are named in one line
@@ -20,12 +21,14 @@ def describe(name: str) -> dict:
     """The description of a source, as plain JSON.
 
     It has the versions of `embedded`, the name and version of a TFDS directory, or the files of a
-    directory of text.
+    directory of text or of token shards.
     """
     if name == embedded.NAME:
         return {"versions": versions(installed_trees())}
     if name == planted.NAME:  # the configuration says all of it
         return {}
+    if is_pattern(name):
+        return _listed({file: [size] for file, size in group.describe(name).items()})
     path = Path(name).expanduser()
     if (path / "dataset_info.json").is_file():
         return {"dataset": _name_and_version(path / "dataset_info.json")}
@@ -35,6 +38,10 @@ def describe(name: str) -> dict:
         found = {file: list(rest) for file, *rest in text_files.fingerprint(path)}
     except BadInput:  # no text in it any more
         found = {}
+    return _listed(found)
+
+
+def _listed(found: dict[str, list]) -> dict:
     if len(found) > MOST_FILES:
         return {"count": len(found), "bytes": sum(size for size, *_ in found.values())}
     return {"files": found}

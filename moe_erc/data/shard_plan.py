@@ -16,6 +16,7 @@ from moe_erc.checks import BadInput
 from moe_erc.data import embedded, file_tree, paths, planted, text_files, tfds_source
 from moe_erc.data import tokenizer as tokenizers
 from moe_erc.data.config import DataConfig
+from moe_erc.data.shards import is_pattern
 from moe_erc.data.sources import label_of
 
 # How the files of each suffix are read.
@@ -172,7 +173,7 @@ def _parts(name: str, config: DataConfig) -> Iterator[Part]:
             f"data.sources: {name!r} is made in memory and needs no shards; train on it as it is, "
             "or name a directory, an object store or a TFDS data set"
         )
-    if name.startswith("tokens:"):
+    if is_pattern(name):
         raise BadInput(f"data.sources: {name!r} is tokens already; train on it as it is")
     if paths.is_remote(name):
         yield from _parts_of_files(name, name, _remote_entries(name), config)

@@ -1,7 +1,7 @@
-"""What a source name means: the embedded or the planted corpus, a directory, or a TFDS data set.
+"""What the name of text means: the embedded or the planted corpus, a directory, or a TFDS data set.
 
 An existing directory wins over a data set of the same name; what looks like a path is never looked
-up as a name.
+up as a name. Sources that are token shards are in `shards/source.py`.
 """
 
 import dataclasses
@@ -15,6 +15,7 @@ from moe_erc.data import cache, embedded, paths, planted, text_files, tfds_sourc
 from moe_erc.data.config import DataConfig
 from moe_erc.data.document import Account, Document
 from moe_erc.data.python_source import installed_trees, versions
+from moe_erc.data.shards import is_pattern
 
 _RULES = 2  # counts up when the same files or records may give other documents or splits
 _LONGEST_LABEL = 64  # characters; file systems allow 255 for the names made of it
@@ -36,6 +37,11 @@ class Source:
 
 def open_source(name: str, config: DataConfig) -> Source:
     """Find (and for TFDS prepare) what `name` stands for; no text is read before `documents()`."""
+    if is_pattern(name):
+        raise BadInput(
+            f"data.sources: {name!r} is tokens already, and text is needed here; "
+            "name the text that they were made of"
+        )
     if name == embedded.NAME:
         return _embedded()
     if name == planted.NAME:

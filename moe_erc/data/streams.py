@@ -13,7 +13,7 @@ import dataclasses
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO
 
@@ -22,6 +22,7 @@ import numpy as np
 from moe_erc.checks import BadInput
 from moe_erc.data import bars, forecast
 from moe_erc.data.document import Account, Document
+from moe_erc.data.shards.tokens import ShardTokens
 from moe_erc.data.sources import Source
 from moe_erc.data.tokenizer import Tokenizer
 
@@ -48,10 +49,14 @@ class Stream:
     """All tokens of one domain and split of one source."""
 
     source: str  # as configured
-    tokens_N: np.ndarray  # read-only memory map
-    bytes: int  # of UTF-8 text, for bits per byte
+    # A read-only memory map, or shards that are read by slices.
+    tokens_N: np.ndarray | ShardTokens
+    bytes: int | None  # of UTF-8 text, for bits per byte; None where only tokens are known
     documents: int
-    sha256: str  # of the tokens
+    sha256: str  # of the tokens; of shards, of their names and sizes and a sample
+    # (first token, tokens) -> for each, whether it is the last of its document; None if that is the
+    # end-of-document token of the tokenizer.
+    ends: Callable[[int, np.ndarray], np.ndarray] | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,9 +4,9 @@
     for line in describe(corpus, sequence_length, windows): print(line)
     for batch in train_batches(corpus, sequence_length, batch_size, seed, start_row=start_row): ...
 
-Text is tokenised once and then opened from the cache. A batch is {"inputs_BT", "targets_BT": int32,
-"mask_BT": bool}. If attention stays within documents, it also has "segments_BT": int32, the number
-of each input's document in its window.
+Text is tokenised once and then opened from the cache. Token shards are read where they lie. A batch
+is {"inputs_BT", "targets_BT": int32, "mask_BT": bool}. If attention stays within documents, it also
+has "segments_BT": int32, the number of each input's document in its window.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -17,10 +17,14 @@ from moe_erc.data import cache, origin, planted, sources, streams
 from moe_erc.data.config import DataConfig
 from moe_erc.data.document import Account
 from moe_erc.data.mixture import whole_weights
+from moe_erc.data.shards import is_pattern
+from moe_erc.data.shards.group import label as label_of_shards
+from moe_erc.data.shards.source import open_shards
 from moe_erc.data.streams import Corpus, Stream
 from moe_erc.data.tokenizer import ByteTokenizer, Tokenizer
 from moe_erc.data.tokenizer import load as load_tokenizer
 from moe_erc.data.windows import (
+    MOST_WINDOWS,
     count_windows,
     documents_per_window,
     train_batches,
@@ -60,6 +64,9 @@ def prepare(config: DataConfig) -> Corpus:
         # The description is made before the text is read, so that what changes meanwhile shows as a
         # change later.
         seen = origin.describe(name)
+        if is_pattern(name):
+            entries.append({"name": name, "label": label_of_shards(name), "origin": seen})
+            continue
         source = sources.open_source(name, config)
         first = names_by_identity.get(source.identity)
         if first:
@@ -77,15 +84,17 @@ def prepare(config: DataConfig) -> Corpus:
 def reopen(record: Mapping, config: DataConfig) -> Corpus | None:
     """The corpus of an earlier run from the cache, or None if it is gone.
 
-    The sources themselves are not read. `record` is the `Corpus.record` of that run. Weights and
-    window length are those of `config`.
+    Text is not read again, and shards must still be the same. `record` is the `Corpus.record` of
+    that run. Weights and window length are those of `config`.
     """
     entries = record.get("sources", ())
     if not entries:
         return None
     cache_directory = cache.directory_of(config.cache_dir)
     for entry in entries:
-        if not _is_in_cache(cache_directory / entry["directory"], cache_directory):
+        # Shards are not in the cache: they are read where they lie.
+        is_text = not is_pattern(entry["name"])
+        if is_text and not _is_in_cache(cache_directory / entry["directory"], cache_directory):
             return None
     corpus = _corpus(config, load_tokenizer(config.tokenizer), entries)
     return corpus if streams_of(corpus.record) == streams_of(record) else None
@@ -107,21 +116,18 @@ def _is_in_cache(directory: Path, cache_directory: Path) -> bool:
 
 
 def _corpus(config: DataConfig, tokenizer: Tokenizer, entries: Sequence[Mapping]) -> Corpus:
-    """The streams in the directories of `entries`.
+    """The streams of `entries`.
 
-    An entry is {"name", "label", "directory", "origin"} of a source.
+    An entry is {"name", "label", "directory", "origin"} of a source; shards have no directory.
     """
     whole = whole_weights(config.weights)
     weights = dict(zip(config.sources, whole, strict=True)) if config.weights else {}
-    cache_directory = cache.directory_of(config.cache_dir)
     by_split: dict[str, dict[str, Stream]] = {"train": {}, "validation": {}}
     accounts: dict[str, Account] = {}
     floors: dict[str, float] = {}
     described = []
     for entry in entries:
-        directory = cache_directory / entry["directory"]
-        found = list(streams.read(directory, entry["name"]))
-        accounts[entry["name"]] = streams.read_account(directory)
+        found, accounts[entry["name"]] = _opened(config, tokenizer, entry)
         taken = set()
         for domains in by_split.values():
             taken.update(domains)
@@ -147,6 +153,17 @@ def _corpus(config: DataConfig, tokenizer: Tokenizer, entries: Sequence[Mapping]
         floors,
         record | {"corpus": identity},
     )
+
+
+def _opened(
+    config: DataConfig, tokenizer: Tokenizer, entry: Mapping
+) -> tuple[list[tuple[str, str, Stream]], Account]:
+    """(split, domain, stream) of all streams of an entry, and the account of its source."""
+    name = entry["name"]
+    if is_pattern(name):
+        return open_shards(name, config, tokenizer)
+    directory = cache.directory_of(config.cache_dir) / entry["directory"]
+    return list(streams.read(directory, name)), streams.read_account(directory)
 
 
 def describe(corpus: Corpus, sequence_length: int, windows: int) -> Iterator[str]:
@@ -211,7 +228,7 @@ def _domain_names(domains: Iterable[str], label: str, taken: set[str]) -> dict[s
 
 
 def _check_length(config: DataConfig, train: Iterable[Stream]) -> None:
-    """Refuse text from which no training window can be cut.
+    """Refuse text from which no training window can be cut, or more than can be shuffled.
 
     With weights, every source must give one; without, all together must.
     """
@@ -219,7 +236,14 @@ def _check_length(config: DataConfig, train: Iterable[Stream]) -> None:
     groups = [[source] for source in config.sources] if config.weights else [config.sources]
     for group in groups:
         members = [stream for stream in train if stream.source in group]
-        if not any(count_windows(stream, config.sequence_length) for stream in members):
+        windows = sum(count_windows(stream, config.sequence_length) for stream in members)
+        if windows > MOST_WINDOWS:
+            raise BadInput(
+                f"data.sequence_length: {config.sequence_length} cuts {', '.join(group)} into "
+                f"{windows:,} windows, and {MOST_WINDOWS:,} can be shuffled together; "
+                "give longer windows, or several sources with data.weights"
+            )
+        if not windows:
             tokens = sum(len(stream.tokens_N) for stream in members)
             needed = config.sequence_length + 1
             raise BadInput(

@@ -8,18 +8,26 @@ reads nothing again, also with batches of another size. A batch has the same row
 whether one process reads it or several processes read parts of it.
 """
 
+import concurrent.futures
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import grain
 import numpy as np
 
 from moe_erc.checks import BadInput
 from moe_erc.data.mixture import Mixture
+from moe_erc.data.shards.tokens import ShardTokens
 from moe_erc.data.streams import Corpus, Stream
 
 # Batches are prepared while the device computes.
 _READING = grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)
+# Of an object store so many rows are read at once, and so many batches ahead.
+_REMOTE_ROWS = 64
+_REMOTE_BATCHES = 2
+# That are shuffled together: grain computes its permutation in 32 bits and stores nothing. Beyond
+# them it would leave windows out without a word.
+MOST_WINDOWS = 2**32
 
 
 def count_windows(stream: Stream, sequence_length: int) -> int:
@@ -31,19 +39,23 @@ def count_windows(stream: Stream, sequence_length: int) -> int:
 
 
 class Windows:
-    """The full windows of a stream, with random access."""
+    """The full windows of a stream, with random access.
 
-    def __init__(self, stream: Stream, sequence_length: int):
-        self._tokens_N = stream.tokens_N
+    A window is {"tokens": (T + 1,) int32}. With `eos_id` it also has "ends": (T,) bool, whether
+    each input is the last of its document.
+    """
+
+    def __init__(self, stream: Stream, sequence_length: int, eos_id: int | None = None):
+        self._stream = stream
         self._length = sequence_length
+        self._eos_id = eos_id
         self._count = count_windows(stream, sequence_length)
 
     def __len__(self) -> int:
         return self._count
 
-    def __getitem__(self, index: int) -> np.ndarray:
-        start = int(index) * self._length
-        return np.asarray(self._tokens_N[start : start + self._length + 1])
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        return _window(self._stream, int(index) * self._length, self._length, self._eos_id)
 
 
 def train_batches(
@@ -81,12 +93,18 @@ def train_batches(
         for source in corpus.weights:
             groups.append([stream for stream in train if stream.source == source])
     shuffled = []
+    eos_id = _document_end(corpus)
     for position, group in enumerate(groups):
-        shuffled.append(_shuffled(group, sequence_length, (seed, position)))
+        shuffled.append(_shuffled(group, sequence_length, eos_id, (seed, position)))
     mixture = Mixture(weights, batch_size, rows, start_row)
     windows = grain.MapDataset.select_from_datasets(shuffled, mixture)
-    of_windows = functools.partial(_inputs_and_targets, _document_end(corpus))
-    return iter(windows.batch(len(rows)).map(of_windows).to_iter_dataset(_READING))
+    if not any(_is_remote(stream) for stream in train):
+        batches = windows.batch(len(rows)).map(_inputs_and_targets)
+        return iter(batches.to_iter_dataset(_READING))
+    # A read waits for the latency of the store, so that the rows of a batch are read side by side.
+    ahead = max(_REMOTE_BATCHES * len(rows), _REMOTE_ROWS)
+    reading = grain.ReadOptions(num_threads=_REMOTE_ROWS, prefetch_buffer_size=ahead)
+    return iter(windows.to_iter_dataset(reading).batch(len(rows)).map(_inputs_and_targets))
 
 
 def validation_batches(
@@ -103,9 +121,8 @@ def validation_batches(
             f"no validation text in domain '{domain}'; "
             f"the domains that have some are {sorted(streams)}"
         )
-    of_windows = functools.partial(_inputs_and_targets, _document_end(corpus))
     return _validation_batches(
-        streams[domain].tokens_N, sequence_length, batch_size, limit, of_windows
+        streams[domain], sequence_length, batch_size, limit, _document_end(corpus)
     )
 
 
@@ -125,33 +142,36 @@ def documents_per_window(corpus: Corpus, sequence_length: int) -> float:
 
 
 def _validation_batches(
-    tokens_N: np.ndarray,
+    stream: Stream,
     sequence_length: int,
     batch_size: int,
     limit: int | None,
-    of_windows: Callable,
+    eos_id: int | None,
 ) -> Iterator[dict[str, np.ndarray]]:
-    total = -(-(len(tokens_N) - 1) // sequence_length)
+    total = -(-(len(stream.tokens_N) - 1) // sequence_length)
     kept = min(limit or total, total)
     starts = np.arange(kept) * total // max(kept, 1) * sequence_length
     for first in range(0, kept, batch_size):
-        window_BT = np.zeros((batch_size, sequence_length + 1), np.int32)
         mask_BT = np.zeros((batch_size, sequence_length), bool)
-        for row, start in enumerate(starts[first : first + batch_size]):
-            window = tokens_N[start : start + sequence_length + 1]
-            window_BT[row, : len(window)] = window
-            mask_BT[row, : len(window) - 1] = True
-        yield of_windows(window_BT) | {"mask_BT": mask_BT}
+        windows = {"tokens": np.zeros((batch_size, sequence_length + 1), np.int32)}
+        if eos_id is not None:
+            windows["ends"] = np.zeros_like(mask_BT)
+        of_batch = starts[first : first + batch_size].tolist()
+        for row, window in enumerate(_several(stream, of_batch, sequence_length, eos_id)):
+            mask_BT[row, : len(window["tokens"]) - 1] = True
+            for name, values in window.items():
+                windows[name][row, : len(values)] = values
+        yield _inputs_and_targets(windows) | {"mask_BT": mask_BT}
 
 
 def _shuffled(
-    streams: list[Stream], sequence_length: int, entropy: tuple[int, int]
+    streams: list[Stream], sequence_length: int, eos_id: int | None, entropy: tuple[int, int]
 ) -> grain.MapDataset:
     """All windows of some streams, epoch after epoch, each epoch a new permutation."""
     sets = []
     for stream in streams:
         if count_windows(stream, sequence_length):
-            sets.append(grain.MapDataset.source(Windows(stream, sequence_length)))
+            sets.append(grain.MapDataset.source(Windows(stream, sequence_length, eos_id)))
     # Each source has a permutation of its own.
     seed = int(np.random.SeedSequence(entropy).generate_state(1)[0])
     return grain.MapDataset.concatenate(sets).shuffle(seed).repeat()
@@ -162,28 +182,56 @@ def _document_end(corpus: Corpus) -> int | None:
     return None if corpus.attend_across_documents else corpus.tokenizer.eos_id
 
 
-def _inputs_and_targets(eos_id: int | None, window_BT: np.ndarray) -> dict[str, np.ndarray]:
+def _window(stream: Stream, start: int, length: int, eos_id: int | None) -> dict[str, np.ndarray]:
+    """The window of a stream that begins at a token; the last window may be shorter.
+
+    It is {"tokens", "ends"} as `Windows` has it.
+    """
+    # Sources may have tokens of several types.
+    tokens = stream.tokens_N[start : start + length + 1].astype(np.int32)
+    if eos_id is None:
+        return {"tokens": tokens}
+    inputs = tokens[:length]
+    ends = inputs == eos_id if stream.ends is None else stream.ends(start, inputs)
+    return {"tokens": tokens, "ends": ends}
+
+
+def _several(
+    stream: Stream, starts: Sequence[int], length: int, eos_id: int | None
+) -> list[dict[str, np.ndarray]]:
+    """The windows of a stream that begin at some tokens, of an object store read side by side."""
+    read = functools.partial(_window, stream, length=length, eos_id=eos_id)
+    if not _is_remote(stream):
+        return [read(start) for start in starts]
+    with concurrent.futures.ThreadPoolExecutor(_REMOTE_ROWS) as pool:
+        return list(pool.map(read, starts))
+
+
+def _is_remote(stream: Stream) -> bool:
+    return isinstance(stream.tokens_N, ShardTokens) and stream.tokens_N.is_remote
+
+
+def _inputs_and_targets(windows: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Windows of T + 1 tokens as T predictions each, none of which is masked.
 
-    With `eos_id` their documents are numbered.
+    If it is known where their documents end, these are numbered.
     """
-    window_BT = window_BT.astype(np.int32)
+    window_BT = windows["tokens"]
     batch = {
         "inputs_BT": window_BT[:, :-1],
         "targets_BT": window_BT[:, 1:],
         "mask_BT": np.ones_like(window_BT[:, 1:], bool),
     }
-    if eos_id is not None:
-        batch["segments_BT"] = _number_documents(batch["inputs_BT"], eos_id)
+    if "ends" in windows:
+        batch["segments_BT"] = _number_documents(windows["ends"])
     return batch
 
 
-def _number_documents(inputs_BT: np.ndarray, eos_id: int) -> np.ndarray:
+def _number_documents(ends_BT: np.ndarray) -> np.ndarray:
     """(B, T) int32: how many documents ended in the window before each token.
 
-    The end-of-document token is the last token of its own document. It predicts the first token of
-    the next document. That target is not masked, so that a loss has the same targets whether
-    attention crosses documents or not.
+    The last token of a document, which is its end-of-document token where there is one, belongs to
+    it and predicts the first token of the next document. That target is not masked, so that a loss
+    has the same targets whether attention crosses documents or not.
     """
-    ends_BT = inputs_BT == eos_id
     return np.cumsum(ends_BT, axis=1, dtype=np.int32) - ends_BT

@@ -30,7 +30,7 @@ def ngram_losses(corpus: Corpus) -> dict[str, float]:
     unigram_V = (count_V + 1) / (count_V.sum() + vocabulary)
     found = {}
     for domain, stream in corpus.streams["validation"].items():
-        seen = _pairs(stream.tokens_N, vocabulary).tocoo()
+        seen = _pairs(stream.tokens_N[:MOST_TOKENS], vocabulary).tocoo()
         before = seen.row
         after = seen.col
         times = seen.data

@@ -76,6 +76,7 @@ class Perplexity:
     def run(self, weights: Any) -> dict[str, Any]:
         """Loss, bits per byte and tokens by domain, the mean loss, and the load (L, E), as shares.
 
+        Token shards do not say their bytes, so that they have no bits per byte.
         Of several domains the purity of routing, and of a corpus whose entropy is known the
         distance to it.
         """
@@ -86,10 +87,11 @@ class Perplexity:
         for domain, stream in self._corpus.streams["validation"].items():
             total = self._total(weights, domain)
             loss = float(total["loss"] / total["tokens"])
-            tokens_per_byte = (len(stream.tokens_N) - 1) / stream.bytes
             losses.append(loss)
             found[validation.LOSS.of(domain).key] = loss
-            found[validation.BITS.of(domain).key] = loss / math.log(2) * tokens_per_byte
+            if stream.bytes is not None:
+                tokens_per_byte = (len(stream.tokens_N) - 1) / stream.bytes
+                found[validation.BITS.of(domain).key] = loss / math.log(2) * tokens_per_byte
             found[validation.TOKENS.of(domain).key] = int(total["tokens"])
             assignments.append(total["assignments_LE"])
             if domain in self._corpus.floors:

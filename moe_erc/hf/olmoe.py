@@ -13,7 +13,7 @@ import functools
 import itertools
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -23,6 +23,7 @@ from jax.sharding import PartitionSpec as P
 
 from moe_erc.checks import BadInput
 from moe_erc.data import paths
+from moe_erc.hf.engines import for_engines
 from moe_erc.hf.layouts import FLOATS
 from moe_erc.hf.olmoe_config import check_plain, check_same, config_json, model_fields
 from moe_erc.hf.olmoe_names import PACKED, TABLE, by_path, entries, path_name
@@ -165,11 +166,16 @@ def export_olmoe(
     about: About = NOTHING,
     dtype: str | None = None,
     shard_bytes: int = 5 * 10**9,
+    rows: Sequence[int] | None = None,
+    repeat_kv_heads: bool = False,
 ) -> None:
     """Write a model as an OLMoE into a new local directory.
 
     The files are config.json, generation_config.json, the safetensors, and those of `about`. The
     same model gives the same bytes. All processes of a run call this; the first one writes.
+
+    The head is written, also where it is the embedding, and rms_norm_eps is 1e-5: `engines.py` says
+    why the model is the same.
 
     Args:
       directory: new or empty
@@ -178,6 +184,8 @@ def export_olmoe(
       about: more entries of config.json, and more files
       dtype: float32, bfloat16 or float16; by default the dtype in which the model computes
       shard_bytes: the largest size of a file, unless one tensor is larger
+      rows: for every token id the row of embedding and head that it has; None: all rows as they are
+      repeat_kv_heads: write as many key and value heads as query heads, for llama.cpp
 
     Raises:
       BadInput: for a model that OLMoE cannot express, numbers that `dtype` cannot hold, and a
@@ -189,17 +197,20 @@ def export_olmoe(
     known = [DTYPES[code].name for code in FLOATS]
     if dtype not in known:
         raise BadInput(f"an OLMoE in {dtype!r} cannot be written; use one of {', '.join(known)}")
+    written = for_engines(model.config, by_path(params), rows, repeat_kv_heads)
     # Sorted by layer, so that a layer of a parameter is gathered once.
-    by_layer = sorted(entries(params), key=lambda entry: entry.index[:1])
-    tensors = _gather(model.mesh, params, by_layer, dtype)
+    by_layer = sorted(entries(written.shapes()), key=lambda entry: entry.index[:1])
+    tensors = _gather(model.mesh, written, by_layer, dtype)
     if jax.process_index() > 0:
         # The other processes take part in gathering every tensor, and write none.
         collections.deque(tensors, maxlen=0)
         return
-    config = config_json(model.config, dtype) | about.entries
+    config = config_json(written.config, dtype) | about.entries
     with new_directory(directory) as unfinished:
         write_json(unfinished / "config.json", config)
         token_ids = {name: config[name] for name in config if "token_id" in name}
+        # Generation pads what has ended. In config.json a row of padding would have no gradient.
+        token_ids["pad_token_id"] = token_ids["eos_token_id"]
         write_json(unfinished / "generation_config.json", token_ids)
         for name, content in about.files.items():
             (unfinished / name).write_text(content, encoding="utf-8")
@@ -207,21 +218,21 @@ def export_olmoe(
         write_shards(unfinished, shapes, tensors, dtype, shard_bytes)
 
 
-def _gather(mesh, params, by_layer, dtype):
+def _gather(mesh, written, by_layer, dtype):
     """Yield the tensors one by one on the host, in the order of `by_layer`."""
     everywhere = None if mesh is None else NamedSharding(mesh, P())
-    leaves = by_path(params)
     # XLA has no program for float16 on a processor that cannot convert it (no F16C); NumPy converts
     # it anywhere.
     on_device = "float32" if dtype == "float16" else dtype
 
     @functools.partial(jax.jit, static_argnums=0, out_shardings=everywhere)
-    def take(stored, array, *layer):
-        return stored.orient(array[layer]).astype(on_device)
+    def take(path, array, *layer):
+        changed = written.change(path, array[layer])
+        return TABLE[path].orient(changed).astype(on_device)
 
     groups = itertools.groupby(by_layer, lambda entry: (entry.path, entry.index[:1]))
     for (path, layer), group in groups:
-        taken = jax.device_get(take(TABLE[path], leaves[path], *layer))
+        taken = jax.device_get(take(path, written.leaves[path], *layer))
         with np.errstate(over="ignore"):  # a number that does not fit is refused below
             taken = taken.astype(dtype, copy=False)
         if not np.isfinite(taken).all():

@@ -2,26 +2,32 @@
 
 import json
 import os
+from collections.abc import Sequence
 
 from moe_erc.checks import BadInput
 from moe_erc.data import paths
 
 BYTES = "bytes"
 END_OF_DOCUMENT = "<|endoftext|>"
+NEVER = 257  # the id of two bytes 255 in a tokenizer of bytes
+PADDING = ("<|padding|>", "<|pad|>", "<pad>", "[PAD]")  # how published tokenizers spell it
 
 
 def _byte_level():
     """Plain bytes as a tokenizer.json: the id of a byte is the byte, and 256 ends a document.
 
-    It is a byte-pair encoding without merges. The library spells every byte as a visible character.
-    A visible character of Latin-1 stands for itself; the other bytes have the characters from 256
-    on.
+    It is a byte-pair encoding whose one merge, of two bytes 255, no UTF-8 text ever takes:
+    llama.cpp reads none without merges. The library spells every byte as a visible character. A
+    visible character of Latin-1 stands for itself; the other bytes have the characters from 256 on.
     """
     seen = {*range(33, 127), *range(161, 173), *range(174, 256)}
     unseen = iter(range(256, 512))
     vocabulary = {}
     for byte in range(256):
         vocabulary[chr(byte if byte in seen else next(unseen))] = byte
+    vocabulary[END_OF_DOCUMENT] = 256
+    never = chr(255)
+    vocabulary[never + never] = NEVER
     level = {
         "type": "ByteLevel",
         "add_prefix_space": False,
@@ -47,7 +53,7 @@ def _byte_level():
         "model": {
             "type": "BPE",
             "vocab": vocabulary,
-            "merges": [],
+            "merges": [[never, never]],
         },
     }
 
@@ -63,14 +69,42 @@ def tokenizer_files(spec: str, end_of_document: str, length: int) -> dict[str, s
       end_of_document: the token at the end of every document
       length: the context length of the model in tokens
     """
+    content = BYTE_LEVEL if spec == BYTES else paths.local(spec).read_text(encoding="utf-8")
     options = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "eos_token": end_of_document,
+        "pad_token": _padding(content) or end_of_document,
+        # Prompts of a batch must end side by side, because generation goes on behind them.
+        "padding_side": "left",
         "model_max_length": length,
+        # Without this, transformers 4 gives token_type_ids, which `generate` refuses.
+        "model_input_names": ["input_ids", "attention_mask"],
         "clean_up_tokenization_spaces": False,
     }
-    content = BYTE_LEVEL if spec == BYTES else paths.local(spec).read_text(encoding="utf-8")
     return {"tokenizer.json": content, "tokenizer_config.json": json.dumps(options, indent=1)}
+
+
+def rows_of(spec: str, tokens: int, vocabulary: int) -> Sequence[int]:
+    """For every id of `tokenizer_files` the row of embedding and head that it has.
+
+    Rows of a padded vocabulary are left out, because an engine could emit their ids. A model of
+    bytes may have no row for NEVER, which then has that of byte 255: no text has either.
+
+    Args:
+      spec: as above
+      tokens: how many ids the tokenizer of the run has
+      vocabulary: how many rows the model has
+    """
+    if spec != BYTES:
+        return range(tokens)
+    return range(NEVER + 1) if vocabulary > NEVER else (*range(NEVER), 255)
+
+
+def _padding(content):
+    """The padding token of a tokenizer.json, or None."""
+    added = json.loads(content).get("added_tokens") or ()
+    spelled = [token["content"] for token in added]
+    return next((token for token in PADDING if token in spelled), None)
 
 
 def tokenizer_of(directory: os.PathLike | str, spec: str) -> str:

@@ -4,8 +4,8 @@
 
 Over a mesh every device computes 1 / (dp ep) of the FLOPs. Expert matrices stay where FSDP puts
 them, P(expert, None, data): none is gathered, and their gradient is local. Per layer, these cross
-devices: the (E, E / ep) sum over data; E bounds and E diagonal values over expert; the scalar; and
-the (E, D) gradient of the router.
+devices: the (E, E / ep) sum and its diagonal over data; E bounds, E diagonal values, E gradients of
+bars and the scalar over expert; and the (E, D) gradient of the router.
 """
 
 import dataclasses
@@ -45,6 +45,16 @@ class Devices:
         """The name of the axis over which experts are split."""
         return None if self.mesh is None else self.mesh.axis_names[1]
 
+    @property
+    def split_data(self) -> bool:
+        """Whether F is split over several devices."""
+        return self.mesh is not None and self.mesh.shape[self.data_axis] > 1
+
+    @property
+    def platform(self) -> str:
+        """What the devices are: cpu, gpu or tpu."""
+        return jax.default_backend() if self.mesh is None else self.mesh.devices.flat[0].platform
+
     def run(
         self, function: Callable, out_spec: P, rows_LED: jax.Array, weights: dict, keys: Any
     ) -> jax.Array:
@@ -81,11 +91,15 @@ class Devices:
 
     def as_own(self, tree: Any) -> Any:
         """The same values, as each device's own, so that their gradient is summed once."""
-        if self.mesh is None:
-            return tree
-        axes = self.mesh.axis_names
+        return tree if self.mesh is None else _vary(tree, self.mesh.axis_names)
 
-        def own(leaf):
-            return lax.pcast(leaf, axes, to="varying")
+    def as_own_of_experts(self, tree: Any) -> Any:
+        """The same values, as own to the devices of one slice of F, which have one gradient."""
+        return tree if self.mesh is None else _vary(tree, (self.expert_axis,))
 
-        return jax.tree.map(own, tree)
+
+def _vary(tree, axes):
+    def own(leaf):
+        return lax.pcast(leaf, axes, to="varying")
+
+    return jax.tree.map(own, tree)

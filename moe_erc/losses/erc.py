@@ -13,7 +13,8 @@ loss is 0 when such a token excites its own expert most, and an expert is excite
 tokens, by the factor alpha. Routing itself keeps the clean router.
 
 The path of the loss: `erc_loss` checks its options and stacks the layers, `devices.py` hands every
-device its slices, `_losses_of_layers` computes bounds, proxies, M (`responses.py`) and hinges.
+device its slices, `_losses_of_layers` computes bounds and proxies, `hinges.py` the hinges and their
+gradient from M (`responses.py`).
 """
 
 import dataclasses
@@ -28,15 +29,9 @@ from jax.sharding import PartitionSpec as P
 from moe_erc.checks import BadInput, Range, among, check_fields, in_range, one_of
 from moe_erc.losses.base import Loss, Needs
 from moe_erc.losses.devices import Devices
+from moe_erc.losses.hinges import Matrix, penalty, penalty_of
 from moe_erc.losses.precision import PRECISIONS, resolve
-from moe_erc.losses.responses import (
-    LINEAR,
-    MATRICES,
-    Proxies,
-    Response,
-    relative,
-    squared_responses,
-)
+from moe_erc.losses.responses import LINEAR, MATRICES, Proxies, Response
 from moe_erc.numerics import divide, length, square_root
 
 NOISES = ("uniform", "expected", "none")
@@ -156,18 +151,12 @@ def coupling_matrix(
     out_spec = P(None, None, devices.expert_axis)
 
     def local(proxy_LED, weights, _):
-        return _matrix(Response("gate", "highest"), devices, Proxies(proxy_LED), weights)
+        matrix = Matrix(Response("gate", "highest"), devices)
+        M_LJE = matrix.columns(devices.as_own(Proxies(proxy_LED)), None, weights)
+        return M_LJE.swapaxes(1, 2)
 
     M_LEE = devices.run(local, out_spec, proxy_LED, {"w_gate": w_gate_LEDF}, None)
     return M_LEE[0] if is_one_layer else M_LEE
-
-
-def _matrix(response, devices, proxies, weights):
-    """The columns of M for a device's own experts, (L, E, J); one row more with sizes."""
-    squares_LEJ = squared_responses(response, devices.as_own(proxies), weights)
-    if not response.is_whole:
-        squares_LEJ = devices.sum_over_data(squares_LEJ)
-    return square_root(squares_LEJ)
 
 
 def coupling_penalty(M_EE: jax.Array, alpha: float | jax.Array) -> jax.Array:
@@ -175,18 +164,7 @@ def coupling_penalty(M_EE: jax.Array, alpha: float | jax.Array) -> jax.Array:
 
     0 when router and experts are fully coupled.
     """
-    own_EE = jnp.eye(len(M_EE), dtype=bool)
-    return _penalty(M_EE[None], own_EE, alpha, Devices())[0]
-
-
-def _penalty(M_LEJ, own_EJ, alpha, devices):
-    """The penalty of every layer, (L,), from the columns of M that each device has."""
-    bars_LEJ = alpha * jnp.where(own_EJ, M_LEJ, 0)
-    bar_LE = devices.sum_over_experts(jnp.sum(bars_LEJ, axis=2))
-    bar_LJ = jnp.sum(bars_LEJ, axis=1)
-    excess_LEJ = jax.nn.relu(M_LEJ - bar_LE[:, :, None]) + jax.nn.relu(M_LEJ - bar_LJ[:, None, :])
-    total_L = jnp.sum(jnp.where(own_EJ, 0, excess_LEJ), axis=(1, 2))
-    return devices.sum_over_experts(total_L) / len(own_EJ) ** 2
+    return penalty(M_EE.T[None], alpha, Devices())[0]
 
 
 # ---------------------------------------------------------------------------------------- the loss
@@ -298,10 +276,10 @@ def _losses_of_layers(options, devices, router_LED, weights, keys_L):
         with_size=options.normalize,
         data_axis=devices.data_axis,
     )
-    M_LEJ = _matrix(response, devices, proxies, weights)
-    if options.normalize:
-        M_LEJ = relative(M_LEJ, square_root(length2_LE), router_LED.shape[-1])
-    return _penalty(M_LEJ, own_EJ, options.alpha, devices)
+    length_LE = square_root(length2_LE) if options.normalize else None
+    alpha = jnp.asarray(options.alpha, jnp.float32)
+    proxies = devices.as_own(proxies)
+    return penalty_of(Matrix(response, devices), proxies, length_LE, weights, alpha)
 
 
 # ---------------------------------------------------------------------------- the trainer's record

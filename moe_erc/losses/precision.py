@@ -1,12 +1,13 @@
 """How exactly ERC's matmuls are computed, and what share of a step that takes.
 
-    share = passes * 4 * 2 L E^2 D F * matrices / (3 * FLOPs of a token's forward pass * tokens)
+    share = passes * (3 E + 2) 2 L E D F * matrices / (3 * FLOPs of a token's forward pass * tokens)
 
 A TPU multiplies bfloat16. In one pass ("default") M shifts by 4e-4 and the loss by 5e-4. Three
 passes ("high") give all but the last bits of float32, six ("highest") give all of them. A GPU may
-take TF32 where one pass is asked for. A CPU computes float32 always. The 4 are the forward pass,
-its recomputation and two gradients, as in the compiled program, with every hinge active. `matrices`
-is how many of an expert's matrices the activation reads.
+take TF32 where one pass is asked for. A CPU computes float32 always. The 3 are the products of all
+rows with an expert and their two gradients, the 2 the product of its own row and one gradient, as
+in the compiled program, with every hinge active. `matrices` is how many of an expert's matrices the
+activation reads.
 """
 
 from typing import Any
@@ -24,8 +25,8 @@ def erc_flops(config: Any, activation: str) -> int:
     config: the model's.
     """
     matrices = len(MATRICES[activation])
-    pairs = config.layers * config.experts**2
-    return 4 * 2 * pairs * config.width * config.expert_width * matrices
+    products = config.layers * config.experts * (3 * config.experts + 2)
+    return 2 * products * config.width * config.expert_width * matrices
 
 
 def erc_share(config: Any, activation: str, shape_BT: tuple[int, int]) -> float:

@@ -13,6 +13,8 @@ from flax import linen as nn
 from jax.extend import backend
 
 from moe_erc.model.context import Cache, Context
+from moe_erc.model.splash import attend_by_splash, uses_splash
+from moe_erc.sharding import platform_of
 
 # Queries of a slice at least, and slices at most: every slice is compiled.
 SLICE = 64
@@ -144,6 +146,7 @@ class Attention(nn.Module):
     """
 
     config: Any  # ModelConfig
+    mesh: Any = None
 
     @nn.compact
     def __call__(
@@ -180,8 +183,11 @@ class Attention(nn.Module):
                 cache = context.write(key, value)
                 key = cache.key_BSHD
                 value = cache.value_BSHD
-        if attends_BTS is None and uses_cudnn(config.attention_implementation, query, segments_BT):
+        chosen = config.attention_implementation
+        if attends_BTS is None and uses_cudnn(chosen, query, segments_BT):
             y_BTHD = attend_by_cudnn(query, key, value, segments_BT)
+        elif attends_BTS is None and uses_splash(chosen, platform_of(self.mesh), query):
+            y_BTHD = attend_by_splash(query, key, value, segments_BT, self.mesh)
         else:
             y_BTHD = attend(query, key, value, attends_BTS, segments_BT)
         return project("output", y_BTHD.reshape(B, T, D), D), cache

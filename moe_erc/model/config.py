@@ -42,9 +42,9 @@ class ModelConfig:
     dtype: str = among("float32", "bfloat16")
     remat: str = among("none", "block")
     scan_unroll: int = within(least=1)
-    attention_implementation: str = among("auto", "xla", "cudnn")
+    attention_implementation: str = among("auto", "xla", "cudnn", "splash")
     experts_implementation: str = among(
-        "auto", "dense", "block_loop", "ragged", "pallas", "tokamax"
+        "auto", "dense", "block_loop", "ragged", "megablox", "pallas", "tokamax"
     )
 
     def __post_init__(self):

@@ -52,7 +52,7 @@ class Block(nn.Module):
             scale_D = self.param(name, nn.initializers.ones, x.shape[-1:])
             return rms_norm(x, scale_D, self.config.norm_eps)
 
-        attention = Attention(self.config, name="attention")
+        attention = Attention(self.config, self.mesh, name="attention")
         y_BTD, cache = attention(normalize("attention_norm", x_BTD), context)
         x_BTD += y_BTD
         moe = MoE(self.config, self.mesh, self.observers, name="moe")

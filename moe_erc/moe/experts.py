@@ -23,6 +23,7 @@ expert id outside [0, E) is another device's, or nobody's, and contributes nothi
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import jax
@@ -34,6 +35,7 @@ from moe_erc.moe import self_test
 from moe_erc.moe.block_loop import MATMUL, block_loop
 from moe_erc.moe.grouped import grouped
 from moe_erc.moe.grouped_matmul import grouped_matmul, tokamax_matmul
+from moe_erc.moe.megablox_matmul import megablox_matmul, of_groups
 from moe_erc.numerics import unit
 
 GATED = ("w_gate", "w_up", "w_down")
@@ -150,33 +152,53 @@ def pallas_matmul(x_MD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array) -> jax.
     return kernels.pallas_matmul(x_MD, w_EDF, sizes_E)
 
 
-MATMULS = {"ragged": grouped_matmul, "pallas": pallas_matmul, "tokamax": tokamax_matmul}
+MATMULS = {
+    "ragged": grouped_matmul,
+    "megablox": megablox_matmul,
+    "pallas": pallas_matmul,
+    "tokamax": tokamax_matmul,
+}
 IMPLEMENTATIONS = {"dense": dense, "block_loop": block_loop}
 IMPLEMENTATIONS |= {name: partial(grouped, matmul) for name, matmul in MATMULS.items()}
-FASTEST = {"cpu": "block_loop", "gpu": "pallas", "tpu": "ragged"}
-PORTABLE = "block_loop"
+# `grouped` reads no row behind the last group.
+IMPLEMENTATIONS["megablox"] = partial(grouped, of_groups)
+# The fastest first. Where one fails its self-test, the next is used; the last one is not tested.
+FASTEST = {
+    "cpu": ("block_loop",),
+    "gpu": ("pallas", "block_loop"),
+    "tpu": ("megablox", "ragged", "block_loop"),
+}
 
 
 def implementation(name: str, platform: str) -> Callable:
     """The implementation called `name`; "auto" is the fastest on `platform` (cpu, gpu or tpu).
 
-    Grouped matmuls are tested on the platform's devices first. Where one fails, "auto" takes
-    `PORTABLE` with a warning, and BadInput refuses one that was called by its name.
+    Grouped matmuls are tested on the platform's devices first. Where one fails, "auto" takes the
+    next with a warning, and BadInput refuses one that was called by its name.
     """
-    chosen = FASTEST[platform] if name == "auto" else name
-    refusal = self_test.refusal(MATMULS[chosen], platform) if chosen in MATMULS else None
-    if refusal and name != "auto":
+    if name == "auto":
+        return IMPLEMENTATIONS[_fastest(platform)]
+    refusal = self_test.refusal(MATMULS[name], platform) if name in MATMULS else None
+    if refusal:
         raise BadInput(
             f"model.experts_implementation: {name!r} fails its self-test on {platform}: "
             f"{refusal}; use 'auto'"
         )
-    if refusal:
+    return IMPLEMENTATIONS[name]
+
+
+def _fastest(platform):
+    candidates = FASTEST[platform]
+    for chosen, slower in pairwise(candidates):
+        refusal = self_test.refusal(MATMULS[chosen], platform)
+        if not refusal:
+            self_test.say_untimed("experts", chosen, platform)
+            return chosen
         LOG.warning(
             "experts: %s fails its self-test on %s, %s is used instead: %s",
             chosen,
             platform,
-            PORTABLE,
+            slower,
             refusal,
         )
-        chosen = PORTABLE
-    return IMPLEMENTATIONS[chosen]
+    return candidates[-1]

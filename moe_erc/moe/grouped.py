@@ -3,7 +3,7 @@
 Dispatch gathers the rows of the tokens in the order of their experts. Combine is a gather as well:
 every token knows the places of its K rows and reads them, which takes one pass over memory and adds
 in a fixed order, where a scatter-add needs atomic additions. Rows are cut into chunks only where
-the arrays of one would pass `CHUNK_BYTES`. Groups may be empty or cut by a chunk; nothing is padded
+the arrays of one would pass `chunk_bytes`. Groups may be empty or cut by a chunk; nothing is padded
 per expert or dropped, and chunks without rows are skipped. The backward keeps the inputs alone and
 recomputes a chunk's hidden activations.
 """
@@ -15,12 +15,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental.pallas import tpu
 
 from moe_erc.moe.rows import by_row, sort_by_expert, take
 
 # The most bytes of a chunk's widest array; about six such arrays live at a time. Every chunk adds
 # the gradients of all experts into float32 once more, so fewer chunks are faster.
 CHUNK_BYTES = 2**30
+# On a TPU instead: this part of its memory.
+CHUNKS_IN_MEMORY = 32
 
 
 class _Plan(NamedTuple):
@@ -52,7 +55,7 @@ def grouped(
     """(summed by token, kept by assignment) of `expert` on its rows.
 
     The contract is in `experts.py`. `matmul(x_MD, w_EDF, sizes_E)` multiplies consecutive groups of
-    rows, each with its matrix.
+    rows, each with its matrix. What it gives for rows behind the last group is not read.
     """
     assigned_M = by_row(assigned)
 
@@ -112,11 +115,20 @@ def _in_float32(leaf):
 grouped.defvjp(_forward, _backward)
 
 
+def chunk_bytes() -> int:
+    """The most bytes of a chunk's widest array on the devices that are compiled for."""
+    try:
+        chip = tpu.get_tpu_info()
+    except ValueError:  # not a TPU
+        return CHUNK_BYTES
+    return chip.hbm_capacity_bytes * chip.num_cores // CHUNKS_IN_MEMORY
+
+
 def _plan(x_ND, experts_NK, matrices):
     """Sorts the assignments by expert and cuts them into chunks of one size."""
     experts, hidden_width, width = matrices["w_down"].shape
     assignments = experts_NK.size
-    most = max(1, CHUNK_BYTES // (max(hidden_width, width) * x_ND.dtype.itemsize))
+    most = max(1, chunk_bytes() // (max(hidden_width, width) * x_ND.dtype.itemsize))
     chunks = -(-assignments // most)
     size = -(-assignments // chunks)
     order_M, sizes_E = sort_by_expert(experts_NK, experts)
@@ -145,10 +157,21 @@ def _plan(x_ND, experts_NK, matrices):
 
 
 def _dispatch(chunk, of_tokens, of_assignments_M):
-    """(rows of the tokens, rows of the assignments) in the order of the chunk."""
+    """(rows of the tokens, rows of the assignments) in the order of the chunk.
+
+    A place without an assignment has the last one's. No place is read back that has none, and zeros
+    there would take another pass over memory.
+    """
     experts_per_token = chunk.places_NK.shape[1]
     tokens_R = chunk.rows_R // experts_per_token
-    return take(of_tokens, tokens_R), take(of_assignments_M, chunk.rows_R)
+
+    def rows(tree, indices):
+        def of_leaf(leaf):
+            return leaf.at[indices].get(mode="clip")
+
+        return jax.tree.map(of_leaf, tree)
+
+    return rows(of_tokens, tokens_R), rows(of_assignments_M, chunk.rows_R)
 
 
 def _sum_by_token(chunk, rows):

@@ -15,7 +15,7 @@ from jax import lax
 
 from moe_erc.moe import experts, parallel, routing
 from moe_erc.moe.routers.base import Parameter
-from moe_erc.sharding import PARAMETERS
+from moe_erc.sharding import PARAMETERS, platform_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,8 +90,7 @@ class MoE(nn.Module):
             parameters[name] = self.param(name, declared.initializer, declared.shape)
         names = experts.FACTORIZED if router.gate_rank(config) else experts.GATED
         matrices = {name: parameters[name].astype(config.dtype) for name in names}
-        platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
-        implementation = experts.implementation(config.experts_implementation, platform)
+        implementation = experts.implementation(config.experts_implementation, platform_of(mesh))
 
         def score(x_BTD):
             return router.score(config, mesh, parameters, x_BTD)

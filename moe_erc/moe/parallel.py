@@ -9,6 +9,7 @@ whole batch.
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import jax
@@ -18,7 +19,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from moe_erc.moe.routing import Routing
-from moe_erc.sharding import BATCH, DATA, EXPERT, PARAMETERS
+from moe_erc.sharding import BATCH, DATA, EXPERT, PARAMETERS, scatter_stages
 
 # (B, T, E, …): every device has all tokens of its group, for its own experts.
 BY_EXPERT = P(DATA, None, EXPERT)
@@ -58,26 +59,35 @@ def apply(
     if mesh is None:
         return _flat(run, x_BTD, routing, matrices, lows)
     slices = {name: PARAMETERS[name] for name in matrices}
+    stages = scatter_stages(mesh)
 
-    def local(x_BTD, routing, matrices, lows):
+    def gather(x_BTD, routing, matrices):
         # The matrices are gathered in here, not at the boundary: their gradient is then summed and
-        # cut again in one reduce-scatter.
+        # cut again by reduce-scatters.
         whole = {}
         for name, leaf in matrices.items():
-            whole[name] = _gather(leaf, DATA, slices[name].index(DATA))
-        x_BTD = _gather(x_BTD, EXPERT, 0)
+            whole[name] = _whole(leaf, slices[name].index(DATA), stages)
         # Experts are numbered from this device's first one; other devices' fall out of [0, E).
         first = lax.axis_index(EXPERT) * len(whole["w_down"])
-        routing = Routing(
+        gathered = Routing(
             weights_BTK=_gather(routing.weights_BTK, EXPERT, 0),
             experts_BTK=_gather(routing.experts_BTK, EXPERT, 0) - first,
         )
-        results = _flat(run, x_BTD, routing, whole, lows)
+        return _gather(x_BTD, EXPERT, 0), gathered, whole
+
+    def compute(x_BTD, routing, matrices, lows):
+        return _flat(run, x_BTD, routing, matrices, lows)
+
+    def scatter(results):
         return jax.tree.map(_scatter, results)
 
-    specs = (P(BATCH), P(BATCH), slices, BY_EXPERT)
-    over_mesh = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=P(BATCH))
-    return over_mesh(x_BTD, routing, matrices, lows)
+    # Kernels of libraries do not pass the replication check. What they read and write is every
+    # device's own, so without it no sum over devices can be wrong there. Collectives are checked.
+    over_mesh = partial(jax.shard_map, mesh=mesh, out_specs=P(BATCH))
+    gathered = over_mesh(gather, in_specs=(P(BATCH), P(BATCH), slices))(x_BTD, routing, matrices)
+    own = (P(BATCH), P(BATCH), P(BATCH), BY_EXPERT)
+    results = over_mesh(compute, in_specs=own, check_vma=False)(*gathered, lows)
+    return over_mesh(scatter, in_specs=P(BATCH))(results)
 
 
 def project(mesh: Mesh | None, x_BTD: jax.Array, w_low_EDr: jax.Array, spec: P) -> jax.Array:
@@ -95,9 +105,10 @@ def project(mesh: Mesh | None, x_BTD: jax.Array, w_low_EDr: jax.Array, spec: P) 
 
     if mesh is None:
         return local(x_BTD, w_low_EDr)
+    stages = scatter_stages(mesh)
 
     def gathered(x_BTD, w_low_EDr):
-        return local(_gather(x_BTD, EXPERT, 0), _gather(w_low_EDr, DATA, spec.index(DATA)))
+        return local(_gather(x_BTD, EXPERT, 0), _whole(w_low_EDr, spec.index(DATA), stages))
 
     over_mesh = jax.shard_map(gathered, mesh=mesh, in_specs=(P(BATCH), spec), out_specs=BY_EXPERT)
     return over_mesh(x_BTD, w_low_EDr)
@@ -109,6 +120,29 @@ def _gather(leaf, name, axis):
     if lax.axis_size(name) == 1:
         return leaf
     return lax.all_gather(leaf, name, axis=axis, tiled=True)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _whole(leaf, axis, stages):
+    """All slices of a matrix along `axis`; its gradient is summed and cut in `stages`."""
+    return _gather(leaf, DATA, axis)
+
+
+def _whole_forward(leaf, axis, stages):
+    return _whole(leaf, axis, stages), None
+
+
+def _whole_backward(axis, stages, _, gradient):
+    if lax.axis_size(DATA) == 1:
+        return (gradient,)
+    for groups in stages:
+        gradient = lax.psum_scatter(
+            gradient, DATA, scatter_dimension=axis, axis_index_groups=groups, tiled=True
+        )
+    return (gradient,)
+
+
+_whole.defvjp(_whole_forward, _whole_backward)
 
 
 def _scatter(leaf):

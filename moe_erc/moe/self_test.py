@@ -5,9 +5,10 @@ rows of no group behind them. The value and both gradients must be those of a fl
 rounding, and exactly zero where nothing is multiplied.
 """
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -19,11 +20,25 @@ BEHIND = 9
 DEPTH = 96
 WIDTH = 512
 ROUNDING = 2**-6  # of the largest value; bfloat16 keeps 8 bits
+UNTIMED = ("tpu",)  # platforms on which no kernel of ours has run
+LOG = logging.getLogger(__name__)
+
+
+@cache
+def say_untimed(what: str, chosen: str, platform: str) -> None:
+    """Says once in the log that "auto" took a kernel which no device of the platform has timed."""
+    if platform in UNTIMED:
+        LOG.warning("%s: %s is used on %s, where it has not been timed", what, chosen, platform)
 
 
 @cache
 def refusal(matmul: Callable, platform: str) -> str | None:
-    """Why `matmul` must not be used on this process's devices of `platform`; None if it may be.
+    """Why `matmul` must not be used on this process's devices of `platform`; None if it may be."""
+    return ask(partial(_first_difference, matmul), platform)
+
+
+def ask(test: Callable, platform: str) -> str | None:
+    """What `test(device)` says of a device of this process: a line, or None if all is right.
 
     Where there is no such device, programs are compiled but not run, and nothing can be tested.
     """
@@ -35,10 +50,20 @@ def refusal(matmul: Callable, platform: str) -> str | None:
     # of that trace.
     with ThreadPoolExecutor(1) as thread:
         try:
-            return thread.submit(_first_difference, matmul, device).result()
+            return thread.submit(test, device).result()
         # Whatever a compiler raises, a slower path exists.
         except Exception as error:
             return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
+def difference(names: Sequence[str], found: Sequence, expected: Sequence) -> str | None:
+    """Which array differs from the expected one by more than the rounding of bfloat16."""
+    for name, leaf, right in zip(names, found, expected, strict=True):
+        leaf = np.asarray(leaf, np.float32)
+        # `not … <=` rather than `>`: a NaN is a difference, too.
+        if not np.max(np.abs(leaf - right)) <= ROUNDING * np.max(np.abs(right)):
+            return f"its {name} is wrong"
+    return None
 
 
 def _first_difference(matmul, device):
@@ -53,14 +78,11 @@ def _first_difference(matmul, device):
     found = value_and_gradients(matmul)(*inputs)
     expected = by_loop(x_MD, w_EDF, dy_MF, sizes_E, np.float32)
     names = ("value", "gradient of the rows", "gradient of the matrices")
+    refused = difference(names, found, expected)
     for name, leaf, right in zip(names, found, expected, strict=True):
-        leaf = np.asarray(leaf, np.float32)
-        # `not … <=` rather than `>`: a NaN is a difference, too.
-        if not np.max(np.abs(leaf - right)) <= ROUNDING * np.max(np.abs(right)):
-            return f"its {name} is wrong"
-        if leaf[right == 0].any():
-            return f"its {name} is not zero where nothing is multiplied"
-    return None
+        if not refused and np.asarray(leaf, np.float32)[right == 0].any():
+            refused = f"its {name} is not zero where nothing is multiplied"
+    return refused
 
 
 def value_and_gradients(matmul: Callable) -> Callable:

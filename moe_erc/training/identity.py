@@ -37,6 +37,7 @@ RULES = {
     "data.validation_fraction": CONTENT,
     "data.tokenizer": CONTENT,
     "data.planted": CONTENT,
+    "data.tokens": CONTENT,
     "data.cache_dir": FREE,
     "optimizer": METHOD,
     "optimizer.learning_rate": SAID,  # the schedule: what is tuned while a run goes on

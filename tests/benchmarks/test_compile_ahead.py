@@ -47,6 +47,7 @@ def test_a_step_compiled_for_virtual_devices(tmp_path, model_config):
     assert 0 < alone["cost"]["flops"] <= 4 * 2 * 2 * 4**2 * 32 * 16
     assert step["cost"]["flops"] - without["cost"]["flops"] == alone["cost"]["flops"]
     assert 0 < alone["memory"]["temporaries"] < step["memory"]["temporaries"]
+    assert step["estimate"] is None  # of a CPU there is none
     assert "moe/all_gather" in printed and "Losses on parameters" in printed
 
 
@@ -67,6 +68,8 @@ def test_what_does_not_fit_is_said_with_what_to_change(tmp_path):
     (["--devices=cpu:8", "--topology=v5p:4x4x4"], ["--topology", "--devices"]),
     (["--devices=cpu"], ["--devices", "'cpu'", "cpu:64"]),
     (["--devices=gpu:8"], ["--devices", "gpu:8", "cpu:64"]),
+    (["--devices=cpu:8", "--search"], ["--search", "--topology"]),
+    (["--topology=v5p:4x4x4", "--slices=2", "--search"], ["--search", "one slice"]),
     (["--topology=v9:2x2"], ["--topology", "v9:2x2", "v5p"]),
     (["--topology=v5p:3x5"], ["--topology", "v5p:3x5"] if HAS_LIBTPU else ["libtpu", ".[tpu]"]),
     (["--devices=cpu:8", "--config.mesh.data=3"], ["mesh", "3", "8"]),
@@ -84,7 +87,11 @@ def test_a_step_compiled_for_tpus(tmp_path):
     arguments = ["--config=configs/erc.py:debug", "--topology=v5e:2x4", *MESH]
     code, printed, found = compile_ahead(arguments, tmp_path, script.AS_FOR_USERS)
     assert code == 0, printed
-    cost = found["programs"]["step"]["cost"]
+    step = found["programs"]["step"]
+    estimate = step["estimate"]
+    assert 0 < estimate["cycles"]["likely"] < estimate["step"]["best"] < estimate["step"]["worst"]
+    assert "it is no speed" in printed and "libtpu's own cycles" in printed
+    cost = step["cost"]
     assert cost["flops"] > 0 and cost["grouped_flops"] > 0 and not cost["kernels"]
     # The weight gradients of three matrices loop over the rows of each expert. The number of rows
     # depends on the routing.

@@ -44,7 +44,8 @@ def test_a_window_needs_one_token_more_than_it_predicts(counting_stream, tokens,
 
 def test_windows_share_one_token(counting_stream):
     windows = Windows(counting_stream("s", 0, 10), T)
-    assert [windows[i].tolist() for i in range(len(windows))] == [[0, 1, 2, 3, 4], [4, 5, 6, 7, 8]]
+    found = [windows[i]["tokens"].tolist() for i in range(len(windows))]
+    assert found == [[0, 1, 2, 3, 4], [4, 5, 6, 7, 8]]
 
 
 def test_a_batch_predicts_the_next_token(counting_corpus):

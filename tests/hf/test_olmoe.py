@@ -142,6 +142,8 @@ def test_an_import_is_exported_as_transformers_wrote_it(load, variant, tmp_path)
     model, params = load(HERE / variant, mesh=(2, 4))
     export_olmoe(tmp_path / "out", model, params)
     written, original = find_tensors(tmp_path / "out"), find_tensors(HERE / variant)
+    # A tied head is written out.
+    original.setdefault("lm_head.weight", original["model.embed_tokens.weight"])
     assert written.keys() == original.keys()
     for name, tensor in written.items():
         assert tensor.dtype == original[name].dtype
@@ -158,7 +160,9 @@ def test_an_import_is_exported_as_transformers_wrote_it(load, variant, tmp_path)
     }
     assert theirs.keys() - ours.keys() == not_ours and ours.keys() - theirs.keys() == {"rope_theta"}
     differing = {name for name in ours.keys() & theirs.keys() if ours[name] != theirs[name]}
-    assert differing <= {"bos_token_id", "eos_token_id", "pad_token_id"}
+    untied = {"tie_word_embeddings"} if variant == "tied" else set()
+    assert differing - untied <= {"bos_token_id", "eos_token_id", "pad_token_id"}
+    assert ours["tie_word_embeddings"] is False
 
 
 @pytest.mark.parametrize(
@@ -306,8 +310,10 @@ def test_transformers_reads_bytes_as_we_do(tmp_path):
     for name, content in tokenizer_files("bytes", "<|endoftext|>", 64).items():
         (tmp_path / name).write_text(content)
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
-    assert (tokenizer.eos_token_id, len(tokenizer), tokenizer.model_max_length) == (256, 257, 64)
-    assert tokenizer(EVERYTHING)["input_ids"] == list(EVERYTHING.encode())
+    assert (tokenizer.eos_token_id, len(tokenizer), tokenizer.model_max_length) == (256, 258, 64)
+    assert tokenizer.pad_token_id == 256
+    found = tokenizer(EVERYTHING)
+    assert found["input_ids"] == list(EVERYTHING.encode()) and "token_type_ids" not in found
     assert tokenizer.decode(tokenizer(EVERYTHING)["input_ids"]) == EVERYTHING
 
 
@@ -321,7 +327,10 @@ def test_bytes_are_a_tokenizer_json(tmp_path):
     tokenizer = tokenizers.Tokenizer.from_str(BYTE_LEVEL)
     assert tokenizer.encode(EVERYTHING).ids == list(EVERYTHING.encode())
     assert tokenizer.decode(list(EVERYTHING.encode())) == EVERYTHING
-    assert tokenizer.get_vocab_size() == 257 and tokenizer.token_to_id("<|endoftext|>") == 256
+    assert tokenizer.get_vocab_size() == 258 and tokenizer.token_to_id("<|endoftext|>") == 256
+    # The one merge is of two bytes that UTF-8 never has.
+    assert tokenizer.token_to_id("\u00ff\u00ff") == 257
+    assert tokenizer.decode([257]) == tokenizer.decode([255, 255])
 
 
 def test_the_tokenizer_of_a_checkpoint_stands_in_for_bytes(tmp_path):
@@ -334,10 +343,17 @@ def test_the_tokenizer_of_a_checkpoint_stands_in_for_bytes(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{}")
     assert tokenizer_of(tmp_path, "bytes") == str(tmp_path / "tokenizer.json")
     files = tokenizer_files(str(tmp_path / "tokenizer.json"), "</s>", 4)
-    assert (
-        files["tokenizer.json"] == "{}"
-        and json.loads(files["tokenizer_config.json"])["eos_token"] == "</s>"
-    )
+    options = json.loads(files["tokenizer_config.json"])
+    assert files["tokenizer.json"] == "{}"
+    assert (options["eos_token"], options["pad_token"]) == ("</s>", "</s>")
+    assert options["model_input_names"] == ["input_ids", "attention_mask"]
+
+
+def test_a_padding_token_of_the_tokenizer_is_used(tmp_path):
+    added = {"added_tokens": [{"content": "</s>"}, {"content": "<pad>"}]}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(added))
+    files = tokenizer_files(str(tmp_path / "tokenizer.json"), "</s>", 4)
+    assert json.loads(files["tokenizer_config.json"])["pad_token"] == "<pad>"
 
 
 # ------------------------------------------------------------ what is not imported

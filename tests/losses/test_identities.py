@@ -118,7 +118,7 @@ def test_gate_rows_of_equal_length_raise_every_square_by_the_distance_to_the_nea
     def squares(row_ED, spread_ED=None):
         spread_LED = None if spread_ED is None else jnp.asarray(spread_ED)[None]
         proxies = Proxies(jnp.asarray(row_ED)[None], spread_LED)
-        return squared_responses(Response("gate", "highest"), proxies, weights)[0]
+        return squared_responses(Response("gate", "highest"), proxies, weights, "cpu")[0].T
 
     clean_EE = squares(router_ED)
     noisy_EE = squares(router_ED, spread_ED)

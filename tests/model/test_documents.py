@@ -52,7 +52,7 @@ def windows():
     for row, lengths in enumerate(LENGTHS):
         window_BT[row, np.cumsum(lengths)[:-1] - 1] = EOS
     window_BT[-1, LENGTH - 1] = EOS  # its target lies behind the window
-    return _inputs_and_targets(EOS, window_BT)
+    return _inputs_and_targets({"tokens": window_BT, "ends": window_BT[:, :-1] == EOS})
 
 
 @pytest.fixture(scope="module")

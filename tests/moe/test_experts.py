@@ -14,7 +14,7 @@ from moe_erc.moe import block_loop, experts
 from moe_erc.moe.experts import GATED, IMPLEMENTATIONS, dense, weighed
 from tests.tolerance import assert_close
 
-FAST = ["block_loop", "ragged", "pallas"]  # tokamax differs from the last two in its matmul alone
+FAST = ["block_loop", "ragged", "megablox", "pallas"]  # tokamax differs in its matmul alone
 N, K, E, D, F = 300, 3, 5, 16, 8
 
 
@@ -149,7 +149,7 @@ def test_bfloat16_stays_near_float32(name):
 
 
 def test_the_name_auto_is_the_fastest_of_the_platform():
-    assert experts.implementation("auto", "tpu") is IMPLEMENTATIONS["ragged"]
+    assert experts.implementation("auto", "tpu") is IMPLEMENTATIONS["megablox"]
     assert experts.implementation("auto", "gpu") is IMPLEMENTATIONS["pallas"]
     assert experts.implementation("auto", "cpu") is IMPLEMENTATIONS["block_loop"]
     assert experts.implementation("dense", "tpu") is dense

@@ -11,6 +11,7 @@ import pytest
 from jax.sharding import SingleDeviceSharding
 
 from benchmarks.compiled import chips, costs, hlo
+from moe_erc import sharding
 from moe_erc.moe import grouped
 from moe_erc.moe.experts import GATED, IMPLEMENTATIONS, weighed
 from tests.tolerance import assert_close
@@ -28,6 +29,15 @@ def test_places_by_hand(monkeypatch):
     np.testing.assert_array_equal(plan.rows_CR, [[1, 2, 4, 7], [9, 0, 5, 8], [10, 10, 10, 10]])
     np.testing.assert_array_equal(plan.sizes_CE, [[4, 0], [1, 3], [0, 0]])
     np.testing.assert_array_equal(plan.places_NK, [[5, 0], [1, 12], [2, 6], [12, 3], [7, 4]])
+
+
+def test_chunks_on_a_tpu_are_a_part_of_its_memory():
+    assert grouped.chunk_bytes() == grouped.CHUNK_BYTES
+    # A v5p has 103 GB and two cores that compute as one device.
+    chip = jax.sharding.AbstractDevice(device_kind="TPU v5", num_cores=2, platform="tpu")
+    mesh = sharding.make_mesh(1, 1).abstract_mesh.update(abstract_device=chip)
+    with jax.sharding.use_abstract_mesh(mesh):
+        assert grouped.chunk_bytes() == 103_000_000_000 // 32
 
 
 def test_chunks_without_rows_are_not_computed(monkeypatch):

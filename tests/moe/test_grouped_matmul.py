@@ -12,6 +12,7 @@ import pytest
 from absl import flags
 
 from moe_erc.moe import grouped_matmul as by_library
+from moe_erc.moe import megablox_matmul as by_megablox
 from moe_erc.moe import pallas_matmul as by_kernel
 from moe_erc.moe.experts import MATMULS
 from tests.tolerance import assert_close
@@ -40,6 +41,9 @@ def small_tiles(monkeypatch):
     monkeypatch.setattr(by_kernel, "ROWS", 16)
     monkeypatch.setattr(by_kernel, "COLUMNS", (16,))
     monkeypatch.setattr(by_kernel, "DEPTH_BYTES", 16)
+    monkeypatch.setattr(by_megablox, "ROWS", (16,))
+    monkeypatch.setattr(by_megablox, "LANES", 4)
+    monkeypatch.setattr(by_megablox, "TILE_BYTES", 1500)
 
 
 def by_loop(x_MD, w_EDF, sizes):
@@ -84,7 +88,7 @@ def test_values_and_gradients_are_those_of_a_loop(name, sizes, dtype):
         assert not leaf[right == 0].any()
 
 
-@pytest.mark.parametrize("name", ["ragged", "pallas"])
+@pytest.mark.parametrize("name", ["ragged", "megablox", "pallas"])
 def test_rows_of_low_precision_are_summed_in_float32(name, monkeypatch):
     monkeypatch.setattr(by_library, "BLOCK", 64)  # as many rows as the kernel takes at a time
     # 127 blocks of 1 + 63 / 2^14 sum to 127.49. The 8 bits of bfloat16 would keep 1 of a block, and
@@ -97,6 +101,6 @@ def test_rows_of_low_precision_are_summed_in_float32(name, monkeypatch):
 def test_operands_of_two_dtypes_are_multiplied_in_the_wider():
     # bfloat16 does not hold 1 + 2^-12. The projection of a factorised gate is float32.
     x_MD, w_EDF = jnp.full((3, 1), 1 + 2**-12), jnp.ones((1, 1, 1), jnp.bfloat16)
-    for name in ("ragged", "pallas"):
+    for name in ("ragged", "megablox", "pallas"):
         y_MF = MATMULS[name](x_MD, w_EDF, jnp.array([3]))
         assert y_MF.dtype == jnp.float32 and (y_MF == 1 + 2**-12).all(), name

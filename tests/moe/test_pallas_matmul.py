@@ -93,7 +93,7 @@ def test_no_array_of_the_layer_is_larger_than_a_chunk(monkeypatch):
     assert max(jnp.prod(jnp.array(of)) for of in sizes if len(of) > 2) == experts * width * hidden
 
 
-def test_it_lowers_inside_a_mesh_with_the_replication_check_on():
+def test_it_lowers_inside_a_mesh():
     mesh = described_gpus(2, 4)
     text = lowered_for_cuda(mesh, gradients(mesh), *arrays((16, 64), 2, 8, 32, 48))
     assert len(KERNEL.findall(text)) == 3 + 2 + 6

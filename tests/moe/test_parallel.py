@@ -3,6 +3,7 @@
 This holds also where all tokens meet one expert.
 """
 
+import re
 from functools import cache, partial
 
 import jax
@@ -133,10 +134,57 @@ def test_factorised_gates_empty_slots_and_what_is_kept_on_any_mesh(shape, name):
 
 
 @pytest.mark.parametrize("spread", ["empty slots", "one expert"])
-def test_interpreted_kernels_on_a_mesh(spread, monkeypatch):
-    # jax does not interpret kernels under the replication check. test_pallas_matmul.py lowers them
-    # for GPUs with the check on.
-    monkeypatch.setattr(jax, "shard_map", partial(jax.shard_map, check_vma=False))
+@pytest.mark.parametrize("name", ["pallas", "megablox"])
+def test_interpreted_kernels_on_a_mesh(name, spread):
     expected = oracle(spread, GATED, ())
-    found = run(sharding.make_mesh(2, 2), IMPLEMENTATIONS["pallas"], spread, GATED, ())
+    found = run(sharding.make_mesh(2, 2), IMPLEMENTATIONS[name], spread, GATED, ())
+    assert_close(found, expected, TERMS)
+
+
+@pytest.mark.parametrize("shape", [(8, 1), (2, 4)], ids=str)
+def test_kernels_without_the_replication_check_are_summed_once(shape):
+    """Every gradient on eight devices is that of one: no sum is missing, none is taken twice."""
+    expected = oracle("random", GATED, ())
+    found = run(sharding.make_mesh(*shape), IMPLEMENTATIONS["megablox"], "random", GATED, ())
+    assert_close(found, expected, TERMS)
+
+
+def abstract_layer(mesh):
+    """x, routing and matrices as shapes, where they lie on the mesh."""
+
+    def abstract(of, spec, dtype=jnp.float32):
+        return jax.ShapeDtypeStruct(of, dtype, sharding=NamedSharding(mesh, spec))
+
+    tokens = P(sharding.BATCH)
+    routing = Routing(abstract((B, T, K), tokens), abstract((B, T, K), tokens, jnp.int32))
+    shapes = {"w_gate": (E, D, F), "w_up": (E, D, F), "w_down": (E, F, D)}
+    matrices = {name: abstract(of, sharding.PARAMETERS[name]) for name, of in shapes.items()}
+    return abstract((B, T, D), tokens), routing, matrices
+
+
+@pytest.mark.parametrize("lines", [None, 2])
+def test_gradients_of_experts_are_reduce_scattered(monkeypatch, lines):
+    """The program has a reduce-scatter a stage and matrix, and no all-reduce of their size."""
+    mesh = sharding.make_mesh(8, 1)
+    stages = (None,) if lines is None else sharding.in_two_stages(8, lines)
+    monkeypatch.setattr(parallel, "scatter_stages", lambda mesh: stages)
+
+    def loss(x_BTD, routing, matrices):
+        of_experts = partial(IMPLEMENTATIONS["block_loop"], weighed)
+        return jnp.sum(parallel.apply(of_experts, mesh, x_BTD, routing, matrices)[0] ** 2)
+
+    text = jax.jit(jax.grad(loss, argnums=2)).lower(*abstract_layer(mesh)).compile().as_text()
+    found = re.findall(r"= (\S+) (reduce-scatter|all-reduce|all-to-all)\(", text)
+    assert [kind for _, kind in found] == ["reduce-scatter"] * 3 * len(stages)
+    whole = r"f32\[8,(?:16,8|8,16)\]\S* all-gather\("
+    assert len(re.findall(whole, text)) == 3
+
+
+@pytest.mark.parametrize("line", [2, 4])
+def test_two_stages_of_a_sum_are_one(monkeypatch, line):
+    expected = oracle("random", GATED, ())
+    monkeypatch.setattr(parallel, "scatter_stages", lambda mesh: sharding.in_two_stages(8, line))
+    gradients_of.cache_clear()
+    found = run(sharding.make_mesh(8, 1), IMPLEMENTATIONS["block_loop"], "random", GATED, ())
+    gradients_of.cache_clear()
     assert_close(found, expected, TERMS)

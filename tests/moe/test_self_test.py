@@ -43,7 +43,7 @@ def does_not_compile(x_MD, w_EDF, sizes_E):
     raise NotImplementedError("no such chip\nand more")
 
 
-@pytest.mark.parametrize("name", ["ragged", "pallas"])
+@pytest.mark.parametrize("name", ["ragged", "megablox", "pallas"])
 def test_what_is_right_passes(name):
     assert self_test.refusal(experts.MATMULS[name], "cpu") is None
 
@@ -78,7 +78,7 @@ def test_a_device_that_is_not_there_is_not_asked():
 
 
 def test_auto_falls_back_to_the_portable_loop_and_says_so(monkeypatch, caplog):
-    monkeypatch.setitem(experts.FASTEST, "cpu", "pallas")
+    monkeypatch.setitem(experts.FASTEST, "cpu", ("pallas", "block_loop"))
     monkeypatch.setitem(experts.MATMULS, "pallas", drops_single_rows)
     with caplog.at_level(logging.WARNING):
         assert experts.implementation("auto", "cpu") is experts.IMPLEMENTATIONS["block_loop"]
@@ -86,6 +86,23 @@ def test_auto_falls_back_to_the_portable_loop_and_says_so(monkeypatch, caplog):
         "pallas fails its self-test on cpu, block_loop is used instead: its value is wrong"
         in caplog.text
     )
+
+
+def test_auto_takes_the_next_fastest_that_passes(monkeypatch, caplog):
+    monkeypatch.setitem(experts.FASTEST, "cpu", ("pallas", "ragged", "block_loop"))
+    monkeypatch.setitem(experts.MATMULS, "pallas", drops_single_rows)
+    with caplog.at_level(logging.WARNING):
+        assert experts.implementation("auto", "cpu") is experts.IMPLEMENTATIONS["ragged"]
+    assert "pallas fails its self-test on cpu, ragged is used instead" in caplog.text
+
+
+def test_what_was_never_timed_is_said_once(caplog):
+    self_test.say_untimed.cache_clear()
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            experts.implementation("auto", "tpu")
+            experts.implementation("ragged", "tpu")
+    assert caplog.messages == ["experts: megablox is used on tpu, where it has not been timed"]
 
 
 def test_a_name_that_was_given_is_refused_rather_than_replaced(monkeypatch):

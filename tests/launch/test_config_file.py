@@ -38,7 +38,7 @@ REFUSED = [
     (":tiny", ["no file is named", "FILE[:SIZE]"]),
     ("configs", ["'configs' is a directory", "configs/"]),
     ("configs/ablations", ["directory", "configs/ablations/activation.py"]),
-    ("configs/erc.py:tinny", ["'tinny'", "debug, tiny, small", "the nearest is 'tiny'"]),
+    ("configs/erc.py:tinny", ["'tinny'", "debug, tiny, mini, small", "the nearest is 'tiny'"]),
     ("configs/erc.py:olmoe", ["'olmoe'", "the nearest is 'olmoe_1b_7b'"]),
     ("configs/sizes.py", ["configs/sizes.py", "get_config"]),
     ("{key.py}", ["config.model.widht", "config.model.width"]),

@@ -32,7 +32,8 @@ REQUIRES = [
 ]
 
 PLOT = ["matplotlib", "scikit-learn", "jinja2"]
-NOTEBOOK = [*PLOT, "nbclient", "ipykernel"]
+# All that a notebook imports, and what runs it.
+NOTEBOOK = [*PLOT, "huggingface_hub", "ipython", "nbclient", "ipykernel"]
 EVAL = ["lm-eval>=0.4.13"]
 GCS = ["gcsfs"]  # gs:// paths; brings google-cloud-storage, which TensorBoard curves there need
 S3 = ["s3fs"]  # token shards in s3:// buckets
@@ -42,7 +43,7 @@ TOKAMAX = ["tokamax>=0.0.12"]  # kernels for GPUs beside our own
 OPTIONAL = [*NOTEBOOK, *EVAL, *GCS, *TOKAMAX, "tokenizers", "wandb"]
 # Token shards from text, on one machine or many. `io` reads Parquet, WARC and zstd.
 DATATROVE = ["datatrove[io]>=0.10", "tokenizers"]
-TEST = [*OPTIONAL, *DATATROVE, "pytest", "pytest-xdist>=3.8", "ruff", "hypothesis"]
+TEST = [*OPTIONAL, *DATATROVE, "pytest", "pytest-xdist>=3.8", "ruff", "hypothesis", "setuptools"]
 
 EXTRAS = {
     "test": TEST,
@@ -89,13 +90,19 @@ COMMANDS = [
     "moe_erc-generate = moe_erc.generate:main",
 ]
 
+# A wheel holds train.py, eval.py and configs/ as moe_erc/scripts/, so that training needs no clone
+# and no top-level package `configs` is installed.
+CONFIGS = [f"moe_erc.scripts.{name}" for name in find_packages(include=["configs", "configs.*"])]
+
 setup(
     name="moe_erc",
     version=VERSION,
     description="Expert-router coupling for Mixture-of-Experts language models in JAX",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=find_packages(include=["moe_erc", "moe_erc.*"]),
+    packages=[*find_packages(include=["moe_erc", "moe_erc.*"]), *CONFIGS],
+    py_modules=["moe_erc.scripts.train", "moe_erc.scripts.eval"],
+    package_dir={"moe_erc.scripts": ""},
     install_requires=REQUIRES,
     extras_require=EXTRAS,
     entry_points={"console_scripts": COMMANDS},

@@ -1,8 +1,14 @@
-"""Every notebook is stored without output, opens on Colab, and runs as a whole in any directory."""
+"""Every notebook is stored without output, opens on Colab, and runs as a whole in any directory.
 
+It runs on what a wheel holds, so that `pip install` and the notebook are enough.
+"""
+
+import ast
+import importlib.metadata
 import os
 import pathlib
 import re
+import subprocess
 import sys
 
 import nbformat
@@ -11,6 +17,7 @@ from jupyter_client import AsyncKernelManager
 from jupyter_client.kernelspec import KernelSpecManager
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
+from packaging.requirements import Requirement
 
 ROOT = pathlib.Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -82,7 +89,7 @@ def test_a_notebook_asks_for_a_gpu_and_for_no_more_than_python(path):
 def test_a_notebook_installs_where_nothing_is_installed_and_nowhere_else(path):
     first, *others = code_cells(read(path))
     before, guard, guarded = first.source.partition(GUARD)
-    assert guard and "%pip install" in guarded, (
+    assert guard and '%pip install -q "moe_erc[notebook] @ git+' in guarded, (
         f"the first code cell of {path.name} does not install under {GUARD}"
     )
     assert all(not line or line.startswith("    ") for line in guarded.splitlines()[1:]), (
@@ -96,7 +103,51 @@ def test_a_notebook_installs_where_nothing_is_installed_and_nowhere_else(path):
 
 
 @pytest.fixture(scope="module")
-def environment(text_directory, tmp_path_factory):
+def wheel(tmp_path_factory):
+    """A directory with the modules and the metadata of a wheel of this checkout."""
+    directory = str(tmp_path_factory.mktemp("wheel"))
+    metadata = ("egg_info", "--egg-base", directory)
+    modules = ("build_py", "--build-lib", directory)
+    command = [sys.executable, "setup.py", "-q", *metadata, *modules]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return pathlib.Path(directory)
+
+
+def test_a_wheel_trains_without_a_clone_and_installs_one_name(wheel):
+    assert {path.name for path in wheel.iterdir()} == {"moe_erc", "moe_erc.egg-info"}
+    scripts = wheel / "moe_erc" / "scripts"
+    held = {path.relative_to(scripts): path.read_bytes() for path in scripts.rglob("*.py")}
+    sources = [ROOT / "train.py", ROOT / "eval.py", *(ROOT / "configs").rglob("*.py")]
+    assert held == {path.relative_to(ROOT): path.read_bytes() for path in sources}
+
+
+@each()
+def test_a_notebook_imports_what_the_extra_notebook_declares(path, wheel):
+    (distribution,) = importlib.metadata.distributions(path=[str(wheel)])
+    requirements = map(Requirement, distribution.requires)
+    declared = {
+        requirement.name.lower().replace("-", "_")
+        for requirement in requirements
+        if requirement.marker is None or requirement.marker.evaluate({"extra": "notebook"})
+    }
+    # Each package is imported by the name under which it is installed, but for case.
+    foreign = {name.lower() for name in imported(path)} - sys.stdlib_module_names - {"moe_erc"}
+    assert foreign <= declared, f"setup.py: the extra notebook lacks {foreign - declared}"
+
+
+def imported(path):
+    """The first parts of the names of all modules that a notebook imports."""
+    source = "\n".join(cell.source for cell in code_cells(read(path)))
+    for node in ast.walk(ast.parse(re.sub("%pip.*", "pass", source))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.partition(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module.partition(".")[0]
+
+
+@pytest.fixture(scope="module")
+def environment(text_directory, tmp_path_factory, wheel):
     """The environment of a kernel that trains for seconds at most.
 
     Models are small, texts are short, and programs are compiled once, quickly.
@@ -120,7 +171,7 @@ def environment(text_directory, tmp_path_factory):
         "JAX_PLATFORMS": "cpu",
         # Without this, a script restarts itself and imports everything twice: test_huge_pages.py.
         "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
-        "PYTHONPATH": str(ROOT),
+        "PYTHONPATH": str(wheel),
         # This excludes the user's start-up files and history.
         "IPYTHONDIR": str(tmp_path_factory.mktemp("ipython")),
         "MPLBACKEND": "module://matplotlib_inline.backend_inline",
@@ -146,10 +197,14 @@ def test_a_notebook_runs(path, tmp_path, environment):
     assert all(cell.execution_count for cell in code_cells(notebook) if cell.source)
 
 
-def test_the_kernel_is_this_interpreter_on_this_checkout_and_an_error_is_one(tmp_path, environment):
-    what = (
-        "import os, sys, moe_erc\nprint(sys.executable, moe_erc.__file__, os.getcwd(), sep='\\n')"
-    )
+def test_the_kernel_is_this_interpreter_on_the_wheel_and_an_error_is_one(
+    tmp_path, environment, wheel
+):
+    what = """
+import os, sys, moe_erc
+from moe_erc.launch.config_file import PROJECT
+print(sys.executable, moe_erc.__file__, PROJECT, os.getcwd(), sep="\\n")
+"""
     cells = [
         nbformat.v4.new_code_cell(source) for source in (what, "assert 0, 'a cell that fails'", "1")
     ]
@@ -157,5 +212,7 @@ def test_the_kernel_is_this_interpreter_on_this_checkout_and_an_error_is_one(tmp
     with pytest.raises(CellExecutionError, match="a cell that fails"):
         execute(notebook, tmp_path, environment)
     printed = "".join(output.text for output in notebook.cells[0].outputs).split("\n")
-    assert printed[:3] == [sys.executable, str(ROOT / "moe_erc" / "__init__.py"), str(tmp_path)]
+    package = wheel / "moe_erc"
+    paths = [package / "__init__.py", package / "scripts", tmp_path]
+    assert printed[:4] == [sys.executable, *map(str, paths)]
     assert not notebook.cells[2].execution_count

@@ -14,6 +14,9 @@ from ml_collections import ConfigDict
 from moe_erc.checks import BadInput, nearest
 
 NO_CONFIGS = ("__init__.py", "sizes.py")
+_PACKAGE = pathlib.Path(__file__).parents[1]
+# A wheel holds train.py and configs/ inside the package (setup.py); a clone, beside it.
+PROJECT = _PACKAGE / "scripts" if (_PACKAGE / "scripts").is_dir() else _PACKAGE.parent
 
 
 def load(argument: str) -> ConfigDict:
@@ -61,17 +64,15 @@ def check_exists(path: str) -> None:
 
 def beside_the_script(argument: str | None) -> str | None:
     """FILE[:SIZE] in the current directory if it exists there, else in the project."""
-    project = pathlib.Path(__file__).parents[2]
     if argument and not pathlib.Path(argument.partition(":")[0]).exists():
-        return str(project / argument)
+        return str(PROJECT / argument)
     return argument
 
 
 def known_files() -> Iterator[str]:
     """The configs in `configs` of the current directory, or of the project; subfolders last."""
     here = pathlib.Path("configs")
-    project = pathlib.Path(__file__).parents[2] / "configs"
-    found = (here if here.is_dir() else project).rglob("*.py")
+    found = (here if here.is_dir() else PROJECT / "configs").rglob("*.py")
     for path in sorted(found, key=lambda path: (len(path.parts), path)):
         if path.name not in NO_CONFIGS:
             yield str(path)

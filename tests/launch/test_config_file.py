@@ -38,7 +38,7 @@ REFUSED = [
     (":tiny", ["no file is named", "FILE[:SIZE]"]),
     ("configs", ["'configs' is a directory", "configs/"]),
     ("configs/ablations", ["directory", "configs/ablations/activation.py"]),
-    ("configs/erc.py:tinny", ["'tinny'", "debug, tiny, small", "the nearest is 'tiny'"]),
+    ("configs/erc.py:tinny", ["'tinny'", "debug, tiny, mini, small", "the nearest is 'tiny'"]),
     ("configs/erc.py:olmoe", ["'olmoe'", "the nearest is 'olmoe_1b_7b'"]),
     ("configs/sizes.py", ["configs/sizes.py", "get_config"]),
     ("{key.py}", ["config.model.widht", "config.model.width"]),
@@ -116,6 +116,11 @@ def test_a_config_of_one_block_serves_a_script_that_reads_no_other():
     config_file.check_fields("file", part, whole, block="data.")
     with pytest.raises(BadInput, match=r"config\.model\..* is missing"):
         config_file.check_fields("file", part, whole)
+
+
+def test_the_configs_of_a_clone_lie_beside_the_package():
+    """test_notebooks.py has the same of a wheel."""
+    assert config_file.PROJECT == script.ROOT
 
 
 def test_every_config_passes(monkeypatch):

@@ -52,7 +52,7 @@ def test_study_names_its_flags(tmp_path):
 
 
 @pytest.mark.parametrize(("name", "says", "names"), [
-    ("diagnose", "Is the router of an MoE coupled", ("output",)),
+    ("diagnose", "Is the router of an MoE coupled", ("family", "output")),
     ("export", "Writes the model of a run as an OLMoE", ()),
     ("generate", "Continues a prompt", ("new_tokens", "seed", "temperature", "top_k", "top_p")),
 ])  # fmt: skip

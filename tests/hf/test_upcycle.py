@@ -83,6 +83,7 @@ def read(config, directory, noise=0.0):
     ("sigmoid", {"scale": 2.5, "bias_rate": 1e-3}),
     ("mpi", {}),
     ("xmoe", {}),
+    ("competition", {}),
 ])  # fmt: skip
 def test_the_copies_compute_what_the_dense_model_does(router, options, dense):
     directory, expected_BTV = dense

@@ -75,7 +75,7 @@ def model_fields(config: Mapping[str, Any]) -> dict[str, Any]:
     """
     family = config.get("model_type")
     if family != "olmoe":
-        reason = OTHER_FUNCTIONS.get(family)
+        reason = OTHER_FUNCTIONS.get(str(family))
         because = f", because this one {reason}" if reason else ""
         raise BadInput(f"config.json: model_type is {family!r}; only 'olmoe' can be read{because}")
     for name, only in (FIXED | dict.fromkeys(ABSENT)).items():

@@ -29,8 +29,8 @@ from moe_erc.model.config import ModelConfig
 from moe_erc.moe.experts import GATED
 from moe_erc.random_keys import named
 
-# What the dense model and its copies need not have in common.
-FREE = ("experts", "experts_per_token", "router")
+# Fields in which the dense model and the model of its copies may differ.
+MAY_DIFFER = ("experts", "experts_per_token", "router")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,7 +126,7 @@ def _check_dense(
             f"init_upcycled.path: the model in {directory} has {fields['experts']} experts, and "
             "only a dense one, of 1 expert, is upcycled; start from this one with init_from"
         )
-    shared = [field for field in fields if field not in FREE]
+    shared = [field for field in fields if field not in MAY_DIFFER]
     found = {f"model.{field}": getattr(config, field) for field in shared}
     wanted = {f"model.{field}": fields[field] for field in shared}
     check_equal(found, wanted, directory)

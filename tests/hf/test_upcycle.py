@@ -124,7 +124,11 @@ def test_training_starts_at_the_loss_of_the_dense_model_and_parts_the_copies(mod
     directory, logits_BTV = dense
     training, params = read(upcycled_config("softmax", module), directory)
     state = training.create_state(params)
-    batch = {"inputs_BT": IDS, "targets_BT": np.roll(IDS, -1, axis=1), "mask_BT": IDS >= 0}
+    batch = {
+        "inputs_BT": IDS,
+        "targets_BT": np.roll(IDS, -1, axis=1),
+        "mask_BT": np.ones_like(IDS, bool),
+    }
     log_probability_BTV = jax.nn.log_softmax(logits_BTV)
     expected = -np.take_along_axis(log_probability_BTV, batch["targets_BT"][..., None], -1).mean()
     for step in range(2):
@@ -164,6 +168,7 @@ def test_a_model_that_cannot_start_from_a_dense_one(changes, words, dense):
     ({"model_type": "qwen3"}, ["'qwen3'", "head by head"]),
     ({"model_type": "llama"}, ["'llama'", "does not normalise queries"]),
     ({"model_type": "gemma3"}, ["'gemma3'; only 'olmoe' can be read"]),
+    ({"model_type": ["olmo2"]}, ["['olmo2']; only 'olmoe' can be read"]),
     ({"num_experts": 4}, ["4 experts", "init_from"]),
     ({"intermediate_size": 64}, ["model.expert_width", "set it to 64"]),
 ])  # fmt: skip

@@ -20,6 +20,7 @@ from ml_collections import ConfigDict
 
 from configs import base
 from moe_erc import resume, sharding
+from moe_erc.checks import BadInput
 from moe_erc.data import paths, text
 from moe_erc.data.shards import group, storage
 from moe_erc.diagnosis.in_training import Diagnosis, headline
@@ -30,7 +31,7 @@ from moe_erc.evaluation.generate import Generator, Sample, Sampling
 from moe_erc.evaluation.ngram import ngram_losses
 from moe_erc.evaluation.perplexity import Perplexity
 from moe_erc.evaluation.tasks import TaskScores, load_tasks
-from moe_erc.hf import olmoe, tokenizer_files
+from moe_erc.hf import olmoe, tokenizer_files, upcycle
 from moe_erc.launch import command_line, compilation_cache, huge_pages, processes
 from moe_erc.losses.language_model import token_losses
 from moe_erc.measures import validation
@@ -72,7 +73,7 @@ class Run:
     training: Training
     start: Start
     corpus: text.Corpus
-    given: Any  # parameters of an OLMoE to start from, or None
+    given: Any  # parameters of a checkpoint to start from, or None
     meta: dict  # the account of the run that every checkpoint keeps
     while_training: list  # evaluators
     at_the_end: list
@@ -110,10 +111,7 @@ def prepare(config) -> Run | None:
     while_training, at_the_end = make_evaluators(config, model, corpus)
 
     resume.check_state(start.earlier, model, training.abstract_state)
-    source = None if start.step else config.init_from
-    given = None
-    if source:
-        given = olmoe.open_olmoe(source, model.config, training.abstract_state.params)
+    given = None if start.step else open_given(config, training)
     # A new run makes its directory last, so that bad input leaves none.
     if not start.is_resumed:
         lock, checkpoints = open_checkpoints(workdir, config.checkpoint.keep)
@@ -148,15 +146,34 @@ def set_up(config) -> Training:
 
 def settle_paths(config):
     """Make the paths of the config absolute, so that a run can be evaluated from any directory."""
+    dense = config.init_upcycled.path
+    if config.init_from and dense:
+        raise BadInput(
+            f"init_upcycled.path: {dense} beside init_from {config.init_from}; use one of the two"
+        )
     if config.init_from:
         config.init_from = str(paths.local(config.init_from))
-    tokenizer = tokenizer_files.tokenizer_of(config.init_from, config.data.tokenizer)
+    if dense:
+        config.init_upcycled.path = str(paths.local(dense))
+    source = config.init_from or config.init_upcycled.path
+    tokenizer = tokenizer_files.tokenizer_of(source, config.data.tokenizer)
     if tokenizer != tokenizer_files.BYTES:
         tokenizer = str(paths.local(tokenizer))
     config.data.tokenizer = tokenizer
     text.DataConfig(**config.data)  # refuses what is no list of names
     config.data.sources = tuple(map(group.absolute, config.data.sources))
     config.data.tokens.validation = tuple(map(storage.absolute, config.data.tokens.validation))
+
+
+def open_given(config, training):
+    """The checkpoint that gives step 0 its parameters, opened; None if all are drawn."""
+    abstract = training.abstract_state.params
+    upcycling = upcycle.Upcycling(**config.init_upcycled)
+    if upcycling.path:
+        return upcycle.open_upcycled(upcycling, training.model.config, abstract, config.seed)
+    if config.init_from:
+        return olmoe.open_olmoe(config.init_from, training.model.config, abstract)
+    return None
 
 
 def find_start(config, workdir) -> Start:

@@ -16,6 +16,7 @@ def get_config(size: str = "") -> ConfigDict:
     # tokenizer.json unless data.tokenizer names another, are what step 0 starts from. "" draws the
     # weights.
     config.init_from = ""
+    config.init_upcycled = _upcycling()
 
     config.model = _model()
     config.routers = _routers()
@@ -31,6 +32,19 @@ def get_config(size: str = "") -> ConfigDict:
     config.resume = _resume()
     sizes.apply(config, size or "tiny")
     return config
+
+
+def _upcycling():
+    """Of a dense checkpoint whose copies the experts are at step 0: moe_erc/hf/upcycle.py."""
+    upcycling = ConfigDict()
+    # Its directory: an OLMoE of the sizes below but with one expert, as moe_erc.export writes a run
+    # of model.experts = 1. Its tokenizer.json is used as init_from's is. The router is drawn. The
+    # weights of a token must have one sum: routers.softmax.renormalize = True.
+    upcycling.path = ""
+    # 0 copies exactly, and the model computes what the dense one does. Above 0 every entry of a
+    # copy is multiplied by 1 + noise n, with n standard normal.
+    upcycling.noise = 0.0
+    return upcycling
 
 
 def _model():

@@ -134,9 +134,10 @@ def _context_length(run):
     A run that started from a checkpoint keeps the context of that, if it is longer than its own.
     """
     length = run.config["data"]["sequence_length"]
-    if not run.config["init_from"]:
+    started_from = run.config["init_from"] or run.config["init_upcycled"]["path"]
+    if not started_from:
         return length, []
-    source = paths.local(run.config["init_from"])
+    source = paths.local(started_from)
     if not (source / "config.json").is_file():
         line = f"{source} is gone, from which the run started: max_position_embeddings is {length}"
         return length, [line]

@@ -28,7 +28,7 @@ ALLOWED = {
     },
     "evaluation": {"evaluation", "measures", "model", "data", "sharding", "tables"},
     "diagnosis": {"diagnosis", "measures", "model", "losses", "numerics", "sharding", "tables"},
-    "hf": {"hf", "measures", "model", "moe", "data"},
+    "hf": {"hf", "measures", "model", "moe", "data", "random_keys"},
     "study": {"study", "data", "diagnosis", "launch", "measures", "model"},
     "launch": {"launch", "console", "data"},
     "checks": set(),

@@ -93,7 +93,7 @@ def model_card(
         "optimizer": "{name}, learning rate {learning_rate:g}, {schedule}".format(
             **config["optimizer"]
         ),
-        "started from": config["init_from"] or "random weights",
+        "started from": _origin(config),
         "seed": config["seed"],
     }
     for change in earlier.history:
@@ -141,6 +141,13 @@ def _engines(model, written, tokenizer):
     if tokenizer == BYTES:
         found.append(PRE_TOKENIZER)
     return "\n\n".join(found)
+
+
+def _origin(config):
+    upcycled = config["init_upcycled"]
+    if upcycled["path"]:
+        return f"copies of the dense model {upcycled['path']}, noise {upcycled['noise']:g}"
+    return config["init_from"] or "random weights"
 
 
 def _loss(name, options):

@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import itertools
 import os
+import pathlib
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -65,9 +66,17 @@ def open_olmoe(directory: os.PathLike | str, config: ModelConfig, abstract: Any)
     """
     directory = paths.local(directory)
     check_same(config, model_fields(read_config(directory)), directory)
+    return Olmoe(abstract, tensors_of(directory, abstract))
+
+
+def tensors_of(directory: pathlib.Path, abstract: Any) -> dict[str, Tensor]:
+    """The tensors of an OLMoE by name, checked against its abstract parameters.
+
+    BadInput for tensors that are missing, unknown, present twice, or of another shape.
+    """
     tensors = _unpacked(find_tensors(directory))
     _check_tensors(tensors, entries(abstract))
-    return Olmoe(abstract, tensors)
+    return tensors
 
 
 def import_olmoe(directory: os.PathLike | str, config: ModelConfig, abstract: Any) -> Any:

@@ -45,6 +45,23 @@ DEFAULTS = {
 }
 FIXED = {"attention_bias": False, "attention_dropout": 0.0, "hidden_act": "silu"}
 ABSENT = ("quantization_config", "sliding_window")
+POST_NORM = "normalises what attention and experts give, and OLMoE what they take"
+NORM_BY_HEAD = "normalises queries and keys head by head, and OLMoE over all heads together"
+NO_QUERY_NORM = "does not normalise queries and keys, and OLMoE does"
+# Decoders that look alike, by model_type, and why no parameters of OLMoE compute what they do.
+OTHER_FUNCTIONS = {
+    "flex_olmo": POST_NORM,
+    "olmo2": POST_NORM,
+    "olmo3": POST_NORM,
+    "qwen3": NORM_BY_HEAD,
+    "qwen3_moe": NORM_BY_HEAD,
+    "llama": NO_QUERY_NORM,
+    "mistral": NO_QUERY_NORM,
+    "mixtral": NO_QUERY_NORM,
+    "olmo": NO_QUERY_NORM,
+    "qwen2": NO_QUERY_NORM,
+    "qwen2_moe": NO_QUERY_NORM,
+}
 KINDS = {field.name: field.type for field in dataclasses.fields(ModelConfig)}
 
 
@@ -56,10 +73,11 @@ def model_fields(config: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
       BadInput: for a model that is no OLMoE, or that our model cannot express.
     """
-    if config.get("model_type") != "olmoe":
-        raise BadInput(
-            f"config.json: model_type is {config.get('model_type')!r}; only 'olmoe' can be read"
-        )
+    family = config.get("model_type")
+    if family != "olmoe":
+        reason = OTHER_FUNCTIONS.get(str(family))
+        because = f", because this one {reason}" if reason else ""
+        raise BadInput(f"config.json: model_type is {family!r}; only 'olmoe' can be read{because}")
     for name, only in (FIXED | dict.fromkeys(ABSENT)).items():
         if config.get(name, only) != only:
             raise BadInput(f"config.json: {name} is {config[name]!r}; only {only!r} can be read")
@@ -131,6 +149,13 @@ def check_same(
     wanted = {f"model.{field}": value for field, value in fields.items() if field != "router"}
     found[router.key("renormalize")] = router.renormalize
     wanted[router.key("renormalize")] = fields["router"].renormalize
+    check_equal(found, wanted, directory)
+
+
+def check_equal(
+    found: Mapping[str, Any], wanted: Mapping[str, Any], directory: os.PathLike | str
+) -> None:
+    """Refuse a configuration, {key: value}, that differs from that of the model in `directory`."""
     for key, value in wanted.items():
         if found[key] != value:
             raise BadInput(

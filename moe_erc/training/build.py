@@ -43,7 +43,7 @@ class Training:
 
     @functools.cached_property
     def initialize(self) -> Callable[..., states.TrainState]:
-        """(params=None) -> the state of step 0, with drawn parameters if none are given."""
+        """(params=None) -> the state of step 0; parameters that are not given are drawn."""
         return states.initializer(self.model, self.optimizer, self.seed, self.objective)
 
     @functools.cached_property
@@ -52,7 +52,10 @@ class Training:
         return states.abstract_state(self.initialize, self.model)
 
     def create_state(self, params: Any = None) -> states.TrainState:
-        """The state of step 0 on its devices; with `params` in place of drawn ones, where given."""
+        """The state of step 0 on its devices, with `params` in place of the drawn ones.
+
+        A tree of some parameters leaves the others drawn.
+        """
         return states.create_state(self.initialize, self.abstract_state, params)
 
     @functools.cached_property

@@ -22,6 +22,7 @@ FREE = "free"
 RULES = {
     "seed": METHOD,  # the order of the rows
     "init_from": METHOD,
+    "init_upcycled": METHOD,
     "model": METHOD,
     "model.dtype": SAID,  # the same model, computed with other rounding
     "model.remat": FREE,

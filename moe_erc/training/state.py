@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from moe_erc.model.transformer import Transformer
 from moe_erc.random_keys import named
@@ -54,8 +55,7 @@ def initializer(
     seed: int,
     objective: Any = None,
 ) -> Callable[..., TrainState]:
-    """(params=None) -> TrainState of step 0, with parameters that are drawn if none are given.
-
+    """(params=None) -> TrainState of step 0; parameters that are not given are drawn.
 
     objective: whose losses may be weighed by their value at step 0: `Objective.scales_at_init`.
     """
@@ -65,7 +65,8 @@ def initializer(
         rng = named(key, "steps")
         weights = init_weights(model, named(key, "parameters"))
         if params is not None:
-            weights = weights.replace(params=params)
+            given = flatten_dict(weights.params) | flatten_dict(params)
+            weights = weights.replace(params=unflatten_dict(given))
         loss_scales = model.config.router.init_state(model.config).loss_scales
         if objective is not None:
             loss_scales = loss_scales | objective.scales_at_init(
@@ -103,15 +104,20 @@ def shardings(abstract: Any) -> Any:
 def create_state(init: Callable, abstract: TrainState, params: Any = None) -> TrainState:
     """The initial state, made on its devices.
 
-    params: the parameters, if they are not to be drawn. The optimizer's moments start at zero
-        whatever the parameters are.
+    params: those parameters that are not to be drawn, in their places of the tree. The optimizer's
+        moments start at zero whatever the parameters are.
     """
     if params is None:
         return jax.jit(init, out_shardings=shardings(abstract))()
+    given = flatten_dict(params)
 
-    def without_params(given):
-        # What is no output of the program is not computed: no parameters are drawn.
-        return init(given).replace(params=None)
+    def without_given(state):
+        leaves = flatten_dict(state.params).items()
+        return state.replace(params={path: leaf for path, leaf in leaves if path not in given})
 
-    make = jax.jit(without_params, out_shardings=shardings(abstract.replace(params=None)))
-    return make(params).replace(params=params)
+    def make(params):
+        # What is no output of the program is not computed: given parameters are not drawn.
+        return without_given(init(params))
+
+    state = jax.jit(make, out_shardings=shardings(without_given(abstract)))(params)
+    return state.replace(params=unflatten_dict(state.params | given))

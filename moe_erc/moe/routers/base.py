@@ -128,6 +128,11 @@ class Router(abc.ABC):
         """The rank r of gates w_low @ w_high whose first factor is the router's; 0: whole gates."""
         return 0
 
+    @property
+    def weight_sum(self) -> float | None:
+        """What the weights of every token sum to; None where tokens differ."""
+        return None
+
     def most_experts(self, config: Any) -> int:
         """The most experts that a token can have."""
         return config.experts_per_token
@@ -168,6 +173,10 @@ class TopK(Router):
     has_probabilities: ClassVar[bool] = True
     # Weights sum to 1 over the K chosen; False: the probabilities sum to 1 over all E.
     renormalize: bool = False
+
+    @property
+    def weight_sum(self) -> float | None:
+        return 1.0 if self.renormalize else None
 
     def choose(
         self, config: Any, probabilities_BTE: jax.Array, preference_BTE: jax.Array

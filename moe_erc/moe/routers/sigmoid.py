@@ -34,6 +34,10 @@ class Sigmoid(LinearRouter, BiasedTopK):
     renormalize: bool = True
     scale: float = within(above=0, default=1.0)  # of the weights: what those of a token sum to
 
+    @property
+    def weight_sum(self) -> float | None:
+        return self.scale if self.renormalize else None
+
     def score(
         self, config: Any, mesh: Mesh | None, parameters: Mapping, x_BTD: jax.Array
     ) -> Scores:

@@ -1,5 +1,6 @@
 """ERC against float64 NumPy: golden files, cases by hand, and a reference for every option."""
 
+import functools
 import pathlib
 
 import jax
@@ -259,6 +260,22 @@ def test_detached_router_has_exactly_no_gradient_and_the_gate_the_same():
     assert not detached["router"].any()
     np.testing.assert_array_equal(detached["w_gate"], both["w_gate"])
     assert not both["w_up"].any() and not both["w_down"].any()
+
+
+@pytest.mark.parametrize(("options", "trained"), [
+    ({}, {"router", "w_gate"}),
+    ({"detach_router": True}, {"w_gate"}),
+    ({"layer_reduction": "sum"}, {"router", "w_gate"}),
+    ({"noise": "none"}, {"router", "w_gate"}),
+    ({"noise": "expected"}, {"router", "w_gate"}),
+    ({"activation": "up"}, {"router", "w_up"}),
+    ({"activation": "silu_gate"}, {"router", "w_gate"}),
+    ({"activation": "swiglu"}, {"router", "w_gate", "w_up"}),
+    ({"activation": "output"}, {"router", "w_gate", "w_up", "w_down"}),
+])  # fmt: skip
+def test_who_receives_a_gradient_under_each_reading(options, trained):
+    gradients = jax.grad(functools.partial(erc_loss, **options))(random_params(), jax.random.key(0))
+    assert {name for name, leaf in gradients.items() if np.any(leaf)} == trained
 
 
 @pytest.mark.parametrize("noise", ["uniform", "expected"])

@@ -20,7 +20,7 @@ TRAINING = [
     (["--config.model.tie_embeddings=maybe"], ["config.model.tie_embeddings", "maybe"]),
     (["--config.model.dtype=float8"], ["model.dtype", "float8", "bfloat16"]),
     (["--config.model.remat=all"], ["model.remat", "all", "block"]),
-    (["--config.model.router=sigmoid"], ["model.router", "sigmoid", "softmax"]),
+    (["--config.model.router=sotfmax"], ["model.router", "sotfmax", "softmax"]),
     (
         ["--config.model.attention_implementation=flash"],
         ["attention_implementation", "flash", "cudnn"],

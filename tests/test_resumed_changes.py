@@ -93,7 +93,8 @@ def keys(config, prefix=""):
 def test_every_block_has_a_rule_and_every_rule_a_key():
     config = base.get_config("debug")
     assert {name for name in config if name not in RULES} == set()
-    known = {*keys(config), *config, *(f"losses.{name}" for name in config.losses), "data.planted"}
+    blocks = {*config, *(f"losses.{name}" for name in config.losses), "data.planted", "data.tokens"}
+    known = {*keys(config), *blocks}
     assert {name for name in RULES if name not in known} == set()
     assert set(SCHEDULE) == {
         "train.steps",

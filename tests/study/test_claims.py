@@ -54,7 +54,8 @@ def test_training_without_its_study_is_waited_for_from_its_first_moment(prefix):
         "import os, pathlib, subprocess, sys\n"
         "from moe_erc.study import claims\n"
         f"claim = claims.take(pathlib.Path({str(prefix)!r}))\n"
-        "child = subprocess.Popen(['sleep', '60'], pass_fds=[claim.descriptor])\n"
+        "child = subprocess.Popen(['sleep', '60'], stdout=subprocess.DEVNULL,"
+        " pass_fds=[claim.descriptor])\n"
         "print(child.pid, flush=True)\n"
         "os.kill(os.getpid(), 9)\n"
     )

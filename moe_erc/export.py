@@ -73,9 +73,9 @@ def export(argv: list[str]) -> None:
 def write_olmoe(
     run: Run,
     directory: str,
-    license_id: str = LICENSE.default,
-    strict: bool = False,
-    repeat_kv_heads: bool = False,
+    license_id: str,
+    strict: bool,
+    repeat_kv_heads: bool,
 ) -> list[str]:
     """Write the model with its tokenizer and a card into a new local directory.
 

@@ -1,21 +1,16 @@
 """Vanilla against vanilla with other seeds, at the size of coupling_small."""
 
-from moe_erc.study.plan import Arm, Study
+from moe_erc.study.plan import Study
 from studies import settings
 
 
 def get_study() -> Study:
     """The study."""
-    return Study(
-        hypothesis="Arms that differ in their seeds alone do not differ in distance to the floor.",
-        control="vanilla",
-        arms={"vanilla": Arm("configs/vanilla.py:tiny"), "again": Arm("configs/vanilla.py:tiny")},
-        overrides=settings.SMALL,
-        is_aa=True,
+    return settings.against_itself(
+        "configs/vanilla.py:tiny",
+        settings.SMALL,
+        settings.DISTANCE,
         seeds=4,
-        outcome=settings.DISTANCE,
         evaluations=3,
         margin=0.01,
-        decision="Where the interval excludes 0, no verdict of a study of this size is printed.",
-        also=settings.BALANCE,
     )

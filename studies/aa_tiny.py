@@ -1,21 +1,11 @@
 """Vanilla against vanilla with other seeds, at tiny on the embedded corpus."""
 
-from moe_erc.study.plan import Arm, Study
+from moe_erc.study.plan import Study
 from studies import settings
 
 
 def get_study() -> Study:
     """The study."""
-    return Study(
-        hypothesis="Arms that differ in their seeds alone do not differ in validation loss.",
-        control="vanilla",
-        arms={"vanilla": Arm("configs/vanilla.py:tiny"), "again": Arm("configs/vanilla.py:tiny")},
-        overrides=settings.TINY,
-        is_aa=True,
-        seeds=8,
-        outcome=settings.VALIDATION,
-        evaluations=settings.EVALUATIONS,
-        margin=0.005,
-        decision="Where the interval excludes 0, no verdict of a study of this size is printed.",
-        also=settings.BALANCE,
+    return settings.against_itself(
+        "configs/vanilla.py:tiny", settings.TINY, settings.VALIDATION, seeds=8
     )

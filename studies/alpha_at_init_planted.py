@@ -8,7 +8,7 @@ def get_study() -> Study:
     """The study."""
     return Study(
         hypothesis=(
-            "The loss of step 0 is 11 times as large at alpha 0.4 as at 1, so much of what "
+            "The loss of step 0 is about 8 times as large at alpha 0.4 as at 1, so much of what "
             "alpha_planted shows is the strength of the loss and not alpha."
         ),
         control="vanilla",

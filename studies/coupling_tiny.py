@@ -20,13 +20,6 @@ def get_study() -> Study:
         evaluations=settings.EVALUATIONS,
         margin=0.005,
         decision="The README says whether a gain in loss is visible at this size.",
-        also=(
-            *settings.COUPLING,
-            "erc/alpha_2",
-            "erc/alpha_3",
-            "weights/router_norm",
-            "weights/gate_norm",
-            *settings.BALANCE,
-        ),
+        also=settings.TABLES,
         aa="aa_tiny",
     )

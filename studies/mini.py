@@ -14,7 +14,7 @@ def get_study() -> Study:
             "erc": Arm("configs/erc.py:mini"),
             "mpi": Arm("configs/mpi.py:mini"),
         },
-        overrides=settings.MINI,
+        overrides=settings.QUIET,
         seeds=5,
         first_seed=100000,
         outcome=settings.VALIDATION,

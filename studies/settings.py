@@ -1,10 +1,17 @@
 """What several studies have in common: arms, and the settings of their runs."""
 
-from moe_erc.study.plan import Arm
+from collections.abc import Mapping
+from typing import Any
+
+from moe_erc.study.plan import Arm, Study
+
+# What no study reads: text drawn at evaluations, and curves for TensorBoard.
+QUIET = {"eval.prompt": "", "log.tensorboard": False}
 
 # A model of 0.2 M parameters on the planted corpus, whose entropy is known: a run takes less than a
-# minute on one core. No text is drawn at evaluations, and few windows are read.
+# minute on one core. Few windows are read at evaluations.
 SMALL = {
+    **QUIET,
     "data.sources": ("planted",),
     "data.sequence_length": 128,
     "model.layers": 2,
@@ -19,14 +26,12 @@ SMALL = {
     "eval.every": 50,
     "eval.windows": 8,
     "eval.report_windows": 32,
-    "eval.prompt": "",
     "log.every": 50,
-    "log.tensorboard": False,
     "checkpoint.every": 200,
 }
 
-# The same model on shorter alphabets, trained until the slope of its loss is small. Then runs that
-# differ in their seeds alone lie close together: docs/studies.md has the settings that were tried.
+# The same model on a shorter alphabet, trained longer. docs/studies.md has the deviations over seeds
+# of the settings that were tried.
 PLANTED = {
     **SMALL,
     "data.planted.alphabet": 12,
@@ -38,13 +43,7 @@ PLANTED = {
 EVALUATIONS = 5  # at the end of a run, whose mean is the outcome
 
 # The size `tiny` on the embedded corpus, for twice as long as its config says.
-TINY = {
-    "train.steps": 1200,
-    "eval.every": 40,
-    "eval.windows": 16,
-    "eval.prompt": "",
-    "log.tensorboard": False,
-}
+TINY = {**QUIET, "train.steps": 1200, "eval.every": 40}
 
 # The size `tiny` with as many experts as the paper has, each a quarter as wide.
 EXPERTS_64 = {
@@ -52,12 +51,6 @@ EXPERTS_64 = {
     "model.experts": 64,
     "model.experts_per_token": 8,
     "model.expert_width": 16,
-}
-
-# The size `mini` on one GPU, whose windows of validation are scored in few batches.
-MINI = {
-    "eval.prompt": "",
-    "log.tensorboard": False,
 }
 
 # The arms of the studies that compare methods.
@@ -76,3 +69,37 @@ VALIDATION = "validation/mean"
 DISTANCE = "floor_distance/mean"
 COUPLING = ("erc/alpha_1", "erc/vanishing_alpha", "coupling/diagonal_rows", "coupling/noise_bound")
 BALANCE = ("router/max_load", "router/dead_experts")
+# What Tables 2 and 3 of the paper show.
+TABLES = (
+    *COUPLING,
+    "erc/alpha_2",
+    "erc/alpha_3",
+    "weights/router_norm",
+    "weights/gate_norm",
+    *BALANCE,
+)
+
+
+def against_itself(
+    config: str,
+    overrides: Mapping[str, Any],
+    outcome: str,
+    seeds: int,
+    evaluations: int = EVALUATIONS,
+    margin: float = 0.005,
+    also: tuple[str, ...] = BALANCE,
+) -> Study:
+    """The A/A study of a size: a config against itself with other seeds."""
+    return Study(
+        hypothesis="Arms that differ in their seeds alone do not differ.",
+        control="vanilla",
+        arms={"vanilla": Arm(config), "again": Arm(config)},
+        overrides=overrides,
+        is_aa=True,
+        seeds=seeds,
+        outcome=outcome,
+        evaluations=evaluations,
+        margin=margin,
+        decision="Where the interval excludes 0, no verdict of a study of this size is printed.",
+        also=also,
+    )

@@ -5,12 +5,14 @@ says where compiled programs are kept.
 """
 
 import gc
+import json
 import multiprocessing
 import os
 import pathlib
 import runpy
 import socket
 import sys
+import time
 
 import jax
 
@@ -68,6 +70,19 @@ def start_many(count, name, arguments, directory, **environment):
         start(name, arguments, directory / f"out{number}", environment | {"JAX_PROCESS_ID": number})
         for number in range(count)
     ]
+
+
+def hit(process, workdir, step, number):
+    """Sends a signal to a run once its metrics file has passed a step; the exit code of the run."""
+    path, deadline = workdir / "metrics.jsonl", time.monotonic() + 600
+    while time.monotonic() < deadline and process.is_alive():
+        lines = path.read_text().splitlines() if path.exists() else []
+        if len(lines) > 1 and json.loads(lines[-2])["step"] >= step:
+            os.kill(process.pid, number)
+            break
+        time.sleep(0.001)
+    process.join(600)
+    return process.exitcode
 
 
 def join(processes, timeout):

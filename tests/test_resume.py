@@ -56,19 +56,6 @@ def undisturbed(arguments, tmp_path_factory):
     return workdir
 
 
-def hit(process, workdir, step, number):
-    """Sends a signal once the metrics file has passed a step."""
-    path, deadline = workdir / "metrics.jsonl", time.monotonic() + 600
-    while time.monotonic() < deadline and process.is_alive():
-        lines = path.read_text().splitlines() if path.exists() else []
-        if len(lines) > 1 and json.loads(lines[-2])["step"] >= step:
-            os.kill(process.pid, number)
-            break
-        time.sleep(0.001)
-    process.join(600)
-    return process.exitcode
-
-
 def refuse_a_second(first, everything, workdir, output):
     """Starts a second run in the directory of a running one, which waits in the meantime."""
     written = workdir / "metrics.jsonl"
@@ -99,7 +86,7 @@ def test_killed_terminated_and_interrupted_while_spikes_are_skipped(
         process = script.start("tests/train_slowly.py", everything, tmp_path / "out")
         if number == signal.SIGKILL:
             refuse_a_second(process, everything, tmp_path, tmp_path / "second")
-        assert hit(process, tmp_path, step, number) == code, (tmp_path / "out").read_text()
+        assert script.hit(process, tmp_path, step, number) == code, (tmp_path / "out").read_text()
     code, printed = script.run("train.py", everything, tmp_path / "out")
     assert code == 0, printed
     step, state = saved_state(undisturbed, STEPS)

@@ -1,5 +1,7 @@
 """A run on token shards is, bit for bit, the run on the text that they were made of."""
 
+import signal
+
 import jax
 import numpy as np
 import pytest
@@ -9,7 +11,8 @@ from moe_erc.data.text import prepare
 from tests import script
 from tests.written import metrics, saved_state
 
-STEPS = 6
+STEPS = 24
+SAVED = 4  # steps between checkpoints
 
 
 @pytest.fixture(scope="module")
@@ -17,11 +20,12 @@ def train(tmp_path_factory):
     """Trains a workdir up to a step on some sources."""
     cache = tmp_path_factory.mktemp("cache")
 
-    def run(workdir, steps, *arguments, code=0):
+    def run(workdir, steps, *arguments, code=0, killed_at=None):
         everything = [
             "--config=configs/erc.py:debug",
             f"--config.data.cache_dir={cache}",
             f"--config.train.steps={steps}",
+            f"--config.checkpoint.every={SAVED}",
             "--config.optimizer.schedule=constant",  # its rate does not depend on the last step
             "--config.eval.every=1000",
             "--config.eval.prompt=",
@@ -30,9 +34,14 @@ def train(tmp_path_factory):
             f"--workdir={workdir}",
             *arguments,
         ]
-        found, printed = script.run("train.py", everything, workdir.with_suffix(".out"))
-        assert found == code, printed
-        return printed
+        output = workdir.with_suffix(".out")
+        if killed_at is None:
+            found, printed = script.run("train.py", everything, output)
+            assert found == code, printed
+            return printed
+        process = script.start("tests/train_slowly.py", everything, output)
+        assert script.hit(process, workdir, killed_at, signal.SIGKILL) == -signal.SIGKILL
+        return output.read_text()
 
     run.cache = cache
     return run
@@ -55,13 +64,13 @@ def shards(train, text_directory, tmp_path_factory):
     ]
 
 
-def test_a_run_that_is_resumed_on_shards_ends_as_that_on_text(
+def test_a_run_that_is_killed_and_resumed_on_shards_ends_as_that_on_text(
     train, shards, text_directory, tmp_path
 ):
     directory, arguments = shards
     text = [f"--config.data.sources=('{text_directory}',)", "--config.data.validation_fraction=0.1"]
     train(tmp_path / "text", STEPS, *text)
-    said = train(tmp_path / "shards", STEPS // 2, *arguments)
+    said = train(tmp_path / "shards", STEPS, *arguments, killed_at=2 * SAVED)
     assert "7 flat array shards of uint16: what data.tokens.validation names is held out, 0" in said
     train(tmp_path / "shards", STEPS, *arguments)
     ours, theirs = (saved_state(tmp_path / name, STEPS) for name in ("shards", "text"))

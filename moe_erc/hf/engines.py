@@ -46,13 +46,11 @@ class Export(NamedTuple):
 
     def shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
         """The leaves as they are written, abstract."""
-        found = {}
-        for path, leaf in self.leaves.items():
-            abstract = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
-            found[path] = jax.eval_shape(
-                lambda array, path=path: self.change(path, array), abstract
-            )
-        return found
+
+        def change_all(leaves):
+            return {path: self.change(path, leaf) for path, leaf in leaves.items()}
+
+        return jax.eval_shape(change_all, self.leaves)
 
 
 def config_for_engines(

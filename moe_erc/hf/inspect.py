@@ -15,9 +15,9 @@ import numpy as np
 
 from moe_erc.checks import BadInput
 from moe_erc.data import paths
-from moe_erc.hf.config_json import language_model
 from moe_erc.hf.families import FAMILIES, UNREADABLE, read_line
 from moe_erc.hf.layers import Layer, locate_layers
+from moe_erc.hf.moe_config import language_model
 from moe_erc.hf.shards import find_tensors, read_config
 from moe_erc.hf.unknown_family import describe
 

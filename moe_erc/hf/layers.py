@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from moe_erc.checks import BadInput
-from moe_erc.hf.config_json import depth, moe_layers, predicting_layers, sizes_of
 from moe_erc.hf.families import Family
 from moe_erc.hf.layouts import Layout, Part, Sizes, shape
+from moe_erc.hf.moe_config import depth, moe_layers, predicting_layers, sizes_of
 from moe_erc.hf.shards import Tensor
 
 # "model.layers.3.mlp.gate.weight": the stack, the number of the layer, the name in the layer.
@@ -51,20 +51,20 @@ def locate_layers(
       BadInput: if shards and config.json disagree.
     """
     layers = moe_layers(config)
-    stack = _check_routers(layers, config, family, tensors)
-    found = {}
+    stack, found = _stack(family, tensors)
+    _check_routers(found, layers, config)
+    located = {}
     for layer in sorted(layers):
         sizes = sizes_of(config, family, layer)
-        found[layer] = _locate_layer(f"{stack}{layer}.", family, tensors, sizes)
-    return found
+        located[layer] = _locate_layer(f"{stack}{layer}.", family, tensors, sizes)
+    return located
 
 
-def _check_routers(layers, config, family, tensors):
-    """The stack of the routers. Other layers than the announced ones must have none.
+def _check_routers(found, layers, config):
+    """Refuses routers in other layers than the announced ones.
 
     Layers behind the last one, which predict several tokens ahead, may have one.
     """
-    stack, found = _stack(family, tensors)
     differing = sorted(found.difference(predicting_layers(config)) ^ layers)
     if differing:
         raise BadInput(
@@ -76,7 +76,6 @@ def _check_routers(layers, config, family, tensors):
             f"config.json makes none of {depth(config)} layers an MoE layer; "
             "its model has no router to read"
         )
-    return stack
 
 
 def _stack(family, tensors):

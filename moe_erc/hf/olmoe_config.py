@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from moe_erc.checks import BadInput
-from moe_erc.hf.config_json import MOST
+from moe_erc.hf.moe_config import MOST
 from moe_erc.model.config import ModelConfig
 from moe_erc.moe.routers.softmax import Softmax
 

@@ -5,18 +5,18 @@ from collections.abc import Mapping
 from typing import Any
 
 from moe_erc.checks import BadInput
-from moe_erc.hf.config_json import EXPERTS, WIDTH, number
 from moe_erc.hf.layers import IN_LAYER, OTHERS
+from moe_erc.hf.moe_config import EXPERTS, WIDTH, number
 from moe_erc.hf.shards import Tensor
 
 MOST_SHOWN = 8  # tensors in a message
 NOT_ROUTED = re.compile(r"shared|bias|scale|norm|attn|attention|down|w2|fc2")
-ROUTER = re.compile(r"gate|router")
-GATE = re.compile(r"gate|w1|fc1|input_linear")
+ROUTER_NAME = re.compile(r"gate|router")
+GATE_NAME = re.compile(r"gate|w1|fc1|input_linear")
 GATE_AND_UP = re.compile(r"gate_up|w13|fc1|input_linear")
 
 
-def describe(types: list, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> BadInput:
+def refusal(types: list, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> BadInput:
     """The refusal: which tensors were found, and which --family may read them."""
     kind = next((word for word in types if word is not None), None)
     text = f"config.json: model_type {kind!r} is no family of docs/huggingface.md"
@@ -28,7 +28,7 @@ def describe(types: list, config: Mapping[str, Any], tensors: Mapping[str, Tenso
         )
     found = _by_name(tensors)
     routers = [name for name, shape in found.items() if shape == (E, D)]
-    routers.sort(key=lambda name: not ROUTER.search(name))  # the likeliest first
+    routers.sort(key=lambda name: not ROUTER_NAME.search(name))  # the likeliest first
     gates = {name: _layouts(name, shape, E, D) for name, shape in found.items()}
     gates = {name: layouts for name, layouts in gates.items() if layouts}
     shown = [f"{name} {found[name]}" for name in (*routers, *gates)][:MOST_SHOWN]
@@ -70,7 +70,7 @@ def _sizes(config):
 
 def _layouts(name, shape, E, D):
     """The words of the layouts that a gate of this name and shape may have."""
-    if not GATE.search(name):
+    if not GATE_NAME.search(name):
         return ()
     if "{expert}" in name:
         return ("expert",) if len(shape) == 2 and shape[1] == D else ()

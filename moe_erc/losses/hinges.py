@@ -158,36 +158,27 @@ def _pass_over_experts(matrix, proxies, length_LE, weights, bar_LE):
 
     All are sums over the device's own experts.
     """
-    response = matrix.response
     layers, experts, width = proxies.row.shape
     own = next(iter(weights.values())).shape[1]
-    layer_G, place_GB, matrices_G = groups(response, proxies, weights, matrix.devices.platform)
+    layer_G, place_GB, matrices_G = groups(
+        matrix.response, proxies, weights, matrix.devices.platform
+    )
     own_GB = matrix.devices.own_experts(experts, own)[place_GB]
 
-    def respond(layer_and_matrices):
-        layer, matrices = layer_and_matrices
-        return response.of_group(at(layer, proxies), matrices)
-
-    def hinges(squares_BE, length_E, bar_E, own_B):
-        M_BE = matrix.entries(squares_BE, length_E, width)
-        return _excess(M_BE, bar_E, bar_E[own_B], own_B[:, None] == jnp.arange(experts))
-
     def of_group(of_proxies, group):
-        layer, own_B, matrices, responded = group
-        if responded is None:
-            squares_BE, products = respond((layer, matrices))
-            responded = (matrix.complete(squares_BE), products)
-        squares_BE, products = responded
+        layer, own_B, matrices, kept = group
+        of_layer = at(layer, proxies)
+        if kept is None:
+            squares_BE, products = matrix.response.of_group(of_layer, matrices)
+            kept = (matrix.complete(squares_BE), products)
+        squares_BE, products = kept
+        hinges = partial(_hinges_of_group, matrix, width, own_B)
         value_and_grad = jax.value_and_grad(hinges, argnums=(0, 1, 2))
-        loss, of_inputs = value_and_grad(squares_BE, at(layer, length_LE), bar_LE[layer], own_B)
+        loss, of_inputs = value_and_grad(squares_BE, at(layer, length_LE), bar_LE[layer])
         of_squares_BE, of_length_E, of_bar_E = of_inputs
 
         def active():
-            def again(proxies, matrices):
-                return matrix.complete(response.of_group(proxies, matrices, products)[0])
-
-            _, pull_back = jax.vjp(again, at(layer, proxies), matrices)
-            more, of_matrices = pull_back(of_squares_BE)
+            more, of_matrices = _pull_back(matrix, products, of_squares_BE, of_layer, matrices)
 
             def add(total, term):
                 return total.at[layer].add(term)
@@ -200,13 +191,9 @@ def _pass_over_experts(matrix, proxies, length_LE, weights, bar_LE):
         of_proxies, of_matrices = lax.cond(jnp.any(of_squares_BE != 0), active, idle)
         return of_proxies, (loss, of_bar_E, of_length_E, of_matrices)
 
-    responded_G = None
-    if matrix.devices.split_data:
-        # One sum over devices for all columns.
-        squares_GBE, products_G = lax.map(respond, (layer_G, matrices_G))
-        responded_G = (matrix.complete(squares_GBE), products_G)
+    kept_G = _responses_to_keep(matrix, proxies, layer_G, matrices_G)
     start = jax.tree.map(jnp.zeros_like, proxies)
-    of_proxies, of_groups = lax.scan(of_group, start, (layer_G, own_GB, matrices_G, responded_G))
+    of_proxies, of_groups = lax.scan(of_group, start, (layer_G, own_GB, matrices_G, kept_G))
     loss_G, of_bar_GE, of_length_GE, of_matrices_G = of_groups
 
     def by_layer(leaf):
@@ -218,3 +205,35 @@ def _pass_over_experts(matrix, proxies, length_LE, weights, bar_LE):
     loss_L, of_bar_LE, of_length_LE = jax.tree.map(by_layer, (loss_G, of_bar_GE, of_length_GE))
     of_weights = jax.tree.map(in_shape_of, of_matrices_G, weights)
     return loss_L, of_bar_LE, (of_proxies, of_length_LE, of_weights)
+
+
+def _responses_to_keep(matrix, proxies, layer_G, matrices_G):
+    """(Complete squares (G, B, E), what the matmuls gave); None where F is not split.
+
+    One sum over devices serves all columns.
+    """
+    if not matrix.devices.split_data:
+        return None
+
+    def respond(layer_and_matrices):
+        layer, matrices = layer_and_matrices
+        return matrix.response.of_group(at(layer, proxies), matrices)
+
+    squares_GBE, products_G = lax.map(respond, (layer_G, matrices_G))
+    return matrix.complete(squares_GBE), products_G
+
+
+def _hinges_of_group(matrix, width, own_B, squares_BE, length_E, bar_E):
+    """What the columns of the experts `own_B` exceed both bars by."""
+    M_BE = matrix.entries(squares_BE, length_E, width)
+    return _excess(M_BE, bar_E, bar_E[own_B], own_B[:, None] == jnp.arange(len(bar_E)))
+
+
+def _pull_back(matrix, products, of_squares_BE, proxies, matrices):
+    """The gradient of a group's squares for proxies and matrices, from what its matmuls gave."""
+
+    def again(proxies, matrices):
+        return matrix.complete(matrix.response.of_group(proxies, matrices, products)[0])
+
+    _, pull_back = jax.vjp(again, proxies, matrices)
+    return pull_back(of_squares_BE)

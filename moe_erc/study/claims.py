@@ -103,12 +103,13 @@ def take(prefix: pathlib.Path) -> Claim | None:
     prefix.parent.mkdir(parents=True, exist_ok=True)
     # The claim gets its name when it is whole and locked, so nobody sees a part of it.
     draft = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    content = json.dumps({"machine": machine(), "study": process(os.getpid())})
     # Without `with`: an open file is the lock.
     file = open(draft, "wb")  # noqa: SIM115
-    _lock(file)
-    file.write(json.dumps({"machine": machine(), "study": process(os.getpid())}).encode())
-    file.flush()
     try:
+        _lock(file)
+        file.write(content.encode())
+        file.flush()
         os.link(draft, path)
     except FileExistsError:  # another process was faster
         file.close()
@@ -158,7 +159,7 @@ def _is_locked(path: pathlib.Path) -> bool:
 
 
 def _is_alive(known) -> bool:
-    return known is not None and process(known[0]) == Process(*known)
+    return process(known[0]) == Process(*known)
 
 
 def _age(path) -> float:

@@ -22,9 +22,9 @@ from moe_erc.hf.model_card import model_card
 from moe_erc.hf.olmoe import About, export_olmoe
 from moe_erc.hf.tokenizer_files import rows_of, tokenizer_files
 from moe_erc.model.transformer import Transformer
-from moe_erc.training.state import abstract_state, init_weights
 from tests.clients import environments
 from tests.clients.environments import HUB, LLAMA_CPP, NEWEST, OLD, PEFT, TRL, VLLM
+from tests.hf import models
 
 pytestmark = pytest.mark.clients
 
@@ -62,7 +62,7 @@ MODELS = {  # what differs from SIZES; "bpe" and "repeat" are of the export
 
 def draw_params(model):
     """Random parameters, with which every part of the model changes the text."""
-    shapes = abstract_state(lambda: init_weights(model, jax.random.key(0)), model).params
+    shapes = models.abstract(model)
     rng = np.random.default_rng(0)
 
     def draw(path, leaf):

@@ -6,6 +6,7 @@ import pathlib
 import numpy as np
 
 from moe_erc.hf.shards import DTYPES, find_tensors, read_json
+from tests.tolerance import assert_close
 
 FAMILIES = pathlib.Path(__file__).parent / "families"
 
@@ -42,3 +43,11 @@ def write_shard(path, tensors):
 def write_raw(path, header, numbers=b""):
     """Writes a shard whose header is this text."""
     path.write_bytes(len(header.encode()).to_bytes(8, "little") + header.encode() + numbers)
+
+
+def assert_coupling(moe, expected):
+    """Every layer's M[i, j] = |router_i @ w_gate_j| is that of {number of the layer: M (E, E)}."""
+    assert moe.layers == list(expected) and len(moe) == len(expected) > 0
+    for (router_ED, w_gate_EDF), M_EE in zip(moe, expected.values(), strict=True):
+        found_EE = np.linalg.norm(router_ED @ w_gate_EDF, axis=-1).T
+        assert_close(found_EE, M_EE, terms=sum(w_gate_EDF.shape[1:]))  # sums over D and F

@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from tests.hf import transformers_models
+
 HERE = pathlib.Path(__file__).parent / "families"
 MODEL = {
     "vocab_size": 32,
@@ -75,28 +77,8 @@ def save(family, directory, dtype=torch.float32, **options):
         for weights in model.parameters():
             weights.normal_()
         model.save_pretrained(directory, **options)
-        np.savez(directory / "coupling.npz", **dict(coupling(model.double())))
-
-
-def coupling(model):
-    """(number of the layer, M (E, E)) of every MoE layer."""
-    for number, layer in enumerate(model.model.layers):
-        block = layer.block_sparse_moe if hasattr(layer, "block_sparse_moe") else layer.mlp
-        if hasattr(block, "experts"):
-            router = block.router if hasattr(block, "router") else block.gate
-            yield str(number), gate_responses(router.weight, block.experts).norm(dim=-1).numpy()
-
-
-def gate_responses(router_ED, experts):
-    """router_i @ w_gate_j, (E, E, F)."""
-    if not hasattr(experts, "act_fn"):  # gpt-oss: the activation is not a module, and hears a bias
-        return torch.einsum("id,jdf->ijf", router_ED, experts.gate_up_proj[..., ::2])
-    heard, alone = [], torch.ones(len(router_ED), 1)  # every row goes to one expert
-    experts.config._experts_implementation = "eager"
-    experts.act_fn.register_forward_hook(lambda module, inputs, output: heard.append(inputs[0]))
-    for expert in range(len(router_ED)):
-        experts(router_ED, torch.full(alone.shape, expert), alone)
-    return torch.stack(heard, dim=1)
+        found = transformers_models.couplings(model)
+        np.savez(directory / "coupling.npz", **{str(layer): M_EE for layer, M_EE in found.items()})
 
 
 if __name__ == "__main__":

@@ -13,12 +13,11 @@ import pathlib
 import re
 import tempfile
 
-import numpy as np
 import transformers
 
 from moe_erc.hf.inspect import open_moe
 from moe_erc.hf.shards import find_tensors, read_json
-from tests.hf import transformers_models
+from tests.hf import checkpoint, transformers_models
 from tests.hf.layout_table import PATH, WORDS
 
 TOLD = re.compile(
@@ -35,19 +34,12 @@ def record(model_type):
             directory = pathlib.Path(directory)
             model.float().save_pretrained(directory, save_original_format=released)
             moe = open_moe(directory)
-            check(moe, transformers_models.couplings(model))
+            checkpoint.assert_coupling(moe, transformers_models.couplings(model))
             form = form_of(moe, find_tensors(directory))
             if form not in forms:
                 forms.append(form)
             config = told(read_json(directory / "config.json"))
     return {"family": moe.family, "config": config, "forms": forms}
-
-
-def check(moe, expected):
-    assert moe.layers == list(expected)
-    for (router_ED, w_gate_EDF), M_EE in zip(moe, expected.values(), strict=True):
-        found_EE = np.linalg.norm(router_ED @ w_gate_EDF, axis=-1).T
-        np.testing.assert_allclose(found_EE, M_EE, atol=1e-5 * M_EE.max())
 
 
 def form_of(moe, tensors):

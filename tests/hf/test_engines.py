@@ -3,7 +3,6 @@
 import dataclasses
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -15,7 +14,7 @@ from moe_erc.hf.shards import find_tensors, read_config
 from moe_erc.hf.tokenizer_files import BYTES, rows_of
 from moe_erc.model.config import ModelConfig
 from moe_erc.model.transformer import Transformer
-from moe_erc.training.state import abstract_state, init_weights
+from tests.hf import models
 from tests.tolerance import assert_close
 
 ROWS = rows_of(BYTES, 257, 257)
@@ -26,24 +25,12 @@ IDS = np.random.default_rng(1).integers(0, 257, (2, 16), np.int32)
 TERMS = 2 * (5 * 32 + 16) + 32 + 6
 
 
-def abstract(model):
-    return abstract_state(lambda: init_weights(model, jax.random.key(0)), model).params
-
-
 @pytest.fixture(scope="module")
 def trained(model_config):
     """(model, params), with parameters as large as after training."""
 
     def make(**changes):
-        model = Transformer(model_config(**changes), sharding.make_mesh(2, 1))
-        rng = np.random.default_rng(0)
-        params = jax.tree.map(
-            lambda leaf: jax.device_put(
-                rng.normal(leaf.ndim < 3, 0.3, leaf.shape).astype(np.float32), leaf.sharding
-            ),
-            abstract(model),
-        )
-        return model, params
+        return models.trained(model_config(**changes))
 
     return make
 
@@ -52,18 +39,7 @@ def load(directory):
     """(model, params) of an export."""
     config = ModelConfig(**PLAIN | model_fields(read_config(directory)))
     model = Transformer(config, sharding.make_mesh(2, 1))
-    return model, import_olmoe(directory, config, abstract(model))
-
-
-def logits(model, params):
-    """(B, T, V) of IDS."""
-
-    @jax.jit
-    def run(params):
-        output = model.apply({"params": params}, IDS, jnp.ones_like(IDS, bool), {})
-        return output.x_BTD @ output.head_VD.T
-
-    return run(params)
+    return model, import_olmoe(directory, config, models.abstract(model))
 
 
 @pytest.mark.parametrize("changes", [
@@ -80,12 +56,13 @@ def test_what_engines_hard_code_is_met_without_changing_the_model(trained, chang
     assert config["num_key_value_heads"] == config["num_attention_heads"]
     assert "lm_head.weight" in find_tensors(tmp_path / "out")
     assert not differences(load(tmp_path / "out")[0].config)
-    found = logits(*load(tmp_path / "out"))
-    expected = logits(model, params)[..., np.asarray(ROWS)]
+    found = models.logits(*load(tmp_path / "out"), IDS)
+    expected = models.logits(model, params, IDS)[..., np.asarray(ROWS)]
     assert_close(found, expected, TERMS)
     # The engine's own epsilon would make another model of the run's numbers.
     with_eps = dataclasses.replace(model.config, norm_eps=1e-5)
-    hard_coded = logits(Transformer(with_eps, model.mesh), params)[..., np.asarray(ROWS)]
+    engine = Transformer(with_eps, model.mesh)
+    hard_coded = models.logits(engine, params, IDS)[..., np.asarray(ROWS)]
     assert np.abs(hard_coded - expected).max() > 100 * np.abs(found - expected).max()
 
 

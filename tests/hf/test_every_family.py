@@ -8,17 +8,15 @@ Without torch and transformers it is skipped, and says so; `test_layouts.py` has
 import pathlib
 import re
 
-import numpy as np
 import pytest
 
 from moe_erc.hf.families import UNREADABLE
 from moe_erc.hf.inspect import open_moe
-from tests.tolerance import assert_close
 
 torch = pytest.importorskip("torch", reason="needs the extra `hf`")
 transformers = pytest.importorskip("transformers", reason="needs the extra `hf`")
 
-from tests.hf import transformers_models  # noqa: E402
+from tests.hf import checkpoint, transformers_models  # noqa: E402
 
 MODELS = (*transformers_models.TEXT, *transformers_models.NESTED)
 EXPERTS = re.compile(r"self\.\w*experts = |class \w+Experts\(|self\.router_gate = ")
@@ -29,12 +27,7 @@ EXPERTS = re.compile(r"self\.\w*experts = |class \w+Experts\(|self\.router_gate 
 def test_its_coupling_is_that_of_torch(model_type, released, tmp_path):
     model = transformers_models.build(model_type)
     model.save_pretrained(tmp_path, save_original_format=released)
-    moe = open_moe(tmp_path)
-    expected = transformers_models.couplings(model)
-    assert moe.layers == list(expected) and len(moe) > 0
-    for (router_ED, w_gate_EDF), M_EE in zip(moe, expected.values(), strict=True):
-        found_EE = np.linalg.norm(router_ED @ w_gate_EDF, axis=-1).T
-        assert_close(found_EE, M_EE, terms=sum(w_gate_EDF.shape[1:]))
+    checkpoint.assert_coupling(open_moe(tmp_path), transformers_models.couplings(model))
 
 
 def test_no_family_of_transformers_is_left_out():

@@ -24,17 +24,12 @@ from moe_erc.losses.load_balance import load as shares_of
 from moe_erc.losses.load_balance import load_balance
 from moe_erc.model.transformer import Transformer
 from moe_erc.moe.routers.softmax import Softmax
-from moe_erc.training.state import abstract_state, init_weights
-from tests.hf import checkpoint
+from tests.hf import checkpoint, models
 from tests.tolerance import assert_close
 
 HERE = pathlib.Path(__file__).parent / "olmoe"
 VARIANTS = ["plain", "renormalized", "grouped", "tied", "theta", "clipped"]
 PACKED = "model.layers.0.mlp.experts.gate_up_proj"
-
-
-def abstract(model):
-    return abstract_state(lambda: init_weights(model, jax.random.key(0)), model).params
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +40,7 @@ def load(model_config):
         fields = model_fields(read_config(directory))
         fields["renormalize"] = fields.pop("router").renormalize
         model = Transformer(model_config(**fields | changes), sharding.make_mesh(*mesh))
-        return model, import_olmoe(directory, model.config, abstract(model))
+        return model, import_olmoe(directory, model.config, models.abstract(model))
 
     return load
 
@@ -55,14 +50,7 @@ def trained(model_config):
     """(model, params), with parameters as large as after training."""
 
     def make(**changes):
-        model = Transformer(model_config(**changes), sharding.make_mesh(2, 1))
-        rng = np.random.default_rng(0)
-        return model, jax.tree.map(
-            lambda leaf: jax.device_put(
-                rng.normal(leaf.ndim < 3, 0.3, leaf.shape).astype(np.float32), leaf.sharding
-            ),
-            abstract(model),
-        )
+        return models.trained(model_config(**changes))
 
     return make
 
@@ -128,7 +116,7 @@ def test_every_device_has_its_share(load, variant):
     _, whole = load(HERE / variant)
     model, split = load(HERE / variant, mesh=(2, 4))
     for expected, found, wanted in zip(
-        *map(jax.tree.leaves, (whole, split, abstract(model))), strict=True
+        *map(jax.tree.leaves, (whole, split, models.abstract(model))), strict=True
     ):
         assert found.sharding == wanted.sharding
         np.testing.assert_array_equal(found, expected)

@@ -4,7 +4,6 @@ import json
 import shutil
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -14,11 +13,10 @@ from moe_erc.checks import BadInput
 from moe_erc.hf.olmoe import About, export_olmoe
 from moe_erc.hf.tokenizer_files import tokenizer_files
 from moe_erc.hf.upcycle import Upcycling, open_upcycled
-from moe_erc.model.transformer import Transformer
 from moe_erc.training.build import build
 from moe_erc.training.identity import check_same_run
-from moe_erc.training.state import abstract_state, init_weights
 from tests import script
+from tests.hf import models
 from tests.tolerance import assert_close
 
 IDS = np.random.default_rng(1).integers(0, 512, (8, 24), np.int32)
@@ -28,36 +26,14 @@ EXPERTS = ("w_gate", "w_up", "w_down")
 TERMS = 2 * (5 * 32 + IDS.shape[1] + 4) + 32
 
 
-def abstract(model):
-    return abstract_state(lambda: init_weights(model, jax.random.key(0)), model).params
-
-
-def logits(model, params):
-    @jax.jit
-    def run(params):
-        router = model.config.router.init_state(model.config).by_layer
-        output = model.apply({"params": params}, IDS, jnp.ones_like(IDS, bool), router)
-        return output.x_BTD @ output.head_VD.T
-
-    return run(params)
-
-
 @pytest.fixture(scope="module")
 def dense(model_config, tmp_path_factory):
     """(directory of a dense checkpoint, its logits)."""
-    config = model_config(experts=1, experts_per_token=1)
-    model = Transformer(config, sharding.make_mesh(1, 1))
-    rng = np.random.default_rng(0)
-
-    def draw(leaf):
-        # As large as after training.
-        return jnp.asarray(rng.normal(leaf.ndim < 3, 0.3, leaf.shape), jnp.float32)
-
-    params = jax.tree.map(draw, abstract(model))
+    model, params = models.trained(model_config(experts=1, experts_per_token=1), mesh=(1, 1))
     directory = tmp_path_factory.mktemp("dense") / "olmoe"
     files = tokenizer_files("bytes", "<|endoftext|>", 32)
     export_olmoe(directory, model, params, About({}, files))
-    return directory, logits(model, params)
+    return directory, models.logits(model, params, IDS)
 
 
 def upcycled_config(router, module=base, **options):
@@ -89,7 +65,7 @@ def test_the_copies_compute_what_the_dense_model_does(router, options, dense):
     directory, expected_BTV = dense
     training, params = read(upcycled_config(router, **options), directory)
     state = training.create_state(params)
-    assert_close(logits(training.model, state.params), expected_BTV, TERMS)
+    assert_close(models.logits(training.model, state.params, IDS), expected_BTV, TERMS)
 
 
 def test_the_router_is_the_one_that_the_seed_draws(dense):

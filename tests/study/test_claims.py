@@ -90,14 +90,14 @@ def test_a_claim_is_touched_now_and_then(prefix, monkeypatch):
     assert claim.path.stat().st_mtime > 1
 
 
-def test_a_claim_has_its_name_when_it_is_whole(prefix, monkeypatch):
+def test_a_claim_that_cannot_be_written_is_none_and_leaves_nothing(prefix, monkeypatch):
     def fail(*_):
         raise OSError("full")
 
-    monkeypatch.setattr(claims.json, "dumps", fail)
+    monkeypatch.setattr(claims.os, "link", fail)
     with pytest.raises(OSError, match="full"):
         claims.take(prefix)
-    assert claims.state(prefix) == "free"
+    assert claims.state(prefix) == "free" and not list(prefix.parent.iterdir())
 
 
 def test_of_many_that_try_at_once_one_has_it(prefix):

@@ -19,7 +19,7 @@ from moe_erc.hf.families import FAMILIES, UNREADABLE, read_line
 from moe_erc.hf.layers import Layer, locate_layers
 from moe_erc.hf.moe_config import language_model
 from moe_erc.hf.shards import find_tensors, read_config
-from moe_erc.hf.unknown_family import describe
+from moe_erc.hf.unknown_family import refusal
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def open_moe(directory: os.PathLike | str, line: str | None = None) -> Moe:
     known = _known(types)
     tensors = find_tensors(directory)
     if known is None:
-        raise describe(types, config, tensors)
+        raise refusal(types, config, tensors)
     return Moe(known, name, locate_layers(config, FAMILIES[known], tensors))
 
 

@@ -30,8 +30,8 @@ SMALL = {
     "checkpoint.every": 200,
 }
 
-# The same model on a shorter alphabet, trained longer. docs/studies.md has the deviations over seeds
-# of the settings that were tried.
+# The same model on a shorter alphabet, trained longer. docs/studies.md has the settings that were
+# tried, and their deviations over seeds.
 PLANTED = {
     **SMALL,
     "data.planted.alphabet": 12,

@@ -12,16 +12,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils import epath
 
 from configs import base
 from moe_erc import sharding
 from moe_erc.data import bpe
 from moe_erc.data.tokenizer import load as load_tokenizer
-from moe_erc.hf.engines import config_for_engines, differences
-from moe_erc.hf.model_card import model_card
-from moe_erc.hf.olmoe import About, export_olmoe
-from moe_erc.hf.tokenizer_files import rows_of, tokenizer_files
+from moe_erc.export import write_olmoe
+from moe_erc.hf.shards import read_config
 from moe_erc.model.transformer import Transformer
+from moe_erc.resume import Earlier
+from moe_erc.runs import Run
+from moe_erc.training.state import Weights
 from tests.clients import environments
 from tests.clients.environments import HUB, LLAMA_CPP, NEWEST, OLD, PEFT, TRL, VLLM
 from tests.hf import models
@@ -30,7 +32,7 @@ pytestmark = pytest.mark.clients
 
 # Heads of 32, the smallest that vLLM computes on a CPU.
 SIZES = {"width": 128, "heads": 4, "kv_heads": 4, "expert_width": 64}
-LENGTH = 64
+LENGTH = 128  # of the context
 NEW_TOKENS = 12
 PROMPTS = [
     "def main(",
@@ -80,12 +82,30 @@ def draw_params(model):
     return jax.tree_util.tree_map_with_path(draw, shapes)
 
 
-def greedy(model, params, prompts_ids, tokenizer, tokens):
+def make_run(model, spec, directory):
+    """A Run of the model, as `open_run` gives it: with random parameters, and without its text."""
+    config = base.get_config("debug").to_dict()
+    config["data"] |= {"tokenizer": spec, "sequence_length": LENGTH}
+    return Run(
+        step=6,
+        directory=epath.Path(directory),
+        model=model,
+        weights=Weights(draw_params(model), {}),
+        tokenizer=load_tokenizer(spec),
+        shape_BT=(len(PROMPTS), LENGTH),
+        config=config,
+        corpus=None,
+        earlier=Earlier(step=6, rows=48, config=config),
+    )
+
+
+def greedy(run, prompts_ids, tokens):
     """The most probable continuations of `tokens` ids, each step computed from the whole text."""
 
     @jax.jit
     def logits_of(ids_BT):
-        output = model.apply({"params": params}, ids_BT, jnp.ones_like(ids_BT, bool), {})
+        every_BT = jnp.ones_like(ids_BT, bool)
+        output = run.model.apply({"params": run.weights.params}, ids_BT, every_BT, {})
         return (output.x_BTD @ output.head_VD.T)[..., :tokens]
 
     texts = [list(map(int, ids)) for ids in prompts_ids]
@@ -98,7 +118,7 @@ def greedy(model, params, prompts_ids, tokenizer, tokens):
         best_B = np.asarray(logits_of(ids_BT))[rows, last_B].argmax(-1)
         for text, token in zip(texts, best_B.tolist(), strict=True):
             text.append(token)
-    return [until_end(text[-NEW_TOKENS:], tokenizer.eos_id) for text in texts]
+    return [until_end(text[-NEW_TOKENS:], run.tokenizer.eos_id) for text in texts]
 
 
 def until_end(ids, eos_id):
@@ -107,7 +127,7 @@ def until_end(ids, eos_id):
 
 
 class Exported(types.SimpleNamespace):
-    """directory, config (as written), tokenizer, prompt_ids, ids (of the run's model)."""
+    """directory, lines (of the command), rows, eos_id, prompt_ids, ids (of the run's model)."""
 
 
 @pytest.fixture(scope="module")
@@ -121,26 +141,19 @@ def exported(model_config, tmp_path_factory):
         changes = SIZES | changes
         repeat = changes.pop("repeat", False)
         spec = str(directory / "bpe.json") if changes.pop("bpe", False) else "bytes"
-        tokenizer = load_tokenizer(spec)
         model = Transformer(model_config(**changes), sharding.make_mesh(1, 1))
-        params = draw_params(model)
-        rows = rows_of(spec, tokenizer.vocab_size, model.config.vocab_size)
-        written = config_for_engines(model.config, len(rows), repeat)
+        run = make_run(model, spec, directory / "run")
         place = directory / f"{number:02}"
-        earlier = types.SimpleNamespace(
-            step=6, rows=48, history=(), config=base.get_config("debug").to_dict()
-        )
-        files = tokenizer_files(spec, tokenizer.eos, LENGTH)
-        files["README.md"] = model_card(
-            place.name, model.config, written, earlier, None, "apache-2.0"
-        )
-        entries = {"eos_token_id": tokenizer.eos_id, "max_position_embeddings": 128}
-        about = About(entries, files)
-        export_olmoe(place, model, params, about, rows=rows, repeat_kv_heads=repeat)
-        prompt_ids = [tokenizer.encode(prompt).tolist() for prompt in PROMPTS]
-        ids = greedy(model, params, prompt_ids, tokenizer, len(rows))
+        lines = write_olmoe(run, place, "apache-2.0", strict=False, repeat_kv_heads=repeat)
+        rows = read_config(place)["vocab_size"]
+        prompt_ids = [run.tokenizer.encode(prompt).tolist() for prompt in PROMPTS]
         found[option] = Exported(
-            directory=place, config=written, tokenizer=tokenizer, prompt_ids=prompt_ids, ids=ids
+            directory=place,
+            lines=lines,
+            rows=rows,
+            eos_id=run.tokenizer.eos_id,
+            prompt_ids=prompt_ids,
+            ids=greedy(run, prompt_ids, rows),
         )
     return found
 
@@ -184,16 +197,16 @@ def test_greedy_text_is_that_of_the_run_or_what_the_export_says(
     agreeing = 0
     if "refused" not in answer:
         assert answer["prompt_ids"] == model.prompt_ids
-        answer_ids = [until_end(ids, model.tokenizer.eos_id) for ids in answer["ids"]]
+        answer_ids = [until_end(ids, model.eos_id) for ids in answer["ids"]]
         agreeing = sum(ids == own for ids, own in zip(answer_ids, model.ids, strict=True))
         found = f"{agreeing} of {len(PROMPTS)}"
     else:
         found = "refused"
     record_property("client", (client.name, version, option, found))
-    named = [item for item in differences(model.config) if client.name in item.engines]
+    named = [line for line in model.lines if client.name in line]
     if not named:
         assert agreeing == len(PROMPTS), (answer, model.ids)
-    elif "does not load" in named[0].consequence:
+    elif "does not load" in named[0]:
         assert found == "refused"
     else:
         assert agreeing < len(PROMPTS) / 2
@@ -204,9 +217,9 @@ def test_greedy_text_is_that_of_the_run_or_what_the_export_says(
 def test_transformers_pads_batches_and_has_a_row_for_every_token(exported, asked, client, option):
     model = exported[option]
     answer = asked(client)[1][option]
-    batched = [until_end(ids, model.tokenizer.eos_id) for ids in answer["batched_ids"]]
+    batched = [until_end(ids, model.eos_id) for ids in answer["batched_ids"]]
     assert batched == model.ids
-    assert answer["rows"] == model.config.vocab_size
+    assert answer["rows"] == model.rows
     assert answer["decoded"] == PROMPTS
 
 

@@ -48,7 +48,8 @@ def value_and_gradients(attend, operands, segments_BT):
     (256, 4, False, 128),
     (256, 1, True, 128),
     (300, 2, True, 128),
-    (300, 2, True, 256),  # half of a block's keys at once
+    # Half of a block's keys at once.
+    (300, 2, True, 256),
     (256, 4, False, 256),
 ])  # fmt: skip
 def test_values_and_gradients_are_those_of_the_slices(monkeypatch, T, kv_heads, in_segments, block):

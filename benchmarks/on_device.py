@@ -127,10 +127,12 @@ def kernels(rows: Rows, size: str):
         w = rng.standard_normal((E, D, F)).astype(dtype)
         dy = rng.standard_normal((M, F)).astype(dtype)
         right = self_test.by_loop(x, w, dy, sizes_E, np.float64)
+        right = self_test.within_groups(right, sizes_E)
         for name, matmul in experts.MATMULS.items():
             try:
                 run = self_test.value_and_gradients(matmul)
-                found = run(*map(jnp.asarray, (x, w, dy, sizes_E)))
+                found = run((x, w), dy, sizes_E=sizes_E)
+                found = self_test.within_groups(found, sizes_E)
                 errors = _relative_errors(("value", "dx", "dw"), found, right)
             except Exception as error:  # this stage shows what a compiler raises
                 errors = {"failed": _failure(error, 300)}
@@ -154,7 +156,8 @@ def _failure(error, length):
 
 
 def _check_attention(rows, size):
-    from moe_erc.model import attention
+    from moe_erc.model import attention, splash
+    from moe_erc.moe import self_test
 
     B, T, H, G, D = (2, 512, 16, 4, 128) if size == "full" else (2, 64, 2, 1, 16)
     keys = jax.random.split(jax.random.key(0), 4)
@@ -162,22 +165,23 @@ def _check_attention(rows, size):
     for key, heads in zip(keys, (H, G, G, H), strict=True):
         of_float32.append(jax.random.normal(key, (B, T, heads, D)))
     segments_BT = jnp.asarray(np.sort(np.random.default_rng(2).integers(5, size=(B, T)), axis=1))
+    attends = {"attend": attention.attend}
+    if jax.default_backend() == "tpu":
+        attends["attend_by_splash"] = splash.attend_by_splash
+    else:
+        attends["attend_by_cudnn"] = attention.attend_by_cudnn
 
     def value_and_gradients(attend, segments, of):
-        def run(query, key, value, dy):
-            within = functools.partial(attend, segments_BT=segments)
-            y, pull_back = jax.vjp(within, query, key, value)
-            return y, *pull_back(dy)
-
-        return jax.jit(run)(*of)
+        *inputs, dy = of
+        return self_test.value_and_gradients(attend)(inputs, dy, segments_BT=segments)
 
     for segments in (None, segments_BT):
         with jax.default_matmul_precision("highest"):
             right = value_and_gradients(attention.attend, segments, of_float32)
         half = [leaf.astype(jnp.bfloat16) for leaf in of_float32]
-        for name in ("attend", "attend_by_cudnn"):
+        for name, attend in attends.items():
             try:
-                found = value_and_gradients(getattr(attention, name), segments, half)
+                found = value_and_gradients(attend, segments, half)
                 errors = _relative_errors(("value", "dq", "dk", "dv"), found, right)
             except Exception as error:
                 errors = {"failed": _failure(error, 300)}

@@ -1,5 +1,6 @@
-"""Sizes: debug (seconds, for tests), tiny (minutes on a CPU), mini (minutes on
-a GPU), small (one GPU), published models.
+"""Sizes of models: four for tests and small machines, and the published ones.
+
+debug runs in seconds, for tests; tiny takes minutes on a CPU and mini on a GPU; small fits one GPU.
 
 Parameters in millions, with `D` width, `F` expert width, `A = 2 D^2 + 2 D D_kv` attention, `V`
 50,304, embedding and head apart:

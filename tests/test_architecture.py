@@ -10,7 +10,7 @@ from moe_erc.measures.registry import MEASURES
 
 ROOT = pathlib.Path(__file__).parents[1]
 ALLOWED = {
-    "losses": {"losses", "numerics", "random_keys"},
+    "losses": {"losses", "numerics", "random_keys", "sharding"},
     "moe": {"moe", "numerics", "random_keys", "sharding"},
     "model": {"model", "moe", "sharding"},
     "data": {"data"},

@@ -19,9 +19,9 @@ from typing import NamedTuple
 
 from benchmarks.compiled import hlo, kernels
 from benchmarks.compiled.chips import Chip
-from benchmarks.compiled.costs import COLLECTIVES, Collective, Cost
+from benchmarks.compiled.costs import COLLECTIVES, Collective, Cost, add_up
+from moe_erc.moe.grouped_matmul import BLOCK
 
-BLOCK = 512  # rows
 CYCLES = r'"estimated_cycles":"(\d{1,18})"'  # 2^63 - 1, of 19 digits, says that it has none
 GATHER_PASSES = 3  # in bfloat16 two rows share a row of a tile: both are read, one is written
 SCATTER_PASSES = 6  # an update is read, its row is read and written, at half the rate of memory
@@ -110,10 +110,7 @@ def _at(share, seconds_at_peak):
 
 
 def _sum(parts):
-    total = Seconds()
-    for part in parts:
-        total = Seconds(*[mine + other for mine, other in zip(total, part, strict=True)])
-    return total
+    return add_up(Seconds(), parts)
 
 
 def _together(collectives, chip):
@@ -122,12 +119,12 @@ def _together(collectives, chip):
 
 def collective_seconds(collective: Collective, chip: Chip) -> Seconds:
     """Seconds of all runs of a collective within a slice."""
-    links = collective.links or _links(collective, chip)
+    links = collective.links or _assumed_links(collective, chip)
     at_peak = _at(LINK, collective.wire_bytes / (links * chip.link))
     return _sum([at_peak, Seconds(*[START * collective.times] * 3)])
 
 
-def _links(collective, chip):
+def _assumed_links(collective, chip):
     """Links that a collective is taken to use whose way libtpu does not note.
 
     It runs along as many whole sides of the torus as its group covers, over two links of a closed
@@ -156,10 +153,7 @@ def _of_computation(computation, around):
 
 
 def _add(works):
-    total = Work()
-    for one in works:
-        total = Work(*[mine + other for mine, other in zip(total, one, strict=True)])
-    return total
+    return add_up(Work(), works)
 
 
 def _times(work, factor):

@@ -12,7 +12,8 @@ Elementwise work is not counted, because its limit is memory and not FLOPs.
 
 import functools
 import math
-from typing import NamedTuple
+from collections.abc import Iterable
+from typing import NamedTuple, TypeVar
 
 import jax
 import numpy as np
@@ -29,6 +30,7 @@ COLLECTIVES = (
 )
 # How libtpu notes the way of a collective through the torus, and over how many rings at once.
 STRATEGY = r"(\w*Strategy\w*)\{colors:(\d+)"
+Record = TypeVar("Record", bound=NamedTuple)
 
 
 class Collective(NamedTuple):
@@ -106,12 +108,16 @@ def cost(text: str) -> Cost:
     return found
 
 
-def _add(costs):
-    """The sum of costs, field by field."""
-    total = Cost()
-    for cost in costs:
-        total = Cost(*(mine + other for mine, other in zip(total, cost, strict=True)))
+def add_up(empty: Record, records: Iterable[Record]) -> Record:
+    """The sum of named tuples, field by field, from `empty` on."""
+    total = empty
+    for record in records:
+        total = total._make(mine + other for mine, other in zip(total, record, strict=True))
     return total
+
+
+def _add(costs):
+    return add_up(Cost(), costs)
 
 
 @functools.cache
@@ -206,12 +212,12 @@ def _collective(instruction, computation):
         group=hlo.group_size(instruction, computation.devices),
         asynchronous=instruction.opcode.endswith("-start") or is_chain_start,
         origin=instruction.origin,
-        links=_links(instruction),
+        links=_noted_links(instruction),
     )
     return (found,)
 
 
-def _links(collective):
+def _noted_links(collective):
     """How many links of a TPU a collective uses, as libtpu noted; 0 if it did not."""
     for strategy, rings in collective.find(STRATEGY):
         directions = 1 if "UniDirection" in strategy else 2

@@ -50,11 +50,6 @@ class Devices:
         """Whether F is split over several devices."""
         return self.mesh is not None and self.mesh.shape[self.data_axis] > 1
 
-    @property
-    def platform(self) -> str:
-        """What the devices are: cpu, gpu or tpu."""
-        return jax.default_backend() if self.mesh is None else self.mesh.devices.flat[0].platform
-
     def run(
         self, function: Callable, out_spec: P, rows_LED: jax.Array, weights: dict, keys: Any
     ) -> jax.Array:

@@ -28,6 +28,7 @@ from jax import lax
 from moe_erc.losses.devices import Devices
 from moe_erc.losses.responses import Proxies, Response, at, groups, relative, squared_responses
 from moe_erc.numerics import square_root
+from moe_erc.sharding import platform_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +51,7 @@ class Matrix:
         self, proxies: Proxies, length_LE: jax.Array | None, weights: dict[str, jax.Array]
     ) -> jax.Array:
         """M transposed, (L, J, E): the columns of the J experts of this device."""
-        platform = self.devices.platform
+        platform = platform_of(self.devices.mesh)
         squares_LJE = squared_responses(self.response, proxies, weights, platform)
         length_L1E = None if length_LE is None else length_LE[:, None]
         return self.entries(self.complete(squares_LJE), length_L1E, proxies.row.shape[-1])
@@ -160,9 +161,8 @@ def _pass_over_experts(matrix, proxies, length_LE, weights, bar_LE):
     """
     layers, experts, width = proxies.row.shape
     own = next(iter(weights.values())).shape[1]
-    layer_G, place_GB, matrices_G = groups(
-        matrix.response, proxies, weights, matrix.devices.platform
-    )
+    platform = platform_of(matrix.devices.mesh)
+    layer_G, place_GB, matrices_G = groups(matrix.response, proxies, weights, platform)
     own_GB = matrix.devices.own_experts(experts, own)[place_GB]
 
     def of_group(of_proxies, group):

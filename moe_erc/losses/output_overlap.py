@@ -9,7 +9,7 @@ factorised gate w_low is one of them, which under AoE is the router. The paper's
 `routing_variance.py`.
 
 Each of several micro-batches has its own mean of pairs, and is weighed by its share of unmasked
-unmasked tokens. Where every token has K experts, the result is L_o of the whole batch.
+tokens. Where every token has K experts, the result is L_o of the whole batch.
 
 The code that the authors released computes something else, which is offered as reading "released":
 
@@ -21,32 +21,16 @@ expert, and not K experts of one token: the loss pushes apart what one expert gi
 tokens. The projection is not divided by the length of anything. Sorting moves outputs over devices.
 """
 
-import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from moe_erc.checks import among, check_fields
 from moe_erc.losses.base import Loss
 from moe_erc.losses.pairs import gram, mean_over_pairs, squared_lengths
+from moe_erc.losses.readings import ReadingOptions
 from moe_erc.numerics import divide, masked_mean, square_root
-
-READINGS = ("paper", "released")
-
-
-@dataclasses.dataclass(frozen=True)
-class OutputOverlapOptions:
-    """The options of output overlap.
-
-    reading: "paper" compares the experts of one token, "released" is what the authors' code does.
-    """
-
-    reading: str = among(*READINGS)
-
-    def __post_init__(self):
-        check_fields(self)
 
 
 def output_overlap(output_BTKD: jax.Array, chosen_BTK: jax.Array, eps: float = 1e-8) -> jax.Array:
@@ -112,7 +96,7 @@ def _dot(a_ND, b_ND):
     return jnp.sum(a_ND * b_ND, axis=-1)
 
 
-def compute(options: OutputOverlapOptions, layer: Any) -> jax.Array:
+def compute(options: ReadingOptions, layer: Any) -> jax.Array:
     """The loss of what a layer's chosen experts gave."""
     output_BTKD = layer.kept["output"]
     if options.reading == "released":
@@ -120,4 +104,4 @@ def compute(options: OutputOverlapOptions, layer: Any) -> jax.Array:
     return output_overlap(output_BTKD, layer.chosen_BTK)
 
 
-LOSS = Loss(kind="layer", compute=compute, options=OutputOverlapOptions, keep=("output",))
+LOSS = Loss(kind="layer", compute=compute, options=ReadingOptions, keep=("output",))

@@ -17,30 +17,15 @@ It is the variance over the experts of one token, where the paper's is over the 
 expert. Its gradient reaches all that the probabilities read.
 """
 
-import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from moe_erc.checks import among, check_fields
 from moe_erc.losses.base import Loss, Needs
-from moe_erc.losses.output_overlap import READINGS
+from moe_erc.losses.readings import ReadingOptions
 from moe_erc.numerics import divide, masked_mean, nonzero
-
-
-@dataclasses.dataclass(frozen=True)
-class RoutingVarianceOptions:
-    """The options of routing variance.
-
-    reading: "paper" is the variance over tokens, "released" is what the authors' code does.
-    """
-
-    reading: str = among(*READINGS)
-
-    def __post_init__(self):
-        check_fields(self)
 
 
 def routing_variance(
@@ -66,7 +51,7 @@ def released_variance(probabilities_BTE: jax.Array, mask_BT: jax.Array) -> jax.A
     return -masked_mean(jnp.var(probabilities_BTE, axis=-1, ddof=1), mask_BT)
 
 
-def compute(options: RoutingVarianceOptions, layer: Any) -> jax.Array:
+def compute(options: ReadingOptions, layer: Any) -> jax.Array:
     """The loss of a layer's routing."""
     if options.reading == "released":
         return released_variance(layer.scores.probabilities_BTE, layer.mask_BT)
@@ -77,6 +62,6 @@ def compute(options: RoutingVarianceOptions, layer: Any) -> jax.Array:
 LOSS = Loss(
     kind="layer",
     compute=compute,
-    options=RoutingVarianceOptions,
+    options=ReadingOptions,
     needs=Needs("has_probabilities", "reads probabilities"),
 )

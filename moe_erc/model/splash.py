@@ -5,7 +5,6 @@ their queries are skipped. On CPU the kernels are interpreted, slowly, for tests
 """
 
 import logging
-from collections.abc import Callable
 from functools import cache, partial
 
 import jax
@@ -149,24 +148,14 @@ def _first_difference(width, device):
     for shape in (of_queries, of_keys, of_keys, of_queries):
         operands.append(rng.standard_normal(shape).astype(jnp.bfloat16))
     segments_BT = np.sort(rng.integers(3, size=(1, T)), axis=1)
-    inputs = jax.device_put((*operands, segments_BT), device)
-    found = value_and_gradients(attend_by_splash)(*inputs)
+    *inputs, dy_BTHD, segments_BT = jax.device_put((*operands, segments_BT), device)
+    run = self_test.value_and_gradients(attend_by_splash)
+    found = run(inputs, dy_BTHD, segments_BT=segments_BT)
     with jax.default_matmul_precision("highest"):
-        expected = value_and_gradients(_by_softmax)(*inputs)
+        run = self_test.value_and_gradients(_by_softmax)
+        expected = run(inputs, dy_BTHD, segments_BT=segments_BT)
     names = ("value", "gradient of the queries", "gradient of the keys", "gradient of the values")
     return self_test.difference(names, found, expected)
-
-
-def value_and_gradients(attend: Callable) -> Callable:
-    """The jitted function (query, key, value, dy, segments) -> (y, dquery, dkey, dvalue)."""
-
-    @jax.jit
-    def run(query_BTHD, key_BTGD, value_BTGD, dy_BTHD, segments_BT):
-        within = partial(attend, segments_BT=segments_BT)
-        y_BTHD, pull_back = jax.vjp(within, query_BTHD, key_BTGD, value_BTGD)
-        return y_BTHD, *pull_back(dy_BTHD.astype(y_BTHD.dtype))
-
-    return run
 
 
 def _by_softmax(query_BTHD, key_BTGD, value_BTGD, segments_BT):

@@ -77,12 +77,11 @@ def _empty_totals(expert, x_ND, assigned, experts_NK, matrices):
     rows = take(assigned, jnp.arange(len(x_ND)))
     summed, kept = jax.eval_shape(run, x_ND, rows, jax.tree.map(first, matrices))
 
-    # `zeros_like` of x, so that the zeros vary over the same axes of a mesh.
     def of_tokens(leaf):
-        return jnp.zeros_like(x_ND, jnp.float32, shape=(len(x_ND), *leaf.shape[1:]))
+        return jnp.zeros((len(x_ND), *leaf.shape[1:]), jnp.float32)
 
     def of_rows(leaf):
-        return jnp.zeros_like(x_ND, leaf.dtype, shape=(experts_NK.size, *leaf.shape[1:]))
+        return jnp.zeros((experts_NK.size, *leaf.shape[1:]), leaf.dtype)
 
     return jax.tree.map(of_tokens, summed), jax.tree.map(of_rows, kept)
 

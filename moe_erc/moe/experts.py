@@ -35,7 +35,7 @@ from moe_erc.moe import self_test
 from moe_erc.moe.block_loop import MATMUL, block_loop
 from moe_erc.moe.grouped import grouped
 from moe_erc.moe.grouped_matmul import grouped_matmul, tokamax_matmul
-from moe_erc.moe.megablox_matmul import megablox_matmul, of_groups
+from moe_erc.moe.megablox_matmul import megablox_matmul
 from moe_erc.numerics import unit
 
 GATED = ("w_gate", "w_up", "w_down")
@@ -130,9 +130,8 @@ def dense(
     def first(leaf):
         return leaf[0]
 
-    # `zeros_like` of x, so that the zeros vary over the same axes of a mesh.
     def zeros(leaf):
-        return jnp.zeros_like(x_ND, leaf.dtype, shape=leaf.shape)
+        return jnp.zeros(leaf.shape, leaf.dtype)
 
     def in_dtype_of_x(leaf):
         return leaf.astype(x_ND.dtype)
@@ -160,8 +159,6 @@ MATMULS = {
 }
 IMPLEMENTATIONS = {"dense": dense, "block_loop": block_loop}
 IMPLEMENTATIONS |= {name: partial(grouped, matmul) for name, matmul in MATMULS.items()}
-# `grouped` reads no row behind the last group.
-IMPLEMENTATIONS["megablox"] = partial(grouped, of_groups)
 # The fastest first. Where one fails its self-test, the next is used; the last one is not tested.
 FASTEST = {
     "cpu": ("block_loop",),

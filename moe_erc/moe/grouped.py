@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import tpu
 
+from moe_erc.moe import megablox_matmul
 from moe_erc.moe.rows import by_row, sort_by_expert, take
 
 # The most bytes of a chunk's widest array; about six such arrays live at a time. Every chunk adds
@@ -24,6 +25,7 @@ from moe_erc.moe.rows import by_row, sort_by_expert, take
 CHUNK_BYTES = 2**30
 # On a TPU instead: this part of its memory.
 CHUNKS_IN_MEMORY = 32
+TILE = max(megablox_matmul.ROWS)  # rows; a multiple of the tiles of all kernels
 
 
 class _Plan(NamedTuple):
@@ -129,8 +131,13 @@ def _plan(x_ND, experts_NK, matrices):
     experts, hidden_width, width = matrices["w_down"].shape
     assignments = experts_NK.size
     most = max(1, chunk_bytes() // (max(hidden_width, width) * x_ND.dtype.itemsize))
+    # Several chunks are of whole tiles. Kernels would copy what is not, to fill up the last tile.
+    tile = TILE if most >= TILE else 1
+    most -= most % tile
     chunks = -(-assignments // most)
     size = -(-assignments // chunks)
+    if chunks > 1:
+        size += -size % tile
     order_M, sizes_E = sort_by_expert(experts_NK, experts)
     ends_E = jnp.cumsum(sizes_E)
 
@@ -213,9 +220,8 @@ def _over_chunks(of_chunk, plan):
 
         return lax.cond(jnp.any(sizes_E > 0), add, skip, totals), None
 
-    # `zeros_like` of places, so that the zeros vary over the same axes of a mesh.
     def zeros(leaf):
-        return jnp.zeros_like(plan.places_NK, leaf.dtype, shape=leaf.shape)
+        return jnp.zeros(leaf.shape, leaf.dtype)
 
     first = _Chunk(plan.rows_CR[0], plan.sizes_CE[0], plan.places_NK)
     start = jax.tree.map(zeros, jax.eval_shape(of_chunk, first))

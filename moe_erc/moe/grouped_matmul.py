@@ -5,8 +5,8 @@
     dw[g] = sum over rows m of g of outer(x[m], dy[m])
 
 `lax.ragged_dot` is native on TPU for the first two. Its own weight gradient is dense there, every
-row times every group under a mask, so dw walks the rows of each group in blocks. Rows behind the
-last group give and get zeros. `pallas_matmul.py` has kernels of the project with the same
+row times every group under a mask, so dw walks the rows of each group in blocks. What y and dx hold
+behind the last group is unspecified. `pallas_matmul.py` has kernels of the project with the same
 signature.
 """
 
@@ -26,10 +26,10 @@ TRANSPOSED = lax.RaggedDotDimensionNumbers(
 def grouped_matmul(x_MD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array) -> jax.Array:
     """(M, F) in the dtype of x, accumulated in float32.
 
-    Groups follow each other and may be empty.
+    Groups follow each other and may be empty. The gradient of w does not read rows behind the last
+    group, which may hold NaN.
     """
-    y_MF = lax.ragged_dot(x_MD, w_EDF, sizes_E, preferred_element_type=x_MD.dtype)
-    return _inside(sizes_E, y_MF)
+    return lax.ragged_dot(x_MD, w_EDF, sizes_E, preferred_element_type=x_MD.dtype)
 
 
 def _forward(*inputs):
@@ -41,7 +41,7 @@ def _backward(inputs, dy_MF):
     dx_MD = lax.ragged_dot_general(
         dy_MF, w_EDF, sizes_E, TRANSPOSED, preferred_element_type=x_MD.dtype
     )
-    return _inside(sizes_E, dx_MD), _weight_gradient(x_MD, dy_MF, w_EDF, sizes_E), None
+    return dx_MD, _weight_gradient(x_MD, dy_MF, w_EDF, sizes_E), None
 
 
 grouped_matmul.defvjp(_forward, _backward)
@@ -49,7 +49,10 @@ grouped_matmul.defvjp(_forward, _backward)
 
 @jax.custom_vjp
 def tokamax_matmul(x_MD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array) -> jax.Array:
-    """`grouped_matmul` by the kernels of tokamax, an optional extra."""
+    """`grouped_matmul` by the kernels of tokamax, an optional extra.
+
+    Rows behind the last group are zeros here: its gradient of w may read them.
+    """
     return _inside(sizes_E, _tokamax(x_MD, w_EDF, sizes_E))
 
 

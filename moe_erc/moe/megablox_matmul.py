@@ -29,27 +29,19 @@ LANES = 128  # tiles of columns are multiples of it, or whole
 TILE_BYTES = 12 * 2**20
 
 
+@jax.custom_vjp
 def megablox_matmul(x_MD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array) -> jax.Array:
     """(M, F) in the dtype of x, accumulated in float32.
 
-    Groups follow each other and may be empty. Rows behind the last group give and get zeros.
-    """
-    is_inside_M1 = jnp.arange(len(x_MD))[:, None] < jnp.sum(sizes_E)
-    y_MF = of_groups(jnp.where(is_inside_M1, x_MD, 0), w_EDF, sizes_E)
-    return jnp.where(is_inside_M1, y_MF, 0)
-
-
-@jax.custom_vjp
-def of_groups(x_MD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array) -> jax.Array:
-    """`megablox_matmul` without two passes over memory: rows behind the last group are unwritten.
-
-    They may hold anything, also NaN, in the value and in the gradient of x.
+    Groups follow each other and may be empty. Rows behind the last group are unwritten: they may
+    hold anything, also NaN, in the value and in the gradient of x. The gradient of w does not read
+    them.
     """
     return _by_rows(x_MD, w_EDF, sizes_E, transposed=False)
 
 
 def _forward(*inputs):
-    return of_groups(*inputs), inputs
+    return megablox_matmul(*inputs), inputs
 
 
 def _backward(inputs, dy_MF):
@@ -58,7 +50,7 @@ def _backward(inputs, dy_MF):
     return dx_MD.astype(x_MD.dtype), _by_matrices(x_MD, dy_MF, w_EDF, sizes_E), None
 
 
-of_groups.defvjp(_forward, _backward)
+megablox_matmul.defvjp(_forward, _backward)
 
 
 def _by_rows(x_MD, w_EDF, sizes_E, transposed):
@@ -95,7 +87,11 @@ def _call(multiply, *operands):
 
 
 def _rows_of_a_tile(rows, groups):
-    """The most rows of which a mean group fills `TILES_OF_A_GROUP` tiles."""
+    """The most rows of which a mean group fills `TILES_OF_A_GROUP` tiles.
+
+    This holds on a mesh without an expert axis. With one, the rows are those of a whole expert
+    group and the groups are the device's own experts, so a mean group fills fewer tiles.
+    """
     for size in ROWS:
         if size * TILES_OF_A_GROUP * groups <= rows:
             return size

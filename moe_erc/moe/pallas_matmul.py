@@ -74,7 +74,8 @@ def _span(start, size, end):
 def _columns(width):
     """The columns of a tile: the most that divide `width`, the fewest where none do.
 
-    On a GPU with little shared memory they are the fewest.
+    On a GPU with little shared memory they are the fewest. The GPU that counts is this process's
+    first device, also where a program is compiled for others.
     """
     if getattr(jax.local_devices()[0], "compute_capability", None) in SMALL:
         return COLUMNS[-1]
@@ -153,7 +154,8 @@ def _by_rows(x_MD, w_EDF, sizes_E, contracted):
     table = _table(sizes_E, rows)
     # In this order, programs next to each other read the same rows.
     grid = (pl.cdiv(width, size), len(table[0]))
-    return _call(kernel, "grouped_matmul", grid, _like(x_MD, (rows, width)), x_MD, w_EDF, *table)
+    result = jax.ShapeDtypeStruct((rows, width), x_MD.dtype)
+    return _call(kernel, "grouped_matmul", grid, result, x_MD, w_EDF, *table)
 
 
 def _table(sizes_E, rows):
@@ -198,13 +200,8 @@ def _by_matrices(x_MD, dy_MF, w_EDF, sizes_E):
     ends_E = jnp.cumsum(sizes_E, dtype=jnp.int32)
     starts_E = ends_E - sizes_E
     grid = (pl.cdiv(width, size), pl.cdiv(depth, ROWS), groups)
-    result = _like(w_EDF, w_EDF.shape)
+    result = jax.ShapeDtypeStruct(w_EDF.shape, w_EDF.dtype)
     return _call(kernel, "grouped_matmul_dw", grid, result, x_MD, dy_MF, starts_E, ends_E)
-
-
-def _like(leaf, shape):
-    """The type of a result: the dtype of `leaf`, varying over the same axes of a mesh."""
-    return jax.eval_shape(partial(jnp.zeros_like, shape=shape), leaf)
 
 
 def _call(kernel, name, grid, result, *operands):

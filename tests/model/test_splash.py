@@ -13,6 +13,7 @@ from moe_erc.checks import BadInput
 from moe_erc.model import splash
 from moe_erc.model.attention import Attention, attend
 from moe_erc.model.context import packed
+from moe_erc.moe import self_test
 from tests.tolerance import assert_close
 
 WIDTH = 8
@@ -22,6 +23,7 @@ WIDTH = 8
 def small_blocks(monkeypatch):
     """Makes several blocks of short sequences."""
     monkeypatch.setattr(splash, "BLOCK", 128)
+    monkeypatch.setattr(splash, "AT_ONCE", 128)
 
 
 def arrays(B, T, kv_heads):
@@ -35,14 +37,27 @@ def arrays(B, T, kv_heads):
     return *operands, segments_BT
 
 
-@pytest.mark.parametrize(
-    "T, kv_heads, in_segments", [(40, 2, True), (256, 4, False), (256, 1, True), (300, 2, True)]
-)
-def test_values_and_gradients_are_those_of_the_slices(T, kv_heads, in_segments):
+def value_and_gradients(attend, operands, segments_BT):
+    *inputs, dy_BTHD = operands
+    run = self_test.value_and_gradients(attend)
+    return run(inputs, dy_BTHD, segments_BT=segments_BT)
+
+
+@pytest.mark.parametrize("T, kv_heads, in_segments, block", [
+    (40, 2, True, 128),
+    (256, 4, False, 128),
+    (256, 1, True, 128),
+    (300, 2, True, 128),
+    # Half of a block's keys at once.
+    (300, 2, True, 256),
+    (256, 4, False, 256),
+])  # fmt: skip
+def test_values_and_gradients_are_those_of_the_slices(monkeypatch, T, kv_heads, in_segments, block):
+    monkeypatch.setattr(splash, "BLOCK", block)
     *operands, segments_BT = arrays(2, T, kv_heads)
     segments_BT = segments_BT if in_segments else None
-    found = splash.value_and_gradients(splash.attend_by_splash)(*operands, segments_BT)
-    expected = splash.value_and_gradients(attend)(*operands, segments_BT)
+    found = value_and_gradients(splash.attend_by_splash, operands, segments_BT)
+    expected = value_and_gradients(attend, operands, segments_BT)
     # Roundings: sums over T and over a head's width, forward and backward, and exponentials.
     assert_close(found, expected, 2 * (T + WIDTH) + 16)
 
@@ -51,8 +66,8 @@ def test_every_device_has_its_own_sequences():
     *operands, segments_BT = arrays(4, 130, 2)
     mesh = sharding.make_mesh(2, 2)
     over_mesh = partial(splash.attend_by_splash, mesh=mesh)
-    found = splash.value_and_gradients(over_mesh)(*operands, segments_BT)
-    expected = splash.value_and_gradients(attend)(*operands, segments_BT)
+    found = value_and_gradients(over_mesh, operands, segments_BT)
+    expected = value_and_gradients(attend, operands, segments_BT)
     assert_close(found, expected, 2 * (130 + WIDTH) + 16)
 
 
@@ -96,7 +111,7 @@ def queries(dtype=jnp.bfloat16, length=128):
 
 
 def test_auto_takes_it_on_a_tpu_and_says_so_once(caplog):
-    splash.self_test.say_untimed.cache_clear()
+    self_test.say_untimed.cache_clear()
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
             assert splash.uses_splash("auto", "tpu", queries())

@@ -31,6 +31,16 @@ def test_places_by_hand(monkeypatch):
     np.testing.assert_array_equal(plan.places_NK, [[5, 0], [1, 12], [2, 6], [12, 3], [7, 4]])
 
 
+def test_several_chunks_are_of_whole_tiles(monkeypatch):
+    monkeypatch.setattr(grouped, "CHUNK_BYTES", 1300 * 3 * 4)
+    matrices = {"w_down": jnp.zeros((2, 3, 2))}
+    for assignments, shape in ((1000, (1, 1000)), (3000, (3, 1024)), (4000, (4, 1024))):
+        experts_NK = jnp.zeros((assignments, 1), jnp.int32)
+        plan = grouped._plan(jnp.zeros((assignments, 2)), experts_NK, matrices)
+        assert plan.rows_CR.shape == shape
+        assert jnp.sum(plan.sizes_CE) == assignments
+
+
 def test_chunks_on_a_tpu_are_a_part_of_its_memory():
     assert grouped.chunk_bytes() == grouped.CHUNK_BYTES
     # A v5p has 103 GB and two cores that compute as one device.
@@ -61,10 +71,11 @@ def test_chunks_without_rows_are_not_computed(monkeypatch):
     assert calls == [[0, 1]]
 
 
-@pytest.mark.parametrize("rows", [3, 8, 1000])
+@pytest.mark.parametrize("rows", [3, 8, 18, 1000])
 def test_chunks_change_nothing(monkeypatch, rows):
     """Values and gradients, in any number of chunks, are those of every expert on every token."""
     monkeypatch.setattr(grouped, "CHUNK_BYTES", rows * 12 * 4)
+    monkeypatch.setattr(grouped, "TILE", 4)
     rng = np.random.default_rng(0)
     weights_NK = rng.uniform(size=(20, 2)).astype(np.float32)
     experts_NK = rng.integers(-1, 6, size=(20, 2))  # some are nobody's, some another device's
